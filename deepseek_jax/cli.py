@@ -1,0 +1,27 @@
+"""What every command line shares: arguments by tyro, and one line instead of a traceback for a user's mistake."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import tyro
+
+
+def run(main: Callable[..., Any]) -> None:
+    """Call `main` with the command line's arguments.
+
+    A ValueError or a missing file is the user's to mend: its message goes to stderr in one line, exit status 1.
+    Ctrl-C exits with 130. Anything else is our own mistake and keeps its traceback.
+    Set DEEPSEEK_JAX_TRACEBACK=1 to see the traceback of a ValueError as well.
+    """
+    try:
+        tyro.cli(main, config=(tyro.conf.PositionalRequiredArgs,))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, OSError) as problem:
+        if os.environ.get("DEEPSEEK_JAX_TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(problem).split())}", file=sys.stderr)
+        raise SystemExit(1) from None

@@ -1,0 +1,114 @@
+"""Dropless expert computation: rows sorted by expert, then one matrix product a group.
+
+No row is dropped and no capacity is set. `jax.lax.ragged_dot` is a native kernel on TPU but dense over all
+experts on CPU and GPU, where its cost grows with their number; there a loop over tiles of rows takes its place.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def expert_mlp(
+    x: Float[Array, "W D"],
+    weights: Float[Array, "W A"],
+    experts: Int[Array, "W A"],
+    gate: Float[Array, "E D M"],
+    up: Float[Array, "E D M"],
+    down: Float[Array, "E M D"],
+) -> Float[Array, "W D"]:
+    """sum_a weights[:, a] * SwiGLU_{experts[:, a]}(x), every row through all its experts.
+
+    Weights are applied in float32 to the experts' outputs, as in DeepSeek's code.
+    """
+    W, A = experts.shape
+    flat = experts.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    sizes = jnp.sum(flat[:, None] == jnp.arange(gate.shape[0]), axis=0, dtype=jnp.int32)
+    rows = x[order // A]
+    hidden = jax.nn.silu(grouped_matmul(rows, gate, sizes)) * grouped_matmul(rows, up, sizes)
+    out = grouped_matmul(hidden, down, sizes)
+    back = jnp.argsort(order)
+    return jnp.einsum("wad,wa->wd", out[back].reshape(W, A, -1), weights).astype(x.dtype)
+
+
+def grouped_matmul(
+    lhs: Float[Array, "W K"], rhs: Float[Array, "E K N"], sizes: Int[Array, "E"]
+) -> Float[Array, "W N"]:
+    """Rows of group e times rhs[e]; the groups lie one after another and fill all W rows.
+
+    Args:
+        lhs: rows sorted by group.
+        rhs: one matrix a group.
+        sizes: rows of each group, summing to W.
+    """
+    return jax.lax.platform_dependent(lhs, rhs, sizes, tpu=jax.lax.ragged_dot, default=tiled_matmul)
+
+
+@jax.custom_vjp
+def tiled_matmul(lhs, rhs, sizes):
+    """grouped_matmul as a loop over tiles of rows; only tiles that hold rows are computed.
+
+    A tile may reach past its group's end. The rows there are wrong when written and right in the end, because
+    the tiles of the next group come later and write them again.
+    """
+    W, N = lhs.shape[0], rhs.shape[-1]
+    block = _block_rows(W, rhs.shape[0])
+    padded = jnp.pad(lhs, ((0, block), (0, 0)))
+
+    def body(tile, out):
+        group, row, _ = locate(tile)
+        rows = jax.lax.dynamic_slice_in_dim(padded, row, block)
+        return jax.lax.dynamic_update_slice_in_dim(out, rows @ rhs[group], row, axis=0)
+
+    locate, tiles = _tiles(sizes, block)
+    out = jax.lax.fori_loop(0, tiles, body, jnp.zeros((W + block, N), lhs.dtype))
+    return out[:W]
+
+
+def _forward(lhs, rhs, sizes):
+    return tiled_matmul(lhs, rhs, sizes), (lhs, rhs, sizes)
+
+
+def _backward(saved, d_out):
+    lhs, rhs, sizes = saved
+    d_lhs = tiled_matmul(d_out, jnp.swapaxes(rhs, 1, 2), sizes)
+    return d_lhs, _tiled_outer(lhs, d_out, sizes, rhs.shape), None
+
+
+tiled_matmul.defvjp(_forward, _backward)
+
+
+def _tiled_outer(lhs, d_out, sizes, shape):
+    """d rhs: for each group the product lhs^T d_out over its own rows only."""
+    block = _block_rows(lhs.shape[0], shape[0])
+    lhs, d_out = (jnp.pad(a, ((0, block), (0, 0))) for a in (lhs, d_out))
+
+    def body(tile, total):
+        group, row, left = locate(tile)
+        mine = (jnp.arange(block) < left)[:, None]
+        a = jax.lax.dynamic_slice_in_dim(lhs, row, block)
+        b = jnp.where(mine, jax.lax.dynamic_slice_in_dim(d_out, row, block), 0)
+        return total.at[group].add(a.T @ b)
+
+    locate, tiles = _tiles(sizes, block)
+    return jax.lax.fori_loop(0, tiles, body, jnp.zeros(shape, lhs.dtype))
+
+
+def _tiles(sizes, block):
+    """How a tile's number gives its group, its first row and how many of its group's rows are left; and the count."""
+    ends = jnp.cumsum(sizes)
+    per_group = -(-sizes // block)
+    tile_ends = jnp.cumsum(per_group)
+
+    def locate(tile):
+        group = jnp.sum(tile_ends <= tile)
+        row = ends[group] - sizes[group] + (tile - tile_ends[group] + per_group[group]) * block
+        return group, row, ends[group] - row
+
+    return locate, tile_ends[-1]
+
+
+def _block_rows(rows: int, groups: int) -> int:
+    """A power of two near the mean group, so that a group takes one or two tiles."""
+    return min(128, 1 << max(0, (rows // groups - 1).bit_length()))

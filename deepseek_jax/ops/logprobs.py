@@ -1,0 +1,56 @@
+"""Log-probabilities of given tokens without ever holding the logits of a whole batch."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def token_logprobs(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    tokens: Int[Array, "B T"],
+    *,
+    temperature: float = 1.0,
+    chunk: int = 128,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """log p(token) and the entropy of p, where p = softmax(hidden @ head / temperature).
+
+    The T positions are taken `chunk` at a time and recomputed for the gradient, so at most B x chunk x V
+    logits exist at once.
+
+    Args:
+        hidden: state that predicts `tokens` at the same index, after the final norm.
+        head: output projection.
+        tokens: int32 targets.
+        temperature: the sampler's; log-probs of a sample mean nothing at another one.
+        chunk: positions at a time.
+
+    Returns:
+        Log-probs and entropies, float32 [B, T], in nats.
+    """
+    B, T, D = hidden.shape
+    size = min(chunk, T)
+    padded = -(-T // size) * size
+    hidden = jnp.pad(hidden, ((0, 0), (0, padded - T), (0, 0))).reshape(B, -1, size, D).swapaxes(0, 1)
+    targets = jnp.pad(tokens, ((0, 0), (0, padded - T))).reshape(B, -1, size).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def of_chunk(hidden_BtD, tokens_Bt):
+        return logprobs_of_logits((hidden_BtD @ head).astype(jnp.float32) / temperature, tokens_Bt)
+
+    if padded == size:  # a map of one step would still cost a loop
+        logp, entropy = of_chunk(hidden[0], targets[0])
+        return logp[:, :T], entropy[:, :T]
+    logp, entropy = jax.lax.map(lambda args: of_chunk(*args), (hidden, targets))
+    join = lambda x: x.swapaxes(0, 1).reshape(B, padded)[:, :T]
+    return join(logp), join(entropy)
+
+
+def logprobs_of_logits(
+    logits: Float[Array, "*B V"], tokens: Int[Array, "*B"]
+) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+    """log softmax(logits)[token] and the entropy, in nats."""
+    total = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    mean = jnp.sum(jnp.exp(logits - total[..., None]) * logits, axis=-1)
+    return chosen - total, total - mean

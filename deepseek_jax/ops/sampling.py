@@ -1,0 +1,83 @@
+"""Drawing the next token: temperature, top-k, top-p, repetition penalty, and noise keyed by seed and position."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+_BLOCK = 256
+
+
+def penalise_repeats(
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, "B"]
+) -> Float[Array, "B V"]:
+    """Divide positive and multiply negative logits of tokens seen before. Source: arXiv 1909.05858 section 4.1."""
+    factor = penalty[:, None]
+    return jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
+
+
+def keep_top_k(logits: Float[Array, "B V"], k: Int[Array, "B"]) -> Float[Array, "B V"]:
+    """-inf for all but the k best (0 keeps all); ties with the k-th best stay."""
+    enough = lambda kept: jnp.sum(kept, axis=-1) >= jnp.where(k > 0, k, logits.shape[-1])
+    return _keep_above_threshold(logits, enough)
+
+
+def keep_top_p(logits: Float[Array, "B V"], p: Float[Array, "B"]) -> Float[Array, "B V"]:
+    """-inf outside the smallest set of best tokens whose probability reaches p; ties with its last member stay."""
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    enough = lambda kept: jnp.sum(jnp.where(kept, probabilities, 0), axis=-1) >= p
+    return jnp.where(p[:, None] >= 1, logits, _keep_above_threshold(logits, enough))
+
+
+def _keep_above_threshold(logits, enough):
+    """The highest threshold whose kept set is enough, found bit by bit: 32 passes and no sort."""
+    ordered = _sortable(logits)
+
+    def body(i, threshold):
+        trial = threshold | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        return jnp.where(enough(ordered >= trial[:, None]), trial, threshold)
+
+    threshold = jax.lax.fori_loop(0, 32, body, jnp.zeros(logits.shape[0], jnp.uint32))
+    return jnp.where(ordered >= threshold[:, None], logits, -jnp.inf)
+
+
+def _sortable(x: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
+    """float32 as unsigned integers of the same order."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def uniform_noise(seeds: UInt32[Array, "B"], positions: Int[Array, "B"]) -> Float[Array, "B"]:
+    """One number in [0, 1) a sequence, a function of its seed and position alone, not of the batch around it."""
+    draw = lambda seed, position: jax.random.uniform(jax.random.fold_in(jax.random.key(seed), position))
+    return jax.vmap(draw)(seeds, positions)
+
+
+def sample(logits: Float[Array, "B V"], noise: Float[Array, "B"]) -> Int[Array, "B"]:
+    """The token at which the cumulative probability passes the noise.
+
+    One random number a token instead of V Gumbel draws, which on a CPU would cost more than the model. The
+    search goes by blocks, so that the running sums stay short and exact.
+    """
+    B, V = logits.shape
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    blocks = jnp.pad(weights, ((0, 0), (0, -V % _BLOCK))).reshape(B, -1, _BLOCK)
+    block_ends = jnp.cumsum(jnp.sum(blocks, axis=-1), axis=-1)
+    total = block_ends[:, -1]
+    target = jnp.minimum(noise * total, jnp.nextafter(total, jnp.zeros_like(total)))  # rounding must not reach total
+    block = _first_above(block_ends, target)
+    before = jnp.where(
+        block > 0, jnp.take_along_axis(block_ends, jnp.maximum(block - 1, 0)[:, None], 1)[:, 0], 0.0
+    )
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return block * _BLOCK + _last_positive(inside, _first_above(jnp.cumsum(inside, axis=-1), target - before))
+
+
+def _first_above(ends, target):
+    return jnp.minimum(jnp.sum(ends <= target[:, None], axis=-1), ends.shape[-1] - 1).astype(jnp.int32)
+
+
+def _last_positive(weights, index):
+    """Rounding inside a block may stop the search on an impossible token; the nearest possible one is meant."""
+    possible = (weights > 0) & (jnp.arange(weights.shape[-1]) <= index[:, None])
+    last = weights.shape[-1] - 1 - jnp.argmax(possible[:, ::-1], axis=-1)
+    return jnp.where(jnp.any(possible, axis=-1), last, jnp.argmax(weights > 0, axis=-1)).astype(jnp.int32)
