@@ -16,10 +16,13 @@ def run(main: Callable[..., Any]) -> None:
     Set DEEPSEEK_JAX_TRACEBACK=1 to see the traceback of a ValueError as well.
     """
     try:
-        tyro.cli(main, config=(tyro.conf.PositionalRequiredArgs,))
+        tyro.cli(main, config=(tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader of our output went away (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (ValueError, OSError) as problem:
         if os.environ.get("DEEPSEEK_JAX_TRACEBACK"):
             raise

@@ -86,9 +86,7 @@ class MoEConfig:
                 f"topk_method: got {self.topk_method!r}, wanted 'noaux_tc', 'greedy' or 'group_limited_greedy'"
             )
         if self.n_routed_experts % self.n_group:
-            raise ValueError(
-                f"n_routed_experts {self.n_routed_experts} is not divisible by n_group {self.n_group}"
-            )
+            raise ValueError(f"n_routed_experts {self.n_routed_experts} is not divisible by n_group {self.n_group}")
         if not 1 <= self.topk_group <= self.n_group:
             raise ValueError(f"topk_group: got {self.topk_group}, wanted 1 to n_group {self.n_group}")
         per_group = self.n_routed_experts // self.n_group
@@ -534,9 +532,7 @@ def _tiny() -> ModelConfig:
         tie_word_embeddings=False,
         bos_token_id=1,
         eos_token_id=2,
-        attention=MLAConfig(
-            q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=24
-        ),
+        attention=MLAConfig(q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=24),
         rope=RopeConfig(theta=10000.0),
         moe=MoEConfig(
             n_routed_experts=8,

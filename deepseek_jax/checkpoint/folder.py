@@ -83,11 +83,20 @@ def export_hf(source: Path, target: Path) -> None:
         _write_hf(model.weights, partial)
 
 
-def save_hf(model: Model, target: Path) -> None:
-    """Write a model from memory as a Hugging Face folder (without a tokenizer)."""
+def save_hf(model: Model, target: Path, *, source: Path | None = None) -> None:
+    """Write a model from memory as a Hugging Face folder.
+
+    Args:
+        model: to write.
+        target: folder to make; it appears when whole.
+        source: folder whose configuration and tokenizer files go with it; None writes config.json from the model.
+    """
     with files.new_folder(target) as partial:
-        text = json.dumps(to_hf(model.config), indent=2)
-        (partial / "config.json").write_text(text, encoding="utf-8")
+        if source is None:
+            text = json.dumps(to_hf(model.config), indent=2)
+            (partial / "config.json").write_text(text, encoding="utf-8")
+        else:
+            files.copy_sidecars(source, partial)
         _write_hf(model.weights, partial)
 
 

@@ -32,9 +32,7 @@ def expert_mlp(
     return jnp.einsum("wad,wa->wd", out[back].reshape(W, A, -1), weights).astype(x.dtype)
 
 
-def grouped_matmul(
-    lhs: Float[Array, "W K"], rhs: Float[Array, "E K N"], sizes: Int[Array, "E"]
-) -> Float[Array, "W N"]:
+def grouped_matmul(lhs: Float[Array, "W K"], rhs: Float[Array, "E K N"], sizes: Int[Array, "E"]) -> Float[Array, "W N"]:
     """Rows of group e times rhs[e]; the groups lie one after another and fill all W rows.
 
     Args:

@@ -48,9 +48,7 @@ def _kept_groups(choice: jax.Array, moe: MoEConfig) -> Bool[Array, "W E"]:
     return jnp.repeat(keep, E // moe.n_group, axis=-1)
 
 
-def expert_load(
-    experts: Int[Array, "B T A"], mask: Bool[Array, "B T"], n_experts: int
-) -> Float[Array, "B E"]:
+def expert_load(experts: Int[Array, "B T A"], mask: Bool[Array, "B T"], n_experts: int) -> Float[Array, "B E"]:
     """How often each expert was chosen, per sequence, counting only the tokens of the mask; float32."""
     hits = experts[..., None] == jnp.arange(n_experts)
     return jnp.sum(hits & mask[..., None, None], axis=(1, 2), dtype=jnp.float32)
@@ -70,8 +68,6 @@ def sequence_balance(
     return jnp.sum(frequency * mean_share, axis=-1)
 
 
-def updated_bias(
-    bias: Float[Array, "*L E"], load: Float[Array, "*L E"], gamma: float
-) -> Float[Array, "*L E"]:
+def updated_bias(bias: Float[Array, "*L E"], load: Float[Array, "*L E"], gamma: float) -> Float[Array, "*L E"]:
     """The auxiliary-loss-free rule: b += gamma * sign(mean load - load). Source: arXiv 2412.19437 section 2.1.2."""
     return bias + gamma * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)

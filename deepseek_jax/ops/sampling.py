@@ -65,9 +65,7 @@ def sample(logits: Float[Array, "B V"], noise: Float[Array, "B"]) -> Int[Array, 
     total = block_ends[:, -1]
     target = jnp.minimum(noise * total, jnp.nextafter(total, jnp.zeros_like(total)))  # rounding must not reach total
     block = _first_above(block_ends, target)
-    before = jnp.where(
-        block > 0, jnp.take_along_axis(block_ends, jnp.maximum(block - 1, 0)[:, None], 1)[:, 0], 0.0
-    )
+    before = jnp.where(block > 0, jnp.take_along_axis(block_ends, jnp.maximum(block - 1, 0)[:, None], 1)[:, 0], 0.0)
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     return block * _BLOCK + _last_positive(inside, _first_above(jnp.cumsum(inside, axis=-1), target - before))
 

@@ -1,0 +1,1 @@
+"""From prompts to completions: one engine for rollouts, evaluation and the command line."""

@@ -1,0 +1,287 @@
+"""Batch generation: one jitted prefill, one jitted decode loop on the device, the cache donated between them.
+
+Prompts are padded on the right into power-of-two buckets, so that a handful of compilations serve all lengths.
+The noise of a token depends on its sequence's seed and its position alone: neither the batch around it, nor its
+padding, nor the device count changes what is drawn.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.cache import Cache, empty_cache
+from deepseek_jax.ops import sampling as ops
+from deepseek_jax.ops.logprobs import logprobs_of_logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How tokens are drawn.
+
+    Args:
+        max_new_tokens: limit a completion, thinking included.
+        temperature: 0 takes the best token.
+        top_p: keep the smallest set of tokens that reaches this probability; 1 keeps all.
+        top_k: keep the k best; 0 keeps all.
+        repetition_penalty: for tokens of prompt and completion seen before; 1 is none.
+        stop_ids: tokens that end a completion; they belong to it.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (self.temperature >= 0, "0 or more"),
+            "top_p": (0 < self.top_p <= 1, "more than 0, at most 1"),
+            "top_k": (self.top_k >= 0, "0 (all) or more"),
+            "repetition_penalty": (self.repetition_penalty > 0, "more than 0"),
+        }
+        for name, (good, wanted) in checks.items():
+            if not good:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted {wanted}")
+
+
+class Completion(NamedTuple):
+    """One sample: its tokens (a stop token included), log-probs in nats, and whether it stopped by itself.
+
+    The log-probs are those of softmax(logits / temperature) before top-k, top-p and penalty, the distribution that
+    a trainer scores (temperature 0: of the unscaled logits).
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    finished: bool
+
+
+class _Knobs(NamedTuple):
+    """Sampling numbers as arrays, so that changing one recompiles nothing."""
+
+    temperature: jax.Array
+    top_p: jax.Array
+    top_k: jax.Array
+    penalty: jax.Array
+    stop_ids: jax.Array
+
+
+class _Modes(NamedTuple):
+    """Which parts of sampling are compiled in at all."""
+
+    greedy: bool
+    filtered: bool
+    penalised: bool
+
+
+class _State(NamedTuple):
+    """What decoding carries from token to token."""
+
+    cache: Cache
+    token_B: jax.Array
+    position_B: jax.Array
+    done_B: jax.Array
+    seen_BV: jax.Array | None
+    tokens_BN: jax.Array
+    logprobs_BN: jax.Array
+    count: jax.Array
+
+
+class Generator:
+    """Generation for one architecture; weights are an argument of every call.
+
+    Args:
+        config: the model's.
+        graphdef: static part of the module, from `model.decoder.split`.
+        dtype: of the cache.
+    """
+
+    def __init__(self, config: ModelConfig, graphdef: nnx.GraphDef, *, dtype: jnp.dtype = jnp.float32):
+        self.config, self.graphdef, self.dtype = config, graphdef, dtype
+        self.prefill = jax.jit(self._prefill, static_argnames=("samples", "slots", "modes", "room"))
+        self.decode = jax.jit(self._decode, static_argnames="modes", donate_argnames="state")
+
+    def __call__(
+        self,
+        weights: nnx.State,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        *,
+        seeds: Sequence[int],
+        samples: int = 1,
+    ) -> list[Completion]:
+        """Complete every prompt `samples` times.
+
+        Args:
+            weights: of the model.
+            prompts: token ids, each at least one and shorter than the context.
+            sampling: how to draw. A completion also ends where the context does.
+            seeds: one a completion, P x samples of them, prompt by prompt.
+            samples: completions a prompt; a prompt is prefilled once for all of them.
+
+        Returns:
+            P x samples completions, prompt by prompt.
+
+        Raises:
+            ValueError: no or empty prompts, a prompt that fills the context, or a wrong number of seeds.
+        """
+        self._check(prompts, seeds, samples)
+        longest = max(map(len, prompts))
+        limit = min(sampling.max_new_tokens, self.config.max_position_embeddings - longest)
+        tokens, lengths = pad_right(prompts, bucket(longest), rows=bucket(len(prompts), least=1))
+        knobs, modes = _compile_settings(sampling)
+        # Rows that only fill the bucket reuse the first seed and stop at once.
+        padded_seeds = np.full(tokens.shape[0] * samples, seeds[0] & 0xFFFFFFFF, np.uint32)
+        padded_seeds[: len(seeds)] = np.asarray(seeds, np.int64) & 0xFFFFFFFF
+        real = np.arange(padded_seeds.size) < len(seeds)
+        state = self.prefill(
+            weights,
+            tokens,
+            lengths,
+            padded_seeds,
+            real,
+            knobs,
+            samples=samples,
+            slots=bucket(longest + limit),
+            modes=modes,
+            room=bucket(limit),
+        )
+        state = self.decode(weights, state, padded_seeds, knobs, jnp.int32(limit), modes=modes)
+        return _completions(state, len(seeds), limit, sampling.stop_ids)
+
+    def _check(self, prompts, seeds, samples) -> None:
+        if not prompts:
+            raise ValueError("prompts: got none, wanted at least one")
+        if len(seeds) != len(prompts) * samples:
+            raise ValueError(f"seeds: got {len(seeds)}, wanted {len(prompts) * samples}, one a completion")
+        context = self.config.max_position_embeddings
+        for number, prompt in enumerate(prompts):
+            if not 0 < len(prompt) < context:
+                raise ValueError(
+                    f"prompt {number}: got {len(prompt)} tokens, wanted 1 to {context - 1}, "
+                    f"fewer than the model's context of {context}; shorten it"
+                )
+
+    def _prefill(self, weights, tokens_PT, length_P, seeds_B, real_B, knobs, *, samples, slots, modes, room):
+        """Prompts into the cache, the cache repeated for every sample, and the first token drawn."""
+        model = nnx.merge(self.graphdef, weights)
+        hidden, cache = model.prefill(tokens_PT, empty_cache(self.config, tokens_PT.shape[0], slots, self.dtype))
+        last_P1D = jnp.take_along_axis(hidden.x_BTD, (length_P - 1)[:, None, None], axis=1)
+        logits_PV = model.logits(last_P1D)[:, 0]
+        each = partial(jnp.repeat, repeats=samples, axis=0)
+        B = seeds_B.shape[0]
+        seen = None
+        if modes.penalised:
+            inside = jnp.arange(tokens_PT.shape[1]) < length_P[:, None]
+            rows = jnp.arange(tokens_PT.shape[0])[:, None]
+            seen_PV = jnp.zeros(logits_PV.shape, bool).at[rows, tokens_PT].max(inside)
+            seen = each(seen_PV)
+        state = _State(
+            cache=jax.tree.map(each, cache),
+            token_B=jnp.zeros(B, jnp.int32),
+            position_B=each(length_P),
+            done_B=~real_B,
+            seen_BV=seen,
+            tokens_BN=jnp.zeros((B, room), jnp.int32),
+            logprobs_BN=jnp.zeros((B, room), jnp.float32),
+            count=jnp.int32(0),
+        )
+        return _draw(state, each(logits_PV), seeds_B, knobs, modes)
+
+    def _decode(self, weights, state, seeds_B, knobs, limit, *, modes):
+        """Feed the last token, draw the next, until all sequences stopped or `limit` tokens are there."""
+        model = nnx.merge(self.graphdef, weights)
+
+        def body(state: _State) -> _State:
+            # the token that was drawn last lies one before the position that comes next
+            hidden, cache = model.extend(state.token_B[:, None], state.position_B[:, None] - 1, state.cache)
+            logits_BV = model.logits(hidden.x_BTD)[:, 0]
+            return _draw(state._replace(cache=cache), logits_BV, seeds_B, knobs, modes)
+
+        return jax.lax.while_loop(lambda s: (s.count < limit) & ~jnp.all(s.done_B), body, state)
+
+
+def _draw(state: _State, logits_BV, seeds_B, knobs: _Knobs, modes: _Modes) -> _State:
+    """Choose the token of `position_B`, note it and its log-prob, and step on."""
+    B = seeds_B.shape[0]
+    every = lambda value: jnp.broadcast_to(value, (B,))
+    plain = logits_BV if modes.greedy else logits_BV / knobs.temperature
+    chosen_from = logits_BV
+    if modes.penalised:
+        chosen_from = ops.penalise_repeats(chosen_from, state.seen_BV, every(knobs.penalty))
+    if modes.greedy:
+        token_B = jnp.argmax(chosen_from, axis=-1).astype(jnp.int32)
+    else:
+        chosen_from = chosen_from / knobs.temperature
+        if modes.filtered:
+            chosen_from = ops.keep_top_k(chosen_from, every(knobs.top_k))
+            chosen_from = ops.keep_top_p(chosen_from, every(knobs.top_p))
+        token_B = ops.sample(chosen_from, ops.uniform_noise(seeds_B, state.position_B))
+    logprob_B, _ = logprobs_of_logits(plain, token_B)
+    seen = state.seen_BV
+    if modes.penalised:
+        seen = seen.at[jnp.arange(B), token_B].set(True)
+    return _State(
+        cache=state.cache,
+        token_B=token_B,
+        position_B=state.position_B + 1,
+        done_B=state.done_B | jnp.any(token_B[:, None] == knobs.stop_ids, axis=-1),
+        seen_BV=seen,
+        tokens_BN=state.tokens_BN.at[:, state.count].set(token_B),
+        logprobs_BN=state.logprobs_BN.at[:, state.count].set(logprob_B),
+        count=state.count + 1,
+    )
+
+
+def _compile_settings(sampling: SamplingConfig) -> tuple[_Knobs, _Modes]:
+    stops = sampling.stop_ids or (-1,)
+    stops = stops + (stops[-1],) * (bucket(len(stops), least=4) - len(stops))
+    knobs = _Knobs(
+        temperature=jnp.float32(sampling.temperature),
+        top_p=jnp.float32(sampling.top_p),
+        top_k=jnp.int32(sampling.top_k),
+        penalty=jnp.float32(sampling.repetition_penalty),
+        stop_ids=jnp.asarray(stops, jnp.int32),
+    )
+    modes = _Modes(
+        greedy=sampling.temperature == 0,
+        filtered=sampling.top_p < 1 or sampling.top_k > 0,
+        penalised=sampling.repetition_penalty != 1,
+    )
+    return knobs, modes
+
+
+def _completions(state: _State, count: int, limit: int, stop_ids: tuple[int, ...]) -> list[Completion]:
+    tokens, logprobs = np.asarray(state.tokens_BN), np.asarray(state.logprobs_BN)
+    drawn = min(int(state.count), limit)
+    found = []
+    for row in range(count):
+        stops = np.flatnonzero(np.isin(tokens[row, :drawn], stop_ids))
+        length = int(stops[0]) + 1 if stops.size else drawn
+        found.append(Completion(tokens[row, :length], logprobs[row, :length], bool(stops.size)))
+    return found
+
+
+def bucket(size: int, least: int = 16) -> int:
+    """The next power of two, at least `least`."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def pad_right(sequences: Sequence[Sequence[int]], width: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [rows, width] with zeros after each sequence, and the lengths (1 for rows that only fill)."""
+    tokens = np.zeros((rows, width), np.int32)
+    lengths = np.ones(rows, np.int32)
+    for row, sequence in enumerate(sequences):
+        tokens[row, : len(sequence)] = sequence
+        lengths[row] = len(sequence)
+    return tokens, lengths

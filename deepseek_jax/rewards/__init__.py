@@ -1,0 +1,1 @@
+"""Rewards: text to float, with TRL's signature, and their weighted sum."""

@@ -1,0 +1,88 @@
+"""Format: is the completion shaped `<think>reasoning</think><answer>answer</answer>`?"""
+
+import math
+
+from deepseek_jax.rewards.combine import check_strings
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def format_reward(
+    prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: object
+) -> list[float | None]:
+    """1.0 where the completion is exactly the template, else 0.0.
+
+    Exactly: each of the four tags once and in order, something other than whitespace inside both pairs,
+    nothing but whitespace before, between and after. A prompt that ends in `<think>` (whitespace after it
+    allowed) counts as the completion's beginning; such a completion must not open again.
+
+    Args:
+      prompts: one a row.
+      completions: one a row, without end-of-sequence text.
+      completion_ids: not used.
+      **columns: not used.
+
+    Returns:
+      One score a row, never None.
+
+    Raises:
+      ValueError: the numbers of rows differ, or something is not a string.
+
+    Source: DeepSeek-R1 paper, section 2.2.2 (format rewards) and Table 1 (template).
+    """
+    check_strings("format_reward", prompts, completions)
+    return [float(_is_template(_whole(*row))) for row in zip(prompts, completions, strict=True)]
+
+
+def soft_format_reward(
+    prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: object
+) -> list[float | None]:
+    """Cosine similarity between the completion's tags and the template's, from 0.0 to 1.0.
+
+    The vector is (n1, n2, n3, n4, e): how often each of `<think>`, `</think>`, `<answer>`, `</answer>`
+    occurs, and the excess e, the number of occurrences beyond the first of each. The template's is (1, 1, 1,
+    1, 0). A completion without tags scores 0. One tag of four scores 1/2, two score 0.707, three 0.866, all
+    once 1.0, all twice 0.707. It sees neither order nor content: it is a slope towards `format_reward`, not
+    its substitute.
+
+    Args:
+      prompts: one a row; one that ends in `<think>` counts as the completion's beginning.
+      completions: one a row.
+      completion_ids: not used.
+      **columns: not used.
+
+    Returns:
+      One score a row, never None.
+
+    Raises:
+      ValueError: the numbers of rows differ, or something is not a string.
+
+    Source: the project's design documents (format as cosine similarity to the template).
+    Differs: the documents leave the vectors open; without e, repeating every tag would score 1.0
+      (tests/rewards/test_format.py, test_soft_repeating_every_tag_is_no_full_score).
+    """
+    check_strings("soft_format_reward", prompts, completions)
+    return [_tag_cosine(_whole(*row)) for row in zip(prompts, completions, strict=True)]
+
+
+def _whole(prompt: str, completion: str) -> str:
+    return "<think>" + completion if prompt.rstrip().endswith("<think>") else completion
+
+
+def _is_template(text: str) -> bool:
+    if any(text.count(tag) != 1 for tag in TAGS):
+        return False
+    before, _, rest = text.partition("<think>")
+    thought, closed, rest = rest.partition("</think>")
+    between, opened, rest = rest.partition("<answer>")
+    answer, ended, after = rest.partition("</answer>")
+    in_order = bool(closed and opened and ended)
+    outside = before + between + after
+    return in_order and not outside.strip() and bool(thought.strip()) and bool(answer.strip())
+
+
+def _tag_cosine(text: str) -> float:
+    counts = [text.count(tag) for tag in TAGS]
+    excess = sum(max(count - 1, 0) for count in counts)
+    norm = math.hypot(*counts, excess)
+    return sum(counts) / (norm * math.sqrt(len(TAGS))) if norm else 0.0

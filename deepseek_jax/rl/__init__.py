@@ -1,0 +1,1 @@
+"""Group-relative policy optimisation: advantages, loss and rollouts, each a function of arrays."""

@@ -1,0 +1,60 @@
+"""AdamW as DeepSeek trains with it: betas 0.9 and 0.95, the gradient clipped by its global norm."""
+
+from dataclasses import dataclass
+
+import jax
+import optax
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Settings of AdamW and its schedule.
+
+    Args:
+        learning_rate: peak.
+        warmup_steps: linear rise from 0.
+        final_ratio: the cosine's end as a share of the peak; 1 keeps the rate constant.
+        weight_decay: for matrices only; norms and biases are left alone.
+        b1: decay of the first moment.
+        b2: decay of the second moment (arXiv 2412.19437 section 4.2).
+        clip_norm: largest global norm of the gradient.
+    """
+
+    learning_rate: float
+    warmup_steps: int = 0
+    final_ratio: float = 1.0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate: got {self.learning_rate}, wanted more than 0")
+        if self.clip_norm <= 0:
+            raise ValueError(f"clip_norm: got {self.clip_norm}, wanted more than 0")
+
+
+def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Warm-up, then a cosine over the remaining steps (constant where final_ratio is 1)."""
+    if config.final_ratio == 1:
+        after = optax.constant_schedule(config.learning_rate)
+    else:
+        length = max(1, steps - config.warmup_steps)
+        after = optax.cosine_decay_schedule(config.learning_rate, length, alpha=config.final_ratio)
+    if not config.warmup_steps:
+        return after
+    # Starts one step in: a first update with rate 0 would be a wasted rollout.
+    rise = optax.linear_schedule(config.learning_rate / config.warmup_steps, config.learning_rate, config.warmup_steps)
+    return optax.join_schedules([rise, after], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clip, then AdamW with the schedule of `steps` updates."""
+    matrices = lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            schedule(config, steps), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=matrices
+        ),
+    )

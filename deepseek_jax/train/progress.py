@@ -1,0 +1,189 @@
+"""Progress of a long loop: a live bar on a terminal, a plain line now and then anywhere else."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from rich import progress as rich_progress
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column
+
+# Speed is that of the last steps, so that the first one's compilation is soon forgotten.
+_SPEED_STEPS = 20
+
+
+class Progress:
+    """Shows how far a loop is, how fast it goes, the time left and its latest metrics.
+
+    On a terminal this is one live line. Elsewhere (a log file, CI) a plain line is printed at the first step,
+    at every tenth of the total, at the last step, and otherwise every `seconds` at most.
+
+    >>> with Progress(2, "count", console=Console(force_terminal=False, width=80)) as progress:
+    ...     progress.note("starting")
+    starting
+
+    Args:
+        total: Steps of the whole loop, those done before a resume included.
+        description: What the loop does, for example "grpo".
+        start: Steps already done when resuming; they count for the bar and not for the speed.
+        seconds: The longest silence between plain lines.
+        console: Where to write; standard output by default.
+        clock: Monotonic seconds; replaced in tests.
+
+    Raises:
+        ValueError: `total` is not positive, or `start` is not within it.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        description: str,
+        start: int = 0,
+        *,
+        seconds: float = 30.0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        if total <= 0 or not 0 <= start <= total:
+            raise ValueError(f"progress needs 0 <= start <= total and total > 0, got {start} and {total}")
+        self.total, self.description, self.step = total, description, start
+        self._console = console or Console()
+        self._seconds, self._clock = seconds, clock
+        self._metrics: dict[str, Any] = {}
+        self._began = self._printed_at = clock()
+        self._printed_step: int | None = None
+        self._recent = deque([(self._began, start)], maxlen=_SPEED_STEPS + 1)
+        self._bar = self._make_bar() if self._console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        self._began = self._printed_at = self._clock()
+        self._recent[-1] = (self._began, self.step)
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._printed_step not in (None, self.step):
+            self._print_line()
+
+    def update(self, step: int, **metrics: float | str) -> None:
+        """Says that this many steps of the whole are done.
+
+        Args:
+            step: Steps done, counted from the loop's beginning and not from the resume.
+            metrics: What to show beside the bar, in this order; numbers are shortened, text stays as it is.
+        """
+        self.step = step
+        self._metrics |= metrics
+        self._recent.append((self._clock(), step))
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step, **self._fields())
+        elif self._line_is_due():
+            self._print_line()
+
+    def note(self, text: str) -> None:
+        """Prints a line of its own, above the bar where there is one."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def steps_per_second(self) -> float | None:
+        """The speed over the last steps; None before the first."""
+        (t0, n0), (t1, n1) = self._recent[0], self._recent[-1]
+        return (n1 - n0) / (t1 - t0) if n1 > n0 and t1 > t0 else None
+
+    def seconds_left(self) -> float | None:
+        """The time that the remaining steps take at the present speed; None before the first step."""
+        speed = self.steps_per_second()
+        return (self.total - self.step) / speed if speed else None
+
+    def _make_bar(self) -> rich_progress.Progress:
+        # rich's own speed and time columns count a resumed run's earlier steps, so both are text from here.
+        bar = rich_progress.Progress(
+            rich_progress.TextColumn("[bold]{task.description}"),
+            rich_progress.BarColumn(bar_width=24 if self._console.width >= 120 else 8),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TextColumn("{task.fields[speed]}", style="cyan"),
+            rich_progress.TimeElapsedColumn(),
+            rich_progress.TextColumn("{task.fields[left]}", style="dim"),
+            # The one column that may wrap, so that a narrow terminal cuts nothing off.
+            rich_progress.TextColumn("{task.fields[metrics]}", table_column=Column(no_wrap=False)),
+            console=self._console,
+            refresh_per_second=4,
+        )
+        bar.add_task(escape(self.description), total=self.total, completed=self.step, **self._fields())
+        return bar
+
+    def _fields(self) -> dict[str, str]:
+        return {
+            "speed": format_speed(self.steps_per_second()),
+            "left": f"left {format_seconds(self.seconds_left())}",
+            "metrics": escape(format_metrics(self._metrics)),
+        }
+
+    def _line_is_due(self) -> bool:
+        if self._printed_step is None or self.step >= self.total:
+            return True
+        tenth_passed = self.step * 10 // self.total > self._printed_step * 10 // self.total
+        return tenth_passed or self._clock() - self._printed_at >= self._seconds
+
+    def _print_line(self) -> None:
+        self._printed_at, self._printed_step = self._clock(), self.step
+        elapsed = format_seconds(self._printed_at - self._began)
+        parts = [
+            f"{self.description} {self.step}/{self.total}",
+            format_speed(self.steps_per_second()),
+            f"elapsed {elapsed}",
+            f"left {format_seconds(self.seconds_left())}",
+            format_metrics(self._metrics),
+        ]
+        self.note("  ".join(part for part in parts if part))
+
+
+def format_metrics(metrics: dict[str, float | str]) -> str:
+    """Writes metrics on one line; a name that ends in "accuracy" is a fraction and shown in percent.
+
+    >>> format_metrics({"reward": 0.8342, "length": 41.23, "accuracy": 0.712, "loss": 0.0000312})
+    'reward 0.83  length 41.2  accuracy 71 %  loss 3.1e-05'
+    """
+    return "  ".join(f"{name} {_format_value(name, value)}" for name, value in metrics.items())
+
+
+def format_speed(steps_per_second: float | None) -> str:
+    """Writes a speed as steps a second, or as seconds a step where that is the larger number.
+
+    >>> format_speed(12.34), format_speed(0.25), format_speed(None)
+    ('12.3 steps/s', '4.0 s/step', '- steps/s')
+    """
+    if steps_per_second is None:
+        return "- steps/s"
+    return f"{steps_per_second:.1f} steps/s" if steps_per_second >= 1 else f"{1 / steps_per_second:.1f} s/step"
+
+
+def format_seconds(seconds: float | None) -> str:
+    """Writes a duration.
+
+    >>> format_seconds(7.2), format_seconds(754), format_seconds(7384), format_seconds(None)
+    ('0:07', '12:34', '2:03:04', '-')
+    """
+    if seconds is None:
+        return "-"
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def _format_value(name: str, value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    number = float(value)
+    if name.endswith("accuracy"):
+        return f"{100 * number:.0f} %"
+    if number == 0 or 0.01 <= abs(number) < 10:
+        return f"{number:.2f}"
+    return f"{number:.1f}" if 10 <= abs(number) < 1000 else f"{number:.2g}" if abs(number) < 0.01 else f"{number:.4g}"

@@ -1,0 +1,349 @@
+"""A run's `report.html`: summary, curves and samples in one file that asks the network for nothing.
+
+Sampled text is hostile input: all text is escaped, and the page's own policy forbids scripts and requests.
+"""
+
+import fnmatch
+import html
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+# Drawn in colours that nothing else uses, and then exchanged for the page's own, which follow light and dark.
+_PAGE_COLOURS = {
+    "#010101": "var(--ink)",
+    "#010102": "var(--faint)",
+    "#010103": "var(--line)",
+    "#020201": "var(--c1)",
+    "#020202": "var(--c2)",
+    "#020203": "var(--c3)",
+    "#020204": "var(--c4)",
+    "#020205": "var(--c5)",
+    "#020206": "var(--c6)",
+}
+_INK, _FAINT, _LINE, *_CURVES = _PAGE_COLOURS
+
+# More raw points than this are thinned out: the eye cannot tell, and the page stays small.
+_MAX_POINTS = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One plot: a title, the unit of its axis, and the metrics on it, as names or patterns."""
+
+    title: str
+    unit: str
+    names: tuple[str, ...]
+    percent: bool = False
+    log: bool = False
+    exact: bool = False  # known rather than measured, so drawn without smoothing
+
+
+PANELS = (
+    Panel(title="Reward", unit="reward", names=("reward", "reward_std")),
+    Panel(title="Accuracy", unit="%", names=("accuracy", "eval/accuracy"), percent=True),
+    Panel(title="Response length", unit="tokens", names=("completions/mean_length",)),
+    Panel(title="KL to the reference", unit="nats per token", names=("kl",)),
+    Panel(title="Entropy", unit="nats per token", names=("entropy",)),
+    Panel(title="Reward parts", unit="mean reward", names=("rewards/*/mean",)),
+    Panel(title="Loss", unit="loss", names=("loss", "eval/loss")),
+    Panel(title="Learning rate", unit="per update", names=("learning_rate",), exact=True),
+    Panel(title="Gradient norm", unit="global norm", names=("grad_norm",)),
+    Panel(
+        title="Clipping, and groups of equal reward",
+        unit="%",
+        names=("clip_ratio", "clip_ratio/*", "completions/clipped_ratio", "frac_reward_zero_std"),
+        percent=True,
+    ),
+    Panel(
+        title="Sampler against trainer",
+        unit="|difference|, nats",
+        names=("sampling/sampling_logp_difference/*",),
+        log=True,
+    ),
+    Panel(title="Tokens seen", unit="tokens", names=("num_tokens",), exact=True),
+    Panel(title="Step time", unit="seconds", names=("step_time",)),
+)
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --ink: #1c2330; --faint: #667085;
+  --line: #e3e7ed; --c1: #2563eb; --c2: #d9480f; --c3: #0f8a5f; --c4: #9333ea; --c5: #b58105; --c6: #0e7490; }
+@media (prefers-color-scheme: dark) { :root { --page: #0f141b; --card: #171e28; --ink: #e6e9ef;
+  --faint: #98a2b3; --line: #2a3442; --c1: #7aa7ff; --c2: #ff9466; --c3: #4fd1a1; --c4: #c79bff;
+  --c5: #e5bd4f; --c6: #5cc8de; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1240px; padding: 28px 20px 60px; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: 26px; line-height: 1.2; margin: 0 0 18px; }
+h2 { font-size: 19px; margin: 34px 0 12px; }
+.headline { font-size: 17px; margin: 0 0 18px; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+.summary { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); margin: 0;
+  gap: 14px 18px; padding: 18px; }
+.summary dt { color: var(--faint); font-size: 13px; }
+.summary dd { margin: 0; font-weight: 600; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(360px, 100%), 1fr)); gap: 14px; }
+figure { margin: 0; padding: 12px 12px 6px; }
+figcaption { font-weight: 600; }
+figcaption small { font-weight: 400; color: var(--faint); }
+figure svg { display: block; width: 100%; height: auto; }
+svg text { font-family: inherit; }
+details { margin-top: 14px; }
+summary { cursor: pointer; color: var(--faint); margin-bottom: 12px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; min-width: 640px; }
+th, td { text-align: left; vertical-align: top; padding: 10px 14px; border-bottom: 1px solid var(--line); }
+tr:last-child td { border-bottom: 0; }
+th { color: var(--faint); font-size: 13px; font-weight: 600; white-space: nowrap; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th.number { text-align: right; }
+pre { margin: 0; min-width: 200px; max-height: 320px; overflow: auto; white-space: pre-wrap;
+  overflow-wrap: anywhere; unicode-bidi: isolate; font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; }
+.note { color: var(--faint); }
+@media print { body { max-width: none; } pre { max-height: none; } figure, tr { break-inside: avoid; } }
+"""
+
+
+def write_report(
+    folder: str | Path,
+    *,
+    title: str,
+    summary: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    samples: Sequence[Mapping[str, Any]],
+) -> Path:
+    """Writes `report.html` into a run's folder.
+
+    Args:
+        folder: The run's folder; made if absent.
+        title: The page's heading.
+        summary: What the run came to, by name; a number, text, None, or anything JSON can hold. Where
+            `accuracy_before` and `accuracy_after` are there, one sentence tells them.
+        rows: What `read_metrics` returns. Each stage becomes a section, each metric a curve over its steps;
+            metrics that no panel names are folded away below the others.
+        samples: What the model wrote: dicts with `prompt` and `completion` texts, optionally `rewards`, a
+            mapping of reward names to numbers or None, and any further columns.
+
+    Returns:
+        The path of the file. A reader never sees half of it.
+    """
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    body = [
+        f"<h1>{_text(title)}</h1>",
+        _headline(summary),
+        _summary(summary),
+        *(_stage(stage, [row for row in rows if row["stage"] == stage], i) for i, stage in enumerate(stages)),
+        "" if rows else '<p class="note">No metrics were written.</p>',
+        _samples(samples),
+    ]
+    page = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        # Should any text ever slip through as markup, the browser still runs nothing and asks no one.
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "style-src 'unsafe-inline'\">\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(part for part in body if part)
+        + "\n</body>\n</html>\n"
+    )
+    path = Path(folder) / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".html.tmp")
+    draft.write_text(page, encoding="utf-8")
+    os.replace(draft, path)
+    return path
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Averages each value with its neighbours, so that the curve neither lags nor loses its ends.
+
+    Args:
+        values: [T] numbers.
+        window: How many values are averaged, about; near an end only those that are there.
+
+    Returns:
+        [T] float64 means.
+    """
+    half = window // 2
+    # Summed from the first value on, so that a constant stays exactly one and its axis shows no rounding.
+    origin = values[:1].astype(np.float64)
+    sums = np.concatenate([[0.0], np.cumsum(values - origin)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    return origin + (sums[high] - sums[low]) / (high - low)
+
+
+def _stage(stage: str, rows: list[Mapping[str, Any]], number: int) -> str:
+    """A stage's heading and its plots, the metrics that no panel names folded away."""
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in ("stage", "step", "time")))
+    taken: set[str] = set()
+    known, other = [], []
+    for panel, on_panel in _match(names):
+        taken.update(on_panel)
+        known.append(_figure(panel, on_panel, rows, f"s{number}p{len(known)}"))
+    for name in names:
+        if name not in taken:
+            panel = Panel(title=name, unit="value", names=(name,))
+            other.append(_figure(panel, [name], rows, f"s{number}o{len(other)}"))
+    folded = (
+        f'<details><summary>Other metrics ({len(other)})</summary><div class="plots">{"".join(other)}</div></details>'
+    )
+    steps = [row["step"] for row in rows]
+    span = f"steps {min(steps)} to {max(steps)}"
+    return (
+        f'<section><h2>{_text(stage)} <small class="note">{span}</small></h2>\n<div class="plots">'
+        f"{''.join(known)}</div>{folded if other else ''}</section>"
+    )
+
+
+def _match(names: list[str]) -> Iterator[tuple[Panel, list[str]]]:
+    """The panels that have something to show, each with its metrics."""
+    for panel in PANELS:
+        found = [n for pattern in panel.names for n in names if fnmatch.fnmatchcase(n, pattern)]
+        if found:
+            yield panel, found
+
+
+def _figure(panel: Panel, names: list[str], rows: list[Mapping[str, Any]], key: str) -> str:
+    """One plot as a figure element: faint points as measured, and a smoothed line through them."""
+    curves = {name: _series(name, rows) for name in names}
+    left_out = sum(absent for _, _, absent in curves.values())
+    note = f" <small>{left_out} values not finite, left out</small>" if left_out else ""
+    return (
+        f'<figure class="card"><figcaption>{_text(panel.title)}{note}</figcaption>'
+        f"{_svg(panel, {name: (x, y) for name, (x, y, _) in curves.items()}, key)}</figure>"
+    )
+
+
+def _series(name: str, rows: list[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, int]:
+    """A metric's steps and finite values, and how many values were not finite."""
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    finite = [(step, value) for step, value in points if value is not None and math.isfinite(value)]
+    x, y = np.array(finite, dtype=np.float64).reshape(-1, 2).T
+    return x, y, len(points) - len(finite)
+
+
+def _svg(panel: Panel, curves: dict[str, tuple[np.ndarray, np.ndarray]], key: str) -> str:
+    figure = Figure(figsize=(4.6, 2.7), layout="constrained")
+    axes = figure.add_subplot()
+    for i, (name, (x, y)) in enumerate(curves.items()):
+        colour = _CURVES[i % len(_CURVES)]
+        y = 100 * y if panel.percent else y
+        shown = np.linspace(0, len(x) - 1, min(len(x), _MAX_POINTS)).astype(int)
+        few = len(x) < 12
+        if not panel.exact:
+            size, alpha = (3.2, 0.9) if few else (2, 0.28)
+            axes.plot(x[shown], y[shown], "o", color=colour, markersize=size, alpha=alpha, mew=0)
+        line = y if few or panel.exact else smooth(y, max(5, len(y) // 15))
+        # A dollar sign would start a formula.
+        axes.plot(x[shown], line[shown], color=colour, linewidth=1.7, label=name.replace("$", r"\$"))
+    if panel.log and any((y > 0).any() for _, y in curves.values()):
+        axes.set_yscale("log", nonpositive="mask")
+    elif max((np.abs(y).max(initial=0) for _, y in curves.values()), default=0) >= 100_000:
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    else:
+        axes.ticklabel_format(axis="y", useOffset=False)
+    axes.set_xlabel("step")
+    axes.set_ylabel(panel.unit)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_LINE)
+    axes.tick_params(which="both", colors=_FAINT, labelsize=9, length=0)
+    axes.xaxis.label.set_color(_FAINT)
+    axes.yaxis.label.set_color(_FAINT)
+    axes.grid(color=_LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    if len(curves) > 1:
+        axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK, handlelength=1.4)
+
+    out = io.StringIO()
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    # Text stays text (smaller, in the page's own font); the salt makes ids differ from plot to plot.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key, "font.size": 10}):
+        figure.savefig(out, format="svg", transparent=True, metadata=no_metadata)
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for drawn, wanted in _PAGE_COLOURS.items():
+        svg = svg.replace(drawn, wanted)
+    # Ids such as "axes_1" would repeat from plot to plot, and so would references find the wrong plot.
+    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{key}-", svg)
+    label = html.escape(f"{panel.title}: {', '.join(curves)} over steps")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def _headline(summary: Mapping[str, Any]) -> str:
+    """One sentence on what the run did to the accuracy, where the summary knows it."""
+    if not {"accuracy_before", "accuracy_after"} <= summary.keys():
+        return ""
+    ends = []
+    for end in ("before", "after"):
+        stderr = summary.get(f"stderr_{end}")
+        margin = f" ± {100 * stderr:.1f}" if stderr is not None else ""
+        ends.append(f"<strong>{100 * summary[f'accuracy_{end}']:.1f} %</strong>{margin}")
+    questions = summary.get("questions")
+    on = f" on {_text(_value(questions))} unseen questions" if questions is not None else ""
+    return f'<p class="headline">Accuracy{on}: {ends[0]} before, {ends[1]} after.</p>'
+
+
+def _summary(summary: Mapping[str, Any]) -> str:
+    items = "".join(
+        f"<div><dt>{_text(str(name).replace('_', ' '))}</dt><dd>{_text(_value(value))}</dd></div>"
+        for name, value in summary.items()
+    )
+    return f'<dl class="summary card">{items}</dl>' if items else ""
+
+
+def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
+    """The table of what the model wrote: texts, then every reward in a column of its own."""
+    if not samples:
+        return ""
+    rewards = list(dict.fromkeys(name for sample in samples for name in sample.get("rewards", {})))
+    columns = list(dict.fromkeys(["prompt", "completion", *(n for s in samples for n in s if n != "rewards")]))
+    head = "".join(f"<th>{_text(name)}</th>" for name in columns)
+    head += "".join(f'<th class="number">{_text(name)}</th>' for name in rewards)
+    body = []
+    for sample in samples:
+        cells = [_cell(sample.get(name)) for name in columns]
+        cells += [_cell(sample.get("rewards", {}).get(name)) for name in rewards]
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    return (
+        f'<section><h2>Samples</h2>\n<div class="card scroll"><table><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{''.join(body)}</tbody></table></div></section>"
+    )
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, str):
+        return f'<td><pre dir="auto">{_text(value)}</pre></td>'
+    return f'<td class="number">{_text(_value(value))}</td>'
+
+
+def _value(value: Any) -> str:
+    """A summary's or a sample's value as text: thousands apart, floats to four digits, None as a dash."""
+    if value is None:
+        return "–"
+    if isinstance(value, str | bool):
+        return str(value)
+    if isinstance(value, int | np.integer):
+        # Years, seeds and small counts read better unseparated.
+        return f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}") if abs(value) >= 10_000 else str(value)
+    if isinstance(value, float | np.floating):
+        return f"{value:.1f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _text(text: str) -> str:
+    """Escapes text for HTML, in content and in attributes, and shows what no page may hold as U+FFFD."""
+    shown = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
+    return html.escape(shown, quote=True)

@@ -1,0 +1,130 @@
+"""One optimizer step: (state, batch) -> (state, metrics), for any objective."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from deepseek_jax.model.decoder import Decoder
+from deepseek_jax.model.layers import RouterBias
+from deepseek_jax.model.scoring import Scored
+from deepseek_jax.ops.metrics import Max, Mean, Metrics, merge
+from deepseek_jax.ops.routing import updated_bias
+
+
+class TrainState(NamedTuple):
+    """What an update reads and writes: weights (router biases among them), optimizer moments, and their count."""
+
+    weights: nnx.State
+    moments: optax.OptState
+    step: jax.Array
+
+
+class MaskedBatch(Protocol):
+    """Any NamedTuple of arrays with samples along the first axis."""
+
+    mask_BT: jax.Array
+
+
+class Objective(Protocol):
+    def __call__(self, model: Decoder, batch: Any, samples: jax.Array) -> tuple[jax.Array, Metrics, Scored]:
+        """Loss of a part of a batch of `samples` samples, with metrics and what the forward pass said."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """How a batch becomes an update.
+
+    Args:
+        micro_batches: parts that a batch is computed in, one after another, to save memory. Sums and counts are
+            kept until the end, so their number changes nothing but rounding.
+        balance_alpha: weight of the sequence-wise balance loss (DeepSeek-V3: 1e-4).
+        bias_gamma: speed of the router bias (DeepSeek-V3: 1e-3, then 0).
+    """
+
+    micro_batches: int = 1
+    balance_alpha: float = 0.0
+    bias_gamma: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.micro_batches < 1:
+            raise ValueError(f"micro_batches: got {self.micro_batches}, wanted at least 1")
+
+
+def init_state(weights: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+    """A state at step 0. The weights are copied: an update donates its input, and the caller keeps theirs."""
+    params, _ = nnx.split_state(weights, nnx.Param, ...)
+    return TrainState(jax.tree.map(jnp.copy, weights), optimizer.init(params), jnp.int32(0))
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef, objective: Objective, optimizer: optax.GradientTransformation, config: StepConfig
+) -> Callable[[TrainState, MaskedBatch], tuple[TrainState, Metrics]]:
+    """The jitted step; its state is donated."""
+
+    def part_gradient(weights, batch, samples):
+        params, rest = nnx.split_state(weights, nnx.Param, ...)
+
+        def loss(params):
+            loss, metrics, scored = objective(nnx.merge(graphdef, params, rest), batch, samples)
+            total = loss + config.balance_alpha * scored.balance / samples
+            metrics = metrics | {"loss": Mean(loss, jnp.float32(1))} | _routing_metrics(scored, batch)
+            return total, (metrics, scored.load_LE)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    def step(state: TrainState, batch: MaskedBatch) -> tuple[TrainState, Metrics]:
+        samples = jnp.float32(batch.mask_BT.shape[0])
+        gradient, (metrics, load_LE) = _accumulate(
+            lambda part: part_gradient(state.weights, part, samples), batch, config.micro_batches
+        )
+        metrics["loss"] = Mean(metrics["loss"].total, jnp.float32(1))
+        metrics["grad_norm"] = Max(optax.global_norm(gradient))
+        params, rest = nnx.split_state(state.weights, nnx.Param, ...)
+        updates, moments = optimizer.update(gradient, state.moments, params)
+        params = optax.apply_updates(params, updates)
+        if load_LE is not None and config.bias_gamma:
+            rest = _moved_biases(rest, load_LE, config.bias_gamma)
+        return TrainState(nnx.merge_state(params, rest), moments, state.step + 1), metrics
+
+    return jax.jit(step, donate_argnames="state")
+
+
+def _accumulate(gradient_of, batch, parts: int):
+    """Gradient, metrics and expert load of a whole batch, computed in `parts` equal parts."""
+    rows = batch.mask_BT.shape[0]
+    if rows % parts:
+        raise ValueError(f"micro_batches: got {parts}, which does not divide the batch of {rows} samples")
+    if parts == 1:
+        return gradient_of(batch)
+    stacked = jax.tree.map(lambda a: a.reshape(parts, rows // parts, *a.shape[1:]), batch)
+    first, rest = jax.tree.map(lambda a: a[0], stacked), jax.tree.map(lambda a: a[1:], stacked)
+
+    def add(total, part):
+        gradient, (metrics, load) = gradient_of(part)
+        total_gradient, (total_metrics, total_load) = total
+        summed = jax.tree.map(jnp.add, (total_gradient, total_load), (gradient, load))
+        return (summed[0], (merge(total_metrics, metrics), summed[1])), None
+
+    return jax.lax.scan(add, gradient_of(first), rest)[0]
+
+
+def _routing_metrics(scored: Scored, batch) -> Metrics:
+    if scored.load_LE is None:
+        return {}
+    layers, samples = scored.load_LE.shape[0], batch.mask_BT.shape[0]
+    return {"router/balance_loss": Mean(scored.balance, jnp.float32(layers * samples))}
+
+
+def _moved_biases(rest: nnx.State, load_LE: jax.Array, gamma: float) -> nnx.State:
+    """Each MoE layer's bias by its own load; both come in the order of the layers."""
+    flat = nnx.to_flat_state(rest)
+    order = [path for path, leaf in flat if isinstance(leaf, RouterBias)]
+    load = dict(zip(sorted(order, key=lambda path: path[1]), load_LE, strict=True))
+    move = lambda path, leaf: leaf.replace(updated_bias(leaf[...], load[path], gamma)) if path in load else leaf
+    return nnx.from_flat_state([(path, move(path, leaf)) for path, leaf in flat])

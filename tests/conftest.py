@@ -1,0 +1,31 @@
+"""Settings that every test shares: one CPU device, shape-checked ops, repeatable hypothesis examples."""
+
+import os
+from importlib.util import find_spec
+
+# Set before anything imports jax. One device: tests that need eight ask for them in a process of their own.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Must come before the first import of the ops, so that it stands here and not in a fixture.
+install_import_hook("deepseek_jax.ops", "beartype.beartype")
+
+# No deadline: the first example of a jitted function pays for its compilation.
+settings.register_profile("deepseek_jax", deadline=None, derandomize=True, max_examples=25)
+settings.load_profile("deepseek_jax")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips a test, saying why, where what its marker needs is not installed or not there."""
+    if item.get_closest_marker("oracle"):
+        missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
+        if missing:
+            pytest.skip(f"needs {' and '.join(missing)}: pip install -e '.[oracle]'")
+    if item.get_closest_marker("gpu"):
+        import jax
+
+        if jax.default_backend() != "gpu":
+            pytest.skip(f"needs a GPU, got {jax.default_backend()}: run with JAX_PLATFORMS=cuda")

@@ -1,0 +1,106 @@
+"""Laws of the weighted sum: None contributes nothing, and a function at fault is named."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepseek_jax.rewards.accuracy import accuracy_reward
+from deepseek_jax.rewards.combine import combine
+from deepseek_jax.rewards.format import format_reward
+
+SCORES = st.lists(st.none() | st.floats(-10, 10), min_size=3, max_size=3)
+
+
+def fixed(scores):
+    return lambda prompts, completions, completion_ids, **columns: scores
+
+
+def run(functions, weights, rows=3, **columns):
+    return combine(functions, weights)([""] * rows, ["c"] * rows, [[1]] * rows, **columns)
+
+
+def test_values():
+    total, parts = run({"a": fixed([1.0, 0.0, None]), "b": fixed([0.5, None, 1])}, {"a": 1.0, "b": 0.3})
+    assert total == pytest.approx([1.15, 0.0, 0.3], abs=1e-12)
+    assert parts == {"a": [1.0, 0.0, None], "b": [0.5, None, 1.0]}
+
+
+@given(a=SCORES, weight=st.floats(-3, 3))
+def test_none_contributes_nothing(a, weight):
+    alone, _ = run({"base": fixed([1.0] * 3)}, {"base": 2.0})
+    total, parts = run({"base": fixed([1.0] * 3), "a": fixed(a)}, {"base": 2.0, "a": weight})
+    expected = [base + (0.0 if x is None else weight * x) for base, x in zip(alone, a, strict=True)]
+    assert total == pytest.approx(expected, abs=1e-12)
+    assert parts["a"] == a
+
+
+def test_functions_see_the_rows_and_every_column():
+    seen = {}
+
+    def spy(prompts, completions, completion_ids, **columns):
+        seen.update(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+        return [0.0]
+
+    combine({"spy": spy}, {"spy": 1.0})(["p"], ["c"], [[7]], answer=["4"], level=[2])
+    assert seen == {
+        "prompts": ["p"],
+        "completions": ["c"],
+        "completion_ids": [[7]],
+        "answer": ["4"],
+        "level": [2],
+    }
+
+
+def test_real_functions_combine():
+    reward = combine({"accuracy": accuracy_reward, "format": format_reward}, {"accuracy": 1.0, "format": 0.3})
+    completions = ["a</think><answer>4</answer>", "a</think>4"]
+    total, parts = reward(["<think>\n"] * 2, completions, [[1]] * 2, answer=["4", None])
+    assert total == pytest.approx([1.3, 0.0], abs=1e-12)
+    assert parts == {"accuracy": [1.0, None], "format": [1.0, 0.0]}
+
+
+def test_a_row_without_any_score_is_refused():
+    with pytest.raises(ValueError, match=r"row 1: got None from every function \(a, b\)"):
+        run({"a": fixed([1.0, None, 1.0]), "b": fixed([None, None, 1.0])}, {"a": 1.0, "b": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("scores", "reason"),
+    [
+        ([1.0, 1.0], "got 2 scores, wanted a list of 3"),
+        ([1.0] * 4, "got 4 scores"),
+        (1.0, "got float"),
+        (None, "got NoneType"),
+        ("abc", "got str"),
+        ([1.0, math.nan, 1.0], "row 1: got nan"),
+        ([1.0, 1.0, math.inf], "row 2: got inf"),
+        ([1.0, "1", 1.0], "row 1: got '1'"),
+    ],
+)
+def test_a_function_at_fault_is_named(scores, reason):
+    with pytest.raises(ValueError, match=f"reward function 'bad': {reason}"):
+        run({"good": fixed([1.0] * 3), "bad": fixed(scores)}, {"good": 1.0, "bad": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("functions", "weights", "reason"),
+    [
+        ({}, {}, "one at least"),
+        ({"a": fixed([])}, {}, "same names"),
+        ({"a": fixed([])}, {"a": 1.0, "b": 1.0}, "same names"),
+        ({"a": fixed([])}, {"a": math.nan}, r"weights\['a'\]: got nan"),
+        ({"a": fixed([])}, {"a": "1"}, r"weights\['a'\]: got '1'"),
+    ],
+)
+def test_names_and_weights_must_match(functions, weights, reason):
+    with pytest.raises(ValueError, match=reason):
+        combine(functions, weights)
+
+
+def test_every_column_has_a_value_for_each_row():
+    with pytest.raises(ValueError, match="answer: got 2 rows, wanted 3"):
+        run({"a": fixed([1.0] * 3)}, {"a": 1.0}, answer=["4", "4"])
+    with pytest.raises(ValueError, match="completion_ids: got 1 rows, wanted 2"):
+        combine({"a": fixed([1.0] * 2)}, {"a": 1.0})(["", ""], ["", ""], [[1]])
