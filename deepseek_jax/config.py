@@ -4,9 +4,38 @@ Imports no jax: a configuration can be read, checked and planned with on any mac
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+LARGEST = 2**31 - 1  # of any whole number in a configuration: what an int32 index reaches
+
+
+def _whole(name: str, value: Any, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
+        raise ValueError(f"{name}: got {value!r}, wanted a whole number from {least} to {LARGEST}")
+    return value
+
+
+def _check_whole(owner: Any, *names: str, least: int = 1) -> None:
+    for name in names:
+        _whole(name, getattr(owner, name), least)
+
+
+def _check_numbers(owner: Any, *names: str, above: float | None = None) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        if not number or (above is not None and value <= above):
+            bound = "" if above is None else f" above {above:g}"
+            raise ValueError(f"{name}: got {value!r}, wanted a finite number{bound}")
+
+
+def _check_flags(owner: Any, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(owner, name), bool):
+            raise ValueError(f"{name}: got {getattr(owner, name)!r}, wanted true or false")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +43,9 @@ class RopeConfig:
     """Rotary position embedding with plain frequencies."""
 
     theta: float
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "theta", above=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +59,12 @@ class YarnConfig(RopeConfig):
     mscale: float
     mscale_all_dim: float
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_numbers(self, "factor", "beta_fast", "beta_slow", above=0)
+        _check_whole(self, "original_max_position_embeddings")
+        _check_numbers(self, "mscale", "mscale_all_dim")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3RopeConfig(RopeConfig):
@@ -36,6 +74,12 @@ class Llama3RopeConfig(RopeConfig):
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_numbers(self, "factor", "low_freq_factor", above=0)
+        _check_numbers(self, "high_freq_factor", above=self.low_freq_factor)
+        _check_whole(self, "original_max_position_embeddings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +95,11 @@ class MLAConfig:
     qk_rope_head_dim: int
     v_head_dim: int
 
+    def __post_init__(self) -> None:
+        _check_whole(self, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        if self.q_lora_rank is not None:
+            _check_whole(self, "q_lora_rank")
+
 
 @dataclass(frozen=True, kw_only=True)
 class GQAConfig:
@@ -59,6 +108,9 @@ class GQAConfig:
     num_key_value_heads: int
     head_dim: int
     qkv_bias: bool
+
+    def __post_init__(self) -> None:
+        _check_whole(self, "num_key_value_heads", "head_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +133,11 @@ class MoEConfig:
     routed_scaling_factor: float
 
     def __post_init__(self) -> None:
+        _check_whole(self, "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size")
+        _check_whole(self, "n_group", "topk_group")
+        _check_whole(self, "first_k_dense_replace", least=0)
+        _check_numbers(self, "routed_scaling_factor", above=0)
+        _check_flags(self, "norm_topk_prob")
         if self.topk_method not in ("noaux_tc", "greedy", "group_limited_greedy"):
             raise ValueError(
                 f"topk_method: got {self.topk_method!r}, wanted 'noaux_tc', 'greedy' or 'group_limited_greedy'"
@@ -130,9 +187,15 @@ class ModelConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wanted a positive number")
+        _check_whole(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        _check_whole(self, "num_attention_heads", "max_position_embeddings")
+        _check_whole(self, "num_nextn_predict_layers", least=0)
+        _check_numbers(self, "rms_norm_eps", "initializer_range", above=0)
+        _check_flags(self, "tie_word_embeddings")
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            for token in value if isinstance(value, tuple) else () if value is None else (value,):
+                _whole(name, token, least=0)
         if isinstance(self.attention, GQAConfig) and self.num_attention_heads % self.attention.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not divisible by "
@@ -176,9 +239,19 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 # Keys that say nothing about the forward pass, or restate what another key fixes.
 _IGNORED = {
-    *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"),
-    *("attention_dropout", "pad_token_id", "pretraining_tp", "output_router_logits", "initializer_range"),
-    *("head_dim", "qk_head_dim", "layer_types", "max_window_layers", "sliding_window"),
+    *(
+        "_name_or_path",
+        "_model_name_or_path",
+        "unk_token_id",
+        "architectures",
+        "auto_map",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    ),
+    *("attention_dropout", "pad_token_id", "pretraining_tp", "output_router_logits"),
+    *("head_dim", "qk_head_dim", "max_window_layers", "sliding_window"),
     *("aux_loss_alpha", "seq_aux", "ep_size", "num_mtp_layers", "router_aux_loss_coef"),
     *("is_llama_config", "rope_interleaved", "return_dict", "output_hidden_states", "output_attentions"),
 }
@@ -207,25 +280,23 @@ class _Reader:
             return self.values[name]
         if default:
             return default[0]
-        raise ValueError(f"config.json: key {name!r} is missing; the architecture needs it")
+        raise ValueError(f"key {name!r} is missing; the architecture needs it")
 
-    def integer(self, name: str, *default: Any) -> int:
-        value = self.take(name, *default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"config.json: {name}: got {value!r}, wanted a whole number")
-        return value
+    def or_null(self, name: str, default: Any) -> Any:
+        """A key that may be missing or null."""
+        value = self.take(name, None)
+        return default if value is None else value
 
     def finish(self) -> None:
         for name, allowed in _ONLY.items():
             if self.values.get(name, allowed[0]) not in allowed and name not in self.read:
                 raise ValueError(
-                    f"config.json: {name}: got {self.values[name]!r}, wanted {allowed[0]!r}; "
-                    "nothing here computes another value"
+                    f"{name}: got {self.values[name]!r}, wanted {allowed[0]!r}; nothing here computes another value"
                 )
         unknown = set(self.values) - self.read - _IGNORED - set(_ONLY)
         if unknown:
             raise ValueError(
-                f"config.json: unknown key {sorted(unknown)[0]!r}"
+                f"unknown key {sorted(unknown)[0]!r}"
                 + (f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else "")
                 + "; it may change the forward pass, so it is not passed over in silence"
             )
@@ -233,13 +304,15 @@ class _Reader:
 
 def _read_rope(reader: _Reader) -> RopeConfig:
     """Both spellings: the hub's rope_theta + rope_scaling, and transformers 5's rope_parameters."""
-    parameters = reader.take("rope_parameters", None)
-    scaling = reader.take("rope_scaling", None)
-    theta = reader.take("rope_theta", None)
-    merged = {**(scaling or {}), **(parameters or {})}
-    theta = merged.pop("rope_theta", theta)
+    merged = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        values = reader.or_null(name, {})
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{name}: got {values!r}, wanted an object or null")
+        merged |= values
+    theta = merged.pop("rope_theta", reader.take("rope_theta", None))
     if theta is None:
-        raise ValueError("config.json: rope_theta is missing, at the top or in rope_parameters")
+        raise ValueError("rope_theta is missing, at the top or in rope_parameters")
     kind = merged.pop("rope_type", None) or merged.pop("type", None) or "default"
     merged.pop("type", None)
     try:
@@ -251,17 +324,17 @@ def _read_rope(reader: _Reader) -> RopeConfig:
         if kind == "llama3":
             return Llama3RopeConfig(theta=theta, **merged)
     except TypeError as problem:
-        raise ValueError(f"config.json: rope parameters of type {kind!r}: {str(problem).split('() ')[-1]}") from None
-    raise ValueError(f"config.json: rope type: got {kind!r}, wanted 'default', 'yarn' or 'llama3'")
+        raise ValueError(f"rope parameters of type {kind!r}: {str(problem).split('() ')[-1]}") from None
+    raise ValueError(f"rope type: got {kind!r}, wanted 'default', 'yarn' or 'llama3'")
 
 
 def _read_mla(reader: _Reader) -> MLAConfig:
     return MLAConfig(
         q_lora_rank=reader.take("q_lora_rank"),
-        kv_lora_rank=reader.integer("kv_lora_rank"),
-        qk_nope_head_dim=reader.integer("qk_nope_head_dim"),
-        qk_rope_head_dim=reader.integer("qk_rope_head_dim"),
-        v_head_dim=reader.integer("v_head_dim"),
+        kv_lora_rank=reader.take("kv_lora_rank"),
+        qk_nope_head_dim=reader.take("qk_nope_head_dim"),
+        qk_rope_head_dim=reader.take("qk_rope_head_dim"),
+        v_head_dim=reader.take("v_head_dim"),
     )
 
 
@@ -271,30 +344,28 @@ def _read_moe(reader: _Reader, model_type: str) -> MoEConfig:
     scoring = reader.take("scoring_func", "sigmoid" if v3 else "softmax")
     wanted = "sigmoid" if method == "noaux_tc" else "softmax"
     if scoring != wanted:
-        raise ValueError(f"config.json: scoring_func: got {scoring!r}, wanted {wanted!r} with topk_method {method!r}")
-    normalise = bool(reader.take("norm_topk_prob"))
+        raise ValueError(f"scoring_func: got {scoring!r}, wanted {wanted!r} with topk_method {method!r}")
+    normalise = reader.take("norm_topk_prob")
     if normalise and not v3:
-        raise ValueError("config.json: norm_topk_prob: got true, wanted false; DeepSeek V2 does not renormalise")
+        raise ValueError("norm_topk_prob: got true, wanted false; DeepSeek V2 does not renormalise")
     return MoEConfig(
-        n_routed_experts=reader.integer("n_routed_experts"),
-        n_shared_experts=reader.integer("n_shared_experts"),
-        num_experts_per_tok=reader.integer("num_experts_per_tok"),
-        moe_intermediate_size=reader.integer("moe_intermediate_size"),
-        first_k_dense_replace=reader.integer("first_k_dense_replace"),
+        n_routed_experts=reader.take("n_routed_experts"),
+        n_shared_experts=reader.take("n_shared_experts"),
+        num_experts_per_tok=reader.take("num_experts_per_tok"),
+        moe_intermediate_size=reader.take("moe_intermediate_size"),
+        first_k_dense_replace=reader.take("first_k_dense_replace"),
         topk_method=method,
-        n_group=reader.take("n_group", None) or 1,
-        topk_group=reader.take("topk_group", None) or 1,
+        n_group=reader.or_null("n_group", 1),
+        topk_group=reader.or_null("topk_group", 1),
         norm_topk_prob=normalise,
-        routed_scaling_factor=float(reader.take("routed_scaling_factor")),
+        routed_scaling_factor=reader.take("routed_scaling_factor"),
     )
 
 
 def _read_gqa(reader: _Reader, model_type: str, heads: int, hidden: int) -> GQAConfig:
-    kv_heads = reader.take("num_key_value_heads", None)
-    head_dim = reader.values.get("head_dim")
     return GQAConfig(
-        num_key_value_heads=heads if kv_heads is None else kv_heads,
-        head_dim=hidden // heads if head_dim is None else head_dim,
+        num_key_value_heads=reader.or_null("num_key_value_heads", heads),
+        head_dim=reader.or_null("head_dim", hidden // heads),
         qkv_bias=model_type == "qwen2",
     )
 
@@ -310,37 +381,44 @@ def from_hf(values: Mapping[str, Any]) -> ModelConfig:
         ValueError: an unknown model_type, a missing key, a key that is neither used nor known to be harmless,
             or values that contradict each other; the message names the key.
     """
-    reader = _Reader(values)
+    try:
+        return _from_hf(_Reader(values))
+    except ValueError as problem:
+        raise ValueError(f"config.json: {problem}") from None
+
+
+def _from_hf(reader: _Reader) -> ModelConfig:
     model_type = reader.take("model_type")
     if model_type not in ("deepseek_v3", "deepseek_v2", "qwen2", "llama"):
-        raise ValueError(
-            f"config.json: model_type: got {model_type!r}, wanted deepseek_v3, deepseek_v2, qwen2 or llama"
-        )
+        raise ValueError(f"model_type: got {model_type!r}, wanted deepseek_v3, deepseek_v2, qwen2 or llama")
     deepseek = model_type.startswith("deepseek")
-    heads, hidden = reader.integer("num_attention_heads"), reader.integer("hidden_size")
+    heads, hidden = (_whole(name, reader.take(name)) for name in ("num_attention_heads", "hidden_size"))
     if deepseek:
         attention, moe = _read_mla(reader), _read_moe(reader, model_type)
         reader.take("num_key_value_heads", None)  # MLA has one latent for all heads; the key is vestigial
     else:
         attention, moe = _read_gqa(reader, model_type, heads, hidden), None
+    kinds = reader.or_null("layer_types", [])
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise ValueError(f"layer_types: got {kinds!r}, wanted 'full_attention' for every layer")
     eos = reader.take("eos_token_id", None)
     config = ModelConfig(
         model_type=model_type,
-        vocab_size=reader.integer("vocab_size"),
+        vocab_size=reader.take("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=reader.integer("intermediate_size"),
-        num_hidden_layers=reader.integer("num_hidden_layers"),
+        intermediate_size=reader.take("intermediate_size"),
+        num_hidden_layers=reader.take("num_hidden_layers"),
         num_attention_heads=heads,
-        max_position_embeddings=reader.integer("max_position_embeddings"),
-        rms_norm_eps=float(reader.take("rms_norm_eps")),
-        tie_word_embeddings=bool(reader.take("tie_word_embeddings", False)),
+        max_position_embeddings=reader.take("max_position_embeddings"),
+        rms_norm_eps=reader.take("rms_norm_eps"),
+        tie_word_embeddings=reader.or_null("tie_word_embeddings", False),
         bos_token_id=reader.take("bos_token_id", None),
         eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
         attention=attention,
         rope=_read_rope(reader),
         moe=moe,
-        num_nextn_predict_layers=reader.integer("num_nextn_predict_layers", 0) if deepseek else 0,
-        initializer_range=float(values.get("initializer_range", 0.02)),
+        num_nextn_predict_layers=reader.take("num_nextn_predict_layers", 0) if deepseek else 0,
+        initializer_range=reader.take("initializer_range", 0.02),
     )
     reader.finish()
     return config
@@ -534,6 +612,7 @@ def _tiny() -> ModelConfig:
         eos_token_id=2,
         attention=MLAConfig(q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=24),
         rope=RopeConfig(theta=10000.0),
+        initializer_range=0.08,  # about width**-0.5; the published 0.02 leaves so narrow a model standing still
         moe=MoEConfig(
             n_routed_experts=8,
             n_shared_experts=1,

@@ -124,6 +124,9 @@ def _load_hf(folder: Path, abstract: nnx.State) -> nnx.State:
     for tensor in table:
         if tensor.path in parts:
             values = parts.pop(tensor.path)
+            kinds = sorted({value.dtype.name for value in values})
+            if len(kinds) > 1:
+                raise ValueError(f"{folder}: tensors like {tensor.name!r}: got {' and '.join(kinds)}, wanted one dtype")
             arrays[names.key(tensor.path)] = jnp.asarray(values[0] if tensor.expert is None else np.stack(values))
     return names.unflat(arrays, abstract)
 
@@ -148,7 +151,7 @@ def _check_table(source: files.TensorFolder, table: list[names.Tensor]) -> None:
 def _load_orbax(folder: Path, abstract: nnx.State) -> nnx.State:
     try:
         arrays = ocp.load_pytree((folder / WEIGHTS).absolute())
-    except (ValueError, OSError, KeyError) as problem:
+    except Exception as problem:  # Orbax raises a bare Exception, among others, for damaged files
         raise ValueError(f"{folder / WEIGHTS}: not a whole Orbax checkpoint ({problem!s:.200})") from None
     wanted = names.flat(abstract)
     for name in sorted(wanted.keys() ^ arrays.keys()):

@@ -40,13 +40,18 @@ class RunCheckpoints:
             like: a tree of the same structure, shapes, dtypes and shardings.
 
         Raises:
-            ValueError: the checkpoint holds other arrays than `like`.
+            ValueError: there is none, or it holds other arrays than `like`: other names, shapes or dtypes.
         """
         found = self._checkpointer.latest
+        if found is None:
+            raise ValueError(f"{self._checkpointer.directory}: holds no whole checkpoint")
         wanted = _named(like)
-        held = set(self._checkpointer.pytree_metadata(found.step).metadata)
-        for name in sorted(held ^ wanted.keys()):
-            raise ValueError(f"checkpoint {found.path}: array {name} is on one side only; was it another model's?")
+        held = _kinds(self._checkpointer.pytree_metadata(found.step).metadata)
+        kinds = _kinds(wanted)
+        for name in sorted(held.keys() | kinds.keys()):
+            got, want = held.get(name, "nothing"), kinds.get(name, "nothing")
+            if got != want:
+                raise ValueError(f"{found.path}: array {name}: got {got}, wanted {want}; is it another model's?")
         arrays = self._checkpointer.load_pytree(found.step, jax.tree.map(_abstract, wanted))
         paths, structure = jax.tree_util.tree_flatten_with_path(like)
         leaves = [arrays[jax.tree_util.keystr(path)] for path, _ in paths]
@@ -63,3 +68,7 @@ def _named(tree: Any) -> dict[str, jax.Array]:
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _kinds(arrays: dict[str, Any]) -> dict[str, str]:
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in arrays.items()}

@@ -137,27 +137,30 @@ class Generator:
         """
         self._check(prompts, seeds, samples)
         longest = max(map(len, prompts))
-        limit = min(sampling.max_new_tokens, self.config.max_position_embeddings - longest)
+        context = self.config.max_position_embeddings
+        limits = np.repeat([min(sampling.max_new_tokens, context - len(p)) for p in prompts], samples)
+        room = int(limits.max())
         tokens, lengths = pad_right(prompts, bucket(longest), rows=bucket(len(prompts), least=1))
         knobs, modes = _compile_settings(sampling)
         # Rows that only fill the bucket reuse the first seed and stop at once.
         padded_seeds = np.full(tokens.shape[0] * samples, seeds[0] & 0xFFFFFFFF, np.uint32)
         padded_seeds[: len(seeds)] = np.asarray(seeds, np.int64) & 0xFFFFFFFF
-        real = np.arange(padded_seeds.size) < len(seeds)
+        padded_limits = np.zeros(padded_seeds.size, np.int32)
+        padded_limits[: len(seeds)] = limits
         state = self.prefill(
             weights,
             tokens,
             lengths,
             padded_seeds,
-            real,
+            padded_limits,
             knobs,
             samples=samples,
-            slots=bucket(longest + limit),
+            slots=bucket(min(longest + room, context)),
             modes=modes,
-            room=bucket(limit),
+            room=bucket(room),
         )
-        state = self.decode(weights, state, padded_seeds, knobs, jnp.int32(limit), modes=modes)
-        return _completions(state, len(seeds), limit, sampling.stop_ids)
+        state = self.decode(weights, state, padded_seeds, padded_limits, knobs, modes=modes)
+        return _completions(state, limits, sampling.stop_ids)
 
     def _check(self, prompts, seeds, samples) -> None:
         if not prompts:
@@ -172,7 +175,7 @@ class Generator:
                     f"fewer than the model's context of {context}; shorten it"
                 )
 
-    def _prefill(self, weights, tokens_PT, length_P, seeds_B, real_B, knobs, *, samples, slots, modes, room):
+    def _prefill(self, weights, tokens_PT, length_P, seeds_B, limits_B, knobs, *, samples, slots, modes, room):
         """Prompts into the cache, the cache repeated for every sample, and the first token drawn."""
         model = nnx.merge(self.graphdef, weights)
         hidden, cache = model.prefill(tokens_PT, empty_cache(self.config, tokens_PT.shape[0], slots, self.dtype))
@@ -190,28 +193,28 @@ class Generator:
             cache=jax.tree.map(each, cache),
             token_B=jnp.zeros(B, jnp.int32),
             position_B=each(length_P),
-            done_B=~real_B,
+            done_B=limits_B == 0,
             seen_BV=seen,
             tokens_BN=jnp.zeros((B, room), jnp.int32),
             logprobs_BN=jnp.zeros((B, room), jnp.float32),
             count=jnp.int32(0),
         )
-        return _draw(state, each(logits_PV), seeds_B, knobs, modes)
+        return _draw(state, each(logits_PV), seeds_B, limits_B, knobs, modes)
 
-    def _decode(self, weights, state, seeds_B, knobs, limit, *, modes):
-        """Feed the last token, draw the next, until all sequences stopped or `limit` tokens are there."""
+    def _decode(self, weights, state, seeds_B, limits_B, knobs, *, modes):
+        """Feed the last token, draw the next, until every sequence stopped or reached its limit."""
         model = nnx.merge(self.graphdef, weights)
 
         def body(state: _State) -> _State:
             # the token that was drawn last lies one before the position that comes next
             hidden, cache = model.extend(state.token_B[:, None], state.position_B[:, None] - 1, state.cache)
             logits_BV = model.logits(hidden.x_BTD)[:, 0]
-            return _draw(state._replace(cache=cache), logits_BV, seeds_B, knobs, modes)
+            return _draw(state._replace(cache=cache), logits_BV, seeds_B, limits_B, knobs, modes)
 
-        return jax.lax.while_loop(lambda s: (s.count < limit) & ~jnp.all(s.done_B), body, state)
+        return jax.lax.while_loop(lambda s: ~jnp.all(s.done_B), body, state)
 
 
-def _draw(state: _State, logits_BV, seeds_B, knobs: _Knobs, modes: _Modes) -> _State:
+def _draw(state: _State, logits_BV, seeds_B, limits_B, knobs: _Knobs, modes: _Modes) -> _State:
     """Choose the token of `position_B`, note it and its log-prob, and step on."""
     B = seeds_B.shape[0]
     every = lambda value: jnp.broadcast_to(value, (B,))
@@ -231,11 +234,12 @@ def _draw(state: _State, logits_BV, seeds_B, knobs: _Knobs, modes: _Modes) -> _S
     seen = state.seen_BV
     if modes.penalised:
         seen = seen.at[jnp.arange(B), token_B].set(True)
+    stopped = jnp.any(token_B[:, None] == knobs.stop_ids, axis=-1) | (state.count + 1 >= limits_B)
     return _State(
         cache=state.cache,
         token_B=token_B,
         position_B=state.position_B + 1,
-        done_B=state.done_B | jnp.any(token_B[:, None] == knobs.stop_ids, axis=-1),
+        done_B=state.done_B | stopped,
         seen_BV=seen,
         tokens_BN=state.tokens_BN.at[:, state.count].set(token_B),
         logprobs_BN=state.logprobs_BN.at[:, state.count].set(logprob_B),
@@ -261,13 +265,12 @@ def _compile_settings(sampling: SamplingConfig) -> tuple[_Knobs, _Modes]:
     return knobs, modes
 
 
-def _completions(state: _State, count: int, limit: int, stop_ids: tuple[int, ...]) -> list[Completion]:
+def _completions(state: _State, limits: np.ndarray, stop_ids: tuple[int, ...]) -> list[Completion]:
     tokens, logprobs = np.asarray(state.tokens_BN), np.asarray(state.logprobs_BN)
-    drawn = min(int(state.count), limit)
     found = []
-    for row in range(count):
-        stops = np.flatnonzero(np.isin(tokens[row, :drawn], stop_ids))
-        length = int(stops[0]) + 1 if stops.size else drawn
+    for row, limit in enumerate(limits.tolist()):
+        stops = np.flatnonzero(np.isin(tokens[row, :limit], stop_ids))
+        length = int(stops[0]) + 1 if stops.size else limit
         found.append(Completion(tokens[row, :length], logprobs[row, :length], bool(stops.size)))
     return found
 

@@ -52,5 +52,6 @@ def logprobs_of_logits(
     """log softmax(logits)[token] and the entropy, in nats."""
     total = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    mean = jnp.sum(jnp.exp(logits - total[..., None]) * logits, axis=-1)
-    return chosen - total, total - mean
+    every = logits - total[..., None]
+    # not total - mean logit: with large logits that difference of two sums loses what a sure token has of entropy
+    return chosen - total, -jnp.sum(jnp.exp(every) * every, axis=-1)

@@ -57,4 +57,5 @@ def _merge_one(a: Metric, b: Metric) -> Metric:
 
 def values(metrics: Metrics) -> dict[str, float]:
     """Plain numbers, for logs."""
-    return {name: metric.value().item() for name, metric in jax.device_get(metrics).items()}
+    numbers = jax.device_get({name: metric.value() for name, metric in metrics.items()})
+    return {name: number.item() for name, number in numbers.items()}

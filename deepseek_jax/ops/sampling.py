@@ -41,8 +41,8 @@ def _keep_above_threshold(logits, enough):
 
 
 def _sortable(x: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
-    """float32 as unsigned integers of the same order."""
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    """float32 as unsigned integers of the same order; -0.0 counts as 0.0."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x).astype(jnp.float32), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 

@@ -29,9 +29,9 @@ class GRPOConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.epsilon <= 1:
             raise ValueError(f"epsilon: got {self.epsilon}, wanted 0 to 1")
-        if self.epsilon_high is not None and self.epsilon_high < 0:
+        if self.epsilon_high is not None and not self.epsilon_high >= 0:
             raise ValueError(f"epsilon_high: got {self.epsilon_high}, wanted 0 or more")
-        if self.beta < 0:
+        if not self.beta >= 0:
             raise ValueError(f"beta: got {self.beta}, wanted 0 or more")
         if self.loss_type != "grpo":
             raise ValueError(f"loss_type: got {self.loss_type!r}, wanted 'grpo'")

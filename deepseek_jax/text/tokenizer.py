@@ -88,15 +88,16 @@ class Tokenizer:
     def characters(cls, alphabet: str, *, chat_template: str) -> Self:
         """Builds a character-level tokenizer for small models of our own.
 
-        Ids: 0 `<pad>`, 1 `<bos>`, 2 `<eos>`, then the six tags (one token each), then the alphabet in its
-          order.
+        Ids: 0 `<pad>`, 1 `<bos>`, 2 `<eos>`, then the six tags (one token each), then the alphabet in
+        order.
 
         Args:
           alphabet: every character that can be encoded, each once.
           chat_template: Jinja source; it may use the tags.
 
         Returns:
-          A tokenizer whose `decode(encode(text, add_bos=False))` is the text, for any text over the alphabet.
+          A tokenizer whose `decode(encode(text, add_bos=False), skip_special=False)` is the text, for any text
+          over the alphabet.
 
         Raises:
           ValueError: the alphabet is empty or repeats a character.
@@ -186,7 +187,7 @@ class Tokenizer:
         except Exception as error:  # The library raises bare Exception.
             raise ValueError(
                 f"encode: got {self._unknown_piece(text)[:40]!r}, wanted text that the vocabulary of"
-                f" {self.vocab_size} tokens can write ({error}); clean the text, or build the tokenizer with it"
+                f" {self.vocab_size} tokens can write ({error}); clean the text or widen the vocabulary"
             ) from error
         if not (add_bos and self.adds_bos):
             return ids

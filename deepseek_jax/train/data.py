@@ -28,7 +28,7 @@ def read_questions(path: Path) -> list[Question]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; wanted JSONL rows with 'question' and 'answer'")
     questions = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 questions.append(_question(line, f"{path}:{number}"))
@@ -37,9 +37,9 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
-def _question(line: str, where: str) -> Question:
+def _question(line: bytes, where: str) -> Question:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as problem:
         raise ValueError(f"{where}: not JSON: {problem}") from None
     if not isinstance(row, dict):
@@ -47,8 +47,11 @@ def _question(line: str, where: str) -> Question:
     for name in ("question", "answer"):
         if not isinstance(row.get(name), str | int | float):
             raise ValueError(f"{where}: {name!r}: got {row.get(name)!r}, wanted text or a number")
-    answer = str(row["answer"])
-    return Question(str(row["question"]), gsm8k_answer(answer) if "####" in answer else answer.strip())
+    answer = str(row["answer"]).strip()
+    final = gsm8k_answer(answer) if "####" in answer else answer
+    if not final:
+        raise ValueError(f"{where}: 'answer': got {row['answer']!r}, wanted a final answer, after '####' if it has one")
+    return Question(str(row["question"]), final)
 
 
 def batches(rows: Sequence[Any], *, size: int, seed: int) -> grain.DatasetIterator:

@@ -21,11 +21,18 @@ class SFTBatch(NamedTuple):
 
 
 def sft_batch(examples: Sequence[tuple[Sequence[int], Sequence[int]]], *, width: int) -> SFTBatch:
-    """Lay (prompt, completion) token pairs out; only completions count. ValueError when one is longer than width."""
+    """Lay (prompt, completion) token pairs out; only completions count.
+
+    Raises:
+        ValueError: an example is longer than width + 1 tokens, or its prompt or completion is empty.
+    """
     tokens = np.zeros((len(examples), width + 1), np.int32)
     mask = np.zeros((len(examples), width), bool)
     for row, (prompt, completion) in enumerate(examples):
         end = len(prompt) + len(completion)
+        if not len(prompt) or not len(completion):
+            empty = "completion" if len(prompt) else "prompt"
+            raise ValueError(f"example {row}: got an empty {empty}, wanted at least one token")
         if end > width + 1:
             raise ValueError(f"example {row}: got {end} tokens, wanted at most {width + 1}; shorten it")
         tokens[row, : len(prompt)] = prompt

@@ -84,11 +84,11 @@ def make_train_step(
             lambda part: part_gradient(state.weights, part, samples), batch, config.micro_batches
         )
         metrics["loss"] = Mean(metrics["loss"].total, jnp.float32(1))
-        metrics["grad_norm"] = Max(optax.global_norm(gradient))
+        metrics["grad_norm"] = Max(optax.tree.norm(gradient))
         params, rest = nnx.split_state(state.weights, nnx.Param, ...)
         updates, moments = optimizer.update(gradient, state.moments, params)
         params = optax.apply_updates(params, updates)
-        if load_LE is not None and config.bias_gamma:
+        if config.bias_gamma:
             rest = _moved_biases(rest, load_LE, config.bias_gamma)
         return TrainState(nnx.merge_state(params, rest), moments, state.step + 1), metrics
 
@@ -121,10 +121,12 @@ def _routing_metrics(scored: Scored, batch) -> Metrics:
     return {"router/balance_loss": Mean(scored.balance, jnp.float32(layers * samples))}
 
 
-def _moved_biases(rest: nnx.State, load_LE: jax.Array, gamma: float) -> nnx.State:
+def _moved_biases(rest: nnx.State, load_LE: jax.Array | None, gamma: float) -> nnx.State:
     """Each MoE layer's bias by its own load; both come in the order of the layers."""
     flat = nnx.to_flat_state(rest)
     order = [path for path, leaf in flat if isinstance(leaf, RouterBias)]
+    if not order:  # dense models, and V2's routing
+        return rest
     load = dict(zip(sorted(order, key=lambda path: path[1]), load_LE, strict=True))
     move = lambda path, leaf: leaf.replace(updated_bias(leaf[...], load[path], gamma)) if path in load else leaf
     return nnx.from_flat_state([(path, move(path, leaf)) for path, leaf in flat])

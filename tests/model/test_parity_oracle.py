@@ -1,0 +1,112 @@
+"""Live comparison with transformers, over random tiny checkpoints that transformers itself saves."""
+
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from deepseek_jax.checkpoint.folder import convert_hf, export_hf, load_config, load_model
+from tools import make_golden
+
+pytestmark = pytest.mark.oracle
+
+TOLERANCE = 5e-5  # float32, logits of magnitude 4
+CASES = {
+    "v3": lambda rng: make_golden.deepseek_v3(rng),
+    "v3-groups-yarn": lambda rng: make_golden.deepseek_v3(
+        rng, n_group=4, topk_group=2, q_lora_rank=24, rope_parameters=make_golden.yarn(1.0)
+    ),
+    "v3-full-query": lambda rng: make_golden.deepseek_v3(rng, q_lora_rank=None),
+    "v2-lite": lambda rng: make_golden.deepseek_v2(
+        rng, q_lora_rank=None, topk_method="greedy", rope_parameters=make_golden.yarn(0.707)
+    ),
+    "v2-groups": lambda rng: make_golden.deepseek_v2(rng, q_lora_rank=24, topk_method="group_limited_greedy"),
+    "v2-yarn-two-mscales": lambda rng: make_golden.deepseek_v2(rng, rope_parameters=make_golden.yarn(0.5, mscale=1.0)),
+    "qwen2": lambda rng: make_golden.qwen2(rng, tie_word_embeddings=False),
+    "qwen2-tied": lambda rng: make_golden.qwen2(rng, tie_word_embeddings=True),
+    "llama3": lambda rng: make_golden.llama(rng, tie_word_embeddings=False),
+    "llama3-tied": lambda rng: make_golden.llama(rng, tie_word_embeddings=True),
+}
+
+
+@pytest.fixture(
+    scope="module", params=[(name, seed) for name in CASES for seed in range(2)], ids=lambda p: f"{p[0]}-{p[1]}"
+)
+def case(request, tmp_path_factory):
+    """A checkpoint that transformers saved in shards, a converted and an exported copy, and transformers' logits."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    name, seed = request.param
+    folder = tmp_path_factory.mktemp(f"{name}-{seed}")
+    config = CASES[name](random.Random(f"{name} {seed}"))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if "inv_freq" not in key:
+                tensor.copy_(torch.from_numpy(make_golden.tensor_of(seed, key, tuple(tensor.shape))))
+        tokens = np.random.RandomState(seed).randint(0, config.vocab_size, (2, 70))
+        wanted = model(torch.from_numpy(tokens)).logits.numpy()
+    saved, converted, exported = folder / "saved", folder / "converted", folder / "exported"
+    model.save_pretrained(saved, max_shard_size="60KB")
+    convert_hf(saved, converted)
+    export_hf(converted, exported)
+    return SimpleNamespace(saved=saved, converted=converted, exported=exported, tokens=tokens, wanted=wanted)
+
+
+def test_logits_equal_transformers(case):
+    _, graphdef, _ = load_model(case.saved)
+
+    @jax.jit
+    def forward(weights):
+        module = nnx.merge(graphdef, weights)
+        return module.logits(module(case.tokens).x_BTD)
+
+    assert np.abs(case.wanted).max() > 1  # the comparison says something
+    for folder in (case.saved, case.converted):
+        np.testing.assert_allclose(forward(load_model(folder).weights), case.wanted, rtol=0, atol=TOLERANCE)
+
+
+def test_the_hub_spelling_of_rope_gives_the_same_model(case, tmp_path: Path):
+    values = json.loads((case.saved / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(hub_spelling(values)))
+    assert load_config(tmp_path) == load_config(case.saved)
+
+
+def test_export_gives_back_every_tensor(case):
+    before, after = tensors_of(case.saved), tensors_of(case.exported)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert value.dtype == after[name].dtype and value.tobytes() == after[name].tobytes(), name
+
+
+def test_transformers_loads_the_export_to_the_same_logits(case):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    load = AutoModelForCausalLM.from_pretrained
+    model, report = load(case.exported, dtype=torch.float32, output_loading_info=True)
+    assert not any(report.values()), report
+    with torch.no_grad():
+        again = model.eval()(torch.from_numpy(case.tokens)).logits.numpy()
+    np.testing.assert_array_equal(again, case.wanted)
+
+
+def hub_spelling(values: dict) -> dict:
+    """config.json with rope_theta and rope_scaling, as on the hub, for transformers 5's rope_parameters."""
+    rope = dict(values["rope_parameters"])
+    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
+    scaling = None if kind == "default" else {"type": kind, **rope}
+    rest = {name: value for name, value in values.items() if name != "rope_parameters"}
+    return rest | {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def tensors_of(folder: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}

@@ -1,0 +1,219 @@
+"""The R1-Zero experiment from its command line: a whole small run, and runs that are killed on their way."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from deepseek_jax.checkpoint.folder import load_model
+from deepseek_jax.cli import run
+from deepseek_jax.text.tokenizer import Tokenizer
+from deepseek_jax.train.metrics import read_metrics
+from experiments import r1_zero
+
+SCRIPT = Path(r1_zero.__file__)
+QUESTIONS = 8
+TINY = {
+    "train-questions": 64,
+    "eval-questions": QUESTIONS,
+    "terms": 2,
+    "largest": 19,
+    "cold-start-examples": 16,
+    "cold-start-epochs": 4,
+    "cold-start-batch": 16,
+    "prompts-per-step": 2,
+    "group-size": 2,
+    "max-new-tokens": 16,
+    "steps": 4,
+    "eval-every": 4,
+    "save-every": 2,
+}
+
+
+def arguments(output: Path, **changes) -> list[str]:
+    settings = {**TINY, **{name.replace("_", "-"): value for name, value in changes.items()}}
+    return ["--output", str(output), *(part for k, v in settings.items() for part in (f"--{k}", str(v)))]
+
+
+def main(monkeypatch, *given: str) -> int:
+    """The command line in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["r1_zero.py", *given])
+    try:
+        run(r1_zero.main)
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("r1_zero") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert main(monkeypatch, *arguments(folder, steps=2, eval_every=2, cold_start_epochs=2)) == 0
+    return folder
+
+
+def test_a_run_leaves_its_summary_report_metrics_events_and_model(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    keys = {
+        *("accuracy_before", "accuracy_after", "stderr_before", "stderr_after"),
+        *("questions", "wall_seconds", "tokens", "seed"),
+    }
+    assert keys <= summary.keys()
+    for when in ("before", "after"):
+        mean, stderr = summary[f"accuracy_{when}"], summary[f"stderr_{when}"]
+        assert 0 <= mean <= 1
+        assert stderr == pytest.approx((mean * (1 - mean) / QUESTIONS) ** 0.5)
+    assert (summary["questions"], summary["seed"]) == (QUESTIONS, 0)
+    assert summary["wall_seconds"] > 0
+
+    rows = read_metrics(finished)
+    assert [(row["stage"], row["step"]) for row in rows] == [(s, n) for s in ("cold_start", "grpo") for n in (1, 2)]
+    assert {"reward", "completions/mean_length", "kl", "entropy", "num_tokens"} <= rows[-1].keys()
+    assert summary["tokens"] == rows[-1]["num_tokens"]
+    # Two prompts of "a+b=?" are 5 to 7 characters and 3 marks each; each of their 2 samples has 1 to 16 tokens.
+    assert 2 * 4 * (8 + 1) <= summary["tokens"] <= 2 * 4 * (10 + 16)
+
+    for stage in ("cold_start", "grpo"):
+        assert any(path.stat().st_size > 200 for path in (finished / "tensorboard" / stage).glob("events*"))
+    report = (finished / "report.html").read_text(encoding="utf-8")
+    assert report.count("<svg") >= 4 or report.count("<img") >= 4 or report.count("data:image") >= 4
+    assert not re.search(r'(src|href)="https?:', report)  # whole in itself
+
+
+def test_the_trained_model_can_be_loaded(finished):
+    model = load_model(finished / "model")
+    tokenizer = Tokenizer.from_folder(finished / "model")
+    assert model.config.eos_token_ids == tokenizer.eos_ids
+    assert tokenizer.decode(tokenizer.encode("12+3=?", add_bos=False)) == "12+3=?"
+    tensors = load_file(finished / "model" / "model.safetensors")
+    assert all(np.isfinite(t).all() for t in tensors.values())
+    assert any(np.any(t) for name, t in tensors.items() if name.endswith("e_score_correction_bias"))
+
+
+def test_a_finished_folder_is_left_alone(finished, monkeypatch, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    assert main(monkeypatch, *arguments(finished, steps=2, eval_every=2, cold_start_epochs=2)) == 1
+    assert error_line(capsys).startswith(f"error: {finished}: holds a finished run")
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
+
+
+def error_line(capsys) -> str:
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
+
+
+def test_a_group_of_one_is_refused(tmp_path, monkeypatch, capsys):
+    # Found while the arguments are read, so that tyro draws its frame around the line and ends with 2.
+    assert main(monkeypatch, *arguments(tmp_path / "run", group_size=1)) == 2
+    error = capsys.readouterr().err
+    assert "group_size: got 1, wanted at least 2" in error and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file"),
+        ("", "the data set is empty"),
+        ('{"question": "1+1=?", "answer": "2"}\n{"question": 3}\n', ":2: 'answer': got None"),
+        ('{"question": "1+1=?", "answer": "2"}\n', "got 1 rows, wanted at least"),
+    ],
+)
+def test_bad_data_is_refused_by_name(tmp_path, monkeypatch, capsys, text, message):
+    data = tmp_path / "rows.jsonl"
+    if text is not None:
+        data.write_text(text)
+    assert main(monkeypatch, *arguments(tmp_path / "run", data=data)) == 1
+    error = error_line(capsys)
+    assert error.startswith(f"error: {data}") and message in error
+
+
+def test_another_setting_does_not_go_on_with_an_unfinished_run(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    r1_zero.claim_folder(r1_zero.Config(output=folder, lr=1e-4))
+    with pytest.raises(ValueError, match="has lr 0.0001, not 0.0002"):
+        r1_zero.claim_folder(r1_zero.Config(output=folder, lr=2e-4))
+    r1_zero.claim_folder(r1_zero.Config(output=folder, lr=1e-4))
+
+
+# --- killed runs -----------------------------------------------------------------------------------
+
+
+def launch(folder: Path, cache: Path, *more: str) -> subprocess.Popen:
+    # Runs share what they compiled, so that the kills fall on work and not on the compiler.
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, str(SCRIPT), *arguments(folder, steps=12, cold_start_epochs=12, eval_every=6)]
+    with (folder.parent / f"{folder.name}.txt").open("ab") as output:
+        return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+
+
+def lines(folder: Path, stage: str) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_text().count(f'"stage": "{stage}"') if path.exists() else 0
+
+
+def kill_within(process: subprocess.Popen, folder: Path, stage: str, at_least: int, delay: float) -> None:
+    """SIGKILL, `delay` seconds after the stage has done some steps."""
+    deadline = time.monotonic() + 300
+    while lines(folder, stage) < at_least and process.poll() is None:
+        assert time.monotonic() < deadline, f"{stage} did not begin"
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def comparable(folder: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in ("time", "step_time")} for row in read_metrics(folder)]
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path):
+    cache, whole, broken = tmp_path / "cache", tmp_path / "whole", tmp_path / "broken"
+    assert launch(whole, cache).wait(timeout=600) == 0, (tmp_path / "whole.txt").read_text()
+
+    chance = random.Random(0)
+    for stage, at_least in (("cold_start", 3), ("grpo", 3), ("grpo", 8)):
+        kill_within(launch(broken, cache), broken, stage, at_least, chance.uniform(0, 0.3))
+        assert not (broken / "summary.json").exists(), "it was over before the kill: kill earlier"
+    assert launch(broken, cache).wait(timeout=600) == 0, (tmp_path / "broken.txt").read_text()
+
+    wanted, found = (load_file(folder / "model" / "model.safetensors") for folder in (whole, broken))
+    assert wanted.keys() == found.keys()
+    for name, tensor in wanted.items():
+        assert found[name].tobytes() == tensor.tobytes(), name
+    assert comparable(broken) == comparable(whole)
+    for key in ("accuracy_before", "accuracy_after", "tokens", "seed", "questions"):
+        first, second = (json.loads((folder / "summary.json").read_text())[key] for folder in (whole, broken))
+        assert first == second, key
+
+
+@pytest.mark.slow
+def test_a_run_killed_before_its_summary_can_be_finished(tmp_path):
+    """All training is done and only the end is missing: metrics of both stages must still be there for the report."""
+    cache, folder = tmp_path / "cache", tmp_path / "run"
+    assert launch(folder, cache).wait(timeout=600) == 0
+    before = comparable(folder)
+    (folder / "summary.json").unlink()
+    (folder / "report.html").unlink()
+    shutil.rmtree(folder / "model")
+    assert launch(folder, cache).wait(timeout=600) == 0, (tmp_path / "run.txt").read_text()
+    assert comparable(folder) == before
+    assert (folder / "model" / "tokenizer.json").exists() and (folder / "report.html").exists()

@@ -1,0 +1,175 @@
+"""A stage that was killed goes on from its checkpoint and ends as an unbroken one, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.checkpoint.state import RunCheckpoints
+from deepseek_jax.train.data import batches
+from deepseek_jax.train.loop import Stage, run_stage
+from deepseek_jax.train.metrics import MetricLog, read_metrics
+
+STEPS, SAVE_EVERY = 9, 3
+ROWS = [float(i) for i in range(10)]  # 2.5 batches an epoch
+
+
+class Toy(NamedTuple):
+    """A state whose every bit depends on every batch and their order."""
+
+    weights: jax.Array
+    key: jax.Array
+    step: jax.Array
+
+
+def start() -> Toy:
+    return Toy(jnp.arange(4.0), jax.random.key_data(jax.random.key(7)), jnp.int32(0))
+
+
+@jax.jit
+def update(state: Toy, rows: jax.Array) -> tuple[Toy, jax.Array]:
+    key, draw = jax.random.split(jax.random.wrap_key_data(state.key))
+    loss = jnp.mean(rows) + jnp.sum(jnp.sin(state.weights))
+    weights = state.weights * 0.9 + jnp.sin(rows) + jax.random.normal(draw, (4,)) * loss
+    return Toy(weights, jax.random.key_data(key), state.step + 1), loss
+
+
+def run(folder: Path, *, die=lambda number: None, steps=STEPS, name="toy") -> tuple[Toy, list[list[float]]]:
+    """The state and the batches that were seen; `die` is asked before every step."""
+    seen = []
+
+    def step(state, rows, number):
+        assert int(state.step) == number
+        die(number)
+        seen.append(rows)
+        state, loss = update(state, jnp.asarray(rows))
+        return state, {"loss": float(loss)}
+
+    stage = Stage(name=name, steps=steps, save_every=SAVE_EVERY, shown={"loss": "loss"})
+    with MetricLog(folder, resume_step=1_000_000, resume_stage=name) as log:
+        return run_stage(stage, start(), batches(ROWS, size=4, seed=0), step, folder=folder, log=log), seen
+
+
+def rows(folder: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in ("time", "step_time")} for row in read_metrics(folder)]
+
+
+def assert_same(first: Toy, second: Toy) -> None:
+    for a, b in zip(first, second, strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    state, seen = run(folder)
+    return state, seen, rows(folder)
+
+
+class Killed(Exception):
+    pass
+
+
+def dies_at(step):
+    def die(number):
+        if number == step:
+            raise Killed
+
+    return die
+
+
+# Before the first checkpoint, right at one, right after one, and on the last step.
+@pytest.mark.parametrize("at", [1, 3, 4, 8])
+def test_a_broken_stage_ends_as_an_unbroken_one(tmp_path, unbroken, at):
+    wanted, all_batches, wanted_rows = unbroken
+    with pytest.raises(Killed):
+        run(tmp_path, die=dies_at(at))
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, at + 1))
+    state, seen = run(tmp_path)
+    assert_same(state, wanted)
+    assert rows(tmp_path) == wanted_rows and len(wanted_rows) == STEPS
+    kept = at // SAVE_EVERY * SAVE_EVERY
+    assert seen == all_batches[kept:]  # neither repeated nor lost
+
+
+def test_a_stage_broken_again_and_again_ends_as_an_unbroken_one(tmp_path, unbroken):
+    wanted, _, wanted_rows = unbroken
+    for at in (2, 4, 5, 7):
+        with pytest.raises(Killed):
+            run(tmp_path, die=dies_at(at))
+    assert_same(run(tmp_path)[0], wanted)
+    assert rows(tmp_path) == wanted_rows
+
+
+def test_a_finished_stage_is_not_run_again(tmp_path, unbroken):
+    wanted, _, wanted_rows = unbroken
+    run(tmp_path)
+    state, seen = run(tmp_path, die=dies_at(0))
+    assert_same(state, wanted)
+    assert seen == [] and rows(tmp_path) == wanted_rows
+
+
+def test_the_last_step_is_saved_whatever_save_every(tmp_path):
+    state, _ = run(tmp_path, steps=4)
+    checkpoints = RunCheckpoints(tmp_path / "checkpoints" / "toy")
+    restored, _, done = checkpoints.restore(start())
+    checkpoints.close()
+    assert done == 4
+    assert_same(restored, state)
+
+
+def test_stages_do_not_touch_each_others_metrics(tmp_path, unbroken):
+    """The second stage begins anew; the first one's lines stay, also when the second one is resumed."""
+    run(tmp_path, name="first")
+    with pytest.raises(Killed):
+        run(tmp_path, name="second", die=dies_at(5))
+    run(tmp_path, name="second")
+    found = [(row["stage"], row["step"]) for row in rows(tmp_path)]
+    assert found == [(name, n + 1) for name in ("first", "second") for n in range(STEPS)]
+
+
+def test_another_models_checkpoint_is_refused(tmp_path):
+    run(tmp_path, steps=2)
+    checkpoints = RunCheckpoints(tmp_path / "checkpoints" / "toy")
+    with pytest.raises(ValueError, match="array .*: got .*, wanted .*another model"):
+        checkpoints.restore({"weights": jnp.zeros(4)})
+    checkpoints.close()
+
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {here!r})
+from test_loop import run
+
+def die(number):
+    if number == {at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+state, seen = run(Path({folder!r}), die=die)
+print(state.weights.tolist())
+"""
+
+
+@pytest.mark.parametrize("at", [5])
+def test_a_stage_killed_by_the_system_ends_as_an_unbroken_one(tmp_path, unbroken, at):
+    """SIGKILL in a process of its own: nothing is flushed, closed or caught."""
+    wanted, all_batches, wanted_rows = unbroken
+    code = CHILD.format(here=str(Path(__file__).parent), folder=str(tmp_path), at=at)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    died = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == at
+    assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    state, seen = run(tmp_path)
+    assert_same(state, wanted)
+    assert rows(tmp_path) == wanted_rows
+    assert seen == all_batches[3:]

@@ -1,0 +1,68 @@
+"""Complete a prompt with a model: a Hugging Face folder or a converted one."""
+
+import sys
+import time
+from pathlib import Path
+
+from deepseek_jax.checkpoint.folder import load_model
+from deepseek_jax.cli import run
+from deepseek_jax.generate.engine import Generator, SamplingConfig
+from deepseek_jax.generate.text import complete
+from deepseek_jax.text.tokenizer import Tokenizer
+
+
+def main(
+    model: Path,
+    /,
+    *,
+    prompt: str,
+    max_tokens: int = 256,
+    temperature: float = 0.6,
+    top_p: float = 0.95,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    chat: bool | None = None,
+    samples: int = 1,
+) -> None:
+    """Complete PROMPT with MODEL; text goes to stdout, tokens a second to stderr.
+
+    Args:
+        model: Hugging Face or converted folder, with its tokenizer.
+        prompt: the text, or the user's turn of a chat.
+        max_tokens: limit of new tokens, thinking included.
+        temperature: 0 takes the best token each time (DeepSeek-R1: 0.6).
+        top_p: sample among the smallest set of tokens that reaches this probability (DeepSeek-R1: 0.95).
+        top_k: sample among the k best; 0 is no limit.
+        repetition_penalty: divides the odds of tokens seen before; 1 is none.
+        seed: the same seed draws the same tokens.
+        chat: put the prompt into the checkpoint's chat template; by default where it has one.
+        samples: completions to draw.
+    """
+    if samples < 1:
+        raise ValueError(f"samples: got {samples}, wanted at least 1")
+    tokenizer = Tokenizer.from_folder(model)
+    chat = tokenizer.chat_template is not None if chat is None else chat
+    tokens = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt, add_bos=True)
+    sampling = SamplingConfig(
+        max_new_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        stop_ids=tokenizer.eos_ids,
+    )
+    config, graphdef, weights = load_model(model)
+    generator = Generator(config, graphdef)
+    start = time.perf_counter()
+    seeds = range(seed, seed + samples)
+    found = complete(generator, weights, tokenizer, [tokens], sampling, seeds=seeds, samples=samples)
+    seconds = time.perf_counter() - start
+    for completion in found:
+        print(completion.text)
+    count = sum(len(c.tokens) for c in found)
+    print(f"{count} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)
