@@ -59,7 +59,8 @@ class Config:
         quick: a short run for a first look and for CI: a smaller cold start, few steps, few questions.
         model: Hugging Face or converted folder to start from; without it a small model is made from nothing.
         data: JSONL rows with `question` and `answer`; without it chains of arithmetic are generated.
-        instruction: what is put after every question for a given model.
+        prompt: what a given model is asked; {question} stands for the question.
+        chat: put the prompt into the model's chat template, where it has one; base models want --no-chat.
         terms: numbers in a generated question.
         largest: largest number in a generated question.
         operators: of generated questions, read from left to right: "+", "*" or "+*".
@@ -99,8 +100,9 @@ class Config:
     quick: bool = False
     model: Path | None = None
     data: Path | None = None
-    instruction: str = "Please reason step by step, and put your final answer within \\boxed{}."
-    terms: int = 6
+    prompt: str = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
+    chat: bool = True
+    terms: int = 4
     largest: int = 9
     operators: str = "+"
     modulus: int | None = 10
@@ -108,10 +110,10 @@ class Config:
     eval_questions: int = 512
     cold_start_examples: int = 1_500
     cold_start_worked: float = 0.4
-    cold_start_epochs: int = 10
+    cold_start_epochs: int = 12
     cold_start_batch: int = 32
     cold_start_lr: float = 2e-3
-    steps: int = 80
+    steps: int = 60
     prompts_per_step: int = 16
     group_size: int = 16
     max_new_tokens: int = 48
@@ -142,6 +144,8 @@ class Config:
                 f"updates_per_rollout {self.updates_per_rollout} x micro_batches {self.micro_batches} "
                 f"does not divide the {samples} samples of a step"
             )
+        if "{question}" not in self.prompt:
+            raise ValueError(f"prompt: got {self.prompt!r}, wanted {{question}} somewhere in it")
         for name in ("steps", "prompts_per_step", "eval_questions", "eval_every", "save_every", "reference_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1")
@@ -225,7 +229,7 @@ def prepare(config: Config) -> Setup:
             end = [tokenizer.eos_ids[0]]
             worked = np.random.default_rng(config.seed).random(len(shown)) < config.cold_start_worked
             examples = [
-                (ask(tokenizer, s.question), tokenizer.encode(trace(s, worked=w), add_bos=False) + end)
+                (ask(config, tokenizer, s.question), tokenizer.encode(trace(s, worked=w), add_bos=False) + end)
                 for s, w in zip(shown, worked, strict=True)
             ]
     if len(questions) < config.eval_questions + config.prompts_per_step:
@@ -233,8 +237,7 @@ def prepare(config: Config) -> Setup:
             f"{config.data}: got {len(questions)} rows, wanted at least {config.eval_questions} held-out ones and "
             f"{config.prompts_per_step} to train on; lower --eval-questions"
         )
-    instruction = config.instruction if config.model else ""
-    prompts = [make_prompt(tokenizer, q, instruction) for q in questions]
+    prompts = [make_prompt(config, tokenizer, q) for q in questions]
     generator = Generator(model.config, model.graphdef)
     held_out, train = prompts[: config.eval_questions], prompts[config.eval_questions :]
     return Setup(model, tokenizer, generator, train, held_out, examples)
@@ -249,16 +252,17 @@ def small_model(config: Config, tokenizer: Tokenizer) -> Model:
     return Model(architecture, graphdef, weights)
 
 
-def ask(tokenizer: Tokenizer, text: str) -> list[int]:
-    """A question's tokens: the chat template's user turn, or plain text where there is no template."""
-    if tokenizer.chat_template is None:
-        return tokenizer.encode(text + "\n", add_bos=True)
-    return tokenizer.chat([{"role": "user", "content": text}])
+def ask(config: Config, tokenizer: Tokenizer, text: str) -> list[int]:
+    """A prompt's tokens: the chat template's user turn, or the text as it is."""
+    if config.chat and tokenizer.chat_template is not None:
+        return tokenizer.chat([{"role": "user", "content": text}])
+    return tokenizer.encode(text, add_bos=True)
 
 
-def make_prompt(tokenizer: Tokenizer, question: Question, instruction: str) -> Prompt:
-    text = f"{question.question}\n{instruction}" if instruction else question.question
-    tokens = ask(tokenizer, text)
+def make_prompt(config: Config, tokenizer: Tokenizer, question: Question) -> Prompt:
+    # not str.format, to which the braces of \boxed{} would be fields
+    text = config.prompt.replace("{question}", question.question) if config.model else question.question
+    tokens = ask(config, tokenizer, text)
     return Prompt(tokenizer.decode(tokens, skip_special=False), tokens, {"answer": question.answer})
 
 

@@ -1,7 +1,7 @@
 """Model folders: Hugging Face's, and ours (Orbax) with the same configuration and tokenizer files beside it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,7 +72,7 @@ def convert_hf(source: Path, target: Path) -> None:
     model = load_model(source, dtype=None)
     with files.new_folder(target) as partial:
         files.copy_sidecars(source, partial)
-        ocp.save_pytree((partial / WEIGHTS).absolute(), names.flat(model.weights))
+        ocp.save((partial / WEIGHTS).absolute(), names.flat(model.weights))
 
 
 def export_hf(source: Path, target: Path) -> None:
@@ -149,18 +149,30 @@ def _check_table(source: files.TensorFolder, table: list[names.Tensor]) -> None:
 
 
 def _load_orbax(folder: Path, abstract: nnx.State) -> nnx.State:
-    try:
-        arrays = ocp.load_pytree((folder / WEIGHTS).absolute())
-    except Exception as problem:  # Orbax raises a bare Exception, among others, for damaged files
-        raise ValueError(f"{folder / WEIGHTS}: not a whole Orbax checkpoint ({problem!s:.200})") from None
+    path = (folder / WEIGHTS).absolute()
     wanted = names.flat(abstract)
-    for name in sorted(wanted.keys() ^ arrays.keys()):
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    held = _whole(path, lambda: ocp.metadata(path).metadata)
+    _check_arrays(path, held, wanted)
+    like = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for name, a in held.items()}
+    return names.unflat(_whole(path, lambda: ocp.load(path, like)), abstract)
+
+
+def _whole(path: Path, read: Callable[[], dict]) -> dict:
+    try:
+        return read()
+    except Exception as problem:  # Orbax raises a bare Exception, among others, for damaged files
+        raise ValueError(f"{path}: not a whole Orbax checkpoint ({problem!s:.200})") from None
+
+
+def _check_arrays(path: Path, held: dict, wanted: dict) -> None:
+    """Names and shapes from the metadata, before any weight is read."""
+    for name in sorted(wanted.keys() ^ held.keys()):
         state = "missing" if name in wanted else "unexpected"
-        raise ValueError(f"{folder / WEIGHTS}: {state} array {name!r} for its config.json")
-    for name, array in arrays.items():
+        raise ValueError(f"{path}: {state} array {name!r} for its config.json")
+    for name, array in held.items():
         if array.shape != wanted[name].shape:
             raise ValueError(
-                f"{folder / WEIGHTS}: array {name!r}: got shape {list(array.shape)}, "
+                f"{path}: array {name!r}: got shape {list(array.shape)}, "
                 f"wanted {list(wanted[name].shape)} by config.json"
             )
-    return names.unflat(arrays, abstract)

@@ -26,7 +26,7 @@ class RunCheckpoints:
 
     def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
         """Write `state` as of `step` finished steps, with the JSON-able position `data`."""
-        self._checkpointer.save_pytree(step, _named(state), custom_metadata={"data": data}, force=True)
+        self._checkpointer.save(step, _named(state), custom_metadata={"data": data}, force=True)
 
     def latest(self) -> int | None:
         """The newest checkpoint's step, or None."""
@@ -46,17 +46,17 @@ class RunCheckpoints:
         if found is None:
             raise ValueError(f"{self._checkpointer.directory}: holds no whole checkpoint")
         wanted = _named(like)
-        held = _kinds(self._checkpointer.pytree_metadata(found.step).metadata)
+        metadata = self._checkpointer.metadata(found.step)
+        held = _kinds(metadata.metadata)
         kinds = _kinds(wanted)
         for name in sorted(held.keys() | kinds.keys()):
             got, want = held.get(name, "nothing"), kinds.get(name, "nothing")
             if got != want:
                 raise ValueError(f"{found.path}: array {name}: got {got}, wanted {want}; is it another model's?")
-        arrays = self._checkpointer.load_pytree(found.step, jax.tree.map(_abstract, wanted))
+        arrays = self._checkpointer.load(found.step, jax.tree.map(_abstract, wanted))
         paths, structure = jax.tree_util.tree_flatten_with_path(like)
         leaves = [arrays[jax.tree_util.keystr(path)] for path, _ in paths]
-        data = self._checkpointer.metadata(found.step).custom_metadata["data"]
-        return jax.tree.unflatten(structure, leaves), data, found.step
+        return jax.tree.unflatten(structure, leaves), metadata.custom_metadata["data"], found.step
 
     def close(self) -> None:
         self._checkpointer.close()

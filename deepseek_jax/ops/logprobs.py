@@ -50,8 +50,9 @@ def logprobs_of_logits(
     logits: Float[Array, "*B V"], tokens: Int[Array, "*B"]
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
     """log softmax(logits)[token] and the entropy, in nats."""
-    total = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    every = logits - total[..., None]
-    # not total - mean logit: with large logits that difference of two sums loses what a sure token has of entropy
-    return chosen - total, -jnp.sum(jnp.exp(every) * every, axis=-1)
+    # Everything is taken from the best logit: beside a large one, what a sure token lacks of 1 would be rounded away.
+    best = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    total = jnp.log(jnp.sum(jnp.exp(logits - best), axis=-1, keepdims=True))
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1) - best - total
+    every = logits - best - total
+    return chosen[..., 0], -jnp.sum(jnp.exp(every) * every, axis=-1)

@@ -80,6 +80,15 @@ def test_entropy_has_its_known_ends():
     np.testing.assert_allclose(logp, [-np.log(V), 0.0], atol=1e-6)
 
 
+def test_large_logits_keep_what_a_sure_token_lacks():
+    """Log-prob -5e-5 and entropy 5e-4 beside logits of 200, whose last place in float32 is worth 1.5e-5."""
+    logits = np.array([200.0, 190.0, 185.0])
+    p = np.exp(logits - 200) / np.exp(logits - 200).sum()
+    logp, entropy = logprobs_of_logits(jnp.asarray(np.tile(logits, (3, 1)), jnp.float32), jnp.arange(3))
+    np.testing.assert_allclose(logp, np.log(p), rtol=2e-3)  # log of 1 + 5e-5: its own last place is worth 1e-7
+    np.testing.assert_allclose(entropy, -(p * np.log(p)).sum(), rtol=2e-3)
+
+
 def test_huge_logits_stay_finite():
     logp, entropy = logprobs_of_logits(jnp.asarray([[1e4, 0.0, -1e4]]), jnp.asarray([0]))
     np.testing.assert_allclose(logp, [0.0], atol=1e-6)

@@ -144,8 +144,23 @@ def test_impossible_tokens_are_never_drawn(seed, V, possible, scale):
     assert np.isfinite(logits[np.arange(64), drawn]).all()
 
 
+@pytest.mark.parametrize("V", [250, 512, 1000])
+@pytest.mark.parametrize("noise", [0.0, 0.3, 0.9, float(LARGEST_NOISE)])
+def test_rounding_of_long_sums_never_draws_an_impossible_token(V, noise):
+    """Every block ends in impossible tokens, where a search that overshoots by a rounding would stop."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(400, V)).astype(np.float32)
+    logits[:, np.arange(V) % 256 > 200] = -np.inf
+    # also noise at the very end of a block, as near as float32 comes to it
+    weights = np.exp(logits.astype(np.float64))
+    ends = weights[:, :256].sum(axis=1) / weights.sum(axis=1)
+    for values in (np.full(400, noise), np.minimum(ends, LARGEST_NOISE), np.nextafter(ends.astype(np.float32), 0)):
+        drawn = np.asarray(draw(logits, values.astype(np.float32)))
+        assert np.isfinite(logits[np.arange(400), drawn]).all()
+
+
 @pytest.mark.parametrize("V", [5, 256, 700])
-@pytest.mark.parametrize("noise", [0.0, float(LARGEST_NOISE)])
+@pytest.mark.parametrize("noise", [0.0, float(LARGEST_NOISE), 1.0])  # 1.0 only by somebody's rounding
 def test_extreme_noise_draws_the_first_or_the_last_possible_token(V, noise):
     logits = np.zeros((1, V), np.float32)
     logits[:, :2] = logits[:, -2:] = -np.inf

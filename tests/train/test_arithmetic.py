@@ -71,6 +71,8 @@ def test_a_trace_earns_full_rewards_and_can_be_encoded(worked):
         (1, {"largest": -1}, "questions: got 1"),
         (1, {"operators": "-"}, "operators: got '-'"),
         (1, {"operators": ""}, "operators: got ''"),
+        # counted as two operators it would promise twice the questions there are, and look for them forever
+        (1, {"operators": "++"}, r"operators: got '\+\+'"),
         (1, {"modulus": 1}, "modulus: got 1"),
     ],
 )
