@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deepseek_jax.checkpoint.files import write_whole
 from deepseek_jax.checkpoint.folder import Model, load_model, save_hf
 from deepseek_jax.cli import run
 from deepseek_jax.config import preset
@@ -135,21 +136,6 @@ class Config:
     save_every: int = 20
     control: Literal["none", "shuffled"] = "none"
 
-    def __post_init__(self) -> None:
-        if self.group_size < 2:
-            raise ValueError(f"group_size: got {self.group_size}, wanted at least 2: a group of one learns nothing")
-        samples = self.prompts_per_step * self.group_size
-        if samples % (self.updates_per_rollout * self.micro_batches):
-            raise ValueError(
-                f"updates_per_rollout {self.updates_per_rollout} x micro_batches {self.micro_batches} "
-                f"does not divide the {samples} samples of a step"
-            )
-        if "{question}" not in self.prompt:
-            raise ValueError(f"prompt: got {self.prompt!r}, wanted {{question}} somewhere in it")
-        for name in ("steps", "prompts_per_step", "eval_questions", "eval_every", "save_every", "reference_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1")
-
 
 QUICK = {"cold_start_epochs": 4, "steps": 8, "eval_questions": 64, "eval_every": 4, "save_every": 4}
 
@@ -170,9 +156,10 @@ def main(config: Config) -> None:
     start = time.perf_counter()
     if config.quick:
         config = dataclasses.replace(config, **QUICK)
-    claim_folder(config)
+    check(config)
     setup = prepare(config)
-    log = MetricLog(config.output, resume_step=0, resume_stage="cold_start")
+    write_json(config.output / "config.json", settings(config))
+    log = MetricLog(config.output)
     weights = cold_start(config, setup, log) if setup.cold_start else setup.model.weights
     before = evaluate_once(config, setup, weights, "before")
     print(f"accuracy before GRPO: {before['accuracy']:.1%} +- {before['stderr']:.1%}")
@@ -182,23 +169,40 @@ def main(config: Config) -> None:
     finish(config, setup, weights, before, after, log, time.perf_counter() - start)
 
 
-def claim_folder(config: Config) -> None:
-    """Write the settings down; a folder with other settings, or a finished run, is not touched."""
-    values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
-    path = config.output / "config.json"
+def check(config: Config) -> None:
+    """Settings that cannot work, a folder with a finished run, or with an unfinished one of other settings."""
+    if config.group_size < 2:
+        raise ValueError(f"group_size: got {config.group_size}, wanted at least 2: a group of one learns nothing")
+    samples, parts = config.prompts_per_step * config.group_size, config.updates_per_rollout * config.micro_batches
+    if parts < 1 or samples % parts:
+        raise ValueError(
+            f"updates_per_rollout {config.updates_per_rollout} x micro_batches {config.micro_batches} "
+            f"does not divide the {samples} samples of a step"
+        )
+    if "{question}" not in config.prompt:
+        raise ValueError(f"prompt: got {config.prompt!r}, wanted {{question}} somewhere in it")
+    for name in ("steps", "prompts_per_step", "eval_questions", "eval_every", "save_every", "reference_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}: got {getattr(config, name)}, wanted at least 1")
     if (config.output / "summary.json").exists():
         raise ValueError(f"{config.output}: holds a finished run; choose another --output or remove it")
-    if path.exists():
-        held = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in values.items():
-            if held.get(name) != value:
-                raise ValueError(
-                    f"{path}: the unfinished run there has {name} {held.get(name)!r}, not {value!r}; "
-                    "give the same settings to go on with it, or another --output"
-                )
-        return
-    config.output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2), encoding="utf-8")
+    path = config.output / "config.json"
+    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings(config)
+    for name, value in settings(config).items():
+        if held.get(name) != value:
+            raise ValueError(
+                f"{path}: the unfinished run there has {name} {held.get(name)!r}, not {value!r}; "
+                "give the same settings to go on with it, or another --output"
+            )
+
+
+def settings(config: Config) -> dict[str, Any]:
+    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(values, indent=2).encode())
 
 
 # --- model and questions -------------------------------------------------------------------------
@@ -272,14 +276,14 @@ def make_prompt(config: Config, tokenizer: Tokenizer, question: Question) -> Pro
 def cold_start(config: Config, setup: Setup, log: MetricLog) -> nnx.State:
     """Supervised epochs over worked examples: the form of an answer, and some skill to reinforce."""
     steps = config.cold_start_epochs * len(setup.cold_start) // config.cold_start_batch
-    settings = OptimizerConfig(learning_rate=config.cold_start_lr, warmup_steps=20, final_ratio=0.1, weight_decay=0.1)
-    optimizer = make_optimizer(settings, steps)
+    adamw = OptimizerConfig(learning_rate=config.cold_start_lr, warmup_steps=20, final_ratio=0.1, weight_decay=0.1)
+    optimizer = make_optimizer(adamw, steps)
     update = make_train_step(setup.model.graphdef, sft_objective, optimizer, step_config(config))
     width = bucket(max(len(p) + len(c) for p, c in setup.cold_start) - 1)
 
     def step(state: TrainState, examples: Sequence, number: int) -> tuple[TrainState, Mapping[str, float]]:
         state, metrics = update(state, sft_batch(examples, width=width))
-        rate = float(schedule(settings, steps)(number))
+        rate = float(schedule(adamw, steps)(number))
         return state, ops_metrics.values(metrics) | {"learning_rate": rate}
 
     stage = Stage(name="cold_start", steps=steps, save_every=200, shown={"loss": "loss"})
@@ -298,8 +302,8 @@ class Reinforced(NamedTuple):
 
 def reinforce(config: Config, setup: Setup, weights: nnx.State, log: MetricLog) -> nnx.State:
     """GRPO: sample a group for each question, reward, compare, update."""
-    settings = OptimizerConfig(learning_rate=config.lr, warmup_steps=config.warmup)
-    optimizer = make_optimizer(settings, config.steps * config.updates_per_rollout)
+    adamw = OptimizerConfig(learning_rate=config.lr, warmup_steps=config.warmup)
+    optimizer = make_optimizer(adamw, config.steps * config.updates_per_rollout)
     loss = GRPOConfig(epsilon=config.epsilon, epsilon_high=config.epsilon_high, beta=config.beta)
     objective = partial(grpo_objective, config=loss, temperature=config.temperature)
     update = make_train_step(setup.model.graphdef, objective, optimizer, step_config(config))
@@ -367,7 +371,7 @@ def roller(config: Config, setup: Setup) -> Roller:
         ),
         group_size=config.group_size,
         reward=combine({name: functions[name] for name in used}, used),
-        width=bucket(longest + config.max_new_tokens - 1),
+        width=-(-(longest + config.max_new_tokens - 1) // 32) * 32,
         alter_rewards=partial(shuffle_rewards, seed=config.seed) if config.control == "shuffled" else None,
     )
 
@@ -397,7 +401,7 @@ def evaluate_once(config: Config, setup: Setup, weights: nnx.State, name: str) -
     path = config.output / f"accuracy_{name}.json"
     if not path.exists():
         found = evaluate(config, setup, weights)
-        path.write_text(json.dumps({"accuracy": found.mean, "stderr": found.stderr}), encoding="utf-8")
+        write_json(path, {"accuracy": found.mean, "stderr": found.stderr})
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -415,8 +419,8 @@ def finish(
     rows = read_metrics(config.output / "metrics.jsonl")
     target = config.output / "model"
     if not target.exists():
-        save_hf(setup.model._replace(weights=weights), target, source=config.model)
-        setup.tokenizer.save(target)
+        trained = setup.model._replace(weights=weights)
+        save_hf(trained, target, source=config.model, tokenizer=setup.tokenizer.files)
     summary: dict[str, Any] = {
         "accuracy_before": before["accuracy"],
         "accuracy_after": after.mean,
@@ -434,9 +438,8 @@ def finish(
         for p, c, s in zip(setup.held_out[:16], after.completions, after.scores, strict=False)
     ]
     write_report(config.output, title="R1-Zero", summary=summary, rows=rows, samples=samples)
-    text = json.dumps(summary, indent=2)
-    (config.output / "summary.json").write_text(text, encoding="utf-8")
-    print(text)
+    write_json(config.output / "summary.json", summary)
+    print(json.dumps(summary, indent=2))
     print(f"report: {config.output / 'report.html'}   model: {target}")
 
 

@@ -75,6 +75,7 @@ def _transformers(model: Path) -> Callable[[np.ndarray, int], None]:
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    loaded.generation_config.eos_token_id = None  # both draw every token asked for
 
     def generate(ids: np.ndarray, count: int) -> None:
         tokens = torch.from_numpy(ids)
@@ -83,7 +84,6 @@ def _transformers(model: Path) -> Callable[[np.ndarray, int], None]:
                 tokens,
                 attention_mask=torch.ones_like(tokens),
                 max_new_tokens=count,
-                min_new_tokens=count,
                 do_sample=False,
                 pad_token_id=0,
             )

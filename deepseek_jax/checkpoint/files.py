@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,13 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: got a JSON {type(value).__name__}, wanted an object")
     return value
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is never seen half-written, whatever kills the writer."""
+    draft = path.with_name(f".{path.name}.partial")
+    draft.write_bytes(content)
+    os.replace(draft, path)
 
 
 class TensorFolder:

@@ -1,7 +1,7 @@
 """Model folders: Hugging Face's, and ours (Orbax) with the same configuration and tokenizer files beside it."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,13 +83,16 @@ def export_hf(source: Path, target: Path) -> None:
         _write_hf(model.weights, partial)
 
 
-def save_hf(model: Model, target: Path, *, source: Path | None = None) -> None:
+def save_hf(
+    model: Model, target: Path, *, source: Path | None = None, tokenizer: Mapping[str, bytes] | None = None
+) -> None:
     """Write a model from memory as a Hugging Face folder.
 
     Args:
         model: to write.
         target: folder to make; it appears when whole.
         source: folder whose configuration and tokenizer files go with it; None writes config.json from the model.
+        tokenizer: further files by name, such as `Tokenizer.files`.
     """
     with files.new_folder(target) as partial:
         if source is None:
@@ -97,6 +100,8 @@ def save_hf(model: Model, target: Path, *, source: Path | None = None) -> None:
             (partial / "config.json").write_text(text, encoding="utf-8")
         else:
             files.copy_sidecars(source, partial)
+        for name, content in (tokenizer or {}).items():
+            (partial / name).write_bytes(content)
         _write_hf(model.weights, partial)
 
 

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+_LOGITS_AT_ONCE = 2**25
+
 
 def token_logprobs(
     hidden: Float[Array, "B T D"],
@@ -11,7 +13,7 @@ def token_logprobs(
     tokens: Int[Array, "B T"],
     *,
     temperature: float = 1.0,
-    chunk: int = 128,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """log p(token) and the entropy of p, where p = softmax(hidden @ head / temperature).
 
@@ -23,13 +25,13 @@ def token_logprobs(
         head: output projection.
         tokens: int32 targets.
         temperature: the sampler's; log-probs of a sample mean nothing at another one.
-        chunk: positions at a time.
+        chunk: positions at a time; None takes as many as keep the logits at once within 128 MiB.
 
     Returns:
         Log-probs and entropies, float32 [B, T], in nats.
     """
     B, T, D = hidden.shape
-    size = min(chunk, T)
+    size = min(T, max(1, _LOGITS_AT_ONCE // (B * head.shape[1])) if chunk is None else chunk)
     padded = -(-T // size) * size
     hidden = jnp.pad(hidden, ((0, 0), (0, padded - T), (0, 0))).reshape(B, -1, size, D).swapaxes(0, 1)
     targets = jnp.pad(tokens, ((0, 0), (0, padded - T))).reshape(B, -1, size).swapaxes(0, 1)

@@ -28,33 +28,24 @@ class MetricLog:
     run by step alone, and the stages of a training count their steps each from the beginning. A tag is
     `<stage>/<name>`.
 
+    What is there already stays, but for a last line that a kill cut short. A run that goes on from a checkpoint
+    calls `truncate` with the checkpoint's stage and step.
+
     Args:
         folder: Where `metrics.jsonl` and `tensorboard/` live; made if absent.
-        resume_step: The last step that the restored checkpoint has done: lines of later steps are cut, for
-            they will be written again. None starts afresh: any earlier lines go.
-        resume_stage: The stage that the checkpoint belongs to. Needed when the file holds several.
 
     Raises:
-        ValueError: Several stages are in the file and `resume_stage` does not say which one is resumed, or a
-            line other than the last is not JSON.
+        ValueError: A line other than the last is not JSON.
     """
 
-    def __init__(self, folder: str | Path, *, resume_step: int | None, resume_stage: str | None = None):
+    def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.path = self.folder / "metrics.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
         self._writers: dict[str, SummaryWriter] = {}
         self._last_step: dict[str, int] = {}
-
         rows, ends = _scan(self.path)
-        if resume_step is None:
-            self._cut(rows, ends, keep=0)
-            return
-        stages = list(dict.fromkeys(row["stage"] for row in rows))
-        if resume_stage is None and len(stages) > 1:
-            raise ValueError(f"{self.path}: holds stages {', '.join(stages)}: pass resume_stage, one of them")
-        stage = resume_stage if resume_stage is not None else next(iter(stages), "")
-        self._cut(rows, ends, keep=_kept(rows, stage, resume_step))
+        self._cut(rows, ends, keep=len(rows))
 
     def write(self, step: int, values: Mapping[str, Any], stage: str) -> None:
         """Adds one line, which outlives a kill of the process from the moment this returns.

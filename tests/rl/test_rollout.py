@@ -25,12 +25,12 @@ CONFIG = dataclasses.replace(
     vocab_size=24,
     hidden_size=16,
     intermediate_size=24,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_attention_heads=2,
     max_position_embeddings=64,
     initializer_range=0.2,
     attention=MLAConfig(q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
-    moe=dataclasses.replace(preset("tiny").moe, moe_intermediate_size=8),
+    moe=dataclasses.replace(preset("tiny").moe, moe_intermediate_size=8, first_k_dense_replace=0),
 )
 
 

@@ -54,7 +54,7 @@ def run(folder: Path, *, die=lambda number: None, steps=STEPS, name="toy") -> tu
         return state, {"loss": float(loss)}
 
     stage = Stage(name=name, steps=steps, save_every=SAVE_EVERY, shown={"loss": "loss"})
-    with MetricLog(folder, resume_step=1_000_000, resume_stage=name) as log:
+    with MetricLog(folder) as log:
         return run_stage(stage, start(), batches(ROWS, size=4, seed=0), step, folder=folder, log=log), seen
 
 

@@ -23,7 +23,7 @@ def steps(folder: Path) -> list[tuple[str, int]]:
 
 def fill(folder: Path) -> None:
     """A run of two stages, five steps each."""
-    with MetricLog(folder, resume_step=None) as log:
+    with MetricLog(folder) as log:
         for stage in ("sft", "grpo"):
             for step in range(1, 6):
                 log.write(step, {"loss": 1 / step}, stage)
@@ -46,7 +46,7 @@ def shown_by_tensorboard(folder: Path, stage: str) -> dict[str, list[int]]:
 
 
 def test_what_is_written_is_read_back(tmp_path: Path):
-    with MetricLog(tmp_path, resume_step=None) as log:
+    with MetricLog(tmp_path) as log:
         log.write(1, {"loss": 0.5, "rewards/format/mean": np.float32(0.25), "kl": jnp.float32(2.0)}, "grpo")
     (row,) = read_metrics(tmp_path / "metrics.jsonl")
     assert row.pop("time") > 1.7e9
@@ -59,7 +59,7 @@ def test_what_is_written_is_read_back(tmp_path: Path):
 
 
 def test_lines_are_strict_json_and_keep_nan_and_infinity(tmp_path: Path):
-    with MetricLog(tmp_path, resume_step=None) as log:
+    with MetricLog(tmp_path) as log:
         log.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.0}, "sft")
 
     def refuse(name: str):
@@ -74,7 +74,8 @@ def test_lines_are_strict_json_and_keep_nan_and_infinity(tmp_path: Path):
 
 def test_a_resume_cuts_the_steps_that_will_be_run_again(tmp_path: Path):
     fill(tmp_path)
-    with MetricLog(tmp_path, resume_step=3, resume_stage="grpo") as log:
+    with MetricLog(tmp_path) as log:
+        log.truncate("grpo", 3)
         assert steps(tmp_path) == [("sft", s) for s in range(1, 6)] + [("grpo", s) for s in range(1, 4)]
         log.write(4, {"loss": 9.0}, "grpo")
     assert steps(tmp_path)[-1] == ("grpo", 4)
@@ -84,7 +85,8 @@ def test_a_resume_cuts_the_steps_that_will_be_run_again(tmp_path: Path):
 
 def test_a_resume_in_an_early_stage_forgets_the_later_ones(tmp_path: Path):
     fill(tmp_path)
-    with MetricLog(tmp_path, resume_step=5, resume_stage="sft"):
+    with MetricLog(tmp_path) as log:
+        log.truncate("sft", 5)
         assert steps(tmp_path) == [("sft", s) for s in range(1, 6)]
     assert shown_by_tensorboard(tmp_path, "sft") == {"sft/loss": [1, 2, 3, 4, 5]}
     assert shown_by_tensorboard(tmp_path, "grpo") == {}
@@ -92,42 +94,30 @@ def test_a_resume_in_an_early_stage_forgets_the_later_ones(tmp_path: Path):
 
 def test_a_resume_before_a_stage_logged_anything_keeps_the_stages_before_it(tmp_path: Path):
     fill(tmp_path)
-    with MetricLog(tmp_path, resume_step=0, resume_stage="evaluation"):
+    with MetricLog(tmp_path) as log:
+        log.truncate("evaluation", 0)
         assert len(steps(tmp_path)) == 10
 
 
-def test_one_stage_needs_no_name_and_several_do(tmp_path: Path):
-    with MetricLog(tmp_path / "one", resume_step=None) as log:
-        for step in range(4):
-            log.write(step, {"loss": 1.0}, "sft")
-    with MetricLog(tmp_path / "one", resume_step=1):
-        assert steps(tmp_path / "one") == [("sft", 0), ("sft", 1)]
-    fill(tmp_path / "two")
-    with pytest.raises(ValueError, match="holds stages sft, grpo: pass resume_stage"):
-        MetricLog(tmp_path / "two", resume_step=1)
-    assert len(steps(tmp_path / "two")) == 10
-
-
-def test_starting_afresh_forgets_a_run_that_had_no_checkpoint(tmp_path: Path):
+def test_opening_a_log_again_keeps_what_is_there(tmp_path: Path):
+    """A run killed after its last step still has to write its report from these lines."""
     fill(tmp_path)
-    with MetricLog(tmp_path, resume_step=None) as log:
-        assert read_metrics(tmp_path) == []
-        log.write(1, {"loss": 1.0}, "sft")
-    assert steps(tmp_path) == [("sft", 1)]
-    assert shown_by_tensorboard(tmp_path, "sft") == {"sft/loss": [1]}
-    assert shown_by_tensorboard(tmp_path, "grpo") == {}
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with MetricLog(tmp_path):
+        pass
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 @given(cut=st.integers(min_value=1, max_value=60))
 def test_a_half_written_last_line_is_dropped(tmp_path_factory: pytest.TempPathFactory, cut: int):
     folder = tmp_path_factory.mktemp("run")
-    with MetricLog(folder, resume_step=None) as log:
+    with MetricLog(folder) as log:
         for step in (1, 2):
             log.write(step, {"loss": 0.125}, "sft")
     path = folder / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-cut])
     assert steps(folder) == [("sft", 1)]
-    with MetricLog(folder, resume_step=1) as log:
+    with MetricLog(folder) as log:
         log.write(2, {"loss": 0.25}, "sft")
     assert [row["loss"] for row in read_metrics(folder)] == [0.125, 0.25]
 
@@ -135,7 +125,7 @@ def test_a_half_written_last_line_is_dropped(tmp_path_factory: pytest.TempPathFa
 KILLED = """
 import sys
 from deepseek_jax.train.metrics import MetricLog
-log = MetricLog(sys.argv[1], resume_step=None)
+log = MetricLog(sys.argv[1])
 for step in range(1, 10**9):
     log.write(step, {"loss": 1.0 / step}, "sft")
     if step == 20:
@@ -149,14 +139,15 @@ def test_a_killed_run_resumes_with_every_step_once(tmp_path: Path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert len(steps(tmp_path)) >= 20
-    with MetricLog(tmp_path, resume_step=15) as log:
+    with MetricLog(tmp_path) as log:
+        log.truncate("sft", 15)
         for step in range(16, 31):
             log.write(step, {"loss": 0.0}, "sft")
     assert steps(tmp_path) == [("sft", step) for step in range(1, 31)]
 
 
 def test_truncate_lets_a_stage_go_back(tmp_path: Path):
-    with MetricLog(tmp_path, resume_step=None) as log:
+    with MetricLog(tmp_path) as log:
         for step in range(1, 5):
             log.write(step, {"loss": 1.0}, "grpo")
         with pytest.raises(ValueError, match=r"step 3 comes after step 4: call truncate\('grpo', 2\)"):
@@ -169,13 +160,13 @@ def test_truncate_lets_a_stage_go_back(tmp_path: Path):
 
 @pytest.mark.parametrize("stage", ["", "..", "a/b", "a b"])
 def test_a_stage_that_cannot_name_a_folder_is_refused(tmp_path: Path, stage: str):
-    with MetricLog(tmp_path, resume_step=None) as log, pytest.raises(ValueError, match="stage must be"):
+    with MetricLog(tmp_path) as log, pytest.raises(ValueError, match="stage must be"):
         log.write(1, {"loss": 1.0}, stage)
     assert os.listdir(tmp_path) == []
 
 
 def test_a_reserved_name_is_refused(tmp_path: Path):
-    with MetricLog(tmp_path, resume_step=None) as log, pytest.raises(ValueError, match="'time' is reserved"):
+    with MetricLog(tmp_path) as log, pytest.raises(ValueError, match="'time' is reserved"):
         log.write(1, {"time": 1.0}, "sft")
 
 

@@ -142,7 +142,7 @@ def test_only_the_metrics_that_exist_are_plotted(tmp_path: Path):
 
 
 def test_values_that_are_not_finite_are_counted_and_left_out(tmp_path: Path):
-    with MetricLog(tmp_path, resume_step=None) as log:
+    with MetricLog(tmp_path) as log:
         for step, loss in enumerate([1.0, math.nan, math.inf, 0.5]):
             log.write(step, {"loss": loss, "kl": math.nan}, "sft")
     source, page = make(tmp_path, rows=read_metrics(tmp_path))

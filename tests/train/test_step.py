@@ -28,13 +28,14 @@ CONFIG = dataclasses.replace(
     vocab_size=V,
     hidden_size=16,
     intermediate_size=24,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_attention_heads=2,
     max_position_embeddings=256,
     initializer_range=0.2,
     attention=MLAConfig(q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
     moe=dataclasses.replace(preset("tiny").moe, moe_intermediate_size=8, first_k_dense_replace=0),
 )
+TWO_LAYERS = dataclasses.replace(CONFIG, num_hidden_layers=2)
 GRPO = partial(grpo_objective, config=GRPOConfig(beta=0.1), temperature=0.8)
 OBJECTIVES = {"grpo": GRPO, "sft": sft_objective}
 
@@ -116,7 +117,7 @@ def biases(weights):
 
 def test_the_router_bias_moves_by_its_own_layers_load_and_by_nothing_else():
     """Weight decay of a large rate would show if the optimizer ever touched it."""
-    graphdef, weights = model()
+    graphdef, weights = model(TWO_LAYERS)
     weights = jax.tree.map(jnp.copy, weights)
     for i, end in enumerate((0.3, -0.2)):
         weights.layers[i].mlp.bias = RouterBias(jnp.linspace(-end, end, 8))
@@ -139,37 +140,42 @@ def test_the_router_bias_moves_by_its_own_layers_load_and_by_nothing_else():
 def test_models_without_a_router_bias_train_with_gamma_all_the_same(method):
     """The experiment's default gamma meets V2's softmax routing and dense models too."""
     moe = dataclasses.replace(CONFIG.moe, topk_method="greedy", n_group=1, topk_group=1, norm_topk_prob=False)
-    config = dataclasses.replace(CONFIG, num_hidden_layers=1, moe=moe if method == "greedy" else None)
+    config = dataclasses.replace(CONFIG, moe=moe if method == "greedy" else None)
     graphdef, weights = model(config)
     update = make_train_step(graphdef, sft_objective, SGD, StepConfig(bias_gamma=1e-3, balance_alpha=1e-4))
     state, metrics = update(init_state(weights, SGD), batch_of("sft"))
     assert np.isfinite(values(metrics)["loss"]) and int(state.step) == 1
 
 
+@cache
+def adamw_update():
+    """One update without KL, weight decay and bias rule, for two tests."""
+    objective = partial(grpo_objective, config=GRPOConfig(beta=0.0), temperature=0.8)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=2), 10)
+    graphdef, weights = model()
+    return make_train_step(graphdef, objective, optimizer, StepConfig()), lambda: init_state(weights, optimizer)
+
+
 def test_equal_rewards_without_kl_and_decay_leave_every_weight_alone():
     """Router biases too, since gamma is 0."""
-    objective = partial(grpo_objective, config=GRPOConfig(beta=0.0), temperature=0.8)
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1), 10)
-    batch = grpo_batch()._replace(advantages_B=np.zeros(B, np.float32))
-    weights, metrics = run(objective, batch, optimizer)
+    update, start = adamw_update()
+    state, metrics = update(start(), grpo_batch()._replace(advantages_B=np.zeros(B, np.float32)))
+    metrics = values(metrics)
     assert metrics["loss"] == 0.0 and metrics["grad_norm"] == 0.0
-    for before, after in zip(jax.tree.leaves(model()[1]), jax.tree.leaves(weights), strict=True):
+    for before, after in zip(jax.tree.leaves(model()[1]), jax.tree.leaves(state.weights), strict=True):
         np.testing.assert_array_equal(after, before)
 
 
 def test_one_compilation_serves_all_steps_and_the_callers_weights_survive():
-    graphdef, weights = model()
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=2, weight_decay=0.1), 10)
-    update = make_train_step(graphdef, GRPO, optimizer, StepConfig(bias_gamma=1e-3))
-    state = init_state(weights, optimizer)
-    losses = []
+    update, start = adamw_update()
+    state, losses = start(), []
     for number in range(5):
         state, metrics = update(state, grpo_batch(0))
         losses.append(values(metrics)["loss"])
         assert int(state.step) == number + 1
     assert update._cache_size() == 1
     assert losses[-1] < losses[0]
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights))  # not donated away
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model()[1]))  # not donated away
 
 
 # --- the optimizer ---------------------------------------------------------------------------------
