@@ -108,5 +108,5 @@ def _tiles(sizes, block):
 
 
 def _block_rows(rows: int, groups: int) -> int:
-    """A power of two near the mean group, so that a group takes one or two tiles."""
-    return min(128, 1 << max(0, (rows // groups - 1).bit_length()))
+    """A power of two near a quarter of the mean group: a group's last tile then wastes little, however many groups."""
+    return min(128, 1 << (max(1, rows // (4 * groups)) - 1).bit_length())
