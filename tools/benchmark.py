@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 from rich.progress import track
 
 from deepseek_jax.checkpoint.folder import load_model
@@ -63,7 +64,7 @@ def _paired_rates(contestants: list[Callable], tokens: int, batch: int, rounds: 
     for contestant in contestants:  # compilation and first touches
         contestant(1), contestant(tokens)
     rates: list[list[float]] = [[] for _ in contestants]
-    for _ in track(range(rounds), description=f"batch {batch}", transient=True):
+    for _ in track(range(rounds), description=f"batch {batch}", transient=True, console=Console(stderr=True)):
         for contestant, found in zip(contestants, rates, strict=True):
             one, all_ = _seconds(lambda c=contestant: c(1)), _seconds(lambda c=contestant: c(tokens))
             found.append(batch * (tokens - 1) / (all_ - one))
@@ -113,7 +114,7 @@ def experts(
     """
     functions = {count: _expert_layer(count, rows, width, inner, k) for count in counts}
     times: dict[tuple[int, str], list[float]] = {}
-    for _ in track(range(rounds), description="rounds", transient=True):
+    for _ in track(range(rounds), description="rounds", transient=True, console=Console(stderr=True)):
         for count, kinds in functions.items():
             for kind, function in kinds.items():
                 times.setdefault((count, kind), []).append(_seconds(function))

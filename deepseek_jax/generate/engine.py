@@ -204,11 +204,12 @@ class Generator:
     def _decode(self, weights, state, seeds_B, limits_B, knobs, *, modes):
         """Feed the last token, draw the next, until every sequence stopped or reached its limit."""
         model = nnx.merge(self.graphdef, weights)
+        head_DV = model.head_DV()  # out of the loop: tied embeddings are transposed once, not every step
 
         def body(state: _State) -> _State:
             # the token that was drawn last lies one before the position that comes next
             hidden, cache = model.extend(state.token_B[:, None], state.position_B[:, None] - 1, state.cache)
-            logits_BV = model.logits(hidden.x_BTD)[:, 0]
+            logits_BV = (hidden.x_BTD[:, 0] @ head_DV).astype(jnp.float32)
             return _draw(state._replace(cache=cache), logits_BV, seeds_B, limits_B, knobs, modes)
 
         return jax.lax.while_loop(lambda s: ~jnp.all(s.done_B), body, state)
