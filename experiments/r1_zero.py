@@ -5,7 +5,7 @@ from nothing and imitates answers to chains of arithmetic (the cold start). Most
 work it out step by step. Then GRPO alone has to find out that thinking pays, and to do it right. With
 `--model FOLDER --data FILE.jsonl` the same loop trains a Hugging Face checkpoint.
 
-Cost: four to seven minutes on two CPU cores without arguments; `--quick` shows the whole path in one or two.
+Cost: three to seven minutes on two CPU cores without arguments; `--quick` shows the whole path in one or two.
 Expected: held-out accuracy rises by 20 points and more over the cold start; with `--control shuffled` it does not
 (see LOG.md). A killed run goes on from its last checkpoint when the same command is given again.
 """

@@ -346,6 +346,8 @@ def cut_the_largest_file(folder: Path) -> None:
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
 
 
+# Orbax reads in threads of its own, whose exceptions pytest would list one by one.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize(
     "spoil, says",
     [
