@@ -6,7 +6,7 @@ from deepseek_jax.checkpoint.folder import convert_hf
 from deepseek_jax.cli import run
 
 
-def main(source: Path, target: Path) -> None:
+def main(source: Path, target: Path, /) -> None:
     """Convert SOURCE to TARGET.
 
     Args:

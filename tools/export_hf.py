@@ -6,7 +6,7 @@ from deepseek_jax.checkpoint.folder import export_hf
 from deepseek_jax.cli import run
 
 
-def main(source: Path, target: Path) -> None:
+def main(source: Path, target: Path, /) -> None:
     """Export SOURCE to TARGET.
 
     Args:

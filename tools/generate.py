@@ -22,7 +22,7 @@ def main(
     top_k: int = 0,
     repetition_penalty: float = 1.0,
     seed: int = 0,
-    chat: bool | None = None,
+    chat: bool = True,
     samples: int = 1,
 ) -> None:
     """Complete PROMPT with MODEL; text goes to stdout, tokens a second to stderr.
@@ -36,14 +36,16 @@ def main(
         top_k: sample among the k best; 0 is no limit.
         repetition_penalty: divides the odds of tokens seen before; 1 is none.
         seed: the same seed draws the same tokens.
-        chat: put the prompt into the checkpoint's chat template; by default where it has one.
+        chat: put the prompt into the checkpoint's chat template, where it has one; base models want --no-chat.
         samples: completions to draw.
     """
     if samples < 1:
         raise ValueError(f"samples: got {samples}, wanted at least 1")
     tokenizer = Tokenizer.from_folder(model)
-    chat = tokenizer.chat_template is not None if chat is None else chat
-    tokens = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt, add_bos=True)
+    if chat and tokenizer.chat_template is not None:
+        tokens = tokenizer.chat([{"role": "user", "content": prompt}])
+    else:
+        tokens = tokenizer.encode(prompt, add_bos=True)
     sampling = SamplingConfig(
         max_new_tokens=max_tokens,
         temperature=temperature,

@@ -10,7 +10,7 @@ from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.cli import run
 
 
-def main(model: Path, tokens: Path, logits: Path) -> None:
+def main(model: Path, tokens: Path, logits: Path, /) -> None:
     """Compute the logits of MODEL for TOKENS.
 
     Args:

@@ -1,0 +1,62 @@
+"""The command line of tools/generate.py: its options as users type them, on a whole small model folder."""
+
+import sys
+
+import pytest
+from flax import nnx
+
+from deepseek_jax.checkpoint.folder import Model, convert_hf, save_hf
+from deepseek_jax.cli import run
+from deepseek_jax.config import preset
+from deepseek_jax.model.decoder import Decoder, split
+from deepseek_jax.text.tokenizer import Tokenizer
+from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE
+from tools.generate import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    config = preset("tiny")
+    model = Model(config, *split(Decoder(config, rngs=nnx.Rngs(0))))
+    target = tmp_path_factory.mktemp("models") / "hf"
+    save_hf(model, target, tokenizer=Tokenizer.characters(ALPHABET, chat_template=TEMPLATE).files)
+    convert_hf(target, target.with_name("converted"))
+    return target
+
+
+def generate(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
+    status = 0
+    try:
+        run(main)
+    except SystemExit as stop:
+        status = stop.code
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def test_options_as_documented_and_the_same_from_a_converted_folder(folder, monkeypatch, capsys):
+    options = ("--prompt", "1+2=?", "--max-tokens", 6, "--temperature", 0.8, "--top-p", 0.9, "--seed", 3)
+    status, text, notes = generate(monkeypatch, capsys, folder, *options)
+    assert status == 0 and text.endswith("\n") and "tokens in" in notes
+    assert generate(monkeypatch, capsys, folder.with_name("converted"), *options)[:2] == (0, text)
+    assert generate(monkeypatch, capsys, folder, *options, "--chat")[:2] == (0, text)
+    assert generate(monkeypatch, capsys, folder, *options, "--no-chat")[1] != text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompt", "hello"), "error: encode: got 'h', wanted text"),
+        (("--prompt", "1" * 300), "error: prompt 0: got 303 tokens, wanted 1 to 255"),
+        (("--prompt", "1", "--top-p", "0"), "error: top_p: got 0.0"),
+    ],
+)
+def test_mistakes_are_one_line(folder, monkeypatch, capsys, arguments, message):
+    status, _, error = generate(monkeypatch, capsys, folder, *arguments)
+    assert status == 1 and error.startswith(message) and error.count("\n") == 1
+
+
+def test_a_mistyped_folder_is_named(tmp_path, monkeypatch, capsys):
+    status, _, error = generate(monkeypatch, capsys, tmp_path / "nowhere", "--prompt", "1")
+    assert status == 1 and "nowhere" in error and error.count("\n") == 1
