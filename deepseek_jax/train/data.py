@@ -62,6 +62,7 @@ def batches(rows: Sequence[Any], *, size: int, seed: int) -> grain.DatasetIterat
     """
     if len(rows) < size:
         raise ValueError(f"data set: got {len(rows)} rows, wanted at least {size}, one batch; add rows or lower it")
-    dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat().batch(size, batch_fn=list)
+    # An endless repeat has sys.maxsize rows, which a batch of one rounds up past what len() can say.
+    dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(2**31).batch(size, batch_fn=list)
     # Threads would read ahead of the position that a checkpoint saves; rows in memory need none.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))

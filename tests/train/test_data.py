@@ -114,3 +114,8 @@ def test_a_saved_position_gives_the_same_batches_that_would_have_followed(done):
     take(resumed, 1)
     resumed.set_state(position)
     assert take(resumed, 6) == following
+
+
+def test_a_batch_may_be_one_row():
+    iterator = batches(list(range(6)), size=1, seed=0)
+    assert sorted(row for _ in range(6) for row in next(iterator)) == list(range(6))
