@@ -196,5 +196,5 @@ def test_numbers_that_contradict_each_other_are_refused(name, changes, says):
 
 
 def test_an_unknown_preset_is_refused():
-    with pytest.raises(ValueError, match="preset: got 'r2', wanted one of r1-671b, v2-lite"):
+    with pytest.raises(ValueError, match="preset: got 'r2', wanted one of r1-671b, v3.2-671b, v2-lite"):
         preset("r2")
