@@ -2,18 +2,30 @@
 
 from pathlib import Path
 
-from deepseek_jax.checkpoint.folder import convert_hf
+from deepseek_jax.checkpoint.convert import convert_hf
+from deepseek_jax.checkpoint.convert import verify as verify_tensors
+from deepseek_jax.checkpoint.opened import open_folder
+from deepseek_jax.checkpoint.recast import Format
 from deepseek_jax.cli import run
+from deepseek_jax.train.progress import Progress
 
 
-def main(source: Path, target: Path, /) -> None:
-    """Convert SOURCE to TARGET.
+def main(source: Path, target: Path, /, *, to: Format = "stored", verify: bool = False) -> None:
+    """Convert SOURCE to TARGET, in bounded memory. Killed at any moment, the same command goes on where it was.
 
     Args:
         source: Hugging Face folder with config.json and model*.safetensors.
         target: folder to make; it must not exist, and it appears only when it is whole.
+        to: format of the weights: as stored, unpacked to bfloat16 or float32, or packed as FP8.
+        verify: read the new folder again and hold every tensor against the checksum of what went in.
     """
-    convert_hf(source, target)
+    opened = open_folder(source, to=to)
+    with Progress(opened.nbytes, "convert", unit="bytes") as progress:
+        convert_hf(opened, target, advance=progress.advance)
+    if verify:
+        written = open_folder(target)
+        with Progress(written.nbytes, "verify", unit="bytes") as progress:
+            verify_tensors(written.source, written.stored.hashes, advance=progress.advance)
     print(f"wrote {target}")
 
 

@@ -2,18 +2,24 @@
 
 from pathlib import Path
 
-from deepseek_jax.checkpoint.folder import export_hf
+from deepseek_jax.checkpoint.convert import export_hf
+from deepseek_jax.checkpoint.opened import open_folder
+from deepseek_jax.checkpoint.recast import Format
 from deepseek_jax.cli import run
+from deepseek_jax.train.progress import Progress
 
 
-def main(source: Path, target: Path, /) -> None:
-    """Export SOURCE to TARGET.
+def main(source: Path, target: Path, /, *, to: Format = "stored") -> None:
+    """Export SOURCE to TARGET. As stored, these are the very files that were converted, byte for byte.
 
     Args:
         source: converted folder, as convert_hf.py writes it (a Hugging Face folder is taken too).
         target: folder to make; it must not exist, and it appears only when it is whole.
+        to: format of the weights: as stored, unpacked to bfloat16 or float32, or packed as FP8.
     """
-    export_hf(source, target)
+    opened = open_folder(source, to=to)
+    with Progress(opened.nbytes, "export", unit="bytes") as progress:
+        export_hf(opened, target, advance=progress.advance)
     print(f"wrote {target}")
 
 

@@ -5,6 +5,7 @@ Hugging Face folder, and load that folder. The file holds what is left: config.j
 it was made. Needs the `oracle` extra: pip install -e '.[oracle]'.
 """
 
+import dataclasses
 import json
 import random
 import zlib
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
-from deepseek_jax.checkpoint import files, names
+from deepseek_jax.checkpoint import names
 from deepseek_jax.cli import run
 from deepseek_jax.config import from_hf
 from deepseek_jax.model.decoder import abstract_weights
@@ -31,6 +33,28 @@ def deepseek_v3(rng: random.Random, **fixed: Any):
     """R1's family: noaux_tc routing in groups, plain or YaRN rope, with q_lora or without."""
     from transformers import DeepseekV3Config
 
+    return DeepseekV3Config(**_noaux_tc(rng, fixed))
+
+
+def deepseek_v32(rng: random.Random, **fixed: Any):
+    """V3.2: the same, with an indexer that leaves most keys of a long sequence out.
+
+    Not fewer than 16 indexer heads: where relu leaves several keys a score of 0 torch and jax break the tie
+    differently, and with 16 heads a key that none of them likes is one in 65,536.
+    """
+    from transformers import DeepseekV32Config
+
+    indexer = {
+        "index_n_heads": rng.choice([16, 24]),
+        "index_head_dim": rng.choice([16, 24]),
+        "index_topk": rng.choice([5, 9, 16]),
+        "q_lora_rank": 24,
+    }
+    return DeepseekV32Config(**_noaux_tc(rng, indexer | fixed))
+
+
+def _noaux_tc(rng: random.Random, fixed: dict[str, Any]) -> dict[str, Any]:
+    fixed = dict(fixed)
     groups = fixed.pop("n_group", rng.choice([1, 2, 4]))
     kept = fixed.pop("topk_group", rng.randint(1, groups))
     experts = fixed.pop("n_routed_experts", groups * rng.choice([2, 4]))
@@ -45,7 +69,7 @@ def deepseek_v3(rng: random.Random, **fixed: Any):
         "norm_topk_prob": rng.choice([True, False]),
         "rope_parameters": rng.choice([plain_rope(), yarn(1.0), yarn(0.7)]),
     }
-    return DeepseekV3Config(**drawn | fixed)
+    return drawn | fixed
 
 
 def deepseek_v2(rng: random.Random, **fixed: Any):
@@ -151,6 +175,10 @@ GOLDENS: dict[str, Callable[[random.Random], Any]] = {
     ),
     "qwen2": lambda rng: qwen2(rng, num_key_value_heads=2, tie_word_embeddings=False),
     "llama3-tied": lambda rng: llama(rng, num_key_value_heads=2, tie_word_embeddings=True),
+    "v32-yarn": lambda rng: deepseek_v32(
+        rng, index_topk=6, qk_rope_head_dim=8, index_head_dim=24, n_group=4, topk_group=2, n_routed_experts=16,
+        num_experts_per_tok=4, first_k_dense_replace=1, rope_parameters=yarn(1.0),
+    ),
 }  # fmt: skip
 
 # --- weights that both sides make ----------------------------------------------------------------
@@ -172,12 +200,15 @@ def tensor_of(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def write_folder(folder: Path, config: dict[str, Any], seed: int) -> None:
-    """Make a Hugging Face folder of a config.json and the weights of `tensor_of`."""
+    """Make a Hugging Face folder of a config.json and the weights of `tensor_of`, without the MTP modules.
+
+    transformers leaves their number in config.json, and has no weights for them.
+    """
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    table = names.tensors(abstract_weights(from_hf(config))[1])
-    arrays = [(t.name, tensor_of(seed, t.name, t.shape)) for t in table]
-    files.write_tensors(folder, iter(arrays), sum(a.nbytes for _, a in arrays))
+    architecture = dataclasses.replace(from_hf(config), num_nextn_predict_layers=0)
+    table = names.tensors(architecture, abstract_weights(architecture)[1])
+    save_file({t.name: tensor_of(seed, t.name, t.shape) for t in table}, folder / "model.safetensors")
 
 
 def main(target: Path = GOLDEN) -> None:

@@ -1,16 +1,17 @@
-"""Reading and writing safetensors folders: every problem one ValueError that names the file and the tensor."""
+"""Safetensors folders read tensor by tensor, and folders that appear whole: every problem one ValueError."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+
+from deepseek_jax.checkpoint.headers import DTYPES, Entry, Header, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -20,8 +21,8 @@ SIDECARS = (
     *("special_tokens_map.json", "chat_template.jinja", "added_tokens.json", "vocab.json", "merges.txt"),
     *("tokenizer.model", "LICENSE"),
 )
-_EXPONENT = {np.dtype(np.float32): (np.uint32, 0x7F800000), np.dtype(np.float16): (np.uint16, 0x7C00)}
-_EXPONENT[np.dtype(ml_dtypes.bfloat16)] = (np.uint16, 0x7F80)
+_EXPONENT = {"F32": (np.uint32, 0x7F800000), "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80)}
+_ALL = slice(None)
 
 
 def read_json(path: Path) -> dict:
@@ -47,6 +48,13 @@ def write_whole(path: Path, content: bytes) -> None:
 class TensorFolder:
     """The tensors of a safetensors folder, single file or sharded, read one by one.
 
+    Only headers are read when it is made. Reading is safe from several threads, and takes no more bytes from the disk
+    than the rows and columns asked for.
+
+    Attributes:
+        headers: of each file, by its name.
+        entries: every tensor's dtype, shape and place.
+
     Raises:
         ValueError: no weights, a shard that is missing, truncated or not safetensors, an index that names files
             outside the folder or tensors that the shards do not hold, or a tensor that two shards hold.
@@ -54,19 +62,22 @@ class TensorFolder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.file_of: dict[str, Path] = {}
-        self._open = {}
+        self.headers: dict[str, Header] = {}
+        self.entries: dict[str, Entry] = {}
+        self._file_of: dict[str, Path] = {}
         for file, names in self._listing().items():
             if not file.is_file():
                 raise ValueError(f"{file}: missing; the index places {len(names or ()) or 'some'} tensors there")
-            held = self._handle(file).keys()
-            lost = set(names or ()) - set(held)
+            header = self.headers[file.name] = read_header(file)
+            lost = set(names or ()) - header.entries.keys()
             if lost:
-                raise ValueError(f"{file}: tensor {sorted(lost)[0]!r} is not there, though the index says so")
-            for name in held:
-                if name in self.file_of:
-                    raise ValueError(f"{file}: tensor {name!r} is also in {self.file_of[name].name}")
-                self.file_of[name] = file
+                raise ValueError(f"{file}: tensor {min(lost)!r} is not there, though the index says so")
+            for name, entry in header.entries.items():
+                if name in self.entries:
+                    raise ValueError(f"{file}: tensor {name!r} is also in {self._file_of[name].name}")
+                self.entries[name], self._file_of[name] = entry, file
+        self._descriptors = {file: os.open(file, os.O_RDONLY) for file in set(self._file_of.values())}
+        weakref.finalize(self, _close_all, tuple(self._descriptors.values()))
 
     def _listing(self) -> dict[Path, list[str] | None]:
         index = self.folder / INDEX
@@ -84,66 +95,60 @@ class TensorFolder:
             return {self.folder / SINGLE: None}
         raise ValueError(f"{self.folder}: no {SINGLE} and no {INDEX}; pickled .bin weights are not read")
 
-    def _handle(self, file: Path):
-        if file not in self._open:
-            try:
-                self._open[file] = safe_open(file, framework="numpy")
-            except (SafetensorError, OSError) as problem:
-                raise ValueError(f"{file}: not a whole safetensors file ({problem})") from None
-        return self._open[file]
+    def where(self, name: str) -> str:
+        """The file that holds a tensor, for messages."""
+        return str(self._file_of[name])
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handle(self.file_of[name]).get_slice(name).get_shape())
+    def read(self, name: str, rows: slice = _ALL, columns: slice = _ALL) -> np.ndarray:
+        """A tensor as stored, or a part of it along the first two axes.
 
-    def dtype(self, name: str) -> str:
-        return self._handle(self.file_of[name]).get_slice(name).get_dtype()
-
-    def read(self, name: str) -> np.ndarray:
-        """The tensor as stored. ValueError when it holds NaN or infinity, or is no float of 16 or 32 bits."""
-        file = self.file_of[name]
-        if self.dtype(name) not in ("F32", "F16", "BF16"):
-            raise ValueError(f"{file}: tensor {name!r}: got dtype {self.dtype(name)}, wanted F32, F16 or BF16")
-        value = self._handle(file).get_tensor(name)
-        bits, exponent = _EXPONENT[value.dtype]
-        if np.any((np.ascontiguousarray(value).view(bits) & exponent) == exponent):
+        Raises:
+            ValueError: the part holds NaN or infinity, or the tensor is no float that a model is made of.
+        """
+        entry, file = self.entries[name], self._file_of[name]
+        if entry.dtype not in DTYPES:
+            raise ValueError(f"{file}: tensor {name!r}: got dtype {entry.dtype}, wanted {', '.join(DTYPES)}")
+        raw, shape = self._read_raw(file, entry, rows, columns)
+        if not _finite(raw, entry.dtype):
             raise ValueError(f"{file}: tensor {name!r} holds NaN or infinite values; the checkpoint is damaged")
-        return value
+        return np.frombuffer(raw, DTYPES[entry.dtype]).reshape(shape)
+
+    def _read_raw(self, file: Path, entry: Entry, rows: slice, columns: slice) -> tuple[bytes, tuple[int, ...]]:
+        size = DTYPES[entry.dtype].itemsize
+        if not entry.shape:
+            return self._pread(file, entry.start, size), ()
+        first, last, _ = rows.indices(entry.shape[0])
+        row = entry.nbytes // max(entry.shape[0], 1)
+        start = entry.start + first * row
+        if len(entry.shape) == 1 or columns == _ALL or columns.indices(entry.shape[1]) == (0, entry.shape[1], 1):
+            return self._pread(file, start, (last - first) * row), (last - first, *entry.shape[1:])
+        left, right, _ = columns.indices(entry.shape[1])
+        lines = [
+            self._pread(file, start + line * row + left * size, (right - left) * size) for line in range(last - first)
+        ]
+        return b"".join(lines), (last - first, right - left)
+
+    def _pread(self, file: Path, start: int, count: int) -> bytes:
+        parts = []
+        while count:  # Linux gives at most 2 GiB a call
+            part = os.pread(self._descriptors[file], count, start)
+            if not part:
+                raise ValueError(f"{file}: ended at byte {start}; it was cut while it was read")
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def write_tensors(
-    folder: Path, named: Iterator[tuple[str, np.ndarray]], total_bytes: int, shard_bytes: int = 5_000_000_000
-) -> None:
-    """Write tensors in the order given: one file where they fit, else shards with an index.
+def _close_all(descriptors: tuple[int, ...]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
-    Args:
-        folder: an existing folder.
-        named: names and arrays, produced one by one; at most one shard is held in memory.
-        total_bytes: of all tensors; decides between one file and shards.
-        shard_bytes: a shard is closed before it would pass this size.
-    """
-    shards: list[list[str]] = []
-    pending: dict[str, np.ndarray] = {}
 
-    def close() -> None:
-        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, value in named:
-        if pending and sum(v.nbytes for v in pending.values()) + value.nbytes > shard_bytes:
-            close()
-        pending[name] = np.ascontiguousarray(value)
-    close()
-    if len(shards) == 1:
-        (folder / "shard-0").rename(folder / SINGLE)
-        return
-    weight_map = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{number}").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
+def _finite(raw: bytes, dtype: str) -> bool:
+    if dtype == "F8_E4M3":  # no infinities, and two codes for NaN; finding a byte runs at the memory's speed
+        return b"\x7f" not in raw and b"\xff" not in raw
+    bits, exponent = _EXPONENT[dtype]
+    return not np.any((np.frombuffer(raw, bits) & exponent) == exponent)
 
 
 def copy_sidecars(source: Path, target: Path) -> None:
@@ -153,23 +158,74 @@ def copy_sidecars(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-@contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when whole.
-
-    Yields a temporary neighbour to write into; it is renamed at the end, or removed after an exception.
-
-    Raises:
-        ValueError: the target exists already; nothing is overwritten.
-    """
+def refuse_existing(target: Path) -> None:
+    """ValueError when there is something under that name already."""
     if target.exists():
         raise ValueError(f"{target}: exists already; choose a new folder or remove it")
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, *, resume: str | None = None) -> Iterator[Path]:
+    """A folder that appears under its name only when whole.
+
+    Yields a temporary neighbour to write into; it is renamed at the end, or removed after a ValueError.
+
+    Args:
+        target: the folder to make.
+        resume: what is being written, in a few words. What an earlier writer of the same left behind is then given
+            back to go on with, and kept for the next one after anything but a ValueError. None starts afresh.
+
+    Raises:
+        ValueError: the target exists already, or another process is writing it; nothing is overwritten.
+    """
+    refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    partial.mkdir(exist_ok=True)
+    with _locked(partial, target):
+        note = partial / "written-from"
+        if resume is None or not note.is_file() or note.read_text(encoding="utf-8") != resume:
+            for leftover in partial.iterdir():
+                remove(leftover)
+            write_whole(note, (resume or "").encode())
+        try:
+            yield partial
+            note.unlink()
+            sync(partial)
+            partial.rename(target)
+        except BaseException as problem:
+            if resume is None or isinstance(problem, ValueError):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _locked(partial: Path, target: Path) -> Iterator[None]:
+    """One writer of a folder at a time; the system drops the lock of a process that dies."""
+    descriptor = os.open(partial, os.O_RDONLY)
     try:
-        yield partial
-        partial.rename(target)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        refuse_existing(target)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"{target}: another process is writing it; wait for it or choose another folder") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(folder: Path) -> None:
+    """Wait until everything below a folder is on the disk."""
+    for path in [folder, *folder.rglob("*")]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,7 +1,11 @@
-"""Model folders: Hugging Face's, and ours (Orbax) with the same configuration and tokenizer files beside it."""
+"""Models in memory, from folders and back: Hugging Face's, and converted ones, onto one device or a mesh."""
 
+import dataclasses
+import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,14 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from orbax.checkpoint import v1 as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from deepseek_jax.checkpoint import files, names
-from deepseek_jax.config import ModelConfig, from_hf, to_hf
+from deepseek_jax.checkpoint import files, names, writer
+from deepseek_jax.checkpoint.convert import THREADS, write_hf
+from deepseek_jax.checkpoint.headers import DTYPES, NAMES, Entry
+from deepseek_jax.checkpoint.layout import Array, Source, part, units
+from deepseek_jax.checkpoint.opened import Opened, open_folder
+from deepseek_jax.checkpoint.shelves import ConvertedFolder
+from deepseek_jax.config import ModelConfig, to_hf
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.layers import RouterBias
-
-WEIGHTS = "weights"
+from deepseek_jax.ops.fp8 import dequantize
+from deepseek_jax.sharding import weight_sharding
 
 
 class Model(NamedTuple):
@@ -27,37 +36,35 @@ class Model(NamedTuple):
     weights: nnx.State
 
 
-def is_converted(folder: Path) -> bool:
-    return (folder / WEIGHTS).is_dir()
+def load_model(folder: Path, *, dtype: jnp.dtype | None = jnp.float32, mesh: Mesh | None = None) -> Model:
+    """A model from a Hugging Face folder or a converted one, layer by layer.
 
-
-def load_config(folder: Path) -> ModelConfig:
-    """The configuration of a model folder, Hugging Face's or converted. ValueError names file and key."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; wanted a Hugging Face or converted model folder")
-    values = files.read_json(folder / "config.json")
-    try:
-        return from_hf(values)
-    except ValueError as problem:
-        raise ValueError(f"{folder}: {problem}") from None
-
-
-def load_model(folder: Path, *, dtype: jnp.dtype | None = jnp.float32) -> Model:
-    """A model from an HF folder or a converted one.
+    FP8 weights are unpacked on the devices. Every process reads the bytes that its own devices hold, and no more.
 
     Args:
         folder: with config.json and weights.
-        dtype: to compute in; None keeps every tensor as stored. Router biases stay float32.
+        dtype: to compute in; None keeps the stored one, and bfloat16 for FP8 weights. Router biases stay float32.
+        mesh: to lay the weights on, of `sharding.make_mesh`; None takes the first device.
+
+    Returns:
+        The model. Its configuration has the MTP modules that the folder holds, and no `quantization`.
 
     Raises:
-        ValueError: damaged, missing, unknown or misshapen tensors, or an unsupported configuration.
+        ValueError: damaged, missing, unknown or misshapen tensors, an unsupported configuration, or a mesh that does
+            not divide the weights.
     """
-    config = load_config(folder)
+    opened = open_folder(folder)
+    _check_copies(opened)
+    config = opened.config
     graphdef, abstract = abstract_weights(config)
-    weights = _load_orbax(folder, abstract) if is_converted(folder) else _load_hf(folder, abstract)
-    if dtype is not None:
-        weights = cast(weights, dtype)
-    return Model(config, graphdef, weights)
+    leaves = {names.key(path): leaf for path, leaf in nnx.to_flat_state(abstract)}
+    place = {key: _placed(key, leaf, mesh) for key, leaf in leaves.items()}
+    arrays: dict[str, jax.Array] = {}
+    with ThreadPoolExecutor(THREADS) as pool:
+        for members in units([array for array in opened.arrays if not array.copy]).values():
+            raw = dict(zip(members, pool.map(lambda a: _read(opened.source, a, place[_key(a)]), members), strict=True))
+            arrays |= _settled(raw, place, config, lambda array: _computed_in(leaves[_key(array)], array, dtype))
+    return Model(dataclasses.replace(config, quantization=None), graphdef, names.unflat(arrays, abstract))
 
 
 def cast(weights: nnx.State, dtype: jnp.dtype) -> nnx.State:
@@ -67,117 +74,151 @@ def cast(weights: nnx.State, dtype: jnp.dtype) -> nnx.State:
     return jax.tree.map(to, weights, is_leaf=is_variable)
 
 
-def convert_hf(source: Path, target: Path) -> None:
-    """Write a Hugging Face folder as a converted one, every tensor as stored; `target` appears when whole."""
-    model = load_model(source, dtype=None)
-    with files.new_folder(target) as partial:
-        files.copy_sidecars(source, partial)
-        ocp.save((partial / WEIGHTS).absolute(), names.flat(model.weights))
+def _key(array: Array) -> str:
+    """The key of the weight that an array is, or is the scale of."""
+    return names.key(array.path[:-1] if array.path[-1] == "scale" else array.path)
 
 
-def export_hf(source: Path, target: Path) -> None:
-    """Write a converted folder as a Hugging Face one, every tensor as stored; `target` appears when whole."""
-    model = load_model(source, dtype=None)
-    with files.new_folder(target) as partial:
-        files.copy_sidecars(source, partial)
-        _write_hf(model.weights, partial)
+def _placed(key: str, leaf: nnx.Variable, mesh: Mesh | None) -> Sharding:
+    if mesh is None:
+        return SingleDeviceSharding(jax.devices()[0])
+    return weight_sharding(mesh, leaf.get_raw_value().shape, leaf.get_metadata()["axes"], key)
+
+
+def _computed_in(leaf: nnx.Variable, array: Array, dtype: jnp.dtype | None) -> jnp.dtype:
+    if isinstance(leaf, RouterBias):
+        return jnp.dtype(jnp.float32)
+    stored = jnp.dtype(jnp.bfloat16) if array.dtype == "F8_E4M3" else DTYPES[array.dtype]
+    return stored if dtype is None else jnp.dtype(dtype)
+
+
+def _read(source: Source, array: Array, place: Sharding) -> jax.Array:
+    """An array as stored, in the file's orientation, on the devices that will hold the weight."""
+    last: dict[str, np.ndarray] = {}
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        if str(index) not in last:  # replicas ask for the same part one after the other
+            last.clear()
+            last[str(index)] = part(source, array, index)
+        return last[str(index)]
+
+    return jax.make_array_from_callback(array.shape, _as_filed(array, place), read)
+
+
+def _as_filed(array: Array, place: Sharding) -> Sharding:
+    """The sharding of the stored array for that of the weight. Scales are cut by expert alone, being small."""
+    if not isinstance(place, NamedSharding):
+        return place
+    spec = list(place.spec)
+    if array.path[-1] == "scale":
+        spec = [spec[0] if array.stacked else None] + [None] * (len(spec) - 1)
+    elif array.transposed:
+        spec[-2:] = spec[:-3:-1]
+    return NamedSharding(place.mesh, PartitionSpec(*spec))
+
+
+def _settled(
+    raw: Mapping[Array, jax.Array],
+    place: Mapping[str, Sharding],
+    config: ModelConfig,
+    computed_in: Callable[[Array], jnp.dtype],
+) -> dict[str, jax.Array]:
+    """The weights of one unit from its stored arrays, by one compiled call."""
+    scales = {_key(array): value for array, value in raw.items() if array.path[-1] == "scale"}
+    weights = {array: value for array, value in raw.items() if array.path[-1] != "scale"}
+    plan = tuple((array.transposed, computed_in(array)) for array in weights)
+    block = config.quantization.weight_block_size if scales else None
+    settle = _settler(plan, block, tuple(place[_key(array)] for array in weights))
+    values = settle([(value, scales.get(_key(array))) for array, value in weights.items()])
+    return dict(zip(map(_key, weights), values, strict=True))
+
+
+@functools.lru_cache(maxsize=64)
+def _settler(plan: tuple[tuple[bool, jnp.dtype], ...], block: tuple[int, int] | None, shardings: tuple[Sharding, ...]):
+    """Stored arrays to weights: unpacked, cast and turned to [in, out]."""
+
+    def settle(pairs):
+        values = []
+        for (value, scale), (transposed, dtype) in zip(pairs, plan, strict=True):
+            value = value.astype(dtype) if scale is None else dequantize(value, scale, block, dtype)
+            values.append(jnp.swapaxes(value, -1, -2) if transposed else value)
+        return tuple(values)
+
+    return jax.jit(settle, out_shardings=shardings)
+
+
+def _check_copies(opened: Opened) -> None:
+    """The MTP module shares the main model's embedding and head; say so if the folder's copies are others."""
+    by_path = {array.path: array for array in opened.arrays}
+    for array in opened.arrays:
+        if not array.copy or jax.process_index() != 0:
+            continue
+        main = by_path.get(array.path[2:], by_path[("embed",)])
+        if not _same(opened.source, main.tensors[0].name, array.tensors[0].name):
+            warnings.warn(
+                f"{opened.source.folder}: {array.tensors[0].name} is not the copy of {main.tensors[0].name} that it is "
+                "in DeepSeek's checkpoints; the MTP module in memory shares the latter",
+                stacklevel=3,
+            )
+
+
+def _same(source: Source, one: str, other: str) -> bool:
+    if source.entries[one][:2] != source.entries[other][:2]:
+        return False
+    if isinstance(source, ConvertedFolder):
+        return source.hashes[one] == source.hashes[other]
+    pairs = zip(writer.parts(source, one), writer.parts(source, other), strict=True)
+    return all(a.tobytes() == b.tobytes() for (_, a), (_, b) in pairs)
 
 
 def save_hf(
     model: Model, target: Path, *, source: Path | None = None, tokenizer: Mapping[str, bytes] | None = None
 ) -> None:
-    """Write a model from memory as a Hugging Face folder.
+    """Write a model from memory as a Hugging Face folder, in the dtypes it has.
 
     Args:
         model: to write.
-        target: folder to make; it appears when whole.
+        target: folder to make; it appears when it is whole.
         source: folder whose configuration and tokenizer files go with it; None writes config.json from the model.
         tokenizer: further files by name, such as `Tokenizer.files`.
     """
     with files.new_folder(target) as partial:
-        if source is None:
-            text = json.dumps(to_hf(model.config), indent=2)
-            (partial / "config.json").write_text(text, encoding="utf-8")
-        else:
+        values = to_hf(model.config)
+        if source is not None:
             files.copy_sidecars(source, partial)
+            values = files.read_json(partial / "config.json")
+            values.pop("quantization_config", None)  # what is in memory is unpacked
+        files.write_whole(partial / "config.json", json.dumps(values, indent=2).encode())
         for name, content in (tokenizer or {}).items():
             (partial / name).write_bytes(content)
-        _write_hf(model.weights, partial)
+        memory = _InMemory(model, target)
+        write_hf(memory, partial, writer.plan(memory))
 
 
-def _write_hf(weights: nnx.State, folder: Path) -> None:
-    arrays = names.flat(weights)
+class _InMemory:
+    """A model's weights as the tensors of a checkpoint."""
 
-    def named() -> Iterator[tuple[str, np.ndarray]]:
-        for tensor in names.tensors(weights):
-            value = np.asarray(arrays[names.key(tensor.path)])
-            value = value if tensor.expert is None else value[tensor.expert]
-            yield tensor.name, value.T if tensor.transposed else value
+    def __init__(self, model: Model, folder: Path):
+        self.folder = folder
+        self._arrays = names.flat(model.weights)
+        self._tensors = {tensor.name: tensor for tensor in names.tensors(model.config, model.weights)}
+        dtype = lambda tensor: NAMES[np.dtype(self._arrays[self._held_by(tensor)].dtype)]
+        self.entries = {name: Entry(dtype(tensor), tensor.shape, 0) for name, tensor in self._tensors.items()}
 
-    files.write_tensors(folder, named(), sum(a.nbytes for a in arrays.values()))
+    def _held_by(self, tensor: names.Tensor) -> str:
+        """The key of the weight that a tensor is, or is a copy of; a tied head is the embedding."""
+        key = names.key(tensor.path[2:] if tensor.copy else tensor.path)
+        return key if key in self._arrays else "embed"
 
+    def where(self, name: str) -> str:
+        return str(self.folder)
 
-def _load_hf(folder: Path, abstract: nnx.State) -> nnx.State:
-    source = files.TensorFolder(folder)
-    table = names.tensors(abstract)
-    _check_table(source, table)
-    parts: dict[names.Path, list[np.ndarray]] = {}
-    for tensor in table:
-        value = source.read(tensor.name)
-        parts.setdefault(tensor.path, []).append(value.T if tensor.transposed else value)
-    arrays = {}
-    for tensor in table:
-        if tensor.path in parts:
-            values = parts.pop(tensor.path)
-            kinds = sorted({value.dtype.name for value in values})
-            if len(kinds) > 1:
-                raise ValueError(f"{folder}: tensors like {tensor.name!r}: got {' and '.join(kinds)}, wanted one dtype")
-            arrays[names.key(tensor.path)] = jnp.asarray(values[0] if tensor.expert is None else np.stack(values))
-    return names.unflat(arrays, abstract)
-
-
-def _check_table(source: files.TensorFolder, table: list[names.Tensor]) -> None:
-    """Names and shapes from the headers, before any weight is read."""
-    wanted = {tensor.name: tensor for tensor in table}
-    # rotary tables that old exports stored; they follow from the configuration
-    held = {name for name in source.file_of if not name.endswith("rotary_emb.inv_freq")}
-    for problem, these in (("missing", wanted.keys() - held), ("unexpected", held - wanted.keys())):
-        if these:
-            more = f" (and {len(these) - 1} more)" if len(these) > 1 else ""
-            raise ValueError(f"{source.folder}: {problem} tensor {sorted(these)[0]!r}{more} for its config.json")
-    for name, tensor in wanted.items():
-        if source.shape(name) != tensor.shape:
-            raise ValueError(
-                f"{source.file_of[name]}: tensor {name!r}: got shape {list(source.shape(name))}, "
-                f"wanted {list(tensor.shape)} by config.json"
-            )
-
-
-def _load_orbax(folder: Path, abstract: nnx.State) -> nnx.State:
-    path = (folder / WEIGHTS).absolute()
-    wanted = names.flat(abstract)
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    held = _whole(path, lambda: ocp.metadata(path).metadata)
-    _check_arrays(path, held, wanted)
-    like = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for name, a in held.items()}
-    return names.unflat(_whole(path, lambda: ocp.load(path, like)), abstract)
-
-
-def _whole(path: Path, read: Callable[[], dict]) -> dict:
-    try:
-        return read()
-    except Exception as problem:  # Orbax raises a bare Exception, among others, for damaged files
-        raise ValueError(f"{path}: not a whole Orbax checkpoint ({problem!s:.200})") from None
-
-
-def _check_arrays(path: Path, held: dict, wanted: dict) -> None:
-    """Names and shapes from the metadata, before any weight is read."""
-    for name in sorted(wanted.keys() ^ held.keys()):
-        state = "missing" if name in wanted else "unexpected"
-        raise ValueError(f"{path}: {state} array {name!r} for its config.json")
-    for name, array in held.items():
-        if array.shape != wanted[name].shape:
-            raise ValueError(
-                f"{path}: array {name!r}: got shape {list(array.shape)}, "
-                f"wanted {list(wanted[name].shape)} by config.json"
-            )
+    def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray:
+        tensor = self._tensors[name]
+        key = self._held_by(tensor)
+        value = self._arrays[key]
+        if tensor.expert is not None:  # a dynamic index: a static one would compile once an expert
+            value = jax.lax.dynamic_index_in_dim(value, np.int32(tensor.expert), keepdims=False)
+        value = np.asarray(value)
+        value = value.T if tensor.transposed and key != "embed" else value
+        return value[(rows, columns)[: value.ndim]]

@@ -157,6 +157,8 @@ class MoEConfig:
     def __post_init__(self) -> None:
         _check_wholes(self, "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size")
         _check_wholes(self, "n_group", "topk_group")
+        if self.n_routed_experts > 65536:
+            raise ValueError(f"n_routed_experts: got {self.n_routed_experts}, wanted at most 65536")
         _check_wholes(self, "first_k_dense_replace", least=0)
         _check_numbers(self, "routed_scaling_factor", above=0)
         _check_flags(self, "norm_topk_prob")
@@ -237,6 +239,9 @@ class ModelConfig:
         _check_wholes(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
         _check_wholes(self, "num_attention_heads", "max_position_embeddings")
         _check_wholes(self, "num_nextn_predict_layers", least=0)
+        for name, most in (("num_hidden_layers", 4096), ("num_nextn_predict_layers", 64)):
+            if getattr(self, name) > most:  # far beyond any model; a table of its tensors would take minutes
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted at most {most}")
         _check_numbers(self, "rms_norm_eps", "initializer_range", above=0)
         _check_flags(self, "tie_word_embeddings")
         for name in ("bos_token_id", "eos_token_id"):

@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.decoder import Decoder
+from deepseek_jax.model.layers import RouterStats
+from deepseek_jax.model.mtp import ahead
 from deepseek_jax.ops.logprobs import token_logprobs
 
 
 class Scored(NamedTuple):
     """Results of one forward pass over a batch.
 
-    logprobs_BT and entropy_BT, nats. load_LE: how often each expert of each MoE layer was chosen, None without MoE.
-    balance: the sequence-wise balance loss summed over layers and sequences.
+    logprobs_BT and entropy_BT, nats. load_LE: how often each expert of each MoE layer was chosen, the model's layers
+    first, then those of the MTP modules if these ran; None without MoE.
+    balance: the sequence-wise balance loss summed over the same layers and over sequences.
     """
 
     logprobs_BT: jax.Array
@@ -22,10 +25,21 @@ class Scored(NamedTuple):
     balance: jax.Array
 
 
+class Ahead(NamedTuple):
+    """What one MTP module says of the tokens that it predicts.
+
+    Column t of module d, counted from 1, speaks of the target of column t + d: logprobs_BT in nats, and mask_BT,
+    true where that target exists and counts.
+    """
+
+    logprobs_BT: jax.Array
+    mask_BT: jax.Array
+
+
 def score(
     model: Decoder, tokens_BT: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, *, temperature: float = 1.0
 ) -> Scored:
-    """Log-probs of the targets; routing statistics over real tokens only.
+    """Log-probs of the targets; routing statistics over real tokens only. MTP modules do not run.
 
     Args:
         model: merged decoder.
@@ -34,10 +48,38 @@ def score(
         mask_BT: where a target counts. Tokens up to a row's last counted one are real, the rest is padding.
         temperature: the sampler's; log-probs of a sample mean nothing at another one.
     """
-    real_BT = jax.lax.cummax(mask_BT.astype(jnp.int32), axis=1, reverse=True) > 0
-    hidden = model(tokens_BT, real_BT)
+    hidden = model(tokens_BT, _real(mask_BT))
     logprobs, entropy = token_logprobs(hidden.x_BTD, model.head_DV(), targets_BT, temperature=temperature)
-    if not hidden.stats:
-        return Scored(logprobs, entropy, None, jnp.float32(0))
-    load_LE = jnp.stack([jnp.sum(s.load_BE, axis=0) for s in hidden.stats])
-    return Scored(logprobs, entropy, load_LE, sum(jnp.sum(s.balance_B) for s in hidden.stats))
+    return Scored(logprobs, entropy, *_routing(hidden.stats))
+
+
+def score_ahead(
+    model: Decoder, tokens_BT: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array
+) -> tuple[Scored, tuple[Ahead, ...]]:
+    """The same at temperature 1, and from the same forward pass what each MTP module says further ahead.
+
+    Returns:
+        Scores of the model, with the modules' layers among its routing statistics, and one Ahead a module.
+    """
+    real_BT = _real(mask_BT)
+    hidden = model(tokens_BT, real_BT)
+    logprobs, entropy = token_logprobs(hidden.x_BTD, model.head_DV(), targets_BT)
+    further, stats = [], hidden.stats
+    for depth, draft in enumerate(model.draft(hidden.x_BTD, targets_BT, real_BT), 1):
+        of_targets, _ = token_logprobs(draft.x_BTD, model.head_DV(), ahead(targets_BT, depth))
+        further.append(Ahead(of_targets, ahead(mask_BT, depth)))
+        stats += draft.stats
+    return Scored(logprobs, entropy, *_routing(stats)), tuple(further)
+
+
+def _real(mask_BT: jax.Array) -> jax.Array:
+    """True up to a row's last counted target."""
+    return jax.lax.cummax(mask_BT.astype(jnp.int32), axis=1, reverse=True) > 0
+
+
+def _routing(stats: tuple[RouterStats, ...]) -> tuple[jax.Array | None, jax.Array]:
+    """Load and balance as `Scored` has them."""
+    if not stats:
+        return None, jnp.float32(0)
+    load_LE = jnp.stack([jnp.sum(s.load_BE, axis=0) for s in stats])
+    return load_LE, sum(jnp.sum(s.balance_B) for s in stats)

@@ -7,6 +7,7 @@ Shapes are spelled with one set of letters throughout the project:
     R rope width         H value width       Q query latent       C key-value latent
     F dense FFN width    M expert FFN width  E experts            A experts a token
     X expert groups      W routed rows       L layers             P prompts (a group has G samples)
+    J indexer heads      Z indexer width     U keys chosen for a query
 
 A name may end in its shape: `logits_BTV`. Einsums use the same letters, in lower case.
 """

@@ -1,4 +1,4 @@
-"""Attention with grouped heads, and latent attention in its expanded and absorbed forms.
+"""Attention with grouped heads, and latent attention in its expanded, absorbed and sparse forms.
 
 Masks are boolean [B, T, S], true where a query may look. Softmax runs in float32.
 """
@@ -75,6 +75,31 @@ def attend_absorbed(
     weights = _softmax(scores * scale, mask[:, None])
     out_latent = jnp.einsum("bnts,bsc->btnc", weights.astype(c.dtype), c)
     return jnp.einsum("btnc,cnh->btnh", out_latent, w_v)
+
+
+def attend_chosen(
+    q_nope: Float[Array, "B T N K"],
+    q_rope: Float[Array, "B T N R"],
+    c: Float[Array, "B S C"],
+    k_rope: Float[Array, "B S R"],
+    w_k: Float[Array, "C N K"],
+    w_v: Float[Array, "C N H"],
+    chosen: Int[Array, "B T U"],
+    mask: Bool[Array, "B T S"],
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """Absorbed attention where each query reads only the keys chosen for it, and of those only what `mask` lets it see.
+
+    The cost is that of U keys a query, however many the cache has; the gathered latents take [B, T, U, C + R].
+    Equals `attend_absorbed` under the mask of the same keys. Source: DeepSeek-V3.2-Exp report section 1, equation 2.
+    """
+    B, T, U = chosen.shape
+    rows = jnp.arange(B)[:, None, None]
+    alone = lambda x: x.reshape(B * T, -1, *x.shape[2:])  # each query a sequence of its own
+    own = lambda x: x[rows, chosen].reshape(B * T, U, -1)
+    sees = alone(jnp.take_along_axis(mask, chosen, axis=-1))
+    out = attend_absorbed(alone(q_nope), alone(q_rope), own(c), own(k_rope), w_k, w_v, sees, scale)
+    return out.reshape(B, T, *out.shape[2:])
 
 
 def _softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:

@@ -1,10 +1,11 @@
 """Progress of a long loop: a live bar on a terminal, a plain line now and then anywhere else."""
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from rich import progress as rich_progress
 from rich.console import Console
@@ -29,6 +30,7 @@ class Progress:
         total: Steps of the whole loop, those done before a resume included.
         description: What the loop does, for example "grpo".
         start: Steps already done when resuming; they count for the bar and not for the speed.
+        unit: What is counted.
         seconds: The longest silence between plain lines.
         console: Where to write; standard output by default.
         clock: Monotonic seconds; replaced in tests.
@@ -43,6 +45,7 @@ class Progress:
         description: str,
         start: int = 0,
         *,
+        unit: Literal["steps", "bytes"] = "steps",
         seconds: float = 30.0,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -51,7 +54,8 @@ class Progress:
             raise ValueError(f"progress needs 0 <= start <= total and total > 0, got {start} and {total}")
         self.total, self.description, self.step = total, description, start
         self._console = console or Console()
-        self._seconds, self._clock = seconds, clock
+        self._unit, self._seconds, self._clock = unit, seconds, clock
+        self._lock = threading.Lock()
         self._metrics: dict[str, Any] = {}
         self._began = self._printed_at = clock()
         self._printed_step: int | None = None
@@ -88,6 +92,11 @@ class Progress:
         elif self._line_is_due():
             self._print_line()
 
+    def advance(self, count: int) -> None:
+        """Says that this many more are done; from any thread."""
+        with self._lock:
+            self.update(self.step + count)
+
     def note(self, text: str) -> None:
         """Prints a line of its own, above the bar where there is one."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -107,7 +116,7 @@ class Progress:
         bar = rich_progress.Progress(
             rich_progress.TextColumn("[bold]{task.description}"),
             rich_progress.BarColumn(bar_width=24 if self._console.width >= 120 else 8),
-            rich_progress.MofNCompleteColumn(),
+            rich_progress.TextColumn("{task.fields[done]}"),
             rich_progress.TextColumn("{task.fields[speed]}", style="cyan"),
             rich_progress.TimeElapsedColumn(),
             rich_progress.TextColumn("{task.fields[left]}", style="dim"),
@@ -121,10 +130,20 @@ class Progress:
 
     def _fields(self) -> dict[str, str]:
         return {
-            "speed": format_speed(self.steps_per_second()),
+            "done": self._done(),
+            "speed": self._speed(),
             "left": f"left {format_seconds(self.seconds_left())}",
             "metrics": escape(format_metrics(self._metrics)),
         }
+
+    def _done(self) -> str:
+        if self._unit == "steps":
+            return f"{self.step}/{self.total}"
+        return f"{format_bytes(self.step)} of {format_bytes(self.total)}"
+
+    def _speed(self) -> str:
+        speed = self.steps_per_second()
+        return format_speed(speed) if self._unit == "steps" else f"{'-' if speed is None else format_bytes(speed)}/s"
 
     def _line_is_due(self) -> bool:
         if self._printed_step is None or self.step >= self.total:
@@ -136,8 +155,8 @@ class Progress:
         self._printed_at, self._printed_step = self._clock(), self.step
         elapsed = format_seconds(self._printed_at - self._began)
         parts = [
-            f"{self.description} {self.step}/{self.total}",
-            format_speed(self.steps_per_second()),
+            f"{self.description} {self._done()}",
+            self._speed(),
             f"elapsed {elapsed}",
             f"left {format_seconds(self.seconds_left())}",
             format_metrics(self._metrics),
@@ -163,6 +182,18 @@ def format_speed(steps_per_second: float | None) -> str:
     if steps_per_second is None:
         return "- steps/s"
     return f"{steps_per_second:.1f} steps/s" if steps_per_second >= 1 else f"{1 / steps_per_second:.1f} s/step"
+
+
+def format_bytes(count: float) -> str:
+    """Writes a number of bytes in powers of 1000.
+
+    >>> format_bytes(512), format_bytes(14_680_064), format_bytes(688_574_839_360)
+    ('512 B', '14.7 MB', '688.6 GB')
+    """
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while count >= 1000 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:.0f} B" if units[0] == "B" else f"{count:.1f} {units[0]}"
 
 
 def format_seconds(seconds: float | None) -> str:

@@ -122,11 +122,18 @@ def _routing_metrics(scored: Scored, batch) -> Metrics:
 
 
 def _moved_biases(rest: nnx.State, load_LE: jax.Array | None, gamma: float) -> nnx.State:
-    """Each MoE layer's bias by its own load; both come in the order of the layers."""
+    """Each MoE layer's bias by its own load: the model's layers in their order, then the MTP modules'.
+
+    A load without rows for the modules means that they did not run; their biases stay.
+    """
     flat = nnx.to_flat_state(rest)
-    order = [path for path, leaf in flat if isinstance(leaf, RouterBias)]
-    if not order:  # dense models, and V2's routing
+    biases = [path for path, leaf in flat if isinstance(leaf, RouterBias)]
+    if not biases or load_LE is None:  # V2's routing, and dense models
         return rest
-    load = dict(zip(sorted(order, key=lambda path: path[1]), load_LE, strict=True))
+    layers, modules = (
+        sorted((path for path in biases if path[0] == part), key=lambda path: path[1]) for part in ("layers", "mtp")
+    )
+    ran = layers if load_LE.shape[0] == len(layers) else layers + modules
+    load = dict(zip(ran, load_LE, strict=True))
     move = lambda path, leaf: leaf.replace(updated_bias(leaf[...], load[path], gamma)) if path in load else leaf
     return nnx.from_flat_state([(path, move(path, leaf)) for path, leaf in flat])

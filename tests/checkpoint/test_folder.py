@@ -1,12 +1,12 @@
 """Model folders: every tensor comes through bit for bit, and damage is one line naming the file, found and wanted."""
 
-import dataclasses
 import json
 import os
 import shutil
 import struct
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,53 +16,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from deepseek_jax.checkpoint import files, names
-from deepseek_jax.checkpoint.folder import convert_hf, export_hf, load_config, load_model, save_hf
-from deepseek_jax.config import GQAConfig, ModelConfig, RopeConfig, preset, to_hf
+from deepseek_jax.checkpoint import files, names, writer
+from deepseek_jax.checkpoint.convert import convert_hf, export_hf, write_hf
+from deepseek_jax.checkpoint.folder import load_model, save_hf
+from deepseek_jax.checkpoint.opened import load_config, open_folder
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.decoder import abstract_weights
+from tests.checkpoint.folders import LLAMA_TIED, QWEN2, R1, SMALL_BLOCKS, V2, V3, V32, random_folder, write_folder
 
 ROOT = Path(__file__).resolve().parents[2]
-V3 = dataclasses.replace(preset("tiny"), hidden_size=16, intermediate_size=24, num_hidden_layers=2)
-QWEN2 = dataclasses.replace(
-    V3,
-    model_type="qwen2",
-    attention=GQAConfig(num_key_value_heads=2, head_dim=4, qkv_bias=True),
-    rope=RopeConfig(theta=1e4),
-    moe=None,
-)
-LLAMA_TIED = dataclasses.replace(
-    QWEN2,
-    model_type="llama",
-    tie_word_embeddings=True,
-    attention=GQAConfig(num_key_value_heads=4, head_dim=4, qkv_bias=False),
-)
 SHARD = "model-00002-of-00004.safetensors"
-
-
-def random_folder(folder: Path, config: ModelConfig, dtype: str, shards: int = 1) -> dict[str, np.ndarray]:
-    """Make a Hugging Face folder; returns its tensors, zeros of both signs, subnormals and the largest among them."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(to_hf(config)))
-    (folder / "tokenizer.json").write_text('{"à": "la lettre"}\n')
-    rng = np.random.RandomState(0)
-    tensors = {}
-    for row in names.tensors(abstract_weights(config)[1]):
-        kind = np.float32 if row.name.endswith("e_score_correction_bias") else np.dtype(dtype)
-        value = rng.standard_normal(row.shape).astype(kind)
-        info = ml_dtypes.finfo(kind)
-        value.flat[:4] = [-0.0, 0.0, info.smallest_subnormal, info.max]
-        tensors[row.name] = value
-    if shards == 1:
-        save_file(tensors, folder / files.SINGLE)
-        return tensors
-    weight_map = {}
-    for number in range(shards):
-        part = dict(list(tensors.items())[number::shards])
-        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        save_file(part, folder / file)
-        weight_map |= dict.fromkeys(part, file)
-    (folder / files.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return tensors
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
@@ -83,6 +46,12 @@ def assert_same(got: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> No
     "config, dtype, shards",
     [
         (V3, "float32", 1),
+        (V2, "bfloat16", 4),
+        (R1, None, 4),
+        (R1, "bfloat16", 1),
+        (SMALL_BLOCKS, None, 1),
+        (V32, None, 4),
+        (V32, "float32", 1),
         (V3, "bfloat16", 4),
         (V3, "float16", 1),
         (QWEN2, "float32", 4),
@@ -92,14 +61,15 @@ def assert_same(got: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> No
     ],
     ids=lambda value: value.model_type if isinstance(value, ModelConfig) else str(value),
 )
-def test_converting_and_exporting_gives_back_every_tensor(config, dtype, shards, tmp_path: Path):
+def test_converting_and_exporting_gives_back_the_very_files(config, dtype, shards, tmp_path: Path):
+    """Every tensor as stored, FP8 with its scales, MTP modules with their copies, and the indexer."""
     source, converted, exported = tmp_path / "hf", tmp_path / "converted", tmp_path / "exported"
-    tensors = random_folder(source, config, dtype, shards)
-    convert_hf(source, converted)
-    export_hf(converted, exported)
-    assert_same(tensors_of(exported), tensors)
-    for name in ("config.json", "tokenizer.json"):
-        assert (exported / name).read_bytes() == (source / name).read_bytes() == (converted / name).read_bytes()
+    random_folder(source, config, dtype, shards)
+    convert_hf(open_folder(source), converted)
+    export_hf(open_folder(converted), exported)
+    assert {path.name for path in exported.iterdir()} == {path.name for path in source.iterdir()}
+    for path in source.iterdir():
+        assert (exported / path.name).read_bytes() == path.read_bytes(), path.name
     assert load_config(converted) == config
 
 
@@ -115,7 +85,7 @@ def test_saving_a_loaded_model_gives_back_every_tensor(config, tmp_path: Path):
 
 def test_a_converted_folder_loads_to_the_same_weights(tmp_path: Path):
     random_folder(tmp_path / "hf", V3, "bfloat16")
-    convert_hf(tmp_path / "hf", tmp_path / "converted")
+    convert_hf(open_folder(tmp_path / "hf"), tmp_path / "converted")
     for dtype in (None, np.float32):
         ours, theirs = (names.flat(load_model(tmp_path / f, dtype=dtype).weights) for f in ("converted", "hf"))
         assert_same(jax.tree.map(np.asarray, ours), jax.tree.map(np.asarray, theirs))
@@ -142,18 +112,19 @@ def test_tensors_lie_transposed_and_experts_stacked(tmp_path: Path):
 def test_large_checkpoints_are_written_in_shards(tmp_path: Path):
     """In the order given, no shard above the size asked for, and an index that says where each tensor lies."""
     tensors = {f"t{number}": np.full((number, 5), number, np.float32) for number in range(1, 9)}
-    total = sum(value.nbytes for value in tensors.values())
-    files.write_tensors(tmp_path, iter(tensors.items()), total, shard_bytes=200)
+    (tmp_path / "one").mkdir()
+    save_file(tensors, tmp_path / "one" / files.SINGLE)
+    source = files.TensorFolder(tmp_path / "one")
+    write_hf(source, tmp_path, writer.plan(source, shard_bytes=200))
     assert_same(tensors_of(tmp_path), tensors)
     index = json.loads((tmp_path / files.INDEX).read_text())
     held = {file.name: load_file(file) for file in sorted(tmp_path.glob("*.safetensors"))}
     assert [list(part) for part in held.values()] == [["t1", "t2", "t3", "t4"], ["t5"], ["t6"], ["t7"], ["t8"]]
     assert list(held) == [f"model-0000{number}-of-00005.safetensors" for number in range(1, 6)]
     assert index["weight_map"] == {name: file for file, part in held.items() for name in part}
-    assert index["metadata"] == {"total_size": total}
-    assert {name: files.TensorFolder(tmp_path).shape(name) for name in tensors} == {
-        name: value.shape for name, value in tensors.items()
-    }
+    assert index["metadata"] == {"total_size": sum(value.nbytes for value in tensors.values())}
+    shapes = {name: entry.shape for name, entry in files.TensorFolder(tmp_path).entries.items()}
+    assert shapes == {name: value.shape for name, value in tensors.items()}
 
 
 # --- damage --------------------------------------------------------------------------------------
@@ -240,15 +211,15 @@ SPOILED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "infinity": (put(-np.inf), (WHERE, "holds NaN or infinite values")),
     "int8": (
         edit_tensors(lambda tensors: tensors.update({min(tensors): np.ones((64, 16), np.int8)})),
-        (WHERE, "got dtype I8, wanted F32, F16 or BF16"),
+        (WHERE, "got dtype I8, wanted F32 or F16 or BF16 or F8_E4M3"),
     ),
     "float64": (
         edit_tensors(lambda tensors: tensors.update({min(tensors): tensors[min(tensors)].astype(np.float64)})),
-        (WHERE, "got dtype F64, wanted F32, F16 or BF16"),
+        (WHERE, "got dtype F64, wanted F32 or F16 or BF16 or F8_E4M3"),
     ),
     "experts of two dtypes": (
         edit_tensors(lambda tensors: tensors.update({EXPERT: np.ones((16, 64), np.float16)})),
-        ("tensors like 'model.layers.1.mlp.experts.0.down_proj.weight': got float16 and float32, wanted one dtype",),
+        ("tensors like 'model.layers.1.mlp.experts.0.down_proj.weight': got F16 and F32, wanted one dtype",),
     ),
     "index outside": (
         edit_index(lambda index: index.update({"model.norm.weight": "../hf/" + SHARD})),
@@ -277,7 +248,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no weights": (remove_weights, ("no model.safetensors and no model.safetensors.index.json",)),
     "unknown architecture": (
         edit_config(model_type="nonesuch"),
-        ("config.json: model_type: got 'nonesuch', wanted deepseek_v3, deepseek_v2, qwen2 or llama",),
+        ("config.json: model_type: got 'nonesuch', wanted deepseek_v3, deepseek_v32, deepseek_v2, qwen2 or llama",),
     ),
     "unknown key": (edit_config(hyper_factor=3), ("config.json: unknown key 'hyper_factor'",)),
     "wrong type": (edit_config(hidden_size="16"), ("config.json: hidden_size: got '16', wanted a whole number",)),
@@ -305,7 +276,7 @@ def test_damage_is_named_and_nothing_is_written(what, whole: Path, tmp_path: Pat
     spoil(tmp_path / "hf")
     before = set(tmp_path.iterdir())
     with pytest.raises(ValueError) as caught:
-        convert_hf(tmp_path / "hf", tmp_path / "converted")
+        convert_hf(open_folder(tmp_path / "hf"), tmp_path / "converted")
     for part in says:
         assert part in str(caught.value)
     assert set(tmp_path.iterdir()) == before
@@ -317,7 +288,7 @@ def test_an_existing_destination_is_left_alone(whole: Path, tmp_path: Path):
     (target / "notes.txt").write_text("keep")
     for write in (convert_hf, export_hf):
         with pytest.raises(ValueError, match="mine: exists already; choose a new folder or remove it"):
-            write(whole, target)
+            write(open_folder(whole), target)
     with pytest.raises(ValueError, match="mine: exists already"):
         save_hf(load_model(whole), target)
     assert [file.read_text() for file in tmp_path.rglob("*.*")] == ["keep"]
@@ -337,36 +308,184 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def converted(whole: Path) -> Path:
-    convert_hf(whole, whole.with_name("converted"))
+    convert_hf(open_folder(whole), whole.with_name("converted"))
     return whole.with_name("converted")
 
 
+def largest_file(folder: Path) -> Path:
+    return max((path for path in (folder / "weights").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
+
+
 def cut_the_largest_file(folder: Path) -> None:
-    largest = max((path for path in (folder / "weights").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
+    largest = largest_file(folder)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
 
 
-# Orbax reads in threads of its own, whose exceptions pytest would list one by one.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def flip_a_bit(folder: Path) -> None:
+    """In the middle of a large file of weights, where no structure lies."""
+    largest = largest_file(folder)
+    raw = bytearray(largest.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    largest.write_bytes(raw)
+
+
+def exchange_two_hashes(folder: Path) -> None:
+    """As if two tensors of one shape had been written in each other's place."""
+    tensors = json.loads((folder / "manifest.json").read_text())["tensors"]
+    one, other = (f"model.layers.{layer}.input_layernorm.weight" for layer in (0, 1))
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+    edit_json(folder / "manifest.json", tensors=tensors)
+
+
+def another_header(folder: Path) -> None:
+    (folder / "source" / f"{SHARD}.header").unlink()
+
+
 @pytest.mark.parametrize(
     "spoil, says",
     [
-        (edit_config(intermediate_size=40), "array 'layers.0.mlp.down': got shape [24, 16], wanted [40, 16]"),
-        (edit_config(num_hidden_layers=1), "unexpected array 'layers.1."),
-        (edit_config(num_hidden_layers=3), "missing array 'layers.2."),
-        (lambda folder: shutil.rmtree(folder / "weights" / "state"), "not a whole Orbax checkpoint"),
-        (lambda folder: (folder / "weights" / "state" / "_METADATA").unlink(), "not a whole Orbax checkpoint"),
-        (cut_the_largest_file, "not a whole Orbax checkpoint"),
+        (edit_config(intermediate_size=40), "tensor 'model.layers.0.mlp.down_proj.weight': got shape [16, 24], wanted"),
+        (edit_config(num_hidden_layers=1), "unexpected tensor 'model.layers.1."),
+        (edit_config(num_hidden_layers=3), "missing tensor 'model.layers.2."),
+        (lambda folder: shutil.rmtree(folder / "weights" / "layers.1"), "weights/layers.1: array 'attention.kv_a' can"),
+        (lambda folder: (folder / "manifest.json").unlink(), "manifest.json: missing; the folder was not written"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json: not JSON"),
+        (lambda folder: (folder / "manifest.json").write_text("{}"), "manifest.json: tensors: got NoneType, wanted"),
+        (
+            lambda folder: edit_json(folder / "manifest.json", tensors={"model.norm.weight": {"dtype": "F64"}}),
+            "manifest.json: tensor 'model.norm.weight': wanted a dtype of F32",
+        ),
+        (cut_the_largest_file, "cannot be read"),
+        (flip_a_bit, "is not what was converted; the checkpoint is damaged"),
+        (exchange_two_hashes, "is not what was converted; the checkpoint is damaged"),
+        (another_header, "source: the headers are not those of the tensors in manifest.json"),
     ],
-    ids=["shape", "unexpected", "missing", "no arrays", "no metadata", "truncated"],
+    ids=lambda value: "" if callable(value) else value[:24],
 )
 def test_a_damaged_converted_folder_is_named(spoil, says, converted: Path, tmp_path: Path):
     shutil.copytree(converted, tmp_path / "converted")
     spoil(tmp_path / "converted")
     with pytest.raises(ValueError) as caught:
-        export_hf(tmp_path / "converted", tmp_path / "hf")
-    assert says in str(caught.value) and "weights" in str(caught.value)
+        export_hf(open_folder(tmp_path / "converted"), tmp_path / "hf")
+    assert says in str(caught.value)
     assert not (tmp_path / "hf").exists()
+
+
+# --- FP8, MTP ------------------------------------------------------------------------------------
+
+O_PROJ = "model.layers.1.self_attn.o_proj.weight"
+EH_PROJ = "model.layers.2.eh_proj.weight"
+
+
+def dequantised(tensors: dict[str, np.ndarray], name: str, block: tuple[int, int]) -> np.ndarray:
+    """float64, one weight at a time."""
+    weight, scale = tensors[name].astype(np.float64), tensors.get(name + "_scale_inv")
+    if scale is None:
+        return weight
+    rows, columns = np.indices(weight.shape)
+    return weight * scale.astype(np.float64)[rows // block[0], columns // block[1]]
+
+
+@pytest.mark.parametrize("config", [R1, SMALL_BLOCKS, V32], ids=["r1", "small blocks", "v3.2"])
+def test_fp8_weights_are_computed_with_unpacked(config, tmp_path: Path):
+    """In float32 exactly (a product of 4 and of 24 bits, rounded once), and in bfloat16 rounded once more at most."""
+    tensors = random_folder(tmp_path / "hf", config)
+    convert_hf(open_folder(tmp_path / "hf"), tmp_path / "converted")
+    for folder in (tmp_path / "hf", tmp_path / "converted"):
+        exact, rounded = (names.flat(load_model(folder, dtype=dtype).weights) for dtype in (np.float32, None))
+        assert "mtp.0.layer.mlp.experts.gate" in exact
+        for row in names.tensors(config, abstract_weights(config)[1]):
+            if row.copy:
+                continue
+            wanted = dequantised(tensors, row.name, config.quantization.weight_block_size)
+            wanted = wanted.T if row.transposed else wanted
+            got, half = exact[names.key(row.path)], rounded[names.key(row.path)]
+            got, half = (a if row.expert is None else a[row.expert] for a in (got, half))
+            np.testing.assert_array_equal(got, wanted.astype(np.float32))
+            kind = np.float32 if row.dtype == "F32" else ml_dtypes.bfloat16
+            assert half.dtype == kind
+            np.testing.assert_array_equal(half, wanted.astype(np.float32).astype(kind))
+
+
+def test_a_saved_fp8_model_is_unpacked_and_says_so(tmp_path: Path):
+    random_folder(tmp_path / "hf", R1)
+    model = load_model(tmp_path / "hf", dtype=None)
+    for source in (None, tmp_path / "hf"):
+        save_hf(model, tmp_path / "saved", source=source)
+        assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+        back = load_model(tmp_path / "saved", dtype=None)
+        assert back.config == model.config
+        assert_same(
+            jax.tree.map(np.asarray, names.flat(back.weights)), jax.tree.map(np.asarray, names.flat(model.weights))
+        )
+        shutil.rmtree(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda t: t.pop(O_PROJ + "_scale_inv"), f"missing tensor '{O_PROJ}_scale_inv'"),
+        (lambda t: t.update({O_PROJ: np.ones((136, 96), np.float32)}), f"unexpected tensor '{O_PROJ}_scale_inv'"),
+        (
+            lambda t: t.update({O_PROJ + "_scale_inv": np.ones((1, 1), np.float32)}),
+            f"tensor '{O_PROJ}_scale_inv': got shape [1, 1], wanted [2, 1] by config.json",
+        ),
+        (
+            lambda t: t.update({O_PROJ + "_scale_inv": np.ones((2, 1), np.float16)}),
+            f"tensor '{O_PROJ}_scale_inv': got dtype F16, wanted F32",
+        ),
+        (lambda t: t[O_PROJ].view(np.uint8).flat.__setitem__(7, 0xFF), f"tensor '{O_PROJ}' holds NaN"),
+        (lambda t: t.pop(EH_PROJ), f"missing tensor '{EH_PROJ}'"),
+        (lambda t: t.update({EH_PROJ.replace("2", "3"): t[EH_PROJ]}), "unexpected tensor 'model.layers.3.eh_proj"),
+    ],
+    ids=["no scale", "scale alone", "misshapen scale", "float16 scale", "NaN", "half a module", "a module more"],
+)
+def test_damage_to_fp8_and_mtp_is_named(change, says, tmp_path: Path):
+    tensors = random_folder(tmp_path / "hf", R1)
+    (tmp_path / "hf" / files.SINGLE).unlink()
+    change(tensors)
+    write_folder(tmp_path / "hf", tensors, 1)
+    for read in (load_model, lambda folder: convert_hf(open_folder(folder), tmp_path / "converted")):
+        with pytest.raises(ValueError) as caught:
+            read(tmp_path / "hf")
+        assert says in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_fp8_weights_without_the_size_of_their_blocks_are_refused(tmp_path: Path):
+    random_folder(tmp_path / "hf", R1)
+    edit_config(quantization_config=None)(tmp_path / "hf")
+    with pytest.raises(ValueError, match="got FP8 weights, wanted a quantization_config in config.json"):
+        load_model(tmp_path / "hf")
+
+
+def test_a_folder_without_its_mtp_module_is_taken_as_it_is(tmp_path: Path):
+    """As transformers saves it: config.json still promises the module."""
+    tensors = random_folder(tmp_path / "hf", R1, "bfloat16")
+    (tmp_path / "hf" / files.SINGLE).unlink()
+    main = {name: value for name, value in tensors.items() if not name.startswith("model.layers.2.")}
+    write_folder(tmp_path / "hf", main, 1)
+    assert load_model(tmp_path / "hf").config.num_nextn_predict_layers == 0
+    convert_hf(open_folder(tmp_path / "hf"), tmp_path / "converted")
+    export_hf(open_folder(tmp_path / "converted"), tmp_path / "exported")
+    assert_same(tensors_of(tmp_path / "exported"), main)
+
+
+def test_copies_that_are_none_are_told_and_kept(tmp_path: Path):
+    """The module in memory shares the main model's embedding; the folder's other one is converted all the same."""
+    tensors = random_folder(tmp_path / "hf", R1, "float32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = load_model(tmp_path / "hf")
+    save_hf(model, tmp_path / "saved")
+    assert_same(tensors_of(tmp_path / "saved"), tensors)
+    tensors["model.layers.2.shared_head.head.weight"] = tensors["lm_head.weight"] + np.float32(1)
+    (tmp_path / "hf" / files.SINGLE).unlink()
+    write_folder(tmp_path / "hf", tensors, 1)
+    convert_hf(open_folder(tmp_path / "hf"), tmp_path / "converted")
+    for folder in (tmp_path / "hf", tmp_path / "converted"):
+        with pytest.warns(UserWarning, match="layers.2.shared_head.head.weight is not the copy of lm_head.weight"):
+            load_model(folder)
 
 
 # --- the command line ----------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from deepseek_jax.checkpoint import names
 from deepseek_jax.checkpoint.folder import cast
 from deepseek_jax.config import (
     GQAConfig,
+    IndexerConfig,
     Llama3RopeConfig,
     MLAConfig,
     ModelConfig,
@@ -64,6 +65,10 @@ V3 = ModelConfig(
         routed_scaling_factor=2.5,
     ),
 )
+# Every query from the fifth on leaves keys out. 16 heads, because with few of them relu often leaves several keys a
+# score of 0, and then rounding in a single product decides between them, differently on different paths.
+INDEXER = IndexerConfig(index_n_heads=16, index_head_dim=12, index_topk=4)
+V32 = dataclasses.replace(V3, model_type="deepseek_v32", attention=dataclasses.replace(V3.attention, indexer=INDEXER))
 QWEN2 = dataclasses.replace(
     V3,
     model_type="qwen2",
@@ -98,7 +103,7 @@ def random_weights(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return graphdef, names.unflat(arrays, abstract)
 
 
-@pytest.fixture(scope="module", params=[V3, QWEN2, LLAMA], ids=lambda config: config.model_type)
+@pytest.fixture(scope="module", params=[V3, V32, QWEN2, LLAMA], ids=lambda config: config.model_type)
 def model(request):
     """A random model, its compiled functions, and the logits of a full forward pass over random tokens."""
     config = request.param
@@ -138,7 +143,7 @@ def close(got, wanted, tolerance=TOLERANCE):
 
 
 def test_extending_an_empty_cache_equals_the_full_forward(model):
-    """For MLA this is absorbed attention against expanded attention, through the whole model."""
+    """For MLA absorbed attention against expanded, for V3.2 gathered keys against masked ones, in the whole model."""
     positions = np.broadcast_to(np.arange(T), (B, T))
     logits, _ = model.extend(model.tokens, positions, cache_of(model))
     close(logits, model.logits)
@@ -190,6 +195,68 @@ def test_the_cache_of_r1_is_the_latent_one():
     """70,272 bytes a token in bfloat16, 57 times less than keys and values of every head."""
     cache = jax.eval_shape(lambda: empty_cache(preset("r1-671b"), 1, 1, jnp.bfloat16))
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) == 70_272
+
+
+def test_the_cache_of_v3_2_holds_a_key_of_the_indexer_more():
+    """128 numbers a token and layer, one key for all its heads: 85,888 bytes a token in bfloat16."""
+    cache = jax.eval_shape(lambda: empty_cache(preset("v3.2-671b"), 1, 1, jnp.bfloat16))
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) == 70_272 + 61 * 128 * 2
+
+
+# --- sparse attention ----------------------------------------------------------------------------
+
+
+def without_indexer(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, attention=dataclasses.replace(config.attention, indexer=None))
+
+
+def with_topk(config: ModelConfig, count: int) -> ModelConfig:
+    indexer = dataclasses.replace(config.attention.indexer, index_topk=count)
+    return dataclasses.replace(config, attention=dataclasses.replace(config.attention, indexer=indexer))
+
+
+def logits_of(config: ModelConfig, tokens):
+    """By weights that depend on their names alone, so that an indexer leaves the rest as it is."""
+    graphdef, weights = random_weights(config)
+
+    @jax.jit
+    def forward(weights):
+        module = nnx.merge(graphdef, weights)
+        return module.logits(module(tokens).x_BTD)
+
+    return forward(weights)
+
+
+def test_selection_bites_exactly_where_there_are_more_keys_than_index_topk():
+    tokens = np.random.RandomState(0).randint(0, V32.vocab_size, (B, T))
+    sparse, dense = logits_of(V32, tokens), logits_of(without_indexer(V32), tokens)
+    close(sparse[:, :4], dense[:, :4])
+    assert np.abs(sparse - dense).max(axis=-1)[:, 4:].min() > 1e-3
+    np.testing.assert_array_equal(logits_of(with_topk(V32, T), tokens), dense)
+
+
+@pytest.mark.parametrize("count, wanted", [(T - 1, True), (T, False)])
+def test_nothing_is_ranked_where_all_keys_would_be_chosen(count, wanted):
+    graphdef, weights = random_weights(with_topk(dataclasses.replace(V32, moe=None), count))
+    forward = lambda weights, tokens: nnx.merge(graphdef, weights)(tokens).x_BTD
+    extend = lambda weights, tokens, cache: nnx.merge(graphdef, weights).extend(tokens, tokens, cache)[0].x_BTD
+    tokens, cache = jnp.zeros((B, T), int), empty_cache(V32, B, T, jnp.float32)
+    for traced in (jax.make_jaxpr(forward)(weights, tokens), jax.make_jaxpr(extend)(weights, tokens, cache)):
+        assert ("top_k" in str(traced)) is wanted
+
+
+def test_the_choice_of_keys_has_no_gradient():
+    """The indexer's weights get none at all; every other parameter gets some."""
+    graphdef, weights = random_weights(V32)
+    tokens = np.random.RandomState(0).randint(0, V32.vocab_size, (B, T))
+
+    def loss(weights):
+        module = nnx.merge(graphdef, weights)
+        return jnp.sum(module.logits(module(tokens).x_BTD) ** 2)
+
+    gradients = names.flat(jax.jit(jax.grad(loss))(weights))
+    gradients = {key: np.any(gradient) for key, gradient in gradients.items() if not key.endswith("mlp.bias")}
+    assert {key for key, some in gradients.items() if not some} == {key for key in gradients if "indexer" in key}
 
 
 # --- softmax scale -----------------------------------------------------------------------------------

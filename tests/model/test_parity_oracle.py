@@ -6,11 +6,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from deepseek_jax.checkpoint.folder import convert_hf, export_hf, load_config, load_model
+from deepseek_jax.checkpoint.convert import convert_hf, export_hf
+from deepseek_jax.checkpoint.folder import load_model
+from deepseek_jax.checkpoint.opened import load_config, open_folder
+from deepseek_jax.model.cache import empty_cache
 from tools import make_golden
 
 pytestmark = pytest.mark.oracle
@@ -22,6 +26,8 @@ CASES = {
         rng, n_group=4, topk_group=2, q_lora_rank=24, rope_parameters=make_golden.yarn(1.0)
     ),
     "v3-full-query": lambda rng: make_golden.deepseek_v3(rng, q_lora_rank=None),
+    "v32": lambda rng: make_golden.deepseek_v32(rng, rope_parameters=make_golden.plain_rope()),
+    "v32-yarn": lambda rng: make_golden.deepseek_v32(rng, rope_parameters=make_golden.yarn(1.0)),
     "v2-lite": lambda rng: make_golden.deepseek_v2(
         rng, q_lora_rank=None, topk_method="greedy", rope_parameters=make_golden.yarn(0.707)
     ),
@@ -54,8 +60,8 @@ def case(request, tmp_path_factory):
         wanted = model(torch.from_numpy(tokens)).logits.numpy()
     saved, converted, exported = folder / "saved", folder / "converted", folder / "exported"
     model.save_pretrained(saved, max_shard_size="60KB")
-    convert_hf(saved, converted)
-    export_hf(converted, exported)
+    convert_hf(open_folder(saved), converted)
+    export_hf(open_folder(converted), exported)
     return SimpleNamespace(saved=saved, converted=converted, exported=exported, tokens=tokens, wanted=wanted)
 
 
@@ -70,6 +76,26 @@ def test_logits_equal_transformers(case):
     assert np.abs(case.wanted).max() > 1  # the comparison says something
     for folder in (case.saved, case.converted):
         np.testing.assert_allclose(forward(load_model(folder).weights), case.wanted, rtol=0, atol=TOLERANCE)
+
+
+def test_decoding_token_by_token_gives_transformers_logits(case):
+    """For MLA this is absorbed attention, for V3.2 over gathered keys, against transformers' full forward pass."""
+    config, graphdef, weights = load_model(case.saved)
+    B, T = case.tokens.shape
+
+    @jax.jit
+    def decode(weights):
+        module = nnx.merge(graphdef, weights)
+
+        def step(cache, now):
+            token_B, position = now
+            hidden, cache = module.extend(token_B[:, None], jnp.full((B, 1), position), cache)
+            return cache, module.logits(hidden.x_BTD)[:, 0]
+
+        empty = empty_cache(config, B, T + 10, jnp.float32)
+        return jax.lax.scan(step, empty, (case.tokens.T, jnp.arange(T)))[1]
+
+    np.testing.assert_allclose(decode(weights).swapaxes(0, 1), case.wanted, rtol=0, atol=TOLERANCE)
 
 
 def test_the_hub_spelling_of_rope_gives_the_same_model(case, tmp_path: Path):

@@ -5,7 +5,9 @@ import sys
 import pytest
 from flax import nnx
 
-from deepseek_jax.checkpoint.folder import Model, convert_hf, save_hf
+from deepseek_jax.checkpoint.convert import convert_hf
+from deepseek_jax.checkpoint.folder import Model, save_hf
+from deepseek_jax.checkpoint.opened import open_folder
 from deepseek_jax.cli import run
 from deepseek_jax.config import preset
 from deepseek_jax.model.decoder import Decoder, split
@@ -20,7 +22,7 @@ def folder(tmp_path_factory):
     model = Model(config, *split(Decoder(config, rngs=nnx.Rngs(0))))
     target = tmp_path_factory.mktemp("models") / "hf"
     save_hf(model, target, tokenizer=Tokenizer.characters(ALPHABET, chat_template=TEMPLATE).files)
-    convert_hf(target, target.with_name("converted"))
+    convert_hf(open_folder(target), target.with_name("converted"))
     return target
 
 

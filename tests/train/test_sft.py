@@ -1,6 +1,8 @@
-"""Supervised batches and their loss."""
+"""Supervised batches and their loss, with multi-token prediction and without."""
 
 import dataclasses
+import math
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,9 @@ import pytest
 from flax import nnx
 
 from deepseek_jax.config import MLAConfig, preset
-from deepseek_jax.model.decoder import Decoder
+from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.ops.metrics import values
-from deepseek_jax.train.sft import sft_batch, sft_objective
+from deepseek_jax.train.sft import make_sft_objective, sft_batch, sft_mtp_objective, sft_objective
 
 EXAMPLES = [([3, 4], [5, 6, 2]), ([7], [2]), ([8, 9, 3], [4, 2])]
 CONFIG = dataclasses.replace(
@@ -69,3 +71,115 @@ def test_loss_is_the_mean_of_each_examples_mean():
     metrics = values(metrics)
     assert metrics["nll"] == pytest.approx(np.concatenate(each).mean(), rel=1e-5)
     assert metrics["tokens_per_example"] == 2.0
+
+
+# --- multi-token prediction ------------------------------------------------------------------------
+
+MTP = dataclasses.replace(CONFIG, moe=preset("tiny").moe, num_nextn_predict_layers=2)
+
+
+@cache
+def mtp_model():
+    return abstract_weights(MTP)[0], jax.jit(lambda: split(Decoder(MTP, rngs=nnx.Rngs(0)))[1])()
+
+
+def with_gradient(loss):
+    """The loss of a batch of EXAMPLES, what else it returns, and the gradient by path; further arguments are passed."""
+    graphdef, weights = mtp_model()
+    params, rest = nnx.split_state(weights, nnx.Param, ...)
+    of = lambda params, *args: loss(nnx.merge(graphdef, params, rest), *args)
+    compiled = jax.jit(jax.value_and_grad(of, has_aux=True))
+
+    def run(*args):
+        (loss, aux), gradient = compiled(params, jax.tree.map(jnp.asarray, sft_batch(EXAMPLES, width=6)), *args)
+        return float(loss), aux, {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(gradient)}
+
+    return run
+
+
+SAMPLES = 4.0  # of a batch of which EXAMPLES are a part
+
+
+@cache
+def mtp_run():
+    """By weight: loss, metrics and gradient; one compilation serves every weight but none at all."""
+    objective = lambda model, batch, weight: sft_mtp_objective(model, batch, SAMPLES, mtp_weight=weight)[:2]
+    return with_gradient(objective)
+
+
+def direct_mtp(model, batch):
+    """Each module's log-probs of the tokens that it can predict, from its logits, and their number by example."""
+    hidden = model(batch.tokens_BT)
+    found = []
+    for depth, draft in enumerate(model.draft(hidden.x_BTD, batch.targets_BT), 1):
+        logp = jax.nn.log_softmax(model.logits(draft.x_BTD))
+        rows = []
+        for row, (prompt, completion) in enumerate(EXAMPLES):
+            text = np.array([*prompt, *completion])
+            places = np.arange(max(len(prompt), depth + 1), len(text))  # of the tokens to predict
+            rows.append(logp[row, places - depth - 1, text[places]])
+        found.append(rows)
+    return found
+
+
+def direct_loss(model, batch, weight):
+    """Equations 24 and 25 with an example's completion for the sequence."""
+    drafts = direct_mtp(model, batch)
+    lengths = [len(completion) for _, completion in EXAMPLES]
+    modules = [-sum(jnp.sum(row) / n for row, n in zip(rows, lengths, strict=True)) for rows in drafts]
+    return sft_objective(model, batch, SAMPLES)[0] + weight / len(modules) * sum(modules) / SAMPLES, drafts
+
+
+def test_mtp_loss_equals_a_direct_computation_from_the_drafts():
+    """A prompt of one token keeps the modules from its completion's first tokens, which count in the divisor still."""
+    loss, metrics, gradient = mtp_run()(0.3)
+    wanted, drafts, wanted_gradient = with_gradient(direct_loss)(0.3)
+    assert loss == pytest.approx(wanted, rel=1e-5)
+    for path, wanted in wanted_gradient.items():
+        np.testing.assert_allclose(gradient[path], wanted, rtol=0, atol=2e-6, err_msg=str(path))
+    assert [[row.size for row in rows] for rows in drafts] == [[3, 0, 2], [2, 0, 2]]
+    nll = [-np.concatenate(rows) for rows in drafts]
+    metrics = values(metrics)
+    assert metrics["mtp/nll_1"] == pytest.approx(nll[0].mean(), rel=1e-5)
+    assert metrics["mtp/nll_2"] == pytest.approx(nll[1].mean(), rel=1e-5)
+    assert metrics["mtp/nll"] == pytest.approx(np.concatenate(nll).mean(), rel=1e-5)
+
+
+def test_mtp_loss_is_linear_in_its_weight_and_reaches_every_part_of_the_model():
+    """Main layers through their states, embedding and head because they are shared."""
+    plain = with_gradient(lambda model, batch: make_sft_objective()(model, batch, SAMPLES)[:2])
+    (none, metrics, without), (some, with_metrics, with_some), (more, _, with_more) = (
+        run(*weight) for run, *weight in ((plain,), (mtp_run(), 0.3), (mtp_run(), 0.9))
+    )
+    assert more - none == pytest.approx(3 * (some - none), rel=1e-4) and some > none
+    assert values(metrics).keys() == {"nll", "tokens_per_example"}
+    assert values(metrics)["nll"] == pytest.approx(values(with_metrics)["nll"], rel=1e-6)
+    for path, gradient in without.items():
+        share = with_some[path] - gradient
+        np.testing.assert_allclose(with_more[path] - gradient, 3 * share, rtol=0, atol=5e-6, err_msg=str(path))
+        assert np.abs(share).max() > 1e-4, path
+        assert np.any(gradient) == (path[0] != "mtp"), path
+
+
+def test_one_module_reports_one_figure():
+    config = dataclasses.replace(MTP, num_nextn_predict_layers=1)
+    run = jax.jit(
+        lambda batch: make_sft_objective(mtp_weight=0.1)(Decoder(config, rngs=nnx.Rngs(0)), batch, jnp.float32(3))[1]
+    )
+    assert values(run(sft_batch(EXAMPLES, width=6))).keys() == {"nll", "tokens_per_example", "mtp/nll"}
+
+
+def test_without_a_weight_the_objective_is_the_plain_one():
+    assert make_sft_objective() is sft_objective
+
+
+@pytest.mark.parametrize("bad", [-0.1, math.nan, math.inf])
+def test_a_bad_mtp_weight_is_refused(bad):
+    with pytest.raises(ValueError, match=f"mtp_weight: got {bad}, wanted a finite number from 0"):
+        make_sft_objective(mtp_weight=bad)
+
+
+def test_an_mtp_weight_for_a_model_without_modules_is_refused():
+    model = nnx.eval_shape(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="mtp_weight: got 0.3 for a model without MTP modules"):
+        make_sft_objective(mtp_weight=0.3)(model, sft_batch(EXAMPLES, width=6), jnp.float32(3))

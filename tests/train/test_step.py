@@ -19,7 +19,7 @@ from deepseek_jax.rl.loss import GRPOConfig
 from deepseek_jax.rl.objective import grpo_objective
 from deepseek_jax.rl.rollout import Batch
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
-from deepseek_jax.train.sft import SFTBatch, sft_objective
+from deepseek_jax.train.sft import SFTBatch, make_sft_objective, sft_objective
 from deepseek_jax.train.step import StepConfig, init_state, make_train_step
 
 V, B, T = 16, 8, 10
@@ -37,7 +37,8 @@ CONFIG = dataclasses.replace(
 )
 TWO_LAYERS = dataclasses.replace(CONFIG, num_hidden_layers=2)
 GRPO = partial(grpo_objective, config=GRPOConfig(beta=0.1), temperature=0.8)
-OBJECTIVES = {"grpo": GRPO, "sft": sft_objective}
+OBJECTIVES = {"grpo": GRPO, "sft": sft_objective, "mtp": make_sft_objective(mtp_weight=0.3)}
+WITH_MTP = dataclasses.replace(CONFIG, num_nextn_predict_layers=1)
 
 
 @cache
@@ -65,8 +66,8 @@ def batch_of(name, **settings):
     return batch if name == "grpo" else SFTBatch(*batch[:3])
 
 
-def run(objective, batch, optimizer, **settings):
-    graphdef, weights = model()
+def run(objective, batch, optimizer, config=CONFIG, **settings):
+    graphdef, weights = model(config)
     update = make_train_step(graphdef, objective, optimizer, StepConfig(**settings))
     state, metrics = update(init_state(weights, optimizer), batch)
     return state.weights, values(metrics)
@@ -76,17 +77,20 @@ def run(objective, batch, optimizer, **settings):
 SGD = optax.sgd(1.0)
 
 
+def run_named(name, batch, **settings):
+    config = WITH_MTP if name == "mtp" else CONFIG
+    return run(OBJECTIVES[name], batch, SGD, config, balance_alpha=0.01, bias_gamma=0.1, **settings)
+
+
 @cache
 def reference_run(name):
-    return run(OBJECTIVES[name], batch_of(name), SGD, balance_alpha=0.01, bias_gamma=0.1)
+    return run_named(name, batch_of(name))
 
 
-@pytest.mark.parametrize(("name", "parts"), [("grpo", 2), ("grpo", 4), ("sft", 4)])
+@pytest.mark.parametrize(("name", "parts"), [("grpo", 2), ("grpo", 4), ("sft", 4), ("mtp", 4)])
 def test_micro_batches_change_nothing(name, parts):
     weights, metrics = reference_run(name)
-    parted_weights, parted_metrics = run(
-        OBJECTIVES[name], batch_of(name), SGD, balance_alpha=0.01, bias_gamma=0.1, micro_batches=parts
-    )
+    parted_weights, parted_metrics = run_named(name, batch_of(name), micro_batches=parts)
     assert parted_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-6)
     assert metrics["grad_norm"] > 0.01
     for first, second in zip(jax.tree.leaves(weights), jax.tree.leaves(parted_weights), strict=True):
@@ -101,11 +105,11 @@ def test_micro_batches_that_do_not_divide_are_refused():
 
 
 # 160 columns are two chunks of log-probs, the second of them half full.
-@pytest.mark.parametrize(("name", "width"), [("sft", 64), ("grpo", 160)])
+@pytest.mark.parametrize(("name", "width"), [("sft", 64), ("grpo", 160), ("mtp", 64)])
 def test_the_width_of_padding_changes_nothing(name, width):
     weights, metrics = reference_run(name)
     batch = batch_of(name, width=width)
-    wide_weights, wide_metrics = run(OBJECTIVES[name], batch, SGD, balance_alpha=0.01, bias_gamma=0.1)
+    wide_weights, wide_metrics = run_named(name, batch)
     assert wide_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-6)
     for first, second in zip(jax.tree.leaves(weights), jax.tree.leaves(wide_weights), strict=True):
         np.testing.assert_allclose(second, first, rtol=0, atol=1e-6)
@@ -134,6 +138,50 @@ def test_the_router_bias_moves_by_its_own_layers_load_and_by_nothing_else():
     for layer, path in enumerate(sorted(after, key=lambda path: path[1])):
         moved = 0.01 * np.sign(load[layer].mean() - load[layer])
         np.testing.assert_allclose(after[path], before[path] + moved, rtol=0, atol=1e-7)
+
+
+def test_the_biases_of_mtp_modules_move_by_their_own_load():
+    """The model's layer first, then the modules': three loads that differ, and biases that differ."""
+    objective, batch = OBJECTIVES["mtp"], batch_of("mtp")
+    graphdef, weights = model(dataclasses.replace(CONFIG, num_nextn_predict_layers=2))
+    weights = jax.tree.map(jnp.copy, weights)
+    layers = lambda weights: [weights.layers[0], weights.mtp[0].layer, weights.mtp[1].layer]
+    for layer, end in zip(layers(weights), (0.3, -0.2, 0.1), strict=True):
+        layer.mlp.bias = RouterBias(jnp.linspace(-end, end, 8))
+
+    @jax.jit
+    def loads(weights, batch):
+        model = nnx.merge(graphdef, weights)
+        real = jax.lax.cummax(jnp.int32(batch.mask_BT), axis=1, reverse=True) > 0
+        hidden = model(batch.tokens_BT, real)
+        drafts = model.draft(hidden.x_BTD, batch.targets_BT, real)
+        return [jnp.sum(of.stats[0].load_BE, axis=0) for of in (hidden, *drafts)]
+
+    load = np.array(loads(weights, batch))
+    assert load.shape == (3, 8) and len(np.unique(np.sign(load.mean(axis=1, keepdims=True) - load), axis=0)) == 3
+    update = make_train_step(graphdef, objective, SGD, StepConfig(bias_gamma=0.01))
+    state, _ = update(init_state(weights, SGD), batch)
+    for number, (before, after) in enumerate(zip(layers(weights), layers(state.weights), strict=True)):
+        moved = 0.01 * np.sign(load[number].mean() - load[number])
+        np.testing.assert_allclose(after.mlp.bias[...], before.mlp.bias[...] + moved, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("first_k_dense", [0, 1])
+def test_mtp_weights_that_no_objective_runs_stay_and_change_nothing_else(first_k_dense):
+    """Router biases too; also where a module's layer is the only one with experts, so that there is no load at all."""
+    moe = dataclasses.replace(CONFIG.moe, first_k_dense_replace=first_k_dense)
+    config, plain = dataclasses.replace(WITH_MTP, moe=moe), dataclasses.replace(CONFIG, moe=moe)
+    settings = {"balance_alpha": 0.01, "bias_gamma": 0.1}
+    weights, metrics = run(sft_objective, batch_of("sft"), SGD, config, **settings)
+    plain_weights, plain_metrics = run(sft_objective, batch_of("sft"), SGD, plain, **settings)
+    assert metrics == pytest.approx(plain_metrics, rel=1e-6)
+    start, found, wanted = (dict(nnx.to_flat_state(w)) for w in (model(config)[1], weights, plain_weights))
+    assert ("mtp", 0, "layer", "mlp", "bias") in found
+    for path, leaf in found.items():
+        if path[0] == "mtp":
+            np.testing.assert_array_equal(leaf[...], start[path][...], err_msg=str(path))
+        else:
+            np.testing.assert_allclose(leaf[...], wanted[path][...], rtol=0, atol=1e-6, err_msg=str(path))
 
 
 @pytest.mark.parametrize("method", ["greedy", "dense"])

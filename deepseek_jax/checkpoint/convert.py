@@ -1,0 +1,227 @@
+"""Hugging Face folders to converted ones and back, in bounded memory, exactly, and resumable."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import xxhash
+
+from deepseek_jax.checkpoint import files, writer
+from deepseek_jax.checkpoint.files import TensorFolder, new_folder, read_json, write_whole
+from deepseek_jax.checkpoint.headers import Entry, parse_header
+from deepseek_jax.checkpoint.layout import Array, Source, units
+from deepseek_jax.checkpoint.opened import Opened
+from deepseek_jax.checkpoint.shelves import MANIFEST, WEIGHTS, ConvertedFolder, NewShelf
+
+VERSION = 1  # of the converted folder's form
+ORIGIN = "source"  # holds the headers of the Hugging Face files, so that an export gives back the very files
+THREADS = 4  # in flight at once, each with a piece of at most 32 MiB and its copies
+Advance = Callable[[int], None]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def convert_hf(opened: Opened, target: Path, *, advance: Advance = lambda count: None) -> None:
+    """Write a Hugging Face folder as a converted one: an Orbax checkpoint a layer, and a manifest of hashes.
+
+    Memory stays at a few pieces of 32 MiB whatever the size of the checkpoint. Killed at any moment, the same call
+    goes on after the last whole layer.
+
+    Args:
+        opened: the source, of `open_folder`.
+        target: the folder to make; it appears when it is whole.
+        advance: called with the number of bytes written, as they are, from several threads; a resumed run reports
+            what was there first.
+
+    Raises:
+        ValueError: the source is damaged or converted already, or the target exists; nothing is left behind.
+    """
+    if not isinstance(opened.stored, TensorFolder):
+        raise ValueError(f"{opened.folder}: is a converted folder already; wanted a Hugging Face one")
+    with new_folder(target, resume=_identity(opened)) as partial:
+        opened.write_sidecars(partial)
+        _keep_origin(opened, partial)
+        # two units at a time, so that one is read while the other waits for the disk
+        shelve = lambda unit: _shelve(opened.source, *unit, partial, advance)
+        results = _in_threads(shelve, list(units(opened.arrays).items()), 2)
+        hashes = {name: digest for result in results for name, digest in result.items()}
+        lines = {name: _line(entry, hashes[name]) for name, entry in opened.source.entries.items() if name in hashes}
+        manifest = {"version": VERSION, "format": opened.to, "tensors": lines}
+        write_whole(partial / MANIFEST, json.dumps(manifest, indent=0).encode())
+        for note in partial.glob("*.done"):
+            note.unlink()
+
+
+def export_hf(opened: Opened, target: Path, *, advance: Advance = lambda count: None) -> None:
+    """Write a converted folder as a Hugging Face one; as "stored" these are the very files it was converted from.
+
+    Args:
+        opened: the source, of `open_folder`; a Hugging Face folder is taken too.
+        target: the folder to make; it appears when it is whole.
+        advance: called with the number of bytes written, as they are, from several threads.
+
+    Raises:
+        ValueError: the source is damaged (every tensor is held against its hash), or the target exists; nothing is
+            left behind.
+    """
+    stored = opened.to == "stored"
+    hashes = opened.source.hashes if isinstance(opened.source, ConvertedFolder) else {}
+    with new_folder(target) as partial:
+        opened.write_sidecars(partial)
+        plan = _origin(opened) if stored and (opened.folder / ORIGIN).is_dir() else writer.plan(opened.source)
+        write_hf(opened.source, partial, plan, hashes=hashes, advance=advance)
+
+
+def write_hf(
+    source: Source,
+    folder: Path,
+    plan: writer.Plan,
+    *,
+    hashes: Mapping[str, str] | None = None,
+    advance: Advance = lambda count: None,
+) -> None:
+    """Write a checkpoint's tensors as safetensors into an existing folder.
+
+    Args:
+        source: the tensors.
+        folder: where the files go.
+        plan: the files and what they hold.
+        hashes: what the tensors must be; ValueError for one that is not.
+        advance: called with the number of bytes written, as they are.
+    """
+    shards = writer.NewShards(folder, plan)
+    expected = hashes or {}
+
+    def write(name: str) -> None:
+        digest = xxhash.xxh3_128()
+        for start, part in writer.parts(source, name):
+            digest.update(_bytes(part))
+            shards.write(name, start, part)
+            advance(part.nbytes)
+        if digest.hexdigest() != expected.get(name, digest.hexdigest()):
+            raise _changed(source, name)
+
+    try:
+        _in_threads(write, [name for header in plan.files.values() for name in header.entries])
+    finally:
+        shards.close()
+
+
+def verify(source: Source, hashes: Mapping[str, str], *, advance: Advance = lambda count: None) -> None:
+    """Read every tensor again and hold it against its hash. ValueError names the first that changed."""
+
+    def check(name: str) -> None:
+        digest = xxhash.xxh3_128()
+        for _, part in writer.parts(source, name):
+            digest.update(_bytes(part))
+            advance(part.nbytes)
+        if digest.hexdigest() != hashes[name]:
+            raise _changed(source, name)
+
+    _in_threads(check, list(hashes))
+
+
+def _bytes(value: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+
+
+def _changed(source: Source, name: str) -> ValueError:
+    return ValueError(f"{source.where(name)}: tensor {name!r} is not what was converted; the checkpoint is damaged")
+
+
+def _in_threads(work: Callable[[Item], Result], items: Sequence[Item], threads: int = THREADS) -> list[Result]:
+    """The results of `work`; the first failure stops what has not begun."""
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            return list(pool.map(work, items))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _shelve(source: Source, unit: str, members: list[Array], partial: Path, advance: Advance) -> dict[str, str]:
+    """Write one unit, unless a killed run did; the hash of each of its tensors."""
+    note, shelf_folder = partial / f"{unit}.done", partial / WEIGHTS / unit
+    if note.is_file() and shelf_folder.is_dir():
+        advance(sum(source.entries[tensor.name].nbytes for array in members for tensor in array.tensors))
+        return read_json(note)
+    files.remove(shelf_folder)
+    shelf_folder.parent.mkdir(exist_ok=True)
+    shelf = NewShelf(shelf_folder, members)
+
+    def put(job: tuple[Array, slice]) -> dict[str, str]:
+        array, experts = job
+        tensors = array.tensors[experts]
+        digests = [xxhash.xxh3_128() for _ in tensors]
+        for rows in _rows(array):
+            values = [source.read(tensor.name, rows) for tensor in tensors]
+            for digest, value in zip(digests, values, strict=True):
+                digest.update(_bytes(value))
+            if array.stacked:
+                shelf.write(array, (experts, rows), values[0][None] if len(values) == 1 else np.stack(values))
+            else:
+                shelf.write(array, (rows,), values[0])
+            advance(sum(value.nbytes for value in values))
+        return {tensor.name: digest.hexdigest() for tensor, digest in zip(tensors, digests, strict=True)}
+
+    results = _in_threads(put, [(array, experts) for array in members for experts in _experts(array)], THREADS // 2)
+    shelf.close()
+    hashes = {name: digest for result in results for name, digest in result.items()}
+    write_whole(note, json.dumps(hashes).encode())
+    return hashes
+
+
+def _experts(array: Array) -> Iterator[slice]:
+    """The groups of tensors that a piece is made of."""
+    step = array.pieces()[0] if array.stacked else 1
+    for first in range(0, len(array.tensors), step):
+        yield slice(first, first + step)
+
+
+def _rows(array: Array) -> Iterator[slice]:
+    """The rows of a tensor, piece by piece."""
+    axis = 1 if array.stacked else 0
+    step = array.pieces()[axis]
+    for first in range(0, array.shape[axis], step):
+        yield slice(first, first + step)
+
+
+def _line(entry: Entry, digest: str) -> dict:
+    return {"dtype": entry.dtype, "shape": list(entry.shape), "xxh3_128": digest}
+
+
+def _identity(opened: Opened) -> str:
+    """What a resumed conversion must have in common with the one before it."""
+    digest = xxhash.xxh3_128((opened.folder / "config.json").read_bytes())
+    for name, header in opened.stored.headers.items():
+        state = (opened.folder / name).stat()
+        digest.update(header.raw)
+        digest.update(f"{name} {state.st_size} {state.st_mtime_ns}".encode())
+    return f"{VERSION} {opened.to} {digest.hexdigest()}"
+
+
+def _keep_origin(opened: Opened, target: Path) -> None:
+    """The headers and the index as they are, where all that the files hold is converted as stored."""
+    if opened.to != "stored" or opened.stored.entries.keys() != opened.tensor_names():
+        return
+    origin = target / ORIGIN
+    origin.mkdir(exist_ok=True)
+    for name, header in opened.stored.headers.items():
+        write_whole(origin / f"{name}.header", header.raw)
+    if (opened.folder / files.INDEX).is_file():
+        write_whole(origin / files.INDEX, (opened.folder / files.INDEX).read_bytes())
+
+
+def _origin(opened: Opened) -> writer.Plan:
+    """The files that a folder was converted from."""
+    origin = opened.folder / ORIGIN
+    headers = {path.stem: parse_header(path.read_bytes(), None, path) for path in sorted(origin.glob("*.header"))}
+    held = {name: (entry.dtype, entry.shape) for name, entry in opened.source.entries.items()}
+    listed = {n: (entry.dtype, entry.shape) for header in headers.values() for n, entry in header.entries.items()}
+    if listed != held or sum(len(header.entries) for header in headers.values()) != len(listed):
+        raise ValueError(f"{origin}: the headers are not those of the tensors in {MANIFEST}; convert the folder again")
+    index = origin / files.INDEX
+    return writer.Plan(headers, index.read_bytes() if index.is_file() else None)

@@ -1,0 +1,85 @@
+"""A model folder, Hugging Face's or converted, checked by its headers and ready to be read in the format asked for."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from deepseek_jax.checkpoint import files, names
+from deepseek_jax.checkpoint.files import TensorFolder
+from deepseek_jax.checkpoint.layout import Array, Source, arrays
+from deepseek_jax.checkpoint.recast import Format, recast
+from deepseek_jax.checkpoint.shelves import ConvertedFolder, is_converted
+from deepseek_jax.config import ModelConfig, from_hf
+from deepseek_jax.config.hf import write_quantization
+from deepseek_jax.model.decoder import abstract_weights
+
+
+class Opened(NamedTuple):
+    """What `open_folder` found.
+
+    `stored` is the folder as it is, `source` the same in the format `to`, which `config` and `arrays` describe.
+    """
+
+    folder: Path
+    to: Format
+    config: ModelConfig
+    stored: TensorFolder | ConvertedFolder
+    source: Source
+    arrays: list[Array]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.source.entries[name].nbytes for name in self.tensor_names())
+
+    def tensor_names(self) -> set[str]:
+        return {tensor.name for array in self.arrays for tensor in array.tensors}
+
+    def write_sidecars(self, target: Path) -> None:
+        """Copy configuration and tokenizer files, the configuration as the format wants it."""
+        files.copy_sidecars(self.folder, target)
+        if self.to == "stored":
+            return
+        values = files.read_json(self.folder / "config.json")
+        values.pop("quantization_config", None)
+        for key in ("dtype", "torch_dtype"):
+            if key in values and self.to != "fp8":
+                values[key] = self.to
+        if self.config.quantization is not None:
+            values["quantization_config"] = write_quantization(self.config.quantization)
+        files.write_whole(target / "config.json", json.dumps(values, indent=2).encode())
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """The configuration of a model folder, Hugging Face's or converted. ValueError names file and key."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; wanted a Hugging Face or converted model folder")
+    values = files.read_json(folder / "config.json")
+    try:
+        return from_hf(values)
+    except ValueError as problem:
+        raise ValueError(f"{folder}: {problem}") from None
+
+
+def open_folder(folder: Path, *, to: Format = "stored") -> Opened:
+    """Open a folder and check it against its configuration, before any weight is read.
+
+    A configuration may promise MTP modules that the folder lacks altogether, because transformers drops them on save;
+    the configuration of the result has those that are there.
+
+    Args:
+        folder: with config.json and weights.
+        to: the format that the result gives the weights in.
+
+    Raises:
+        ValueError: an unsupported configuration, a damaged header, or tensors that are missing, unexpected or
+            misshapen.
+    """
+    config = load_config(folder)
+    stored = ConvertedFolder(folder) if is_converted(folder) else TensorFolder(folder)
+    config = names.with_held_modules(config, stored.entries)
+    _, abstract = abstract_weights(config)
+    found = arrays(stored, config, abstract)
+    if isinstance(stored, ConvertedFolder):
+        stored.open(found)
+    source, wanted = recast(stored, config, names.tensors(names.packed(config), abstract), to)
+    return Opened(folder, to, wanted, stored, source, found if to == "stored" else arrays(source, wanted, abstract))

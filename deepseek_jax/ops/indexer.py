@@ -1,0 +1,51 @@
+"""The lightning indexer of DeepSeek sparse attention: how much a query wants each key, and the keys it gets.
+
+Source: DeepSeek-V3.2-Exp report section 1, equation 1; transformers modeling_deepseek_v32.py DeepseekV32Indexer.
+
+Differs from DeepSeek-V3.2-Exp inference/model.py, as transformers does: no Hadamard rotation of queries and keys, and
+no FP8 for them. The rotation spreads outliers before they are rounded to FP8; it is orthogonal, so that the dot
+products are the same without it (`test_a_hadamard_rotation_changes_no_score`).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def index_scores(
+    q: Float[Array, "B T J Z"], k: Float[Array, "B S Z"], weights: Float[Array, "B T J"]
+) -> Float[Array, "B T S"]:
+    """How much each query wants each key: sum_j w_j J^-0.5 relu(q_j . k Z^-0.5), float32.
+
+    Args:
+        q: queries of J heads, rotated.
+        k: keys, one for all heads, rotated.
+        weights: what each head counts for, of either sign.
+
+    No gradient flows through it, as in transformers: a choice has none. (The report trains the indexer by a loss of
+    its own, against the attention's distribution; that loss is not here.)
+    """
+    q, k, weights = map(jax.lax.stop_gradient, (q, k, weights))
+    J, Z = q.shape[2:]
+    # full precision on every device, and a sum in place of a product of matrices, which TF32 would round: nothing
+    # after a choice makes up for another key
+    dots = jnp.einsum("btjz,bsz->btjs", q, k, precision="highest", preferred_element_type=jnp.float32)
+    weights = weights.astype(jnp.float32) * J**-0.5
+    return jnp.sum(weights[..., None] * jax.nn.relu(dots * Z**-0.5), axis=2)
+
+
+def select_keys(scores: Float[Array, "B T S"], visible: Bool[Array, "B T S"], count: int) -> Int[Array, "B T U"]:
+    """The `count` visible keys of the highest scores, best first; among equals the earlier key.
+
+    A query that sees fewer gets all of them first, then keys that it must not see: mask what is chosen by `visible`.
+    Needs S >= count.
+    """
+    scores = jnp.where(scores == 0, 0.0, scores)  # top_k ranks -0.0 below 0.0, and no head's liking gives either
+    return jax.lax.top_k(jnp.where(visible, scores, -jnp.inf), count)[1]
+
+
+def chosen_mask(chosen: Int[Array, "B T U"], visible: Bool[Array, "B T S"]) -> Bool[Array, "B T S"]:
+    """True for the keys that are both chosen and visible."""
+    B, T, _ = chosen.shape
+    rows, queries = jnp.arange(B)[:, None, None], jnp.arange(T)[:, None]
+    return visible & jnp.zeros(visible.shape, bool).at[rows, queries, chosen].set(True)

@@ -1,0 +1,157 @@
+"""The indexer against NumPy twins in float64, and attention over chosen keys against attention under their mask."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepseek_jax.ops.attention import attend_absorbed, attend_chosen, attend_expanded, causal_mask
+from deepseek_jax.ops.indexer import chosen_mask, index_scores, select_keys
+
+SCALE = 0.37
+sizes = st.sampled_from([1, 2, 5])
+scored = jax.jit(index_scores)
+selected = jax.jit(lambda *a: chosen_mask(select_keys(*a), a[1]), static_argnums=2)
+
+
+def scores_twin(q, k, weights):
+    """One query, one key and one head at a time."""
+    J, Z = q.shape[2:]
+    scores = np.zeros((*q.shape[:2], k.shape[1]))
+    for b, t, s in np.ndindex(scores.shape):
+        for j in range(J):
+            scores[b, t, s] += weights[b, t, j] / np.sqrt(J) * max(q[b, t, j] @ k[b, s] / np.sqrt(Z), 0)
+    return scores
+
+
+def selection_twin(scores, visible, count):
+    """Sets of keys: visible ones by falling score, then by rising index."""
+    found = np.zeros(visible.shape, bool)
+    for b, t in np.ndindex(visible.shape[:2]):
+        candidates = np.flatnonzero(visible[b, t])
+        best = sorted(candidates, key=lambda s: (-scores[b, t, s], s))[:count]
+        found[b, t, best] = True
+    return found
+
+
+def inputs(seed, B, T, S, J, Z, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    shapes = ((B, T, J, Z), (B, S, Z), (B, T, J))
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def exact(arrays):
+    return [np.asarray(a, np.float64) for a in arrays]
+
+
+# --- scores --------------------------------------------------------------------------------------
+
+
+@given(B=sizes, T=sizes, S=sizes, J=sizes, Z=sizes, seed=st.integers(0, 2**31))
+def test_scores_equal_the_formula(B, T, S, J, Z, seed):
+    arrays = inputs(seed, B, T, S, J, Z)
+    np.testing.assert_allclose(scored(*arrays), scores_twin(*exact(arrays)), rtol=1e-5, atol=1e-5)
+
+
+def test_scores_of_bfloat16_are_summed_in_float32():
+    """Products of bfloat16 numbers are exact in float32: the result is off by its sums alone, not by 2^-9."""
+    arrays = inputs(0, 2, 7, 9, 16, 24, jnp.bfloat16)
+    got = scored(*arrays)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, scores_twin(*exact(arrays)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_hadamard_rotation_changes_no_score():
+    """Why DeepSeek's rotation before its FP8 product is not here."""
+    q, k, weights = inputs(0, 2, 5, 6, 3, 8)
+    two = np.array([[1, 1], [1, -1]])
+    rotation = jnp.asarray(np.kron(np.kron(two, two), two) / np.sqrt(8), jnp.float32)
+    assert np.abs(q @ rotation - q).max() > 1
+    np.testing.assert_allclose(
+        index_scores(q @ rotation, k @ rotation, weights), index_scores(q, k, weights), atol=1e-5
+    )
+
+
+def test_no_gradient_flows_through_the_scores():
+    arrays = inputs(0, 2, 3, 4, 5, 6)
+    for gradient in jax.grad(lambda *a: jnp.sum(index_scores(*a)), argnums=(0, 1, 2))(*arrays):
+        np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
+
+
+# --- selection -----------------------------------------------------------------------------------
+
+
+# Few different scores, so that ties are everywhere; relu makes exact zeros, and a negative weight makes them -0.0.
+@given(
+    T=sizes,
+    keys=st.sampled_from([(1, 1), (6, 1), (6, 4), (6, 6), (12, 5)]),
+    share=st.sampled_from([0.2, 0.7, 1.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_selection_equals_sorting(T, keys, share, seed):
+    S, count = keys
+    rng = np.random.default_rng(seed)
+    scores = rng.choice([-1.5, -0.0, 0.0, 0.5, 2.0], size=(2, T, S)).astype(np.float32)
+    visible = rng.random((2, T, S)) < share
+    got = selected(jnp.asarray(scores), jnp.asarray(visible), count)
+    np.testing.assert_array_equal(got, selection_twin(scores, visible, count))
+
+
+def test_a_query_gets_count_keys_or_all_that_it_sees():
+    scores = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 12)), jnp.float32)
+    visible = causal_mask(jnp.tile(jnp.arange(9), (2, 1)), jnp.tile(jnp.arange(12), (2, 1)))
+    got = selected(scores, visible, 4)
+    assert not np.any(got & ~visible)
+    np.testing.assert_array_equal(got.sum(axis=-1), np.tile(np.minimum(np.arange(9) + 1, 4), (2, 1)))
+
+
+# --- attention over the chosen keys --------------------------------------------------------------
+
+
+def attention_inputs(S=40, T=5, U=6):
+    """Latent attention's arguments, the chosen keys, and what is visible: ragged positions, some rows below U keys."""
+    B, N, K, R, H, C = 2, 4, 6, 4, 5, 7
+    rng = np.random.default_rng(0)
+    shapes = ((B, T, N, K), (B, T, N, R), (B, S, C), (B, S, R), (C, N, K), (C, N, H))
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    positions = jnp.asarray([[2], [S - T]]) + jnp.arange(T)
+    visible = causal_mask(positions, jnp.tile(jnp.arange(S), (B, 1)))
+    scores = jnp.asarray(rng.normal(size=(B, T, S)), jnp.float32)
+    return arrays, select_keys(scores, visible, U), visible
+
+
+@pytest.mark.parametrize("masked", [attend_expanded, attend_absorbed])
+def test_gathering_equals_masking_in_value_and_gradient(masked):
+    arrays, chosen, visible = attention_inputs()
+    mask = chosen_mask(chosen, visible)
+    seed = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 4, 5)), jnp.float32)
+    run = lambda f: jax.jit(jax.value_and_grad(lambda *a: jnp.sum(seed * f(*a)), argnums=range(6)))(*arrays)
+    gathered = run(lambda *a: attend_chosen(*a, chosen, visible, SCALE))
+    wanted = run(lambda *a: masked(*a, mask, SCALE))
+    for first, second in zip(*map(jax.tree.leaves, (gathered, wanted)), strict=True):
+        np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
+
+
+def test_keys_that_were_not_chosen_are_not_read():
+    """Behind a mask a NaN would show, for it takes part in the sum with weight 0."""
+    arrays, chosen, visible = attention_inputs()
+    rows = np.arange(2)[:, None, None]
+    read = np.zeros(arrays[2].shape[:2], bool)
+    read[rows, np.asarray(chosen)] = True
+    assert 0 < read.sum() < read.size
+    spoiled = list(arrays)
+    spoiled[2], spoiled[3] = (jnp.where(read[..., None], a, jnp.nan) for a in arrays[2:4])
+    clean, got = (attend_chosen(*a, chosen, visible, SCALE) for a in (arrays, spoiled))
+    assert np.all(np.isfinite(clean))
+    np.testing.assert_array_equal(got, clean)
+
+
+def test_the_cost_of_attention_over_chosen_keys_does_not_grow_with_the_cache():
+    def flops(S):
+        arrays, chosen, visible = attention_inputs(S=S)
+        run = jax.jit(lambda a: attend_chosen(*a, chosen, visible, SCALE))
+        return run.lower(arrays).compile().cost_analysis()["flops"]
+
+    assert flops(2000) == flops(100)
