@@ -149,7 +149,8 @@ def _check_entry(source: Source, tensor: names.Tensor) -> None:
 def _array(source: Source, path: names.Path, tensors: list[names.Tensor]) -> Array:
     dtypes = sorted({source.entries[tensor.name].dtype for tensor in tensors})
     if len(dtypes) > 1:
-        raise ValueError(f"{source.folder}: tensors like {tensors[0].name!r}: got {' and '.join(dtypes)}, wanted one dtype")
+        got = " and ".join(dtypes)
+        raise ValueError(f"{source.folder}: tensors like {tensors[0].name!r}: got {got}, wanted one dtype")
     return Array(path=path, tensors=tuple(tensors), dtype=dtypes[0])
 
 

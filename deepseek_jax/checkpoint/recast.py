@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.checkpoint.headers import DTYPES, Entry
-from deepseek_jax.checkpoint.layout import Source
+from deepseek_jax.checkpoint.layout import PIECE, Source
 from deepseek_jax.checkpoint.names import SCALE, Tensor
 from deepseek_jax.config import FP8Config, ModelConfig
-from deepseek_jax.ops.fp8 import blocks, dequantize, quantize
+from deepseek_jax.ops.fp8 import LARGEST, blocks, dequantize, quantize
 
 Format = Literal["stored", "bfloat16", "float32", "fp8"]
 _ALL = slice(None)
+_LARGEST_SCALE = np.finfo(np.float32).max / LARGEST  # beyond it the largest code unpacks to infinity
 
 
 def recast(source: Source, config: ModelConfig, table: list[Tensor], to: Format) -> tuple[Source, ModelConfig]:
@@ -26,8 +27,11 @@ def recast(source: Source, config: ModelConfig, table: list[Tensor], to: Format)
         source: the checkpoint.
         config: of the checkpoint.
         table: of `names.tensors` for FP8 (as the published checkpoints choose): which matrices "fp8" packs.
-        to: "stored" leaves everything; "bfloat16" and "float32" unpack FP8 and cast what is not float32 by nature
-            (router biases, V3.2's norms); "fp8" packs what is not packed yet.
+        to: "stored" leaves everything; "float32" unpacks FP8 and casts the rest; "bfloat16" does so but leaves what is
+            float32 by nature (router biases, V3.2's norms); "fp8" packs what is not packed yet.
+
+    Raises:
+        ValueError: on reading a part, where it has numbers too large for the format.
     """
     if to == "stored":
         return source, config
@@ -36,7 +40,7 @@ def recast(source: Source, config: ModelConfig, table: list[Tensor], to: Format)
         packed = {tensor.name for tensor in table if tensor.dtype == "F8_E4M3"}
         return Packed(source, quantization, packed), dataclasses.replace(config, quantization=quantization)
     block = (config.quantization or FP8Config()).weight_block_size
-    kept = {tensor.name for tensor in table if tensor.dtype == "F32"}
+    kept = {tensor.name for tensor in table if tensor.dtype == "F32"} if to == "bfloat16" else set()
     dtype = {"bfloat16": "BF16", "float32": "F32"}[to]
     return Unpacked(source, block, dtype, kept), dataclasses.replace(config, quantization=None)
 
@@ -53,14 +57,20 @@ class Unpacked:
     def read(self, name: str, rows: slice = _ALL, columns: slice = _ALL) -> np.ndarray:
         target = DTYPES[self.entries[name].dtype]
         if self._source.entries[name].dtype != "F8_E4M3":
-            return self._source.read(name, rows, columns).astype(target)
+            return self._finite(name, self._source.read(name, rows, columns).astype(target))
         wide_rows, wide_columns, crop = _widened(self._source.entries[name], rows, columns, self._block)
         weight = self._source.read(name, wide_rows, wide_columns)
         scale = self._source.read(
             name + SCALE, _per_block(wide_rows, self._block[0]), _per_block(wide_columns, self._block[1])
         )
         with _on_host():
-            return np.asarray(_unpack(weight, scale, self._block, target))[crop]
+            return self._finite(name, np.asarray(_unpack(weight, scale, self._block, target))[crop])
+
+    def _finite(self, name: str, value: np.ndarray) -> np.ndarray:
+        """Large numbers may round to infinity, and such a checkpoint could not be read again."""
+        if not np.all(np.isfinite(value)):
+            raise _too_large(self, name)
+        return value
 
 
 class Packed:
@@ -85,16 +95,32 @@ class Packed:
             return self._quantized(name, wide_rows, wide_columns)[0][crop]
         owner = name.removesuffix(SCALE)
         if owner != name and owner in self._packed:
-            entry = self._source.entries[owner]
-            rows, columns = (_of_blocks(*at) for at in zip((rows, columns), self._block, entry.shape, strict=True))
-            return self._quantized(owner, rows, columns)[1]
+            return self._scales(owner, rows, columns)
         return self._source.read(name, rows, columns)
+
+    def _scales(self, owner: str, rows: slice, columns: slice) -> np.ndarray:
+        """A few rows of blocks at a time, since many weights make one scale."""
+        entry, side = self._source.entries[owner], self._block[0]
+        step = max(1, PIECE // (entry.nbytes // entry.shape[0] * side))
+        first, last, _ = rows.indices(math.ceil(entry.shape[0] / side))
+        columns = _of_blocks(columns, self._block[1], entry.shape[1])
+        strips = []
+        for start in range(first, max(last, first + 1), step):
+            strip = _of_blocks(slice(start, min(start + step, last)), side, entry.shape[0])
+            strips.append(self._quantized(owner, strip, columns)[1])
+        return np.concatenate(strips)
 
     def _quantized(self, name: str, rows: slice, columns: slice) -> tuple[np.ndarray, np.ndarray]:
         weight = self._source.read(name, rows, columns)
         with _on_host():
-            packed, scale = _pack(weight, self._block, self._scale_fmt)
-        return np.asarray(packed), np.asarray(scale)
+            packed, scale = map(np.asarray, _pack(weight, self._block, self._scale_fmt))
+        if np.any(scale > _LARGEST_SCALE):
+            raise _too_large(self, name)
+        return packed, scale
+
+
+def _too_large(source: Source, name: str) -> ValueError:
+    return ValueError(f"{source.where(name)}: tensor {name!r} has numbers too large for the format asked for")
 
 
 def _on_host():

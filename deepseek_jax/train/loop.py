@@ -49,25 +49,23 @@ def run_stage(
     Returns:
         The state after the last step. A resumed stage gives the same, bit for bit, as an unbroken one.
     """
-    checkpoints = RunCheckpoints(folder / "checkpoints" / stage.name)
-    done = 0
-    if checkpoints.latest() is not None:
-        state, position, done = checkpoints.restore(state)
-        data.set_state(position)
-    if done >= stage.steps:
-        checkpoints.close()
-        return state
-    log.truncate(stage.name, done)
-    with Progress(stage.steps, stage.name, start=done) as progress:
-        if done:
-            progress.note(f"{stage.name}: going on after step {done} of {stage.steps}")
-        for number in range(done, stage.steps):
-            start = time.perf_counter()
-            state, metrics = step(state, next(data), number)
-            metrics = {**metrics, "step_time": time.perf_counter() - start}
-            log.write(number + 1, metrics, stage.name)
-            progress.update(number + 1, **{label: metrics[k] for k, label in stage.shown.items() if k in metrics})
-            if (number + 1) % stage.save_every == 0 or number + 1 == stage.steps:
-                checkpoints.save(number + 1, state, data.get_state())
-    checkpoints.close()
+    with RunCheckpoints(folder / "checkpoints" / stage.name) as checkpoints:
+        done = 0
+        if checkpoints.latest() is not None:
+            state, position, done = checkpoints.restore(state)
+            data.set_state(position)
+        if done >= stage.steps:
+            return state
+        log.truncate(stage.name, done)
+        with Progress(stage.steps, stage.name, start=done) as progress:
+            if done:
+                progress.note(f"{stage.name}: going on after step {done} of {stage.steps}")
+            for number in range(done, stage.steps):
+                start = time.perf_counter()
+                state, metrics = step(state, next(data), number)
+                metrics = {**metrics, "step_time": time.perf_counter() - start}
+                log.write(number + 1, metrics, stage.name)
+                progress.update(number + 1, **{label: metrics[k] for k, label in stage.shown.items() if k in metrics})
+                if (number + 1) % stage.save_every == 0 or number + 1 == stage.steps:
+                    checkpoints.save(number + 1, state, data.get_state())
     return state

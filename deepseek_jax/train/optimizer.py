@@ -1,5 +1,6 @@
 """AdamW as DeepSeek trains with it: betas 0.9 and 0.95, the gradient clipped by its global norm."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import jax
@@ -49,12 +50,26 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, after], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clip, then AdamW with the schedule of `steps` updates."""
-    matrices = lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)
+def make_optimizer(
+    config: OptimizerConfig, steps: int, *, untrained: Collection[str] = ("indexer", "mtp")
+) -> optax.GradientTransformation:
+    """Clip, then AdamW with the schedule of `steps` updates.
+
+    Args:
+        config: settings.
+        steps: updates in all.
+        untrained: modules that the objective gives no gradient: weight decay alone would shrink them to nothing.
+            V3.2's indexer never has one; leave "mtp" out where the objective runs the MTP modules.
+    """
+    names = lambda path: {key.key for key in path if isinstance(key, jax.tree_util.DictKey)}
+    decays = lambda path, p: p.ndim >= 2 and names(path).isdisjoint(untrained)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
-            schedule(config, steps), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=matrices
+            schedule(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            weight_decay=config.weight_decay,
+            mask=lambda params: jax.tree_util.tree_map_with_path(decays, params),
         ),
     )

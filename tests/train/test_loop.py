@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from deepseek_jax.checkpoint.state import RunCheckpoints
 from deepseek_jax.train.data import batches
@@ -144,32 +147,101 @@ def test_another_models_checkpoint_is_refused(tmp_path):
     checkpoints.close()
 
 
+# --- broken off from outside, in a process of its own ------------------------------------------------
+
+
+def at_commit(call) -> ocp.Context:
+    """Within it, every save calls this in the background, when all is written and only the renaming is left."""
+    context = ocp.Context()
+    context.asynchronous.post_finalization_callback = call
+    return context
+
+
+def whole(folder: Path, step: int) -> bool:
+    return (folder / "checkpoints" / "toy" / str(step)).exists()
+
+
+def killed_after_a_save(folder: Path) -> None:
+    def die(number):
+        if number == 5:
+            while not whole(folder, 3):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run(folder, die=die)
+
+
+def killed_in_a_save(folder: Path) -> None:
+    """The second one; the steps go on until then, or the loop waits for it at its end."""
+
+    def die():
+        if whole(folder, 3):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with at_commit(die):
+        run(folder)
+
+
+def interrupted_in_a_save(folder: Path) -> None:
+    """Ctrl-C in the step after the first save, which is not whole by then."""
+
+    def die(number):
+        if number == 3:
+            assert not whole(folder, 3)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with at_commit(lambda: time.sleep(1)):
+        run(folder, die=die)
+
+
 CHILD = """
-import os, signal, sys
+import sys
 from pathlib import Path
 sys.path.insert(0, {here!r})
-from test_loop import run
-
-def die(number):
-    if number == {at}:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-state, seen = run(Path({folder!r}), die=die)
-print(state.weights.tolist())
+import test_loop
+test_loop.{how}(Path({folder!r}))
 """
 
 
-@pytest.mark.parametrize("at", [5])
-def test_a_stage_killed_by_the_system_ends_as_an_unbroken_one(tmp_path, unbroken, at):
-    """SIGKILL in a process of its own: nothing is flushed, closed or caught."""
+@pytest.mark.parametrize(
+    ("how", "by"),
+    [
+        (killed_after_a_save, signal.SIGKILL),  # nothing is flushed, closed or caught
+        (killed_in_a_save, signal.SIGKILL),
+        (interrupted_in_a_save, signal.SIGINT),  # the save under way is not lost
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_stage_broken_off_from_outside_ends_as_an_unbroken_one(tmp_path, unbroken, how, by):
     wanted, all_batches, wanted_rows = unbroken
-    code = CHILD.format(here=str(Path(__file__).parent), folder=str(tmp_path), at=at)
+    code = CHILD.format(here=str(Path(__file__).parent), how=how.__name__, folder=str(tmp_path))
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     died = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
-    assert died.returncode == -signal.SIGKILL, died.stderr
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == at
-    assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert died.returncode == -by, died.stderr
+    assert whole(tmp_path, 3) and not whole(tmp_path, 6)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) >= 3 and all(json.loads(line) for line in lines)
     state, seen = run(tmp_path)
     assert_same(state, wanted)
     assert rows(tmp_path) == wanted_rows
     assert seen == all_batches[3:]
+
+
+# --- saving in the background ------------------------------------------------------------------------
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(tmp_path):
+    """The end of the first save waits for a step after it, which a loop that stood still would never reach."""
+    went_on, in_time = threading.Event(), []
+    with at_commit(lambda: in_time.append(went_on.wait(20))):
+        run(tmp_path, die=lambda number: went_on.set() if number == SAVE_EVERY + 1 else None)
+    assert in_time == [True] * 3
+
+
+def test_a_stage_whose_checkpoint_cannot_be_written_says_so(tmp_path):
+    def fail():
+        raise OSError("disk full")
+
+    for steps in (SAVE_EVERY, STEPS):  # at the end of the stage, and at the next save
+        with at_commit(fail), pytest.raises(OSError, match="disk full"):
+            run(tmp_path / str(steps), steps=steps)
