@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from deepseek_jax.config.model import check_whole
+
 AXES = ("data", "fsdp", "expert", "tensor")
 # Heads, feed-forward and vocabulary over `tensor`, experts over `expert`, and the rest of every weight over `fsdp`.
 _RULES: Mapping[str, str] = {
@@ -26,11 +28,13 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
         sizes: of the axes, by name.
 
     Raises:
-        ValueError: an unknown axis, or sizes that do not multiply to the number of devices.
+        ValueError: an unknown axis, a size below 1, or sizes that do not multiply to the number of devices.
     """
     unknown = sizes.keys() - set(AXES)
     if unknown:
         raise ValueError(f"mesh: got axis {min(unknown)!r}, wanted one of {', '.join(AXES)}")
+    for axis, size in sizes.items():
+        check_whole(f"mesh: {axis}", size)
     devices = jax.devices() if devices is None else devices
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     if math.prod(shape) != len(devices):

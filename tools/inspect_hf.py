@@ -41,7 +41,7 @@ def _text(summary: Summary) -> str:
         lines.append(f"MTP modules   {summary.mtp_held} of the {summary.mtp_promised} in config.json")
     for what, names in (("missing", summary.missing), ("unexpected", summary.unexpected)):
         lines.append(f"{what:<14}{len(names)}")
-        lines += [f"  {name}" for name in names[:_LISTED]]
+        lines += [f"  {name!r}" for name in names[:_LISTED]]  # a damaged file may hold any name
         if len(names) > _LISTED:
             lines.append(f"  and {len(names) - _LISTED} more; --json lists them all")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from deepseek_jax.checkpoint.shelves import MANIFEST, WEIGHTS, ConvertedFolder, 
 
 VERSION = 1  # of the converted folder's form
 ORIGIN = "source"  # holds the headers of the Hugging Face files, so that an export gives back the very files
-THREADS = 4  # in flight at once, each with a piece of at most 32 MiB and its copies
+THREADS = 4  # in flight at once, each with a piece of at most 8 MiB (layout.PIECE) and its copies
 Advance = Callable[[int], None]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 def convert_hf(opened: Opened, target: Path, *, advance: Advance = lambda count: None) -> None:
     """Write a Hugging Face folder as a converted one: an Orbax checkpoint a layer, and a manifest of hashes.
 
-    Memory stays at a few pieces of 32 MiB whatever the size of the checkpoint. Killed at any moment, the same call
+    Memory stays at a few pieces of 8 MiB whatever the size of the checkpoint. Killed at any moment, the same call
     goes on after the last whole layer.
 
     Args:

@@ -13,7 +13,7 @@ from deepseek_jax.checkpoint import names
 from deepseek_jax.checkpoint.headers import DTYPES, Entry
 from deepseek_jax.config import ModelConfig
 
-PIECE = 32 << 20  # bytes that are read and written at once, where a tensor can be cut
+PIECE = 8 << 20  # bytes that are read and written at once, where a tensor can be cut
 _ALL = slice(None)
 
 

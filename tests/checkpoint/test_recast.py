@@ -384,3 +384,16 @@ def test_a_number_too_large_leaves_no_folder_behind(tmp_path: Path):
     with pytest.raises(ValueError, match="has numbers too large for the format asked for"):
         export_hf(open_folder(tmp_path / "hf", to="bfloat16"), tmp_path / "exported")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.xfail(reason="only exports as stored hold tensors against their hashes", strict=True)
+def test_a_changed_bit_of_a_converted_folder_is_seen_on_recasting(tmp_path: Path):
+    random_folder(tmp_path / "hf", V3, "bfloat16")
+    convert_hf(open_folder(tmp_path / "hf"), tmp_path / "converted")
+    held = (path for path in (tmp_path / "converted" / "weights").rglob("*") if path.is_file())
+    largest = max(held, key=lambda path: path.stat().st_size)
+    raw = bytearray(largest.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    largest.write_bytes(raw)
+    with pytest.raises(ValueError, match="is not what was converted; the checkpoint is damaged"):
+        export_hf(open_folder(tmp_path / "converted", to="float32"), tmp_path / "exported")
