@@ -160,7 +160,7 @@ def weights_laid_on_a_mesh_are_those_of_one_device(folders: Path) -> None:
 
 
 def sharded_logits_are_those_of_one_device(folders: Path) -> None:
-    """The model's own and its MTP module's, to 2e-5 on logits of magnitude one."""
+    """The model's own and its MTP module's, to 2e-5 on logits up to 4."""
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (4, 12)), jnp.int32)
 
     def forward(model: Model):
@@ -290,8 +290,6 @@ LAWS = [
     loading_reads_every_byte_once_where_no_two_parts_alternate,
     loading_reads_every_byte_once_on_any_mesh,
 ]
-# Devices that hold the same part of an array are not always neighbours; theirs is then read once for each.
-SHOULD_HOLD = {loading_reads_every_byte_once_on_any_mesh: "parts that replicas share are read again"}
 
 
 def run_laws(folders: Path) -> None:
@@ -325,11 +323,7 @@ def found(tmp_path_factory) -> dict[str, str]:
     return json.loads((folders / "found.json").read_text())
 
 
-def marks_of(law: Callable[[Path], None]) -> list:
-    return [pytest.mark.xfail(reason=SHOULD_HOLD[law], strict=True)] if law in SHOULD_HOLD else []
-
-
-@pytest.mark.parametrize("law", [pytest.param(law.__name__, marks=marks_of(law)) for law in LAWS])
+@pytest.mark.parametrize("law", [law.__name__ for law in LAWS])
 def test_on_eight_devices(law, found):
     assert found[law] == "", found[law]
 

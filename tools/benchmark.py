@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import statistics
@@ -197,8 +198,9 @@ def convert(
     """Time and peak memory of convert_hf.py and export_hf.py beside `cp -r`, on an FP8 checkpoint of R1's layout.
 
     The checkpoint, of random bytes, is made when FOLDER does not hold it, and stays there. In every round it is
-    copied, converted, and exported again; each time includes starting the interpreter and ends when what was written
-    is on the disk. A memory is the process's VmHWM, which counts the pages of files that it maps.
+    copied, converted, and exported again. Each time starts with nothing of the input in the page cache, includes the
+    start of the interpreter, and ends when what was written is on the disk. A memory is the process's VmHWM, which
+    counts the pages of files that it maps.
 
     Args:
         folder: where there is room for four times the checkpoint.
@@ -240,12 +242,12 @@ def _round(source: Path, work: Path, wanted: dict, runs: dict[str, list[Measured
     copied, converted, exported = work / "copied", work / "converted", work / "exported"
     # a copy of the bytes, where some file systems would share them
     commands = {
-        "cp -r": ["cp", "-r", "--reflink=never", source, copied],
-        "convert_hf.py": [sys.executable, TOOLS / "convert_hf.py", source, converted],
-        "export_hf.py": [sys.executable, TOOLS / "export_hf.py", converted, exported],
+        "cp -r": (["cp", "-r", "--reflink=never"], source, copied),
+        "convert_hf.py": ([sys.executable, TOOLS / "convert_hf.py"], source, converted),
+        "export_hf.py": ([sys.executable, TOOLS / "export_hf.py"], converted, exported),
     }
-    for label, command in commands.items():
-        runs.setdefault(label, []).append(timed(command, work))
+    for label, (command, read, written) in commands.items():
+        runs.setdefault(label, []).append(timed([*command, read, written], work, read))
         shutil.rmtree(copied, ignore_errors=True)
     _require_identical(_digests(exported), wanted)
     shutil.rmtree(converted), shutil.rmtree(exported)
@@ -254,7 +256,7 @@ def _round(source: Path, work: Path, wanted: dict, runs: dict[str, list[Measured
 def _peer_round(source: Path, work: Path, runs: dict[str, list[Measured]]) -> str | None:
     """The message of its failure: that, too, is a result."""
     try:
-        measured = timed([sys.executable, "-c", _PEER, source, work / "saved"], work)
+        measured = timed([sys.executable, "-c", _PEER, source, work / "saved"], work, source)
     except ValueError as problem:
         return str(problem)
     runs.setdefault("transformers", []).append(measured)
@@ -274,14 +276,27 @@ def _print_runs(runs: dict[str, list[Measured]], total: int, limit: int) -> None
         print(f"| {' | '.join(map(str, cells))} | {max(r.peak for r in these) / MIB:.0f} | {bound} |", flush=True)
 
 
+def _forget(folder: Path) -> None:
+    """Drop a folder's files from the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
 def _spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def timed(command: list[str | Path], folder: Path) -> Measured:
-    """Run a command to its end, and its writes to the disk of `folder`. ValueError with the last line of a failure."""
+def timed(command: list[str | Path], folder: Path, read: Path) -> Measured:
+    """Run a command to its end, and its writes to the disk of `folder`. ValueError with the last line of a failure.
+
+    What it will `read` is on the disk alone when it starts, as a checkpoint larger than memory always is.
+    """
     sync = lambda: subprocess.run(["sync", "-f", folder], check=True)
     sync()  # so that it does not wait for what others wrote before
+    _forget(read)
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors) as process:

@@ -18,7 +18,7 @@ from deepseek_jax.checkpoint.shelves import MANIFEST, WEIGHTS, ConvertedFolder, 
 
 VERSION = 1  # of the converted folder's form
 ORIGIN = "source"  # holds the headers of the Hugging Face files, so that an export gives back the very files
-THREADS = 4  # in flight at once, each with a piece of at most 8 MiB (layout.PIECE) and its copies
+THREADS = 8  # in flight at once, each with a piece of at most 8 MiB (layout.PIECE) and its copies
 Advance = Callable[[int], None]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -58,17 +58,21 @@ def convert_hf(opened: Opened, target: Path, *, advance: Advance = lambda count:
 def export_hf(opened: Opened, target: Path, *, advance: Advance = lambda count: None) -> None:
     """Write a converted folder as a Hugging Face one; as "stored" these are the very files it was converted from.
 
+    Every tensor is held against its hash; for another format they are all read once more, before anything is written.
+
     Args:
         opened: the source, of `open_folder`; a Hugging Face folder is taken too.
         target: the folder to make; it appears when it is whole.
         advance: called with the number of bytes written, as they are, from several threads.
 
     Raises:
-        ValueError: the source is damaged (every tensor is held against its hash), or the target exists; nothing is
-            left behind.
+        ValueError: the source is damaged, or the target exists; nothing is left behind.
     """
     stored = opened.to == "stored"
     hashes = opened.source.hashes if isinstance(opened.source, ConvertedFolder) else {}
+    files.refuse_existing(target)
+    if not stored and isinstance(opened.stored, ConvertedFolder):
+        verify(opened.stored, opened.stored.hashes)
     with new_folder(target) as partial:
         opened.write_sidecars(partial)
         plan = _origin(opened) if stored and (opened.folder / ORIGIN).is_dir() else writer.plan(opened.source)
@@ -167,7 +171,10 @@ def _shelve(source: Source, unit: str, members: list[Array], partial: Path, adva
             advance(sum(value.nbytes for value in values))
         return {tensor.name: digest.hexdigest() for tensor, digest in zip(tensors, digests, strict=True)}
 
-    results = _in_threads(put, [(array, experts) for array in members for experts in _experts(array)], THREADS // 2)
+    jobs = [(array, experts) for array in members for experts in _experts(array)]
+    # in the order of the files, which disks read ahead
+    place = lambda job: (source.where(name := job[0].tensors[job[1]][0].name), source.entries[name].start)
+    results = _in_threads(put, sorted(jobs, key=place), THREADS // 2)
     shelf.close()
     hashes = {name: digest for result in results for name, digest in result.items()}
     write_whole(note, json.dumps(hashes).encode())

@@ -130,6 +130,7 @@ class TensorFolder:
 
     def _pread(self, file: Path, start: int, count: int) -> bytes:
         parts = []
+        os.posix_fadvise(self._descriptors[file], start, count, os.POSIX_FADV_WILLNEED)
         while count:  # Linux gives at most 2 GiB a call
             part = os.pread(self._descriptors[file], count, start)
             if not part:

@@ -94,15 +94,14 @@ def _computed_in(leaf: nnx.Variable, array: Array, dtype: jnp.dtype | None) -> j
 
 def _read(source: Source, array: Array, place: Sharding) -> jax.Array:
     """An array as stored, in the file's orientation, on the devices that will hold the weight."""
-    last: dict[str, np.ndarray] = {}
+    read: dict[str, np.ndarray] = {}
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        if str(index) not in last:  # replicas ask for the same part one after the other
-            last.clear()
-            last[str(index)] = part(source, array, index)
-        return last[str(index)]
+    def once(index: tuple[slice, ...]) -> np.ndarray:
+        if str(index) not in read:  # replicas ask for the same part
+            read[str(index)] = part(source, array, index)
+        return read[str(index)]
 
-    return jax.make_array_from_callback(array.shape, _as_filed(array, place), read)
+    return jax.make_array_from_callback(array.shape, _as_filed(array, place), once)
 
 
 def _as_filed(array: Array, place: Sharding) -> Sharding:

@@ -65,7 +65,7 @@ def _summary(config: ModelConfig, promised: int, entries: dict[str, Entry], diff
         tensors=len(entries),
         bytes=by_dtype.total(),
         parameters=parameters.total(),
-        mtp_parameters=parameters[True] if mtp else 0,
+        mtp_parameters=parameters[True],
         bytes_by_dtype=dict(by_dtype.most_common()),
         mtp_promised=promised,
         mtp_held=config.num_nextn_predict_layers,

@@ -386,7 +386,6 @@ def test_a_number_too_large_leaves_no_folder_behind(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-@pytest.mark.xfail(reason="only exports as stored hold tensors against their hashes", strict=True)
 def test_a_changed_bit_of_a_converted_folder_is_seen_on_recasting(tmp_path: Path):
     random_folder(tmp_path / "hf", V3, "bfloat16")
     convert_hf(open_folder(tmp_path / "hf"), tmp_path / "converted")

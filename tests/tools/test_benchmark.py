@@ -122,7 +122,7 @@ def test_the_mtp_modules_copies_are_copies(checkpoint):
 def test_the_peak_of_a_process_is_measured_though_it_gave_the_memory_back(tmp_path):
     """Between the 200 MiB that it held and 30 MiB more, an interpreter's own being about 10."""
     code = "import time; x = bytearray(b'1' * (100 << 20)); del x; time.sleep(0.3)"  # twice 100 MiB at once
-    measured = timed([sys.executable, "-c", code], tmp_path)
+    measured = timed([sys.executable, "-c", code], tmp_path, tmp_path)
     assert 200 < measured.peak / benchmark.MIB < 230
     assert 0.3 < measured.seconds
 
@@ -131,6 +131,7 @@ def test_a_process_that_fails_is_named_with_its_last_line(tmp_path):
     with pytest.raises(ValueError, match=r"-c: exit status 3: no more$"):
         timed(
             [sys.executable, "-c", "import sys; print('so far', 'no more', sep='\\n', file=sys.stderr); sys.exit(3)"],
+            tmp_path,
             tmp_path,
         )
 
