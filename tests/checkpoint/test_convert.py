@@ -57,30 +57,27 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_goes_on_and_ends_the_same(kills, tmp_path: Path):
-    """One chain of kills: each run goes on where the last one died. What is whole is not written again."""
-    source, target = tmp_path / "hf", tmp_path / "converted"
+    """Nothing stands under the target's name before the end, and what was whole is not written again."""
+    source, target, partial = tmp_path / "hf", tmp_path / "converted", tmp_path / ".converted.partial"
     random_folder(source, R1, shards=4)
     unbroken = convert_until(source, tmp_path / "unbroken", 0)
     pieces = int(unbroken.stdout)
-    whole: dict[Path, int] = {}
-    moments = random.Random(5)
-    for _ in range(kills):
-        killed = convert_until(source, target, moments.randint(1, pieces - 1))
+    moments = random.Random(5).sample(range(1, pieces), kills)
+    for moment in moments:
+        killed = convert_until(source, target, moment)
         assert killed.returncode == -signal.SIGKILL and not target.exists()
-        partial = tmp_path / ".converted.partial"
-        for shelf, written in whole.items():
-            assert shelf.stat().st_mtime_ns == written
-        notes = [note.name.removesuffix(".done") for note in partial.glob("*.done")]
-        whole = {partial / "weights" / unit: (partial / "weights" / unit).stat().st_mtime_ns for unit in notes}
-    last = convert_until(source, target, 0)
-    assert last.returncode == 0, last.stderr
-    manifests = [(tmp_path / name / "manifest.json").read_bytes() for name in ("converted", "unbroken")]
-    assert manifests[0] == manifests[1]
-    held = [{path.name for path in (tmp_path / name).iterdir()} for name in ("converted", "unbroken")]
-    assert held[0] == held[1]
-    assert not (tmp_path / ".converted.partial").exists()
-    export_hf(open_folder(target), tmp_path / "exported")
-    assert content(tmp_path / "exported") == content(source)
+        whole = {f"weights/{note.name.removesuffix('.done')}" for note in partial.glob("*.done")}
+        written = {shelf: (partial / shelf).stat().st_mtime_ns for shelf in whole}
+        resumed = convert_until(source, target, 0)
+        assert resumed.returncode == 0, resumed.stderr
+        assert {shelf: (target / shelf).stat().st_mtime_ns for shelf in whole} == written
+        assert (target / "manifest.json").read_bytes() == (tmp_path / "unbroken" / "manifest.json").read_bytes()
+        assert {path.name for path in target.iterdir()} == {path.name for path in (tmp_path / "unbroken").iterdir()}
+        assert not partial.exists()
+        export_hf(open_folder(target), tmp_path / "exported")
+        assert content(tmp_path / "exported") == content(source)
+        shutil.rmtree(target)
+        shutil.rmtree(tmp_path / "exported")
 
 
 def test_another_source_starts_afresh(tmp_path: Path):
