@@ -147,7 +147,15 @@ def test_close_waits_for_the_save_under_way_and_leaves_no_thread(tmp_path):
     assert set(threading.enumerate()) <= before
 
 
-def test_ctrl_c_in_a_wait_loses_no_save(tmp_path):
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C raises as in a terminal: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_in_a_wait_loses_no_save(tmp_path, ctrl_c):
     checkpoints = opened(tmp_path, lambda: time.sleep(1))
     checkpoints.save(1, {"w": jnp.ones(2)}, {})
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()

@@ -184,6 +184,7 @@ def killed_in_a_save(folder: Path) -> None:
 
 def interrupted_in_a_save(folder: Path) -> None:
     """Ctrl-C in the step after the first save, which is not whole by then."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 
     def die(number):
         if number == 3:
