@@ -1,4 +1,5 @@
-"""What every command line shares: arguments by tyro, and one line instead of a traceback for a user's mistake."""
+"""What every command line shares: arguments by tyro, one line instead of a traceback for a user's mistake, and the
+start and end of several processes."""
 
 import os
 import sys
@@ -6,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import tyro
+
+from deepseek_jax import processes
 
 
 def run(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
@@ -15,10 +18,15 @@ def run(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
     A ValueError or a missing file is the user's to mend: its message goes to stderr in one line, exit status 1.
     Ctrl-C exits with 130. Anything else is our own mistake and keeps its traceback.
     Set DEEPSEEK_JAX_TRACEBACK=1 to see the traceback of a ValueError as well.
+
+    Where the environment says that there are several processes, they are joined first (`processes.start`): the main
+    one alone prints; an error is printed by the process that has it, with its number, and ends all of them.
     """
     try:
-        call = tyro.extras.subcommand_cli_from_dict if isinstance(main, dict) else tyro.cli
-        call(main, config=(tyro.conf.OmitArgPrefixes,))
+        if processes.start():
+            _call_in_one_of_several(main)
+        else:
+            _call(main)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -28,5 +36,28 @@ def run(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
     except (ValueError, OSError) as problem:
         if os.environ.get("DEEPSEEK_JAX_TRACEBACK"):
             raise
-        print(f"error: {' '.join(str(problem).split())}", file=sys.stderr)
+        processes.say(" ".join(str(problem).split()))
         raise SystemExit(1) from None
+
+
+def _call(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
+    call = tyro.extras.subcommand_cli_from_dict if isinstance(main, dict) else tyro.cli
+    call(main, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def _call_in_one_of_several(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
+    """As `_call`; every end but one of all alike leaves at once, because the others may be waiting for this process."""
+    try:
+        _call(main)
+    except SystemExit as end:
+        if end.code not in (None, 0, processes.PREEMPTED):
+            processes.leave(end.code if isinstance(end.code, int) else 1)
+        processes.finish()
+        raise
+    except KeyboardInterrupt:
+        processes.say("interrupted")
+        processes.leave(130)
+    except Exception as problem:
+        plain = isinstance(problem, ValueError | OSError) and not os.environ.get("DEEPSEEK_JAX_TRACEBACK")
+        processes.fail(problem, plain=plain)
+    processes.finish()

@@ -1,34 +1,72 @@
-"""Where arrays lie on a mesh: one table from the logical axes of a weight to the axes of the mesh."""
+"""Where arrays lie on a mesh: one table from logical axes, of weights and activations, to the axes of the mesh."""
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import numpy as np
+from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from deepseek_jax.config.model import check_whole
+from deepseek_jax.config.model import GQAConfig, ModelConfig, check_whole
 
-AXES = ("data", "fsdp", "expert", "tensor")
-# Heads, feed-forward and vocabulary over `tensor`, experts over `expert`, and the rest of every weight over `fsdp`.
-_RULES: Mapping[str, str] = {
-    "embed": "fsdp",
-    "heads": "tensor",
-    "mlp": "tensor",
-    "vocab": "tensor",
-    "expert": "expert",
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+Workload = Literal["train", "serve"]
+Transport = Literal["all_gather", "all_to_all", "ragged_all_to_all"]
+Remat = Literal["nothing", "layers", "all_but_attention"]
+
+
+class _Cut(NamedTuple):
+    """The mesh axes that cut a logical axis, where weights lie to be trained and where they lie to be served."""
+
+    train: tuple[str, ...]
+    serve: tuple[str, ...]
+
+
+# Training cuts weights and moments by their width too, and gathers a layer's dense weights when it runs. (Not over
+# `expert`: 7168 / 512 rows are no whole tile of a TPU, which then adds zeros up instead of gathering.) Serving moves
+# no weight to decode: there dense weights are cut by heads, columns and vocabulary, `expert` included.
+_TABLE: Mapping[str, _Cut] = {
+    # weights
+    "embed": _Cut(("fsdp", "context"), ()),  # the model's width
+    "rank": _Cut(("fsdp", "context"), ()),  # a latent that is projected up
+    "latent": _Cut((), ("expert", "tensor")),  # a latent that is projected down to
+    "heads": _Cut(("tensor",), ("expert", "tensor")),
+    "kv_heads": _Cut(("tensor",), ("tensor",)),
+    "mlp": _Cut(("tensor",), ("expert", "tensor")),
+    "vocab": _Cut(("tensor",), ("expert", "tensor")),
+    "expert": _Cut(("expert",), ("expert",)),
+    "expert_embed": _Cut(("fsdp", "context"), ()),
+    "expert_mlp": _Cut(("tensor",), ("tensor",)),
+    "layer": _Cut((), ()),
+    # activations of whole sequences
+    "batch": _Cut(("data", "fsdp", "expert"), ("data", "fsdp", "expert")),
+    "sequence": _Cut(("context",), ("context",)),
+    "tensor": _Cut(("tensor",), ("tensor",)),
+    # activations of decoding: projections see all tokens of a replica, the latent cache is cut by sequence
+    "decode_batch": _Cut(("data", "fsdp", "expert"), ("data", "fsdp")),
+    "decode_heads": _Cut(("tensor",), ("expert", "tensor")),
+    "cache_batch": _Cut(("data", "fsdp", "expert"), ("data", "fsdp", "expert", "tensor")),
 }
+GATHERED = ("fsdp", "context")  # what cuts the width of experts' weights
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
-    """A mesh with the axes data, fsdp, expert and tensor, those not named of size 1.
+    """A mesh with the axes data, fsdp, expert, context and tensor, those not named of size 1.
+
+    Neighbours on the last axes are neighbours in a TPU's torus. With several slices, `data` runs over the data-centre
+    network between them first, and every other axis stays inside a slice.
 
     Args:
         devices: to use; None takes all.
         sizes: of the axes, by name.
 
     Raises:
-        ValueError: an unknown axis, a size below 1, or sizes that do not multiply to the number of devices.
+        ValueError: an unknown axis, a size below 1, sizes that do not multiply to the number of devices, or a number
+            of slices that does not divide `data`.
     """
     unknown = sizes.keys() - set(AXES)
     if unknown:
@@ -39,27 +77,190 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     if math.prod(shape) != len(devices):
         raise ValueError(f"mesh: {' x '.join(map(str, shape))} does not make the {len(devices)} devices there are")
-    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_arranged(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def weight_sharding(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None], name: str) -> NamedSharding:
+def _arranged(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(shape)
+    slices = len({device.slice_index for device in devices if hasattr(device, "slice_index")}) or 1
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    data, *rest = shape
+    if data % slices:
+        raise ValueError(f"mesh: data {data} is not divisible by the {slices} slices there are")
+    across = (slices,) + (1,) * len(rest)
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *rest), across, devices, allow_split_physical_axes=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a model lies on devices and runs there. The mathematics is the same under every layout.
+
+    Args:
+        mesh: of `make_mesh`; None is one device, or whatever the arrays lie on.
+        workload: "train" cuts dense weights by their width and gathers a layer's when it runs; "serve" cuts them by
+            heads and columns, and moves none to decode.
+        transport: of tokens to their experts, see `parallel.experts`.
+        slack: room for an expert device in one round of the transport, as a multiple of the balanced share. What does
+            not fit goes in a further round; nothing is dropped.
+        stacked: layers of one kind are one stack of weights, run by a scan: compiles in the time of one layer.
+        remat: what the backward pass works out again: nothing, whole layers from their inputs, or all of a layer but
+            its attention.
+
+    Raises:
+        ValueError: an unknown word, or a slack below 1.
+    """
+
+    mesh: Mesh | None = None
+    workload: Workload = "train"
+    transport: Transport = "ragged_all_to_all"
+    slack: float = 1.1
+    stacked: bool = False
+    remat: Remat = "nothing"
+
+    def __post_init__(self) -> None:
+        for name, known in (("workload", Workload), ("transport", Transport), ("remat", Remat)):
+            if getattr(self, name) not in get_args(known):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(get_args(known))}")
+        if not 1 <= self.slack < math.inf:
+            raise ValueError(f"slack: got {self.slack}, wanted 1 or more")
+
+    def cut(self, axis: str | None) -> tuple[str, ...]:
+        """The mesh axes that cut a logical axis."""
+        return () if axis is None else getattr(_TABLE[axis], self.workload)
+
+    def size(self, *mesh_axes: str) -> int:
+        """How many parts these axes of the mesh make."""
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in mesh_axes)
+
+    def parts(self, axis: str) -> int:
+        """How many parts a logical axis is cut into."""
+        return self.size(*self.cut(axis))
+
+    def sharding(self, *axes: str | None) -> NamedSharding:
+        """Of an array with these logical axes, one a dimension."""
+        # Axes of size 1 are left out: XLA's TPU compiler gathers over one axis, but over two it adds zeros up.
+        real = lambda axis: tuple(of for of in self.cut(axis) if self.mesh.shape[of] > 1)
+        return NamedSharding(self.mesh, PartitionSpec(*(real(axis) or None for axis in axes)))
+
+    def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        """Lay an activation out by its logical axes; without a mesh it stays as it is."""
+        return x if self.mesh is None else jax.lax.with_sharding_constraint(x, self.sharding(*axes))
+
+    def gathered(self, weights: Any) -> Any:
+        """A tree of weights as a layer uses them on whole sequences: whole but for `tensor`, and their gradients cut.
+
+        Experts are left alone; the transport gathers those.
+        """
+        if self.mesh is None:
+            return weights
+        return jax.tree.map(self._gathered, weights, is_leaf=_is_weight)
+
+    def _gathered(self, leaf: Any) -> Any:
+        value = leaf.get_raw_value()
+        axes = leaf.get_metadata()["axes"][-value.ndim :]
+        if "expert" in axes:
+            return leaf
+        stored = self.sharding(*axes)
+        used = PartitionSpec(*("tensor" if "tensor" in self.cut(axis) and axis != "latent" else None for axis in axes))
+        return leaf.replace(_move(value, NamedSharding(self.mesh, used), stored))
+
+    def stored(self, weights: Any) -> Any:
+        """A tree of weights, or of a weight's gradient and moments, laid out as weights are kept."""
+        if self.mesh is None:
+            return weights
+        lay = lambda leaf: leaf.replace(self.constrain(leaf.get_raw_value(), *leaf.get_metadata()["axes"]))
+        return jax.tree.map(lambda leaf: lay(leaf) if _is_weight(leaf) else leaf, weights, is_leaf=_is_weight)
+
+    def rows(self, batch: Any) -> Any:
+        """The arrays [B, T] and [B] of a batch, cut by sequence and position."""
+        return jax.tree.map(lambda a: self.constrain(a, *("batch", "sequence")[: a.ndim]), batch)
+
+    def check(self, config: ModelConfig) -> None:
+        """Refuse a mesh that does not divide the model, before anything is compiled.
+
+        Raises:
+            ValueError: which number of the model is not divisible by which axes of the mesh.
+        """
+        if self.mesh is None:
+            return
+        moe, a = config.moe, config.attention
+        if moe is None and self.size("expert") > 1:
+            raise ValueError(f"mesh: expert {self.size('expert')} for a model without experts, wanted 1")
+        numbers = {"num_attention_heads": (config.num_attention_heads, "heads")}
+        numbers["hidden_size"] = (config.hidden_size, "embed")
+        numbers["vocab_size"] = (config.vocab_size, "vocab")
+        if moe is None or moe.first_k_dense_replace:
+            numbers["intermediate_size"] = (config.intermediate_size, "mlp")
+        if moe is not None:
+            numbers["n_routed_experts"] = (moe.n_routed_experts, "expert")
+            numbers["moe_intermediate_size"] = (moe.moe_intermediate_size, "expert_mlp")
+            numbers["n_shared_experts x moe_intermediate_size"] = (
+                moe.n_shared_experts * moe.moe_intermediate_size,
+                "mlp",
+            )
+        if isinstance(a, GQAConfig):
+            numbers["num_key_value_heads"] = (a.num_key_value_heads, "kv_heads")
+        else:
+            numbers["kv_lora_rank"] = (a.kv_lora_rank, "rank")
+            if a.q_lora_rank is not None:
+                numbers["q_lora_rank"] = (a.q_lora_rank, "rank" if self.workload == "train" else "latent")
+            if a.indexer is not None:
+                numbers["index_n_heads"] = (a.indexer.index_n_heads, "heads")
+        for name, (number, axis) in numbers.items():
+            if number % self.parts(axis):
+                raise ValueError(f"{name} {number} is not divisible by {self._named(self.cut(axis))}")
+
+    def check_batch(self, sequences: int, length: int) -> None:
+        """Refuse a batch of whole sequences that the mesh does not divide.
+
+        Raises:
+            ValueError: with the numbers.
+        """
+        for name, number, axis in (("batch", sequences, "batch"), ("length", length, "sequence")):
+            if number % self.parts(axis):
+                raise ValueError(f"{name} {number} is not divisible by {self._named(self.cut(axis))}")
+
+    def _named(self, mesh_axes: Sequence[str]) -> str:
+        named = " x ".join(f"{axis} {self.mesh.shape[axis]}" for axis in mesh_axes if self.mesh.shape[axis] > 1)
+        return f"mesh axis {named}" if len(mesh_axes) == 1 else f"mesh axes {named}"
+
+
+LOCAL = Layout()
+
+
+def _is_weight(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
+
+
+def weight_sharding(layout: Layout, shape: Sequence[int], axes: Sequence[str | None], name: str) -> NamedSharding:
     """How a weight lies on a mesh.
 
     Args:
-        mesh: of `make_mesh`.
+        layout: with a mesh.
         shape: of the weight.
         axes: its logical axes, one a dimension; None is never cut.
         name: for the message.
 
     Raises:
-        ValueError: a dimension is not divisible by the mesh axis that cuts it.
+        ValueError: a dimension is not divisible by the mesh axes that cut it.
     """
-    spec = []
     for size, axis in zip(shape, axes, strict=True):
-        cut = None if axis is None else _RULES[axis]
-        if cut is not None and size % mesh.shape[cut]:
-            raise ValueError(
-                f"{name}: axis {axis} of size {size} is not divisible by mesh axis {cut} {mesh.shape[cut]}"
-            )
-        spec.append(cut)
-    return NamedSharding(mesh, PartitionSpec(*spec))
+        if axis is not None and size % layout.parts(axis):
+            by = layout._named(layout.cut(axis))
+            raise ValueError(f"{name}: axis {axis} of size {size} is not divisible by {by}")
+    return layout.sharding(*axes)
+
+
+def _move(value: jax.Array, used: NamedSharding, stored: NamedSharding) -> jax.Array:
+    """`value` laid out as `used`, and its gradient as `stored`: a sum over chips of which each keeps its part."""
+
+    @jax.custom_vjp
+    def move(x):
+        return jax.lax.with_sharding_constraint(x, used)
+
+    move.defvjp(lambda x: (move(x), None), lambda _, d: (jax.lax.with_sharding_constraint(d, stored),))
+    return move(value)

@@ -18,6 +18,23 @@ settings.register_profile("deepseek_jax", deadline=None, derandomize=True, max_e
 settings.load_profile("deepseek_jax")
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Three to four times faster compilation without LLVM's passes; XLA's own stay. For `usefixtures` of a module.
+
+    For laws of whole steps, runs and folders, which compile more than they compute; not for those of single ops, whose
+    arithmetic is tested as users compile it. With JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment all are.
+    """
+    import jax
+
+    if "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ:
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips a test, saying why, where what its marker needs is not installed or not there."""
     if item.get_closest_marker("oracle"):

@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 # DESIGN's order, from what knows nothing to what strings everything together.
-ROOMS = ("config sharding ops parallel model checkpoint text generate rewards rl train evals plan serve cli").split()
+ROOMS = (
+    "config processes sharding ops parallel model checkpoint text generate rewards rl train evals plan serve cli"
+).split()
 OUTSIDE = {"experiments", "tools", "tests"}
 FORBIDDEN_MODULES = {"torch", "transformers", "pickle"}
 FORBIDDEN_CALLS = {"eval", "exec"}

@@ -23,6 +23,8 @@ from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.metrics import read_metrics
 from experiments import r1_zero
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SCRIPT = Path(r1_zero.__file__)
 QUESTIONS = 8
 TINY = {
@@ -61,7 +63,8 @@ def main(monkeypatch, *given: str) -> int:
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("r1_zero") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        shallow = dataclasses.replace(preset("tiny"), num_hidden_layers=2)  # a third less to compile
+        moe = dataclasses.replace(preset("tiny").moe, first_k_dense_replace=0)
+        shallow = dataclasses.replace(preset("tiny"), num_hidden_layers=1, moe=moe)  # less to compile
         monkeypatch.setattr(r1_zero, "preset", lambda name: shallow)
         assert main(monkeypatch, *arguments(folder, steps=2, eval_every=2, cold_start_epochs=2)) == 0
     return folder

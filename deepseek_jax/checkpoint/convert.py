@@ -9,12 +9,13 @@ from typing import TypeVar
 import numpy as np
 import xxhash
 
+from deepseek_jax import processes
 from deepseek_jax.checkpoint import files, writer
-from deepseek_jax.checkpoint.files import TensorFolder, new_folder, read_json, write_whole
+from deepseek_jax.checkpoint.files import TensorFolder, new_folder, read_json, shared_folder, write_whole
 from deepseek_jax.checkpoint.headers import Entry, parse_header
 from deepseek_jax.checkpoint.layout import Array, Source, units
 from deepseek_jax.checkpoint.opened import Opened
-from deepseek_jax.checkpoint.shelves import MANIFEST, WEIGHTS, ConvertedFolder, NewShelf
+from deepseek_jax.checkpoint.shelves import MANIFEST, WEIGHTS, ConvertedFolder, NewShelf, lay_out
 
 VERSION = 1  # of the converted folder's form
 ORIGIN = "source"  # holds the headers of the Hugging Face files, so that an export gives back the very files
@@ -28,37 +29,55 @@ def convert_hf(opened: Opened, target: Path, *, advance: Advance = lambda count:
     """Write a Hugging Face folder as a converted one: an Orbax checkpoint a layer, and a manifest of hashes.
 
     Memory stays at a few pieces of 8 MiB whatever the size of the checkpoint. Killed at any moment, the same call
-    goes on after the last whole layer.
+    goes on after the last whole layer. Several processes divide the layers between them; the folders, source and
+    target, are shared ones. A failure in one process is a failure in all.
 
     Args:
         opened: the source, of `open_folder`.
         target: the folder to make; it appears when it is whole.
         advance: called with the number of bytes written, as they are, from several threads; a resumed run reports
-            what was there first.
+            what was there first, and the main process what the others wrote last.
 
     Raises:
         ValueError: the source is damaged or converted already, or the target exists; nothing is left behind.
     """
     if not isinstance(opened.stored, TensorFolder):
         raise ValueError(f"{opened.folder}: is a converted folder already; wanted a Hugging Face one")
-    with new_folder(target, resume=_identity(opened)) as partial:
-        opened.write_sidecars(partial)
-        _keep_origin(opened, partial)
-        # two units at a time, so that one is read while the other waits for the disk
-        shelve = lambda unit: _shelve(opened.source, *unit, partial, advance)
-        results = _in_threads(shelve, list(units(opened.arrays).items()), 2)
-        hashes = {name: digest for result in results for name, digest in result.items()}
-        lines = {name: _line(entry, hashes[name]) for name, entry in opened.source.entries.items() if name in hashes}
-        manifest = {"version": VERSION, "format": opened.to, "tensors": lines}
-        write_whole(partial / MANIFEST, json.dumps(manifest, indent=0).encode())
-        for note in partial.glob("*.done"):
-            note.unlink()
+    everything = units(opened.arrays)
+    nbytes = lambda names: sum(_nbytes(opened.source, everything[unit]) for unit in names)
+    with shared_folder(target, resume=_identity(opened)) as partial:
+        left = processes.on_main(lambda: [unit for unit in everything if not _is_whole(partial, unit)])
+        ours = left[processes.index() :: processes.count()]
+        for unit in left:
+            lay_out(partial / WEIGHTS / unit, everything[unit])
+        advance(nbytes(everything.keys() - set(left)))
+        with processes.together():
+            # two units at a time, so that one is read while the other waits for the disk
+            shelve = lambda unit: _shelve(opened.source, unit, everything[unit], partial, advance)
+            _in_threads(shelve, ours, 2)
+        if processes.is_main():
+            advance(nbytes(set(left) - set(ours)))
+            _complete(opened, partial, list(everything))
+
+
+def _complete(opened: Opened, partial: Path, shelved: Sequence[str]) -> None:
+    """What a converted folder holds beside its shelves; their notes become lines of the manifest."""
+    opened.write_sidecars(partial)
+    _keep_origin(opened, partial)
+    notes = [_note(partial, unit) for unit in shelved]
+    hashes = {name: digest for note in notes for name, digest in read_json(note).items()}
+    lines = {name: _line(entry, hashes[name]) for name, entry in opened.source.entries.items() if name in hashes}
+    manifest = {"version": VERSION, "format": opened.to, "tensors": lines}
+    write_whole(partial / MANIFEST, json.dumps(manifest, indent=0).encode())
+    for note in notes:
+        note.unlink()
 
 
 def export_hf(opened: Opened, target: Path, *, advance: Advance = lambda count: None) -> None:
     """Write a converted folder as a Hugging Face one; as "stored" these are the very files it was converted from.
 
     Every tensor is held against its hash; for another format they are all read once more, before anything is written.
+    Of several processes the main one does it all, while the others wait.
 
     Args:
         opened: the source, of `open_folder`; a Hugging Face folder is taken too.
@@ -68,11 +87,17 @@ def export_hf(opened: Opened, target: Path, *, advance: Advance = lambda count: 
     Raises:
         ValueError: the source is damaged, or the target exists; nothing is left behind.
     """
+    with processes.together():
+        if processes.is_main():
+            _export(opened, target, advance)
+
+
+def _export(opened: Opened, target: Path, advance: Advance) -> None:
     stored = opened.to == "stored"
     hashes = opened.source.hashes if isinstance(opened.source, ConvertedFolder) else {}
     files.refuse_existing(target)
     if not stored and isinstance(opened.stored, ConvertedFolder):
-        verify(opened.stored, opened.stored.hashes)
+        _verify(opened.stored, list(opened.stored.hashes), opened.stored.hashes, lambda count: None)
     with new_folder(target) as partial:
         opened.write_sidecars(partial)
         plan = _origin(opened) if stored and (opened.folder / ORIGIN).is_dir() else writer.plan(opened.source)
@@ -115,8 +140,18 @@ def write_hf(
 
 
 def verify(source: Source, hashes: Mapping[str, str], *, advance: Advance = lambda count: None) -> None:
-    """Read every tensor again and hold it against its hash. ValueError names the first that changed."""
+    """Read every tensor again and hold it against its hash. ValueError names the first that changed.
 
+    Several processes divide the tensors between them; the main one tells `advance` last what the others read.
+    """
+    ours = list(hashes)[processes.index() :: processes.count()]
+    with processes.together():
+        _verify(source, ours, hashes, advance)
+    if processes.is_main():
+        advance(sum(source.entries[name].nbytes for name in hashes.keys() - set(ours)))
+
+
+def _verify(source: Source, names: Sequence[str], hashes: Mapping[str, str], advance: Advance) -> None:
     def check(name: str) -> None:
         digest = xxhash.xxh3_128()
         for _, part in writer.parts(source, name):
@@ -125,7 +160,7 @@ def verify(source: Source, hashes: Mapping[str, str], *, advance: Advance = lamb
         if digest.hexdigest() != hashes[name]:
             raise _changed(source, name)
 
-    _in_threads(check, list(hashes))
+    _in_threads(check, names)
 
 
 def _bytes(value: np.ndarray) -> np.ndarray:
@@ -146,15 +181,28 @@ def _in_threads(work: Callable[[Item], Result], items: Sequence[Item], threads: 
             raise
 
 
-def _shelve(source: Source, unit: str, members: list[Array], partial: Path, advance: Advance) -> dict[str, str]:
-    """Write one unit, unless a killed run did; the hash of each of its tensors."""
-    note, shelf_folder = partial / f"{unit}.done", partial / WEIGHTS / unit
-    if note.is_file() and shelf_folder.is_dir():
-        advance(sum(source.entries[tensor.name].nbytes for array in members for tensor in array.tensors))
-        return read_json(note)
-    files.remove(shelf_folder)
-    shelf_folder.parent.mkdir(exist_ok=True)
-    shelf = NewShelf(shelf_folder, members)
+def _note(partial: Path, unit: str) -> Path:
+    """The file that says that a unit is whole, and the hash of each of its tensors."""
+    return partial / f"{unit}.done"
+
+
+def _is_whole(partial: Path, unit: str) -> bool:
+    """Whether a killed run wrote a unit to its end; what else it left of it goes."""
+    shelf = partial / WEIGHTS / unit
+    if _note(partial, unit).is_file() and shelf.is_dir():
+        return True
+    files.remove(shelf)
+    shelf.parent.mkdir(exist_ok=True)
+    return False
+
+
+def _nbytes(source: Source, members: list[Array]) -> int:
+    return sum(source.entries[tensor.name].nbytes for array in members for tensor in array.tensors)
+
+
+def _shelve(source: Source, unit: str, members: list[Array], partial: Path, advance: Advance) -> None:
+    """Write one unit and its note."""
+    shelf = NewShelf(partial / WEIGHTS / unit, members)
 
     def put(job: tuple[Array, slice]) -> dict[str, str]:
         array, experts = job
@@ -177,8 +225,7 @@ def _shelve(source: Source, unit: str, members: list[Array], partial: Path, adva
     results = _in_threads(put, sorted(jobs, key=place), THREADS // 2)
     shelf.close()
     hashes = {name: digest for result in results for name, digest in result.items()}
-    write_whole(note, json.dumps(hashes).encode())
-    return hashes
+    write_whole(_note(partial, unit), json.dumps(hashes).encode())
 
 
 def _experts(array: Array) -> Iterator[slice]:

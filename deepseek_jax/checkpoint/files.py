@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deepseek_jax import processes
 from deepseek_jax.checkpoint.headers import DTYPES, Entry, Header, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -181,7 +182,7 @@ def new_folder(target: Path, *, resume: str | None = None) -> Iterator[Path]:
     """
     refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
+    partial = _partial(target)
     partial.mkdir(exist_ok=True)
     with _locked(partial, target):
         note = partial / "written-from"
@@ -198,6 +199,32 @@ def new_folder(target: Path, *, resume: str | None = None) -> Iterator[Path]:
             if resume is None or isinstance(problem, ValueError):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+@contextlib.contextmanager
+def shared_folder(target: Path, *, resume: str | None = None) -> Iterator[Path]:
+    """As `new_folder`, for all processes of a program that write into it: a failure in one is a failure in all.
+
+    The main process makes, locks, renames and removes it, while none of the others is inside.
+
+    Args:
+        target, resume: as for `new_folder`; the file system has to be shared.
+
+    Raises:
+        ValueError, OSError, RuntimeError: in all processes, what one of them raised.
+    """
+    with contextlib.ExitStack() as folder:
+        with processes.together():
+            if processes.is_main():
+                folder.enter_context(new_folder(target, resume=resume))
+        with processes.together():
+            yield _partial(target)
+        with processes.together():
+            folder.close()
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
 
 
 @contextlib.contextmanager

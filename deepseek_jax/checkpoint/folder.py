@@ -5,7 +5,7 @@ import functools
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from deepseek_jax import processes
 from deepseek_jax.checkpoint import files, names, writer
 from deepseek_jax.checkpoint.convert import THREADS, write_hf
 from deepseek_jax.checkpoint.headers import DTYPES, NAMES, Entry
@@ -24,8 +26,9 @@ from deepseek_jax.checkpoint.shelves import ConvertedFolder
 from deepseek_jax.config import ModelConfig, to_hf
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.layers import RouterBias
+from deepseek_jax.model.stacks import members, stacked
 from deepseek_jax.ops.fp8 import dequantize
-from deepseek_jax.sharding import weight_sharding
+from deepseek_jax.sharding import LOCAL, Layout
 
 
 class Model(NamedTuple):
@@ -36,35 +39,67 @@ class Model(NamedTuple):
     weights: nnx.State
 
 
-def load_model(folder: Path, *, dtype: jnp.dtype | None = jnp.float32, mesh: Mesh | None = None) -> Model:
+def load_model(folder: Path, *, dtype: jnp.dtype | None = jnp.float32, layout: Layout = LOCAL) -> Model:
     """A model from a Hugging Face folder or a converted one, layer by layer.
 
-    FP8 weights are unpacked on the devices. Every process reads the bytes that its own devices hold, and no more.
+    FP8 weights are unpacked on the devices. Every process reads the bytes that its own devices hold, and no more. For
+    a stacked layout the layers are joined at the end; until then the devices hold both forms.
 
     Args:
         folder: with config.json and weights.
         dtype: to compute in; None keeps the stored one, and bfloat16 for FP8 weights. Router biases stay float32.
-        mesh: to lay the weights on, of `sharding.make_mesh`; None takes the first device.
+        layout: how the model lies and runs; without a mesh it lies on the first device.
 
     Returns:
         The model. Its configuration has the MTP modules that the folder holds, and no `quantization`.
 
     Raises:
         ValueError: damaged, missing, unknown or misshapen tensors, an unsupported configuration, or a mesh that does
-            not divide the weights.
+            not divide the model; that is said before any weight is read.
     """
     opened = open_folder(folder)
+    config = dataclasses.replace(opened.config, quantization=None)
+    graphdef, _ = abstract_weights(config, layout=layout)
     _check_copies(opened)
-    config = opened.config
-    graphdef, abstract = abstract_weights(config)
+    if layout.stacked:
+        return Model(config, graphdef, stacked(_read_by_layer(opened, dtype, layout), config, layout))
+    return Model(config, graphdef, _read_by_layer(opened, dtype, layout))
+
+
+def lay_out(model: Model, layout: Layout) -> Model:
+    """A model that every process holds, all the same, by layer and on a device of its own, under another layout.
+
+    Raises:
+        ValueError: a mesh that does not divide the model.
+    """
+    graphdef, _ = abstract_weights(model.config, layout=layout)
+    weights = model.weights
+    if layout.mesh is not None:
+        _, like = abstract_weights(model.config, layout=_by_layer(layout))
+        weights = jax.tree.map(_divided, weights, like)
+    return Model(model.config, graphdef, stacked(weights, model.config, layout) if layout.stacked else weights)
+
+
+def _divided(value: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    held = np.asarray(value)
+    return jax.make_array_from_callback(held.shape, like.sharding, lambda index: held[index])
+
+
+def _by_layer(layout: Layout) -> Layout:
+    return dataclasses.replace(layout, stacked=False)
+
+
+def _read_by_layer(opened: Opened, dtype: jnp.dtype | None, layout: Layout) -> nnx.State:
+    _, abstract = abstract_weights(opened.config, layout=_by_layer(layout))
     leaves = {names.key(path): leaf for path, leaf in nnx.to_flat_state(abstract)}
-    place = {key: _placed(key, leaf, mesh) for key, leaf in leaves.items()}
+    place = {key: _placed(leaf) for key, leaf in leaves.items()}
     arrays: dict[str, jax.Array] = {}
     with ThreadPoolExecutor(THREADS) as pool:
-        for members in units([array for array in opened.arrays if not array.copy]).values():
-            raw = dict(zip(members, pool.map(lambda a: _read(opened.source, a, place[_key(a)]), members), strict=True))
-            arrays |= _settled(raw, place, config, lambda array: _computed_in(leaves[_key(array)], array, dtype))
-    return Model(dataclasses.replace(config, quantization=None), graphdef, names.unflat(arrays, abstract))
+        for unit in units([array for array in opened.arrays if not array.copy]).values():
+            raw = dict(zip(unit, pool.map(lambda a: _read(opened.source, a, place[_key(a)]), unit), strict=True))
+            computed_in = lambda array: _computed_in(leaves[_key(array)], array, dtype)
+            arrays |= _settled(raw, place, opened.config, computed_in)
+    return names.unflat(arrays, abstract)
 
 
 def cast(weights: nnx.State, dtype: jnp.dtype) -> nnx.State:
@@ -79,10 +114,8 @@ def _key(array: Array) -> str:
     return names.key(array.path[:-1] if array.path[-1] == "scale" else array.path)
 
 
-def _placed(key: str, leaf: nnx.Variable, mesh: Mesh | None) -> Sharding:
-    if mesh is None:
-        return SingleDeviceSharding(jax.devices()[0])
-    return weight_sharding(mesh, leaf.get_raw_value().shape, leaf.get_metadata()["axes"], key)
+def _placed(leaf: nnx.Variable) -> Sharding:
+    return leaf.get_raw_value().sharding or SingleDeviceSharding(jax.local_devices()[0])
 
 
 def _computed_in(leaf: nnx.Variable, array: Array, dtype: jnp.dtype | None) -> jnp.dtype:
@@ -173,51 +206,111 @@ def _same(source: Source, one: str, other: str) -> bool:
 def save_hf(
     model: Model, target: Path, *, source: Path | None = None, tokenizer: Mapping[str, bytes] | None = None
 ) -> None:
-    """Write a model from memory as a Hugging Face folder, in the dtypes it has.
+    """Write a model from memory as a Hugging Face folder, in the dtypes it has, under whatever layout it lies.
+
+    Several processes all call this. The main one writes; one weight of one layer at a time is gathered for it, whole
+    on every device and in the main memory of every process.
 
     Args:
         model: to write.
         target: folder to make; it appears when it is whole.
         source: folder whose configuration and tokenizer files go with it; None writes config.json from the model.
         tokenizer: further files by name, such as `Tokenizer.files`.
+
+    Raises:
+        ValueError: the target exists.
     """
-    with files.new_folder(target) as partial:
-        values = to_hf(model.config)
-        if source is not None:
-            files.copy_sidecars(source, partial)
-            values = files.read_json(partial / "config.json")
-            values.pop("quantization_config", None)  # what is in memory is unpacked
-        files.write_whole(partial / "config.json", json.dumps(values, indent=2).encode())
-        for name, content in (tokenizer or {}).items():
-            (partial / name).write_bytes(content)
+    with files.shared_folder(target) as partial:
+        processes.on_main(lambda: _write_sidecars(model.config, partial, source, tokenizer or {}))
         memory = _InMemory(model, target)
-        write_hf(memory, partial, writer.plan(memory))
+        if processes.count() == 1:
+            write_hf(memory, partial, writer.plan(memory))
+        else:
+            _write_together(memory, partial)
+
+
+def _write_sidecars(config: ModelConfig, folder: Path, source: Path | None, tokenizer: Mapping[str, bytes]) -> None:
+    values = to_hf(config)
+    if source is not None:
+        files.copy_sidecars(source, folder)
+        values = files.read_json(folder / "config.json")
+        values.pop("quantization_config", None)  # what is in memory is unpacked
+    files.write_whole(folder / "config.json", json.dumps(values, indent=2).encode())
+    for name, content in tokenizer.items():
+        (folder / name).write_bytes(content)
+
+
+def _write_together(memory: "_InMemory", folder: Path) -> None:
+    """The tensors as safetensors. All processes gather them, in the same order; the main one writes."""
+    with processes.together():
+        shards = writer.NewShards(folder, writer.plan(memory)) if processes.is_main() else None
+    writes: list[Future] = []
+    # what goes wrong in writing is kept to the end: until then the other processes wait for this one in every gather
+    with ThreadPoolExecutor(1) as pool:
+        for name in memory.entries:
+            value = memory.read(name)
+            if shards is not None:
+                wait(writes[-1:])
+                writes.append(pool.submit(shards.write, name, 0, value))
+    if shards is not None:
+        shards.close()
+    for write in writes:
+        write.result()
 
 
 class _InMemory:
-    """A model's weights as the tensors of a checkpoint."""
+    """A model's weights as the tensors of a checkpoint, whether they lie by layer or in stacks."""
 
     def __init__(self, model: Model, folder: Path):
         self.folder = folder
-        self._arrays = names.flat(model.weights)
-        self._tensors = {tensor.name: tensor for tensor in names.tensors(model.config, model.weights)}
-        dtype = lambda tensor: NAMES[np.dtype(self._arrays[self._held_by(tensor)].dtype)]
+        self._held: dict[str, tuple[jax.Array, int | None]] = {}  # by layer: an array, and the place if it is a stack
+        for path, leaf in nnx.to_flat_state(model.weights):
+            for place, member in enumerate(members(path, model.config)):
+                self._held[names.key(member)] = leaf.get_raw_value(), place if path[0] == "stacks" else None
+        self._gathered: tuple[str, np.ndarray] = "", np.empty(0)
+        table = names.tensors(model.config, abstract_weights(model.config)[1])
+        self._tensors = {tensor.name: tensor for tensor in table}
+        dtype = lambda tensor: NAMES[np.dtype(self._held[self._key(tensor)][0].dtype)]
         self.entries = {name: Entry(dtype(tensor), tensor.shape, 0) for name, tensor in self._tensors.items()}
 
-    def _held_by(self, tensor: names.Tensor) -> str:
+    def _key(self, tensor: names.Tensor) -> str:
         """The key of the weight that a tensor is, or is a copy of; a tied head is the embedding."""
         key = names.key(tensor.path[2:] if tensor.copy else tensor.path)
-        return key if key in self._arrays else "embed"
+        return key if key in self._held else "embed"
 
     def where(self, name: str) -> str:
         return str(self.folder)
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray:
         tensor = self._tensors[name]
-        key = self._held_by(tensor)
-        value = self._arrays[key]
-        if tensor.expert is not None:  # a dynamic index: a static one would compile once an expert
-            value = jax.lax.dynamic_index_in_dim(value, np.int32(tensor.expert), keepdims=False)
+        key = self._key(tensor)
+        array, place = self._held[key]
+        if array.is_fully_addressable:
+            value = _entry(array, place, tensor.expert)
+        else:
+            value = self._whole(key)
+            value = value if tensor.expert is None else value[tensor.expert]
         value = np.asarray(value)
         value = value.T if tensor.transposed and key != "embed" else value
         return value[(rows, columns)[: value.ndim]]
+
+    def _whole(self, key: str) -> np.ndarray:
+        """A weight from all processes, which all ask for it; the last is kept, for its experts follow each other."""
+        if self._gathered[0] != key:
+            array, place = self._held[key]
+            self._gathered = key, multihost_utils.process_allgather(_entry(array, place, None), tiled=True)
+        return self._gathered[1]
+
+
+def _entry(array: jax.Array, *places: int | None) -> jax.Array:
+    """The entry at these places along the first axes; None is no axis."""
+    given = tuple(np.int32(place) for place in places if place is not None)
+    return _taken(array, given) if given else array
+
+
+@jax.jit
+def _taken(array: jax.Array, places: tuple[np.int32, ...]) -> jax.Array:
+    """By dynamic indices: static ones would compile once an expert."""
+    for place in places:
+        array = jax.lax.dynamic_index_in_dim(array, place, keepdims=False)
+    return array

@@ -7,15 +7,14 @@ codec).
 `orbax.checkpoint.v1.load` reads such a folder like any other.
 """
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
+from deepseek_jax import processes
 from deepseek_jax.checkpoint.files import read_json, sync
 from deepseek_jax.checkpoint.headers import DTYPES, Entry
 from deepseek_jax.checkpoint.layout import Array
@@ -24,13 +23,29 @@ WEIGHTS = "weights"
 MANIFEST = "manifest.json"
 _ZARR = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
 _ALL = slice(None)
-_ORBAX = threading.Lock()  # its operations count themselves by process, not by thread
 # Files are synced once a unit, not once a write; chunks are read and written whole, so caching them buys nothing.
 _CONTEXT = {"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}}
 
 
+def lay_out(folder: Path, arrays: Sequence[Array]) -> None:
+    """Let Orbax make the checkpoint that a `NewShelf` of the same arguments fills.
+
+    Of several processes all call it, one shelf after the other, because Orbax meets them; any of them may fill it.
+    """
+    options = ocp.Context()
+    options.array.saving.array_metadata_store = None  # it would state the shapes of the empty arrays
+    options.array.saving.enable_write_sharding_file = False
+    empty = processes.replicated(np.zeros((), np.float32))
+    with options:
+        ocp.save(_partial(folder).absolute(), {array.key: empty for array in arrays}, overwrite=True)
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
+
+
 class NewShelf:
-    """An Orbax checkpoint in the making; it appears under its name with `close`.
+    """An Orbax checkpoint in the making, after `lay_out`; it appears under its name with `close`.
 
     Args:
         folder: its name to be.
@@ -39,12 +54,7 @@ class NewShelf:
 
     def __init__(self, folder: Path, arrays: Sequence[Array]):
         self._folder = folder
-        self._partial = folder.with_name(f".{folder.name}.partial")
-        options = ocp.Context()
-        options.array.saving.array_metadata_store = None  # it would state the shapes of the empty arrays
-        options.array.saving.enable_write_sharding_file = False
-        with _ORBAX, options:
-            ocp.save(self._partial.absolute(), {a.key: jnp.zeros((), jnp.float32) for a in arrays}, overwrite=True)
+        self._partial = _partial(folder)
         context = ts.Context(_CONTEXT)
         self._stores = {a.key: _create(self._partial, a, context) for a in arrays}
 

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from deepseek_jax import processes
+
 State = TypeVar("State")
 
 
@@ -24,8 +26,9 @@ class RunCheckpoints:
     checkpoint of a save that failed does not exist, those before it do, and its step may be saved again.
 
     In several processes all of them make one on the same shared folder and call every method alike, for the calls
-    meet at Orbax's barriers. Each process writes and reads its own shards, so that every array has to lie on a mesh
-    of all processes. `data` and `score` are written by the primary process alone: all restore what it gave.
+    meet at Orbax's barriers. Each process writes and reads its own shards. An array that lies on a process's own
+    devices (a counter, a key) has to be the same in all of them; it is written once, and restored by each. `data` and
+    `score` are written by the main process alone: all restore what it gave.
 
     Args:
         folder: made when missing. What a killed run left half-written there is removed.
@@ -159,8 +162,11 @@ def _named(tree: Any) -> dict[str, jax.Array]:
 def _own(leaf: jax.Array) -> jax.Array:
     """A copy where the device's memory is the host's: there Orbax writes from it after `save` has returned.
 
-    From other devices Orbax copies all arrays to the host before that.
+    From other devices Orbax copies all arrays to the host before that. What each of several processes holds for itself
+    becomes one array of all of them; Orbax would have every process write it.
     """
+    if processes.count() > 1 and leaf.is_fully_addressable:
+        return processes.replicated(leaf)
     on_cpu = any(device.platform == "cpu" for device in leaf.sharding.device_set)
     return jnp.copy(leaf) if on_cpu else leaf
 

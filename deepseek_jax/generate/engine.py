@@ -5,6 +5,7 @@ The noise of a token depends on its sequence's seed and its position alone: neit
 padding, nor the device count changes what is drawn.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +17,10 @@ import numpy as np
 from flax import nnx
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.cache import Cache, empty_cache
+from deepseek_jax.model.cache import Cache, abstract_cache, empty_cache
 from deepseek_jax.ops import sampling as ops
 from deepseek_jax.ops.logprobs import logprobs_of_logits
+from deepseek_jax.sharding import LOCAL, Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +106,18 @@ class Generator:
         config: the model's.
         graphdef: static part of the module, from `model.decoder.split`.
         dtype: of the cache.
+        layout: the one that the module was made with.
     """
 
-    def __init__(self, config: ModelConfig, graphdef: nnx.GraphDef, *, dtype: jnp.dtype = jnp.float32):
-        self.config, self.graphdef, self.dtype = config, graphdef, dtype
+    def __init__(
+        self,
+        config: ModelConfig,
+        graphdef: nnx.GraphDef,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        layout: Layout = LOCAL,
+    ):
+        self.config, self.graphdef, self.dtype, self.layout = config, graphdef, dtype, layout
         self.prefill = jax.jit(self._prefill, static_argnames=("samples", "slots", "modes", "room"))
         self.decode = jax.jit(self._decode, static_argnames="modes", donate_argnames="state")
 
@@ -140,8 +150,8 @@ class Generator:
         context = self.config.max_position_embeddings
         limits = np.repeat([min(sampling.max_new_tokens, context - len(p)) for p in prompts], samples)
         room = int(limits.max())
-        tokens, lengths = pad_right(prompts, bucket(longest), rows=bucket(len(prompts), least=1))
-        knobs, modes = _compile_settings(sampling)
+        tokens, lengths = pad_right(prompts, bucket(longest), rows=self._rows(len(prompts), samples))
+        knobs, modes = self.settings(sampling)
         # Rows that only fill the bucket reuse the first seed and stop at once.
         padded_seeds = np.full(tokens.shape[0] * samples, seeds[0] & 0xFFFFFFFF, np.uint32)
         padded_seeds[: len(seeds)] = np.asarray(seeds, np.int64) & 0xFFFFFFFF
@@ -162,6 +172,30 @@ class Generator:
         state = self.decode(weights, state, padded_seeds, padded_limits, knobs, modes=modes)
         return _completions(state, limits, sampling.stop_ids)
 
+    def settings(self, sampling: SamplingConfig) -> tuple[_Knobs, _Modes]:
+        """How to draw, as arrays for the compiled calls and as what is compiled in."""
+        stops = sampling.stop_ids or (-1,)
+        stops = stops + (stops[-1],) * (bucket(len(stops), least=4) - len(stops))
+        knobs = _Knobs(
+            temperature=jnp.float32(sampling.temperature),
+            top_p=jnp.float32(sampling.top_p),
+            top_k=jnp.int32(sampling.top_k),
+            penalty=jnp.float32(sampling.repetition_penalty),
+            stop_ids=jnp.asarray(stops, jnp.int32),
+        )
+        modes = _Modes(
+            greedy=sampling.temperature == 0,
+            filtered=sampling.top_p < 1 or sampling.top_k > 0,
+            penalised=sampling.repetition_penalty != 1,
+        )
+        return knobs, modes
+
+    def _rows(self, prompts: int, samples: int) -> int:
+        """Rows for the prompts: a power of two, or more where the mesh divides neither them nor their samples."""
+        of_cache = self.layout.parts("cache_batch")
+        whole = math.lcm(self.layout.parts("batch"), of_cache // math.gcd(of_cache, samples))
+        return -(-bucket(prompts, least=1) // whole) * whole
+
     def _check(self, prompts, seeds, samples) -> None:
         if not prompts:
             raise ValueError("prompts: got none, wanted at least one")
@@ -178,9 +212,9 @@ class Generator:
     def _prefill(self, weights, tokens_PT, length_P, seeds_B, limits_B, knobs, *, samples, slots, modes, room):
         """Prompts into the cache, the cache repeated for every sample, and the first token drawn."""
         model = nnx.merge(self.graphdef, weights)
-        hidden, cache = model.prefill(tokens_PT, empty_cache(self.config, tokens_PT.shape[0], slots, self.dtype))
+        hidden, cache = model.prefill(tokens_PT, self._empty(tokens_PT.shape[0], slots))
         last_P1D = jnp.take_along_axis(hidden.x_BTD, (length_P - 1)[:, None, None], axis=1)
-        logits_PV = model.logits(last_P1D)[:, 0]
+        logits_PV = self.layout.constrain(model.logits(last_P1D)[:, 0], "batch", None)
         each = partial(jnp.repeat, repeats=samples, axis=0)
         B = seeds_B.shape[0]
         seen = None
@@ -189,17 +223,40 @@ class Generator:
             rows = jnp.arange(tokens_PT.shape[0])[:, None]
             seen_PV = jnp.zeros(logits_PV.shape, bool).at[rows, tokens_PT].max(inside)
             seen = each(seen_PV)
-        state = _State(
-            cache=jax.tree.map(each, cache),
-            token_B=jnp.zeros(B, jnp.int32),
-            position_B=each(length_P),
-            done_B=limits_B == 0,
-            seen_BV=seen,
-            tokens_BN=jnp.zeros((B, room), jnp.int32),
-            logprobs_BN=jnp.zeros((B, room), jnp.float32),
+        state = self.first_state(B, room)._replace(
+            cache=jax.tree.map(each, cache), position_B=each(length_P), done_B=limits_B == 0, seen_BV=seen
+        )
+        logits_BV = self.layout.constrain(each(logits_PV), "cache_batch", None)
+        return self._laid(_draw(state, logits_BV, seeds_B, limits_B, knobs, modes))
+
+    @staticmethod
+    def first_state(rows: int, room: int) -> _State:
+        """Of sequences without a token, before their cache is there."""
+        return _State(
+            cache=(),
+            token_B=jnp.zeros(rows, jnp.int32),
+            position_B=jnp.zeros(rows, jnp.int32),
+            done_B=jnp.zeros(rows, bool),
+            seen_BV=None,
+            tokens_BN=jnp.zeros((rows, room), jnp.int32),
+            logprobs_BN=jnp.zeros((rows, room), jnp.float32),
             count=jnp.int32(0),
         )
-        return _draw(state, each(logits_PV), seeds_B, limits_B, knobs, modes)
+
+    def _empty(self, rows: int, slots: int) -> Cache:
+        return empty_cache(self.config, rows, slots, self.dtype, self.layout)
+
+    def _laid(self, state: _State) -> _State:
+        """A state with what the host reads on every device, and the cache cut as decoding reads it."""
+        if self.layout.mesh is None:
+            return state
+        slots = state.cache[0][0].shape[-2]
+        like = abstract_cache(self.config, state.token_B.shape[0], slots, self.dtype, self.layout)
+        cache = jax.tree.map(lambda a, of: jax.lax.with_sharding_constraint(a, of.sharding), state.cache, like)
+        seen = None if state.seen_BV is None else self.layout.constrain(state.seen_BV, "cache_batch", None)
+        everywhere = lambda a: self.layout.constrain(a, *(None,) * a.ndim)
+        small = jax.tree.map(everywhere, state._replace(cache=(), seen_BV=None))
+        return small._replace(cache=cache, seen_BV=seen)
 
     def _decode(self, weights, state, seeds_B, limits_B, knobs, *, modes):
         """Feed the last token, draw the next, until every sequence stopped or reached its limit."""
@@ -210,7 +267,10 @@ class Generator:
             # the token that was drawn last lies one before the position that comes next
             hidden, cache = model.extend(state.token_B[:, None], state.position_B[:, None] - 1, state.cache)
             logits_BV = (hidden.x_BTD[:, 0] @ head_DV).astype(jnp.float32)
-            return _draw(state._replace(cache=cache), logits_BV, seeds_B, limits_B, knobs, modes)
+            # each chip its part of the vocabulary for all, then the whole vocabulary of its own sequences
+            logits_BV = self.layout.constrain(logits_BV, "decode_batch", "vocab")
+            logits_BV = self.layout.constrain(logits_BV, "cache_batch", None)
+            return self._laid(_draw(state._replace(cache=cache), logits_BV, seeds_B, limits_B, knobs, modes))
 
         return jax.lax.while_loop(lambda s: ~jnp.all(s.done_B), body, state)
 
@@ -246,24 +306,6 @@ def _draw(state: _State, logits_BV, seeds_B, limits_B, knobs: _Knobs, modes: _Mo
         logprobs_BN=state.logprobs_BN.at[:, state.count].set(logprob_B),
         count=state.count + 1,
     )
-
-
-def _compile_settings(sampling: SamplingConfig) -> tuple[_Knobs, _Modes]:
-    stops = sampling.stop_ids or (-1,)
-    stops = stops + (stops[-1],) * (bucket(len(stops), least=4) - len(stops))
-    knobs = _Knobs(
-        temperature=jnp.float32(sampling.temperature),
-        top_p=jnp.float32(sampling.top_p),
-        top_k=jnp.int32(sampling.top_k),
-        penalty=jnp.float32(sampling.repetition_penalty),
-        stop_ids=jnp.asarray(stops, jnp.int32),
-    )
-    modes = _Modes(
-        greedy=sampling.temperature == 0,
-        filtered=sampling.top_p < 1 or sampling.top_k > 0,
-        penalised=sampling.repetition_penalty != 1,
-    )
-    return knobs, modes
 
 
 def _completions(state: _State, limits: np.ndarray, stop_ids: tuple[int, ...]) -> list[Completion]:

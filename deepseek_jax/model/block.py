@@ -12,7 +12,7 @@ class Layer(nnx.Module):
 
     def __init__(self, config: ModelConfig, index: int, make: Maker):
         latent = isinstance(config.attention, MLAConfig)
-        self.eps = config.rms_norm_eps
+        self.eps, self.layout = config.rms_norm_eps, make.layout
         self.attention_norm = make.scale(config.hidden_size, None)
         self.attention = LatentAttention(config, make) if latent else GroupedAttention(config, make)
         self.mlp_norm = make.scale(config.hidden_size, None)
@@ -21,19 +21,28 @@ class Layer(nnx.Module):
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, make)
 
-    def __call__(self, x, rotary, mask_BTS, tokens_BT):
-        out, new = self.attention(rms_norm(x, self.attention_norm[...], self.eps), rotary, mask_BTS)
-        x, stats = self._feed_forward(x + out, tokens_BT)
-        return x, new, stats
+    def __call__(self, x, rotary, counted_BT, place=None):
+        """Whole sequences: states, what a cache keeps of them, and the routing.
 
-    def extend(self, x, rotary, cache, tokens_BT):
-        out, cache = self.attention.extend(rms_norm(x, self.attention_norm[...], self.eps), rotary, cache)
-        x, stats = self._feed_forward(x + out, tokens_BT)
-        return x, cache, stats
+        `place`: the layer's in a stack, where the experts' weights are a whole stack's.
+        """
+        out, new = self.attention(rms_norm(x, self.attention_norm[...], self.eps), rotary)
+        x = self.layout.constrain(x + out, "batch", "sequence", None)
+        out, stats = self._feed_forward(rms_norm(x, self.mlp_norm[...], self.eps), counted_BT, place)
+        return self.layout.constrain(x + out, "batch", "sequence", None), new, stats
 
-    def _feed_forward(self, x, counted_BT):
-        normed = rms_norm(x, self.mlp_norm[...], self.eps)
+    def extend(self, x, rotary, cache, counted_BT, place=None):
+        """Further tokens over a cache, which is the layer's own or, with a place, its stack's."""
+        lay = self.layout.constrain
+        normed = lay(rms_norm(x, self.attention_norm[...], self.eps), "decode_batch", None, None)
+        out, cache = self.attention.extend(normed, rotary, cache, place)
+        # between projections a chip keeps its own sequences' states, and adds up and norms no others
+        x = x + lay(out, "batch", None, None)
+        normed = lay(rms_norm(x, self.mlp_norm[...], self.eps), "decode_batch", None, None)
+        out, stats = self._feed_forward(normed, counted_BT, place)
+        return lay(x + out, "batch", None, None), cache, stats
+
+    def _feed_forward(self, normed, counted_BT, place):
         if isinstance(self.mlp, MoE):
-            out, stats = self.mlp(normed, counted_BT)
-            return x + out, stats
-        return x + self.mlp(normed), None
+            return self.mlp(normed, counted_BT, place)
+        return self.mlp(normed), None

@@ -10,23 +10,29 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import MLAConfig, ModelConfig
+from deepseek_jax.sharding import LOCAL, Layout
 
 
 class LatentCache(NamedTuple):
-    """One MLA layer: c [B, S, C] after its norm, the rotated k_r [B, S, R], and V3.2's indexer keys [B, S, Z]."""
+    """One MLA layer: c [B, S, C] after its norm, the rotated k_r [B, S, R], and V3.2's indexer keys [B, S, Z].
+
+    Or a stack of L of them: [B, L, S, C] and so on.
+    """
 
     c_BSC: jax.Array
     r_BSR: jax.Array
     index_BSZ: jax.Array | None
 
-    def write(self, new: Self, positions_BT: jax.Array) -> Self:
-        rows = jnp.arange(positions_BT.shape[0])[:, None]
-        put = lambda old, values: old.at[rows, positions_BT].set(values.astype(old.dtype), mode="drop")
-        return jax.tree.map(put, self, new)
+    def write(self, new: Self, positions_BT: jax.Array, place: jax.Array | None = None) -> Self:
+        """With the new tokens' entries; `place` is the layer's in a stack, where this is the cache of one."""
+        return jax.tree.map(lambda old, values: _written(old, values, positions_BT, place, lambda at: (at,)), self, new)
+
+    def layer(self, place: jax.Array | None) -> Self:
+        return jax.tree.map(lambda of: _layer(of, place), self)
 
     def prefix(self, new: Self) -> Self:
-        put = lambda old, values: jax.lax.dynamic_update_slice(old, values.astype(old.dtype), (0, 0, 0))
-        return jax.tree.map(put, self, new)
+        """With what whole sequences left, in the first slots; that of a stack comes with its layers in front."""
+        return jax.tree.map(lambda old, values: _prefixed(old, values, stack_rank=4), self, new)
 
     def positions(self) -> jax.Array:
         B, S, _ = self.c_BSC.shape
@@ -34,38 +40,82 @@ class LatentCache(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """One grouped-query layer: rotated keys and values, both [B, G, S, K]; head-major, as attention reads them."""
+    """One grouped-query layer: rotated keys and values, both [B, G, S, K]; head-major, as attention reads them.
+
+    Or a stack of L of them: [B, L, G, S, K].
+    """
 
     k_BGSK: jax.Array
     v_BGSK: jax.Array
 
-    def write(self, new: Self, positions_BT: jax.Array) -> Self:
-        B, G = self.k_BGSK.shape[:2]
-        rows, heads = jnp.arange(B)[:, None, None], jnp.arange(G)[None, :, None]
-        slots = positions_BT[:, None, :]
-        put = lambda old, values: old.at[rows, heads, slots].set(values.astype(old.dtype), mode="drop")
-        return KVCache(put(self.k_BGSK, new.k_BGSK), put(self.v_BGSK, new.v_BGSK))
+    def write(self, new: Self, positions_BT: jax.Array, place: jax.Array | None = None) -> Self:
+        """With the new tokens' entries; `place` is the layer's in a stack, where this is the cache of one."""
+        at = lambda positions: (slice(None), positions)
+        return jax.tree.map(lambda old, values: _written(old, values, positions_BT, place, at), self, new)
+
+    def layer(self, place: jax.Array | None) -> Self:
+        return jax.tree.map(lambda of: _layer(of, place), self)
 
     def prefix(self, new: Self) -> Self:
-        put = lambda old, values: jax.lax.dynamic_update_slice(old, values.astype(old.dtype), (0, 0, 0, 0))
-        return KVCache(put(self.k_BGSK, new.k_BGSK), put(self.v_BGSK, new.v_BGSK))
+        """With what whole sequences left, in the first slots; that of a stack comes with its layers in front."""
+        return jax.tree.map(lambda old, values: _prefixed(old, values, stack_rank=5), self, new)
 
     def positions(self) -> jax.Array:
         B, _, S, _ = self.k_BGSK.shape
         return jnp.broadcast_to(jnp.arange(S), (B, S))
 
 
+def _written(old, values, positions_BT, place, at):
+    """`values` of each sequence put at at(positions); what lies beyond the last slot is dropped."""
+    lead = () if place is None else (place,)
+    of_one = lambda old, positions, new: old.at[(*lead, *at(positions))].set(new.astype(old.dtype), mode="drop")
+    return jax.vmap(of_one)(old, positions_BT, values)
+
+
+def _prefixed(old: jax.Array, values: jax.Array, stack_rank: int) -> jax.Array:
+    values = jnp.moveaxis(values, 0, 1) if values.ndim == stack_rank else values
+    return jax.lax.dynamic_update_slice(old, values.astype(old.dtype), (0,) * old.ndim)
+
+
+def _layer(of: jax.Array, place: jax.Array | None) -> jax.Array:
+    return of if place is None else jax.lax.dynamic_index_in_dim(of, place, axis=1, keepdims=False)
+
+
 Cache = tuple[LatentCache | KVCache, ...]
 
 
-def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
-    """A cache of zeros for `batch` sequences of up to `slots` tokens, one entry a layer."""
+def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype, layout: Layout = LOCAL) -> Cache:
+    """A cache of zeros for `batch` sequences of up to `slots` tokens: an entry a layer, or, stacked, one a stack."""
+
+    def zeros(leaf):
+        value = jnp.zeros(leaf.shape, leaf.dtype)
+        return value if leaf.sharding is None else jax.lax.with_sharding_constraint(value, leaf.sharding)
+
+    return jax.tree.map(zeros, abstract_cache(config, batch, slots, dtype, layout))
+
+
+def abstract_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype, layout: Layout = LOCAL) -> Cache:
+    """Its shapes, and how they lie on the layout's mesh."""
     a = config.attention
-    if isinstance(a, MLAConfig):
-        zeros = lambda width: jnp.zeros((batch, slots, width), dtype)
-        index = lambda: None if a.indexer is None else zeros(a.indexer.index_head_dim)
-        layer = lambda: LatentCache(zeros(a.kv_lora_rank), zeros(a.qk_rope_head_dim), index())
-    else:
-        shape = (batch, a.num_key_value_heads, slots, a.head_dim)
-        layer = lambda: KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-    return tuple(layer() for _ in range(config.num_hidden_layers))
+    stacks = [(count,) for count in stack_sizes(config)] if layout.stacked else [()] * config.num_hidden_layers
+
+    def entry(leading):
+        def array(*sizes, axes):
+            axes = axes[:1] + ("layer",) * len(leading) + axes[1:]
+            sharding = None if layout.mesh is None else layout.sharding(*axes)
+            return jax.ShapeDtypeStruct(sizes[:1] + leading + sizes[1:], dtype, sharding=sharding)
+
+        if isinstance(a, MLAConfig):
+            latent = lambda width: array(batch, slots, width, axes=("cache_batch", None, None))
+            index = None if a.indexer is None else latent(a.indexer.index_head_dim)
+            return LatentCache(latent(a.kv_lora_rank), latent(a.qk_rope_head_dim), index)
+        by_head = lambda: array(batch, a.num_key_value_heads, slots, a.head_dim, axes=("batch", "kv_heads", None, None))
+        return KVCache(by_head(), by_head())
+
+    return tuple(entry(leading) for leading in stacks)
+
+
+def stack_sizes(config: ModelConfig) -> tuple[int, ...]:
+    """How many layers of one kind follow one another: dense ones, then those with experts."""
+    kinds = [config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)]
+    return tuple(count for count in (kinds.count(False), kinds.count(True)) if count)

@@ -4,7 +4,8 @@ Use it functionally: `graphdef, weights = split(Decoder(config, rngs=...))` once
 `nnx.merge(graphdef, weights)` gives the module back.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +13,20 @@ from flax import nnx
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import Layer
-from deepseek_jax.model.cache import Cache
-from deepseek_jax.model.layers import Maker, Rotary, RouterStats
+from deepseek_jax.model.cache import Cache, stack_sizes
+from deepseek_jax.model.layers import ATTENTION, Maker, Rotary, RouterStats
 from deepseek_jax.model.mtp import MTP, ahead
-from deepseek_jax.ops.attention import causal_mask
 from deepseek_jax.ops.norm import rms_norm
 from deepseek_jax.ops.rope import angles
+from deepseek_jax.parallel.embedding import sharded_lookup
+from deepseek_jax.sharding import LOCAL, Layout, weight_sharding
 
 
 class Hidden(NamedTuple):
-    """States that the head reads [B, T, D], after the last norm, and the routing statistics of each MoE layer."""
+    """States that the head reads [B, T, D], after the last norm, and the routing of each MoE layer, or stack of them.
+
+    The statistics of a stack have its layers in front.
+    """
 
     x_BTD: jax.Array
     stats: tuple[RouterStats, ...]
@@ -34,13 +39,28 @@ class Decoder(nnx.Module):
         config: the architecture.
         rngs: Flax random streams for the first weights (`nnx.Rngs(seed)`); None makes shapes alone.
         dtype: of weights and activations; router, norms, softmax and logits are float32 all the same.
+        layout: how it lies on devices and runs there. Stacked, its layers are `stacks`, one of each kind with all
+            their weights in front of one another, instead of `layers`; `model.stacks` turns one into the other.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None, dtype: jnp.dtype = jnp.float32):
-        make = Maker(config, rngs, dtype)
-        self.config = config
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs | None,
+        dtype: jnp.dtype = jnp.float32,
+        layout: Layout = LOCAL,
+    ):
+        make = Maker(config, rngs, dtype, layout)
+        self.config, self.layout = config, layout
         self.embed = make.matrix(config.vocab_size, config.hidden_size, axes=("vocab", "embed"))
-        self.layers = nnx.List([Layer(config, i, make) for i in range(config.num_hidden_layers)])
+        if layout.stacked:
+            first = [0, config.num_hidden_layers - 1]  # one of each kind
+            self.stacks = nnx.List(
+                [Layer(config, i, make.stack(n)) for i, n in zip(first, stack_sizes(config), strict=False)]
+            )
+        else:
+            self.layers = nnx.List([Layer(config, i, make) for i in range(config.num_hidden_layers)])
         self.norm = make.scale(config.hidden_size, None)
         if not config.tie_word_embeddings:
             self.head = make.matrix(config.hidden_size, config.vocab_size, axes=("embed", "vocab"))
@@ -70,12 +90,13 @@ class Decoder(nnx.Module):
 
         Source: arXiv 2412.19437 section 2.2, equations 21 to 23.
         """
-        rotary, visible = self._whole(next_tokens_BT.shape)
+        rotary = self._whole(next_tokens_BT.shape)
         real = jnp.ones(next_tokens_BT.shape, bool) if mask_BT is None else mask_BT
         drafts, x = [], hidden_BTD
         for depth, module in enumerate(self.mtp, 1):
-            embedded = self.embed[ahead(next_tokens_BT, depth - 1)]
-            x, stats = module(embedded, x, rotary, visible, ahead(real, depth))
+            embedded = self._embedded(ahead(next_tokens_BT, depth - 1))
+            run = self._runner(lambda module, x, of: module(of[0], x, rotary, of[1]), module, whole=True)
+            x, stats = run(x, nnx.state(module), (embedded, ahead(real, depth)))
             drafts.append(Hidden(x, () if stats is None else (stats,)))
         return tuple(drafts)
 
@@ -86,14 +107,17 @@ class Decoder(nnx.Module):
 
     def extend(self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache) -> tuple[Hidden, Cache]:
         """Further tokens at the given positions of each sequence, attending to the cache and themselves."""
-        rotary = self._rotary(positions_BT)
-        x, counted = self.embed[tokens_BT], jnp.ones(tokens_BT.shape, bool)
-        caches, stats = [], []
-        for layer, entry in zip(self.layers, cache, strict=True):
-            x, entry, layer_stats = layer.extend(x, rotary, entry, counted)
-            caches.append(entry)
-            stats.append(layer_stats)
-        return self._finish(x, stats), tuple(caches)
+        rotary, counted = self._rotary(positions_BT), jnp.ones(tokens_BT.shape, bool)
+        x = self.layout.constrain(self.embed[tokens_BT], "batch", None, None)
+
+        def visit(layer, carried, place):
+            x, entry = carried
+            x, entry, stats = layer.extend(x, rotary, entry, counted, place)
+            return (x, entry), stats
+
+        x, cache, stats = self._through(visit, x, cache, whole=False)
+        hidden = self._finish(x, stats)
+        return hidden._replace(x_BTD=self.layout.constrain(hidden.x_BTD, "decode_batch", None, None)), cache
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V] from states after the final norm."""
@@ -103,20 +127,58 @@ class Decoder(nnx.Module):
         return self.embed[...].T if self.config.tie_word_embeddings else self.head[...]
 
     def _forward(self, tokens_BT, mask_BT):
-        rotary, visible = self._whole(tokens_BT.shape)
-        x = self.embed[tokens_BT]
+        rotary = self._whole(tokens_BT.shape)
         counted = jnp.ones(tokens_BT.shape, bool) if mask_BT is None else mask_BT
-        entries, stats = [], []
-        for layer in self.layers:
-            x, entry, layer_stats = layer(x, rotary, visible, counted)
-            entries.append(entry)
-            stats.append(layer_stats)
+
+        def visit(layer, carried, place):
+            x, new, stats = layer(carried[0], rotary, counted, place)
+            return (x, None), (new, stats)
+
+        x, _, outs = self._through(visit, self._embedded(tokens_BT), None, whole=True)
+        entries, stats = zip(*outs, strict=True)
         return self._finish(x, stats), entries
 
-    def _whole(self, shape: tuple[int, int]) -> tuple[Rotary, jax.Array]:
-        """Rotary angles and the causal mask of whole sequences [B, T]."""
-        positions = jnp.broadcast_to(jnp.arange(shape[1]), shape)
-        return self._rotary(positions), causal_mask(positions, positions)
+    def _embedded(self, tokens_BT) -> jax.Array:
+        """Of whole sequences."""
+        if self.layout.mesh is None:
+            return self.embed[tokens_BT]
+        return sharded_lookup(self.embed[...], tokens_BT, self.layout)
+
+    def _through(self, visit: Callable, x: jax.Array, cache: Cache | None, *, whole: bool) -> tuple:
+        """States, cache and what `visit(layer, (x, entry), place)` gives beside them, through all layers or stacks.
+
+        A place, the layer's in its stack, is given where what `visit` gets is the whole stack's: entries of the
+        cache, and in serving the experts' weights. A scan would copy these for every layer.
+        """
+        parts = self.stacks if self.layout.stacked else self.layers
+        entries, outs = [], []
+        for part, entry in zip(parts, (None,) * len(parts) if cache is None else cache, strict=True):
+            run, weights = self._runner(visit, part, whole=whole), nnx.state(part)
+            if self.layout.stacked:
+                (x, entry), out = _scan(run, (x, entry), weights, keep=self.layout.workload == "serve")
+            else:
+                (x, entry), out = run((x, entry), weights, None)
+            entries.append(entry)
+            outs.append(out)
+        return x, tuple(entries), tuple(outs)
+
+    def _runner(self, visit: Callable, part: nnx.Module, *, whole: bool) -> Callable:
+        """`visit` as a function of what is carried, a module's weights and further input, for scan and for remat.
+
+        On whole sequences, and wherever weights lie to be trained, a module's weights are gathered as it runs.
+        """
+        graphdef, layout = nnx.graphdef(part), self.layout
+        gather = layout.gathered if whole or layout.workload == "train" else lambda weights: weights
+        run = lambda carried, weights, of: visit(nnx.merge(graphdef, gather(weights)), carried, of)
+        if layout.remat == "nothing" or not whole:
+            return run
+        keep = [ATTENTION] if layout.remat == "all_but_attention" else []
+        policy = jax.checkpoint_policies.save_only_these_names(*keep)
+        return jax.checkpoint(run, policy=policy, prevent_cse=not layout.stacked)
+
+    def _whole(self, shape: tuple[int, int]) -> Rotary:
+        """Rotary angles of whole sequences [B, T]."""
+        return self._rotary(jnp.broadcast_to(jnp.arange(shape[1]), shape))
 
     def _rotary(self, positions_BT) -> Rotary:
         return Rotary(positions_BT, *angles(self.config.rope, self.config.rotary_dim, positions_BT))
@@ -126,11 +188,41 @@ class Decoder(nnx.Module):
         return Hidden(x, tuple(s for s in stats if s is not None))
 
 
+def _scan(run: Callable, carried: Any, weights: nnx.State, *, keep: bool) -> tuple:
+    """`run` over the layers of a stack. With `keep`, the weights of routed experts are not sliced."""
+    kept, sliced = nnx.split_state(weights, lambda path, _: keep and "experts" in path, ...)
+    count = jax.tree.leaves(sliced)[0].shape[0]
+
+    def step(carried, of):
+        place, layer = of
+        return run(carried, nnx.merge_state(layer, kept), place)
+
+    return jax.lax.scan(step, carried, (jnp.arange(count), sliced))
+
+
 def split(model: Decoder) -> tuple[nnx.GraphDef, nnx.State]:
     """The module as a static description and a tree of weights (parameters and router biases)."""
     return nnx.split(model)
 
 
-def abstract_weights(config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:
-    """The same from shapes alone: leaves are jax.ShapeDtypeStruct, nothing is allocated."""
-    return split(Decoder(config, rngs=None, dtype=dtype))
+def abstract_weights(
+    config: ModelConfig, dtype: jnp.dtype = jnp.float32, layout: Layout = LOCAL
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """The same from shapes alone: leaves are jax.ShapeDtypeStruct, nothing is allocated.
+
+    On a layout with a mesh they carry their shardings.
+
+    Raises:
+        ValueError: the mesh does not divide the model.
+    """
+    layout.check(config)
+    graphdef, weights = split(Decoder(config, rngs=None, dtype=dtype, layout=layout))
+    if layout.mesh is None:
+        return graphdef, weights
+
+    def placed(path, leaf):
+        value = leaf.get_raw_value()
+        sharding = weight_sharding(layout, value.shape, leaf.get_metadata()["axes"], ".".join(map(str, path)))
+        return path, leaf.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding))
+
+    return graphdef, nnx.from_flat_state([placed(path, leaf) for path, leaf in nnx.to_flat_state(weights)])

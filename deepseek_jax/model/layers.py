@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 from deepseek_jax.model.cache import KVCache, LatentCache
@@ -13,9 +14,12 @@ from deepseek_jax.ops import attention, indexer, routing
 from deepseek_jax.ops.experts import expert_mlp
 from deepseek_jax.ops.norm import layer_norm, rms_norm
 from deepseek_jax.ops.rope import rotate_half, rotate_interleaved
+from deepseek_jax.parallel.experts import routed_experts
+from deepseek_jax.sharding import GATHERED, LOCAL, Layout
 
 LATENT_EPS = 1e-6  # transformers and DeepSeek fix it for the latents' norms, whatever rms_norm_eps says
 INDEX_EPS = 1e-6  # and for the indexer's layer norm
+ATTENTION = "attention"  # what remat may keep of a layer
 
 
 class RouterBias(nnx.Variable):
@@ -26,27 +30,41 @@ class Maker:
     """Makes every weight once: its shape, first value and logical axes in one place.
 
     Without `rngs` it makes shapes alone, jax.ShapeDtypeStruct, and allocates nothing: tracing the initialisers of
-    671 billion weights takes 10 s, this takes a tenth of one.
+    671 billion weights takes 10 s, this takes a tenth of one. `of_stack` makes the weights of that many equal layers,
+    one after another along a first axis.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None, dtype: jnp.dtype):
-        self.std, self.rngs, self.dtype = config.initializer_range, rngs, dtype
+    def __init__(
+        self,
+        config: ModelConfig,
+        rngs: nnx.Rngs | None,
+        dtype: jnp.dtype,
+        layout: Layout = LOCAL,
+        of_stack: int | None = None,
+    ):
+        self.config, self.rngs, self.dtype, self.layout = config, rngs, dtype, layout
+        self.leading = () if of_stack is None else (of_stack,)
+
+    def stack(self, layers: int) -> "Maker":
+        return Maker(self.config, self.rngs, self.dtype, self.layout, layers)
 
     def matrix(self, *shape: int, axes: tuple[str | None, ...]) -> nnx.Param:
-        draw = lambda: (jax.random.normal(self.rngs.params(), shape, jnp.float32) * self.std).astype(self.dtype)
-        return nnx.Param(self._value(draw, shape, self.dtype), axes=axes)
+        std = self.config.initializer_range
+        return self._made(nnx.Param, lambda s: jax.random.normal(self.rngs.params(), s, jnp.float32) * std, shape, axes)
 
     def scale(self, width: int, axis: str | None) -> nnx.Param:
-        return nnx.Param(self._value(lambda: jnp.ones(width, self.dtype), (width,), self.dtype), axes=(axis,))
+        return self._made(nnx.Param, jnp.ones, (width,), (axis,))
 
     def shift(self, width: int, axis: str | None) -> nnx.Param:
-        return nnx.Param(self._value(lambda: jnp.zeros(width, self.dtype), (width,), self.dtype), axes=(axis,))
+        return self._made(nnx.Param, jnp.zeros, (width,), (axis,))
 
     def router_bias(self, experts: int) -> RouterBias:
-        return RouterBias(self._value(lambda: jnp.zeros(experts), (experts,), jnp.float32), axes=(None,))
+        return self._made(RouterBias, jnp.zeros, (experts,), (None,), jnp.float32)
 
-    def _value(self, first: Callable[[], jax.Array], shape: tuple[int, ...], dtype: jnp.dtype):
-        return jax.ShapeDtypeStruct(shape, dtype) if self.rngs is None else first()
+    def _made(self, kind: type[nnx.Variable], first: Callable, shape: tuple, axes: tuple, dtype=None) -> nnx.Variable:
+        shape, axes, dtype = self.leading + shape, ("layer",) * len(self.leading) + axes, dtype or self.dtype
+        value = jax.ShapeDtypeStruct(shape, dtype) if self.rngs is None else first(shape).astype(dtype)
+        return kind(value, axes=axes)
 
 
 class RouterStats(NamedTuple):
@@ -73,33 +91,59 @@ class Experts(nnx.Module):
 
     def __init__(self, width: int, moe: MoEConfig, make: Maker):
         count, inner = moe.n_routed_experts, moe.moe_intermediate_size
-        self.gate = make.matrix(count, width, inner, axes=("expert", "embed", "mlp"))
-        self.up = make.matrix(count, width, inner, axes=("expert", "embed", "mlp"))
-        self.down = make.matrix(count, inner, width, axes=("expert", "mlp", "embed"))
+        self.gate = make.matrix(count, width, inner, axes=("expert", "expert_embed", "expert_mlp"))
+        self.up = make.matrix(count, width, inner, axes=("expert", "expert_embed", "expert_mlp"))
+        self.down = make.matrix(count, inner, width, axes=("expert", "expert_mlp", "expert_embed"))
 
 
 class MoE(nnx.Module):
     """Routed experts plus the shared ones. Source: arXiv 2412.19437 equations 12 to 15."""
 
     def __init__(self, width: int, moe: MoEConfig, make: Maker):
-        self.config = moe
+        self.config, self.layout = moe, make.layout
         self.router = make.matrix(width, moe.n_routed_experts, axes=("embed", None))
         self.bias = make.router_bias(moe.n_routed_experts) if moe.topk_method == "noaux_tc" else None
         self.experts = Experts(width, moe, make)
         self.shared = MLP(width, moe.n_shared_experts * moe.moe_intermediate_size, make)
 
-    def __call__(self, x_BTD: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
+    def __call__(
+        self, x_BTD: jax.Array, mask_BT: jax.Array, place: jax.Array | None = None
+    ) -> tuple[jax.Array, RouterStats]:
+        """`place`: the layer's in a stack, where the experts' weights are a whole stack's."""
         B, T, D = x_BTD.shape
         moe = self.config
-        logits = x_BTD.astype(jnp.float32) @ self.router[...].astype(jnp.float32)
+        # the shared experts' columns are cut, so that decoding gives every chip all tokens; the rest is a chip's own
+        own = self.layout.constrain(x_BTD, "batch", None if T == 1 else "sequence", None)
+        logits = own.astype(jnp.float32) @ self.router[...].astype(jnp.float32)
         scores_BTE = routing.scores_of(logits, moe)
         bias = None if self.bias is None else self.bias[...]
         weights, experts = routing.select_experts(scores_BTE.reshape(B * T, -1), bias, moe)
-        e = self.experts
-        routed = expert_mlp(x_BTD.reshape(B * T, D), weights, experts, e.gate[...], e.up[...], e.down[...])
-        load = routing.expert_load(experts.reshape(B, T, -1), mask_BT, moe.n_routed_experts)
+        weights, experts = (choice.reshape(B, T, -1) for choice in (weights, experts))
+        load = routing.expert_load(experts, mask_BT, moe.n_routed_experts)
         stats = RouterStats(load, routing.sequence_balance(scores_BTE, load, mask_BT, moe))
-        return routed.reshape(B, T, D) + self.shared(x_BTD), stats
+        return self._routed(own, weights, experts, place) + self.shared(x_BTD), stats
+
+    def _routed(self, x_BTD, weights_BTA, experts_BTA, place):
+        e, layout = self.experts, self.layout
+        matrices = e.gate[...], e.up[...], e.down[...]
+        place = place if matrices[0].ndim == 4 else None  # else they are the layer's own already
+        if layout.mesh is None:
+            matrices = [stack if place is None else stack[place] for stack in matrices]
+            flat = lambda of: of.reshape(-1, of.shape[-1])
+            return expert_mlp(flat(x_BTD), flat(weights_BTA), flat(experts_BTA), *matrices).reshape(x_BTD.shape)
+        return routed_experts(
+            x_BTD,
+            weights_BTA,
+            experts_BTA,
+            *matrices,
+            mesh=layout.mesh,
+            rows=layout.cut("batch"),
+            columns=None if x_BTD.shape[1] == 1 else "context",
+            gathered=GATHERED if layout.workload == "train" else (),
+            transport=layout.transport,
+            slack=layout.slack,
+            layer=place,
+        )
 
 
 class Rotary(NamedTuple):
@@ -122,7 +166,7 @@ class Indexer(nnx.Module):
         a: MLAConfig = config.attention
         D, J, Z = config.hidden_size, a.indexer.index_n_heads, a.indexer.index_head_dim
         self.heads, self.count, self.rotated = J, a.indexer.index_topk, a.qk_rope_head_dim
-        self.q = make.matrix(a.q_lora_rank, J * Z, axes=(None, "heads"))
+        self.q = make.matrix(a.q_lora_rank, J * Z, axes=("rank", "heads"))
         self.k = make.matrix(D, Z, axes=("embed", None))
         self.norm = make.scale(Z, None)
         self.shift = make.shift(Z, None)
@@ -133,13 +177,15 @@ class Indexer(nnx.Module):
         k = layer_norm(x_BTD @ self.k, self.norm[...], self.shift[...], INDEX_EPS)
         return self._rotate(k[:, :, None], rotary)[:, :, 0]
 
-    def choose(
-        self, x_BTD: jax.Array, latent_BTQ: jax.Array, rotary: Rotary, keys_BSZ: jax.Array, visible_BTS: jax.Array
-    ) -> jax.Array:
-        """Indices [B, T, U] of the index_topk best keys; there must be so many, though not so many visible ones."""
+    def queries(self, x_BTD: jax.Array, latent_BTQ: jax.Array, rotary: Rotary) -> tuple[jax.Array, jax.Array]:
+        """Queries [B, T, J, Z] and the weights of their heads [B, T, J]."""
         q = (latent_BTQ @ self.q).reshape(*x_BTD.shape[:2], self.heads, -1)
-        scores = indexer.index_scores(self._rotate(q, rotary), keys_BSZ, x_BTD @ self.weights)
-        return indexer.select_keys(scores, visible_BTS, self.count)
+        return self._rotate(q, rotary), x_BTD @ self.weights
+
+    def choose(self, queries: tuple[jax.Array, jax.Array], keys_BSZ: jax.Array, visible_BTS: jax.Array) -> jax.Array:
+        """Indices [B, T, U] of the index_topk best keys; there must be so many, though not so many visible ones."""
+        q, weights = queries
+        return indexer.select_keys(indexer.index_scores(q, keys_BSZ, weights), visible_BTS, self.count)
 
     def _rotate(self, x_BTJZ, rotary):
         first, rest = jnp.split(x_BTJZ, [self.rotated], axis=-1)
@@ -157,42 +203,62 @@ class LatentAttention(nnx.Module):
     def __init__(self, config: ModelConfig, make: Maker):
         a: MLAConfig = config.attention
         D, N = config.hidden_size, config.num_attention_heads
-        self.config, self.heads, self.scale = a, N, config.attention_scale
+        self.config, self.heads, self.scale, self.layout = a, N, config.attention_scale, make.layout
         q_width = N * (a.qk_nope_head_dim + a.qk_rope_head_dim)
         if a.q_lora_rank is None:
             self.q = make.matrix(D, q_width, axes=("embed", "heads"))
         else:
-            self.q_a = make.matrix(D, a.q_lora_rank, axes=("embed", None))
+            self.q_a = make.matrix(D, a.q_lora_rank, axes=("embed", "latent"))
             self.q_norm = make.scale(a.q_lora_rank, None)
-            self.q_b = make.matrix(a.q_lora_rank, q_width, axes=(None, "heads"))
+            self.q_b = make.matrix(a.q_lora_rank, q_width, axes=("rank", "heads"))
         self.kv_a = make.matrix(D, a.kv_lora_rank + a.qk_rope_head_dim, axes=("embed", None))
         self.kv_norm = make.scale(a.kv_lora_rank, None)
-        self.kv_b = make.matrix(a.kv_lora_rank, N * (a.qk_nope_head_dim + a.v_head_dim), axes=(None, "heads"))
+        self.kv_b = make.matrix(a.kv_lora_rank, N * (a.qk_nope_head_dim + a.v_head_dim), axes=("rank", "heads"))
         self.o = make.matrix(N * a.v_head_dim, D, axes=("heads", "embed"))
         self.indexer = None if a.indexer is None else Indexer(config, make)
 
-    def __call__(self, x_BTD: jax.Array, rotary: Rotary, mask_BTS: jax.Array) -> tuple[jax.Array, LatentCache]:
+    def __call__(self, x_BTD: jax.Array, rotary: Rotary) -> tuple[jax.Array, LatentCache]:
+        lay = self.layout.constrain
         latent = self._query_latent(x_BTD)
-        new = self._latents(x_BTD, rotary)
-        if self._chooses_among(mask_BTS.shape[-1]):
-            chosen = self.indexer.choose(x_BTD, latent, rotary, new.index_BSZ, mask_BTS)
-            mask_BTS = indexer.chosen_mask(chosen, mask_BTS)
-        out = attention.attend_expanded(
-            *self._queries(latent, rotary), new.c_BSC, new.r_BSR, *self._key_value_weights(), mask_BTS, self.scale
-        )
-        return self._output(out), new
+        q = jnp.concatenate(self._queries(latent, rotary), axis=-1)
+        q = lay(q, "batch", "sequence", "tensor", None)
+        # every chip of a `context` group needs all keys: 576 numbers a token, before they are spelled out by head
+        new = jax.tree.map(lambda part: lay(part, "batch", None, None), self._latents(x_BTD, rotary))
+        index = None if self.indexer is None else self.indexer.queries(x_BTD, latent, rotary)
+        spelled = attention.spelled_out(new.c_BSC, new.r_BSR, *self._key_value_weights())
+        k, v = (lay(part, "batch", "tensor", None, None) for part in spelled)
 
-    def extend(self, x_BTD: jax.Array, rotary: Rotary, cache: LatentCache) -> tuple[jax.Array, LatentCache]:
-        cache = cache.write(self._latents(x_BTD, rotary), rotary.positions_BT)
+        def attend_rows(queries, positions_t, end):
+            q, index = queries
+            mask = attention.causal_rows(positions_t, end, x_BTD.shape[0])
+            if self._chooses_among(end):
+                mask = indexer.chosen_mask(self.indexer.choose(index, new.index_BSZ[:, :end], mask), mask)
+            return attention.attend(q, k[:, :, :end], v[:, :, :end], mask, self.scale)
+
+        out = attention.in_blocks(attend_rows, (q, index), **_blocks(self.layout, x_BTD.shape, self.heads))
+        return self._output(checkpoint_name(out, ATTENTION)), new
+
+    def extend(
+        self, x_BTD: jax.Array, rotary: Rotary, cache: LatentCache, place: jax.Array | None = None
+    ) -> tuple[jax.Array, LatentCache]:
+        """Over a cache, the layer's own or, with the layer's place in it, a stack's."""
+        lay = self.layout.constrain
+        by_sequence = lambda part: lay(part, "cache_batch", *(None,) * (part.ndim - 1))
+        by_head = lambda part: lay(part, "decode_batch", None, "decode_heads", None)
+        cache = cache.write(jax.tree.map(by_sequence, self._latents(x_BTD, rotary)), rotary.positions_BT, place)
+        own = cache.layer(place)
         latent = self._query_latent(x_BTD)
-        mask = attention.causal_mask(rotary.positions_BT, cache.positions())
-        over = (*self._queries(latent, rotary), cache.c_BSC, cache.r_BSR, *self._key_value_weights())
+        nope, rope = map(by_head, self._queries(latent, rotary))
+        w_k, w_v = self._key_value_weights()
+        q = [by_sequence(part) for part in (by_head(attention.absorbed(nope, w_k)), rope)]
+        mask = attention.causal_mask(rotary.positions_BT, own.positions())
         if self._chooses_among(mask.shape[-1]):
-            chosen = self.indexer.choose(x_BTD, latent, rotary, cache.index_BSZ, mask)
-            out = attention.attend_chosen(*over, chosen, mask, self.scale)
+            index = jax.tree.map(by_sequence, self.indexer.queries(x_BTD, latent, rotary))
+            chosen = self.indexer.choose(index, own.index_BSZ, mask)
+            out = attention.attend_chosen(*q, own.c_BSC, own.r_BSR, chosen, mask, self.scale)
         else:
-            out = attention.attend_absorbed(*over, mask, self.scale)
-        return self._output(out), cache
+            out = attention.attend_latents(*q, own.c_BSC, own.r_BSR, mask, self.scale)
+        return self._output(by_head(attention.values_of(by_head(out), w_v))), cache
 
     def _chooses_among(self, keys: int) -> bool:
         return self.indexer is not None and keys > self.config.indexer.index_topk
@@ -230,28 +296,39 @@ class GroupedAttention(nnx.Module):
     def __init__(self, config: ModelConfig, make: Maker):
         a: GQAConfig = config.attention
         D, N, G, K = config.hidden_size, config.num_attention_heads, a.num_key_value_heads, a.head_dim
-        self.scale, self.shape = config.attention_scale, (N, G, K)
+        self.scale, self.shape, self.layout = config.attention_scale, (N, G, K), make.layout
         self.q = make.matrix(D, N * K, axes=("embed", "heads"))
-        self.k = make.matrix(D, G * K, axes=("embed", "heads"))
-        self.v = make.matrix(D, G * K, axes=("embed", "heads"))
+        self.k = make.matrix(D, G * K, axes=("embed", "kv_heads"))
+        self.v = make.matrix(D, G * K, axes=("embed", "kv_heads"))
         self.o = make.matrix(N * K, D, axes=("heads", "embed"))
         self.qkv_bias = a.qkv_bias
         if a.qkv_bias:
             self.q_bias = make.shift(N * K, "heads")
-            self.k_bias = make.shift(G * K, "heads")
-            self.v_bias = make.shift(G * K, "heads")
+            self.k_bias = make.shift(G * K, "kv_heads")
+            self.v_bias = make.shift(G * K, "kv_heads")
 
-    def __call__(self, x_BTD: jax.Array, rotary: Rotary, mask_BTS: jax.Array) -> tuple[jax.Array, KVCache]:
+    def __call__(self, x_BTD: jax.Array, rotary: Rotary) -> tuple[jax.Array, KVCache]:
+        lay = self.layout.constrain
         q, new = self._project(x_BTD, rotary)
-        out = attention.attend(q, new.k_BGSK, new.v_BGSK, mask_BTS, self.scale)
-        return out.reshape(*out.shape[:2], -1) @ self.o, new
+        q = lay(q, "batch", "sequence", "tensor", None)
+        new = jax.tree.map(lambda part: lay(part, "batch", "tensor", None, None), new)
 
-    def extend(self, x_BTD: jax.Array, rotary: Rotary, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        def attend_rows(q_BtNK, positions_t, end):
+            mask = attention.causal_rows(positions_t, end, x_BTD.shape[0])
+            return attention.attend(q_BtNK, *(part[:, :, :end] for part in new), mask, self.scale)
+
+        out = attention.in_blocks(attend_rows, q, **_blocks(self.layout, x_BTD.shape, self.shape[0]))
+        return self._output(checkpoint_name(out, ATTENTION)), new
+
+    def extend(
+        self, x_BTD: jax.Array, rotary: Rotary, cache: KVCache, place: jax.Array | None = None
+    ) -> tuple[jax.Array, KVCache]:
+        """Over a cache, the layer's own or, with the layer's place in it, a stack's."""
         q, new = self._project(x_BTD, rotary)
-        cache = cache.write(new, rotary.positions_BT)
-        mask = attention.causal_mask(rotary.positions_BT, cache.positions())
-        out = attention.attend(q, cache.k_BGSK, cache.v_BGSK, mask, self.scale)
-        return out.reshape(*out.shape[:2], -1) @ self.o, cache
+        cache = cache.write(new, rotary.positions_BT, place)
+        own = cache.layer(place)
+        mask = attention.causal_mask(rotary.positions_BT, own.positions())
+        return self._output(attention.attend(q, own.k_BGSK, own.v_BGSK, mask, self.scale)), cache
 
     def _project(self, x, rotary):
         B, T, _ = x.shape
@@ -262,3 +339,13 @@ class GroupedAttention(nnx.Module):
         q = rotate_half(q.reshape(B, T, N, K), rotary.cos_BTr, rotary.sin_BTr)
         k = rotate_half(k.reshape(B, T, G, K), rotary.cos_BTr, rotary.sin_BTr)
         return q, KVCache(k.swapaxes(1, 2), v.reshape(B, T, G, K).swapaxes(1, 2))
+
+    def _output(self, out_BTNH):
+        return out_BTNH.reshape(*out_BTNH.shape[:2], -1) @ self.o
+
+
+def _blocks(layout: Layout, shape: tuple[int, ...], heads: int) -> dict[str, int]:
+    """How `attention.in_blocks` is to cut the queries: so that a chip's scores at once stay within bounds."""
+    B, T = shape[:2]
+    scores_a_row = -(-B // layout.parts("batch")) * -(-heads // layout.parts("tensor")) * T
+    return {"rows": attention.rows_at_once(scores_a_row), "shards": layout.parts("sequence")}

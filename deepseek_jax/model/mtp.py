@@ -29,7 +29,7 @@ class MTP(nnx.Module):
         self.eps = config.rms_norm_eps
         self.token_norm = make.scale(D, None)
         self.hidden_norm = make.scale(D, None)
-        # One of the two dimensions may be sharded as the model's width is, not both; products sum over the first.
+        # one of the two dimensions may be cut as the model's width is, not both
         self.project = make.matrix(2 * D, D, axes=("embed", None))
         self.layer = Layer(config, config.num_hidden_layers + depth, make)
         self.norm = make.scale(D, None)
@@ -39,7 +39,6 @@ class MTP(nnx.Module):
         embedded_BTD: jax.Array,
         hidden_BTD: jax.Array,
         rotary: Rotary,
-        mask_BTS: jax.Array,
         counted_BT: jax.Array,
     ) -> tuple[jax.Array, RouterStats | None]:
         """States [B, T, D] after the module's norm, for the head and for the next module, and its layer's routing.
@@ -47,14 +46,14 @@ class MTP(nnx.Module):
         Args:
             embedded_BTD: embeddings of the tokens to join, the next token at each position for the first module.
             hidden_BTD: states of the model after its final norm, or of the module before.
-            rotary, mask_BTS: of the positions. Both parts of a position lie at the position of its state; attention
+            rotary: of the positions. Both parts of a position lie at the position of its state; attention
                 knows only distances, so the place of the joined token would give the same.
             counted_BT: which positions the routing statistics count.
         """
         token = rms_norm(embedded_BTD, self.token_norm[...], self.eps)
         state = rms_norm(hidden_BTD, self.hidden_norm[...], self.eps)
         z = jnp.concatenate([token, state], axis=-1) @ self.project
-        x, _, stats = self.layer(z, rotary, mask_BTS, counted_BT)
+        x, _, stats = self.layer(z, rotary, counted_BT)
         return rms_norm(x, self.norm[...], self.eps), stats
 
 

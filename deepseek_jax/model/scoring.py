@@ -9,6 +9,7 @@ from deepseek_jax.model.decoder import Decoder
 from deepseek_jax.model.layers import RouterStats
 from deepseek_jax.model.mtp import ahead
 from deepseek_jax.ops.logprobs import token_logprobs
+from deepseek_jax.parallel.logprobs import sharded_logprobs
 
 
 class Scored(NamedTuple):
@@ -49,7 +50,7 @@ def score(
         temperature: the sampler's; log-probs of a sample mean nothing at another one.
     """
     hidden = model(tokens_BT, _real(mask_BT))
-    logprobs, entropy = token_logprobs(hidden.x_BTD, model.head_DV(), targets_BT, temperature=temperature)
+    logprobs, entropy = _logprobs(model, hidden.x_BTD, targets_BT, temperature)
     return Scored(logprobs, entropy, *_routing(hidden.stats))
 
 
@@ -63,13 +64,21 @@ def score_ahead(
     """
     real_BT = _real(mask_BT)
     hidden = model(tokens_BT, real_BT)
-    logprobs, entropy = token_logprobs(hidden.x_BTD, model.head_DV(), targets_BT)
+    logprobs, entropy = _logprobs(model, hidden.x_BTD, targets_BT)
     further, stats = [], hidden.stats
     for depth, draft in enumerate(model.draft(hidden.x_BTD, targets_BT, real_BT), 1):
-        of_targets, _ = token_logprobs(draft.x_BTD, model.head_DV(), ahead(targets_BT, depth))
+        of_targets, _ = _logprobs(model, draft.x_BTD, ahead(targets_BT, depth))
         further.append(Ahead(of_targets, ahead(mask_BT, depth)))
         stats += draft.stats
     return Scored(logprobs, entropy, *_routing(stats)), tuple(further)
+
+
+def _logprobs(
+    model: Decoder, x_BTD: jax.Array, targets_BT: jax.Array, temperature: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    if model.layout.mesh is None:
+        return token_logprobs(x_BTD, model.head_DV(), targets_BT, temperature=temperature)
+    return sharded_logprobs(x_BTD, model.head_DV(), targets_BT, model.layout, temperature=temperature)
 
 
 def _real(mask_BT: jax.Array) -> jax.Array:
@@ -81,5 +90,5 @@ def _routing(stats: tuple[RouterStats, ...]) -> tuple[jax.Array | None, jax.Arra
     """Load and balance as `Scored` has them."""
     if not stats:
         return None, jnp.float32(0)
-    load_LE = jnp.stack([jnp.sum(s.load_BE, axis=0) for s in stats])
+    load_LE = jnp.concatenate([jnp.sum(s.load_BE, axis=-2).reshape(-1, s.load_BE.shape[-1]) for s in stats])
     return load_LE, sum(jnp.sum(s.balance_B) for s in stats)

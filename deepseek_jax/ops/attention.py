@@ -3,9 +3,15 @@
 Masks are boolean [B, T, S], true where a query may look. Softmax runs in float32.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+_SCORES_AT_ONCE = 2**27
+_SEGMENTS = 8  # in how many steps the keys that a block of queries reads grow: 9/16 of all pairs instead of 1/2
 
 
 def causal_mask(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
@@ -47,12 +53,21 @@ def attend_expanded(
 
     Source: arXiv 2412.19437 equations 1 to 11.
     """
+    return attend(jnp.concatenate([q_nope, q_rope], axis=-1), *spelled_out(c, k_rope, w_k, w_v), mask, scale)
+
+
+def spelled_out(
+    c: Float[Array, "B S C"],
+    k_rope: Float[Array, "B S R"],
+    w_k: Float[Array, "C N K"],
+    w_v: Float[Array, "C N H"],
+) -> tuple[Float[Array, "B N S K+R"], Float[Array, "B N S H"]]:
+    """Every head's keys and values, head-major, from the latents."""
     B, S, _ = c.shape
-    N, R = q_nope.shape[2], k_rope.shape[-1]
+    N, R = w_k.shape[1], k_rope.shape[-1]
     k_nope = jnp.einsum("bsc,cnk->bnsk", c, w_k)
     k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope[:, None], (B, N, S, R))], axis=-1)
-    v = jnp.einsum("bsc,cnh->bnsh", c, w_v)
-    return attend(jnp.concatenate([q_nope, q_rope], axis=-1), k, v, mask, scale)
+    return k, jnp.einsum("bsc,cnh->bnsh", c, w_v)
 
 
 def attend_absorbed(
@@ -69,37 +84,116 @@ def attend_absorbed(
 
     Source: DeepSeek-V3 inference/model.py, MLA.forward, attn_impl "absorb".
     """
-    q_latent = jnp.einsum("btnk,cnk->btnc", q_nope, w_k)
-    scores = jnp.einsum("btnc,bsc->bnts", q_latent, c, preferred_element_type=jnp.float32)
-    scores += jnp.einsum("btnr,bsr->bnts", q_rope, k_rope, preferred_element_type=jnp.float32)
-    weights = _softmax(scores * scale, mask[:, None])
-    out_latent = jnp.einsum("bnts,bsc->btnc", weights.astype(c.dtype), c)
+    return values_of(attend_latents(absorbed(q_nope, w_k), q_rope, c, k_rope, mask, scale), w_v)
+
+
+def absorbed(q_nope: Float[Array, "B T N K"], w_k: Float[Array, "C N K"]) -> Float[Array, "B T N C"]:
+    """Queries that meet the latents themselves: the keys' projection goes to their side."""
+    return jnp.einsum("btnk,cnk->btnc", q_nope, w_k)
+
+
+def values_of(out_latent: Float[Array, "B T N C"], w_v: Float[Array, "C N H"]) -> Float[Array, "B T N H"]:
+    """The values' projection of what was attended to in the latent space."""
     return jnp.einsum("btnc,cnh->btnh", out_latent, w_v)
 
 
-def attend_chosen(
-    q_nope: Float[Array, "B T N K"],
+def attend_latents(
+    q_latent: Float[Array, "B T N C"],
     q_rope: Float[Array, "B T N R"],
     c: Float[Array, "B S C"],
     k_rope: Float[Array, "B S R"],
-    w_k: Float[Array, "C N K"],
-    w_v: Float[Array, "C N H"],
+    mask: Bool[Array, "B T S"],
+    scale: float,
+) -> Float[Array, "B T N C"]:
+    """The part of absorbed attention between its two projections."""
+    scores = jnp.einsum("btnc,bsc->bnts", q_latent, c, preferred_element_type=jnp.float32)
+    scores += jnp.einsum("btnr,bsr->bnts", q_rope, k_rope, preferred_element_type=jnp.float32)
+    weights = _softmax(scores * scale, mask[:, None])
+    return jnp.einsum("bnts,bsc->btnc", weights.astype(c.dtype), c)
+
+
+def attend_chosen(
+    q_latent: Float[Array, "B T N C"],
+    q_rope: Float[Array, "B T N R"],
+    c: Float[Array, "B S C"],
+    k_rope: Float[Array, "B S R"],
     chosen: Int[Array, "B T U"],
     mask: Bool[Array, "B T S"],
     scale: float,
-) -> Float[Array, "B T N H"]:
-    """Absorbed attention where each query reads only the keys chosen for it, and of those only what `mask` lets it see.
+) -> Float[Array, "B T N C"]:
+    """`attend_latents` where each query reads only the keys chosen for it, and of those only what `mask` lets it see.
 
     The cost is that of U keys a query, however many the cache has; the gathered latents take [B, T, U, C + R].
-    Equals `attend_absorbed` under the mask of the same keys. Source: DeepSeek-V3.2-Exp report section 1, equation 2.
+    Equals `attend_latents` under the mask of the same keys. Source: DeepSeek-V3.2-Exp report section 1, equation 2.
     """
     B, T, U = chosen.shape
-    rows = jnp.arange(B)[:, None, None]
     alone = lambda x: x.reshape(B * T, -1, *x.shape[2:])  # each query a sequence of its own
-    own = lambda x: x[rows, chosen].reshape(B * T, U, -1)
+    own = lambda x: jax.vmap(lambda keys, of: keys[of])(x, chosen).reshape(B * T, U, -1)
     sees = alone(jnp.take_along_axis(mask, chosen, axis=-1))
-    out = attend_absorbed(alone(q_nope), alone(q_rope), own(c), own(k_rope), w_k, w_v, sees, scale)
+    out = attend_latents(alone(q_latent), alone(q_rope), own(c), own(k_rope), sees, scale)
     return out.reshape(B, T, *out.shape[2:])
+
+
+def in_blocks(
+    attend_rows: Callable[[Any, Int[Array, "t"], int], Float[Array, "B t N H"]], queries: Any, *, rows: int, shards: int
+) -> Float[Array, "B T N H"]:
+    """Causal attention of whole sequences, a block of queries at a time, so that not all scores exist at once.
+
+    Queries are cut into eight segments, of which each reads the keys up to its own end and no further, and each
+    segment into blocks; the gradient works a block's scores out again. Few enough queries go in one piece.
+
+    Args:
+        attend_rows: (a block of the queries, its positions, number of keys to read from position 0) to its output.
+        queries: a tree of arrays [B, T, ...], from position 0.
+        rows: queries at a time at most; see `rows_at_once`.
+        shards: contiguous parts of the sequence that lie on different devices. With more than one, a block takes its
+            share of each, and every block reads all keys.
+    """
+    T = jax.tree.leaves(queries)[0].shape[1]
+    if rows >= T and shards == 1:
+        return attend_rows(queries, jnp.arange(T), T)
+    segments = _SEGMENTS if shards == 1 and T % _SEGMENTS == 0 else 1
+    length = T // segments
+    done = []
+    for start in range(0, T, length):
+        part = jax.tree.map(lambda q: q[:, start : start + length], queries)  # noqa: B023
+        done.append(_segment(attend_rows, part, start, start + length, rows, shards))
+    return jnp.concatenate(done, axis=1) if segments > 1 else done[0]
+
+
+def _segment(attend_rows, queries, start: int, end: int, rows: int, shards: int):
+    """The queries from `start` on, block by block, over the keys before `end`."""
+    length = end - start
+    count = next(n for n in range(1, length // shards + 1) if length % (shards * n) == 0 and length // n <= rows)
+    size = length // (shards * count)  # of a block's share of one shard
+    apart = lambda q: jnp.moveaxis(q.reshape(q.shape[0], shards, count, size, *q.shape[2:]), 2, 0)
+    positions = jnp.moveaxis(jnp.arange(start, end).reshape(shards, count, size), 1, 0)
+
+    @jax.checkpoint
+    def block(of):
+        part, at = of
+        joined = jax.tree.map(lambda q: q.reshape(q.shape[0], shards * size, *q.shape[3:]), part)
+        out = attend_rows(joined, at.reshape(-1), end)
+        return out.reshape(out.shape[0], shards, size, *out.shape[2:])
+
+    of_all = (jax.tree.map(apart, queries), positions)
+    if count == 1:
+        out = block(jax.tree.map(lambda a: a[0], of_all))[None]
+    else:
+        out = jax.lax.map(block, of_all)
+    out = jnp.moveaxis(out, 0, 2)
+    return out.reshape(out.shape[0], length, *out.shape[4:])
+
+
+def rows_at_once(scores_a_row: int) -> int:
+    """How many queries keep the scores at once within half a GiB of float32: 2^27 of them."""
+    return max(1, _SCORES_AT_ONCE // scores_a_row)
+
+
+def causal_rows(positions: Int[Array, "t"], keys: int, sequences: int) -> Bool[Array, "B t S"]:
+    """What queries at these positions of every sequence see of the first `keys` ones."""
+    mask = jnp.arange(keys) <= positions[:, None]
+    return jnp.broadcast_to(mask, (sequences, *mask.shape))
 
 
 def _softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:

@@ -4,6 +4,8 @@ No row is dropped and no capacity is set. `jax.lax.ragged_dot` is a native kerne
 experts on CPU and GPU, where its cost grows with their number; there a loop over tiles of rows takes its place.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -38,9 +40,35 @@ def grouped_matmul(lhs: Float[Array, "W K"], rhs: Float[Array, "E K N"], sizes: 
     Args:
         lhs: rows sorted by group.
         rhs: one matrix a group.
-        sizes: rows of each group, summing to W.
+        sizes: rows of each group. Rows past the last group cost nothing, and are undefined in the result.
     """
-    return jax.lax.platform_dependent(lhs, rhs, sizes, tpu=jax.lax.ragged_dot, default=tiled_matmul)
+    return jax.lax.platform_dependent(lhs, rhs, sizes, tpu=ragged_matmul, default=tiled_matmul)
+
+
+@jax.custom_vjp
+def ragged_matmul(lhs, rhs, sizes):
+    """grouped_matmul as TPU has it natively, but for the gradient of rhs.
+
+    XLA computes that one densely over all groups (4 times the work with 4 groups, 16 times with 16; jax 0.10); the
+    kernel of jax's own megablox does each group's rows.
+    """
+    return jax.lax.ragged_dot(lhs, rhs, sizes)
+
+
+def _ragged_forward(lhs, rhs, sizes):
+    return ragged_matmul(lhs, rhs, sizes), (lhs, rhs, sizes)
+
+
+def _ragged_backward(saved, d_out):
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm  # Pallas is slow to import
+
+    lhs, rhs, sizes = saved
+    rows = math.gcd(lhs.shape[0], 512)
+    d_rhs = tgmm(lhs.T, d_out, sizes, rhs.dtype, tiling=(rows, 512, 512))
+    return ragged_matmul(d_out, jnp.swapaxes(rhs, 1, 2), sizes), d_rhs, None
+
+
+ragged_matmul.defvjp(_ragged_forward, _ragged_backward)
 
 
 @jax.custom_vjp

@@ -1,5 +1,7 @@
 """Log-probabilities of given tokens without ever holding the logits of a whole batch."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -30,16 +32,29 @@ def token_logprobs(
     Returns:
         Log-probs and entropies, float32 [B, T], in nats.
     """
+    of_chunk = lambda part, targets: logprobs_of_logits((part @ head).astype(jnp.float32) / temperature, targets)
+    return in_chunks(of_chunk, hidden, tokens, chunk or positions_at_once(hidden.shape[0] * head.shape[1]))
+
+
+def positions_at_once(logits_a_position: int) -> int:
+    """How many positions keep the logits at once within 128 MiB of float32."""
+    return max(1, _LOGITS_AT_ONCE // logits_a_position)
+
+
+def in_chunks(
+    of_chunk: Callable[[Float[Array, "B t D"], Int[Array, "B t"]], tuple[Float[Array, "B t"], Float[Array, "B t"]]],
+    hidden: Float[Array, "B T D"],
+    tokens: Int[Array, "B T"],
+    chunk: int,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """`of_chunk` over the positions, `chunk` at a time and recomputed for the gradient."""
     B, T, D = hidden.shape
-    size = min(T, max(1, _LOGITS_AT_ONCE // (B * head.shape[1])) if chunk is None else chunk)
+    size = min(T, chunk)
     padded = -(-T // size) * size
     hidden = jnp.pad(hidden, ((0, 0), (0, padded - T), (0, 0))).reshape(B, -1, size, D).swapaxes(0, 1)
     targets = jnp.pad(tokens, ((0, 0), (0, padded - T))).reshape(B, -1, size).swapaxes(0, 1)
 
-    @jax.checkpoint
-    def of_chunk(hidden_BtD, tokens_Bt):
-        return logprobs_of_logits((hidden_BtD @ head).astype(jnp.float32) / temperature, tokens_Bt)
-
+    of_chunk = jax.checkpoint(of_chunk)
     if padded == size:  # a map of one step would still cost a loop
         logp, entropy = of_chunk(hidden[0], targets[0])
         return logp[:, :T], entropy[:, :T]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deepseek_jax import processes
 from deepseek_jax.generate.engine import Generator, SamplingConfig, bucket
 from deepseek_jax.generate.text import TextCompletion, complete, seeds_for
 from deepseek_jax.rewards.combine import CombinedReward
@@ -74,17 +75,23 @@ class Roller:
             raise ValueError(f"group_size: got {self.group_size}, wanted at least 2: a group of one learns nothing")
 
     def __call__(self, weights: nnx.State, prompts: Sequence[Prompt], *, seed: int, step: int) -> Rollout:
-        """Sample, reward, and compare. The draws are a function of (seed, step, place of the prompt) alone."""
+        """Sample, reward, and compare. The draws are a function of (seed, step, place of the prompt) alone.
+
+        In several processes all call it alike and get the same: all hold all completions, the main one grades them.
+        """
         G = self.group_size
         seeds = [s for place in range(len(prompts)) for s in seeds_for(seed, step, place, count=G)]
         tokens = [p.tokens for p in prompts]
         found = complete(self.generator, weights, self.tokenizer, tokens, self.sampling, seeds=seeds, samples=G)
         repeated = [p for p in prompts for _ in range(G)]
-        totals, parts = self.reward(
-            prompts=[p.text for p in repeated],
-            completions=[c.text for c in found],
-            completion_ids=[c.tokens.tolist() for c in found],
-            **{name: [p.columns[name] for p in repeated] for name in prompts[0].columns},
+        # A grader may answer otherwise elsewhere (it has a clock, or a sandbox): one process grades for all.
+        totals, parts = processes.on_main(
+            lambda: self.reward(
+                prompts=[p.text for p in repeated],
+                completions=[c.text for c in found],
+                completion_ids=[c.tokens.tolist() for c in found],
+                **{name: [p.columns[name] for p in repeated] for name in prompts[0].columns},
+            )
         )
         rewards = np.asarray(totals, np.float32).reshape(len(prompts), G)
         used = rewards if self.alter_rewards is None else self.alter_rewards(rewards, step)

@@ -11,6 +11,8 @@ from typing import Any, Self
 
 from tensorboardX import SummaryWriter
 
+from deepseek_jax import processes
+
 RESERVED = ("stage", "step", "time", "nonfinite")
 
 # A kill loses at most these last seconds of TensorBoard events, and nothing of metrics.jsonl.
@@ -31,6 +33,8 @@ class MetricLog:
     What is there already stays, but for a last line that a kill cut short. A run that goes on from a checkpoint
     calls `truncate` with the checkpoint's stage and step.
 
+    In several processes all may make one and call it alike: the main process alone reads and writes files.
+
     Args:
         folder: Where `metrics.jsonl` and `tensorboard/` live; made if absent.
 
@@ -41,9 +45,11 @@ class MetricLog:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.path = self.folder / "metrics.jsonl"
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._writers: dict[str, SummaryWriter] = {}
         self._last_step: dict[str, int] = {}
+        if not processes.is_main():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
         rows, ends = _scan(self.path)
         self._cut(rows, ends, keep=len(rows))
 
@@ -65,6 +71,8 @@ class MetricLog:
         if step < (last := self._last_step.get(stage, step)):
             raise ValueError(f"{stage} step {step} comes after step {last}: call truncate({stage!r}, {step - 1})")
 
+        if not processes.is_main():
+            return
         now = time.time()
         numbers = {name: float(value) for name, value in values.items()}
         row = {"stage": stage, "step": int(step), "time": now}
@@ -87,8 +95,9 @@ class MetricLog:
 
         Earlier stages stay whole. Stages that began after this step go, since they will be run again.
         """
-        rows, ends = _scan(self.path)
-        self._cut(rows, ends, keep=_kept(rows, stage, step))
+        if processes.is_main():
+            rows, ends = _scan(self.path)
+            self._cut(rows, ends, keep=_kept(rows, stage, step))
 
     def close(self) -> None:
         """Writes out and closes the TensorBoard files. A later `write` opens new ones."""

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column
 
+from deepseek_jax import processes
+
 # Speed is that of the last steps, so that the first one's compilation is soon forgotten.
 _SPEED_STEPS = 20
 
@@ -32,7 +34,7 @@ class Progress:
         start: Steps already done when resuming; they count for the bar and not for the speed.
         unit: What is counted.
         seconds: The longest silence between plain lines.
-        console: Where to write; standard output by default.
+        console: Where to write; by default the standard output of the main process.
         clock: Monotonic seconds; replaced in tests.
 
     Raises:
@@ -53,7 +55,7 @@ class Progress:
         if total <= 0 or not 0 <= start <= total:
             raise ValueError(f"progress needs 0 <= start <= total and total > 0, got {start} and {total}")
         self.total, self.description, self.step = total, description, start
-        self._console = console or Console()
+        self._console = console or Console(quiet=not processes.is_main())
         self._unit, self._seconds, self._clock = unit, seconds, clock
         self._lock = threading.Lock()
         self._metrics: dict[str, Any] = {}

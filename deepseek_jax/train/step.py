@@ -14,6 +14,7 @@ from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.model.scoring import Scored
 from deepseek_jax.ops.metrics import Max, Mean, Metrics, merge
 from deepseek_jax.ops.routing import updated_bias
+from deepseek_jax.sharding import LOCAL, Layout
 
 
 class TrainState(NamedTuple):
@@ -56,18 +57,29 @@ class StepConfig:
             raise ValueError(f"micro_batches: got {self.micro_batches}, wanted at least 1")
 
 
-def init_state(weights: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(weights: nnx.State, optimizer: optax.GradientTransformation, layout: Layout = LOCAL) -> TrainState:
     """A state at step 0. The weights are copied: an update donates its input, and the caller keeps theirs."""
-    params, _ = nnx.split_state(weights, nnx.Param, ...)
-    return TrainState(jax.tree.map(jnp.copy, weights), optimizer.init(params), jnp.int32(0))
+
+    @jax.jit
+    def first(weights):
+        params, _ = nnx.split_state(weights, nnx.Param, ...)
+        copied = jax.tree.map(jnp.copy, weights)
+        return layout.stored(TrainState(copied, optimizer.init(params), jnp.int32(0)))
+
+    return first(weights)
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, objective: Objective, optimizer: optax.GradientTransformation, config: StepConfig
+    graphdef: nnx.GraphDef,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    config: StepConfig,
+    layout: Layout = LOCAL,
 ) -> Callable[[TrainState, MaskedBatch], tuple[TrainState, Metrics]]:
-    """The jitted step; its state is donated."""
+    """The jitted step; its state is donated. `layout` is the one that the module of `graphdef` was made with."""
 
     def part_gradient(weights, batch, samples):
+        batch = layout.rows(batch)
         params, rest = nnx.split_state(weights, nnx.Param, ...)
 
         def loss(params):
@@ -90,7 +102,7 @@ def make_train_step(
         params = optax.apply_updates(params, updates)
         if config.bias_gamma:
             rest = _moved_biases(rest, load_LE, config.bias_gamma)
-        return TrainState(nnx.merge_state(params, rest), moments, state.step + 1), metrics
+        return layout.stored(TrainState(nnx.merge_state(params, rest), moments, state.step + 1)), metrics
 
     return jax.jit(step, donate_argnames="state")
 
@@ -127,13 +139,18 @@ def _moved_biases(rest: nnx.State, load_LE: jax.Array | None, gamma: float) -> n
     A load without rows for the modules means that they did not run; their biases stay.
     """
     flat = nnx.to_flat_state(rest)
-    biases = [path for path, leaf in flat if isinstance(leaf, RouterBias)]
+    biases = [(path, leaf) for path, leaf in flat if isinstance(leaf, RouterBias)]
     if not biases or load_LE is None:  # V2's routing, and dense models
         return rest
-    layers, modules = (
-        sorted((path for path in biases if path[0] == part), key=lambda path: path[1]) for part in ("layers", "mtp")
-    )
-    ran = layers if load_LE.shape[0] == len(layers) else layers + modules
-    load = dict(zip(ran, load_LE, strict=True))
-    move = lambda path, leaf: leaf.replace(updated_bias(leaf[...], load[path], gamma)) if path in load else leaf
-    return nnx.from_flat_state([(path, move(path, leaf)) for path, leaf in flat])
+    of_model, modules = [], []
+    for path, leaf in sorted(biases, key=lambda of: of[0][1]):
+        (modules if path[0] == "mtp" else of_model).append((path, leaf[...]))
+    layers = lambda biases: sum(1 if bias.ndim == 1 else len(bias) for _, bias in biases)  # a stack's bias is [L, E]
+    ran = of_model if len(load_LE) == layers(of_model) else of_model + modules
+    moved, done = {}, 0
+    for path, bias in ran:
+        load = load_LE[done : done + layers([(path, bias)])]
+        moved[path] = updated_bias(bias, load.reshape(bias.shape), gamma)
+        done += len(load)
+    assert done == len(load_LE)
+    return nnx.from_flat_state([(path, leaf.replace(moved[path]) if path in moved else leaf) for path, leaf in flat])

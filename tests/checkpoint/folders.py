@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 
 from deepseek_jax.checkpoint import files, names
 from deepseek_jax.checkpoint.headers import DTYPES
+from deepseek_jax.checkpoint.opened import open_folder
 from deepseek_jax.config import FP8Config, GQAConfig, IndexerConfig, MLAConfig, ModelConfig, RopeConfig, preset, to_hf
 from deepseek_jax.model.decoder import abstract_weights
 
@@ -112,3 +113,28 @@ def write_folder(folder: Path, tensors: dict[str, np.ndarray], shards: int) -> N
         save_file(part, folder / file)
         weight_map |= dict.fromkeys(part, file)
     (folder / files.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def stored_at(folder: Path, name: str) -> tuple[list[tuple[Path, int]], bytes]:
+    """The files of a converted folder in which a tensor's bytes lie, with their offsets, and those bytes.
+
+    All of them: a file of weights may keep a copy that nothing refers to any more.
+    """
+    value = open_folder(folder).source.read(name).tobytes()
+    places = []
+    for path in (path for path in (folder / "weights").rglob("*") if path.is_file()):
+        raw, start = path.read_bytes(), 0
+        while (start := raw.find(value, start)) >= 0:
+            places.append((path, start))
+            start += len(value)
+    assert places, f"{name} lies nowhere below {folder}"
+    return places, value
+
+
+def flip_a_bit(folder: Path, name: str) -> None:
+    """Change the last bit of a number in the middle of a tensor of a converted folder, wherever it is stored."""
+    places, value = stored_at(folder, name)
+    for path, start in places:
+        raw = bytearray(path.read_bytes())
+        raw[start + len(value) // 8 * 4] ^= 1
+        path.write_bytes(raw)

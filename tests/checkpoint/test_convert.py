@@ -21,14 +21,15 @@ from deepseek_jax.checkpoint.opened import open_folder
 from tests.checkpoint.folders import R1, V32, random_folder
 
 ROOT = Path(__file__).resolve().parents[2]
-KILLED = """
+PIECE = 2048  # so that there are many moments to be killed at
+KILLED = f"""
 import os, signal, sys, threading
 from pathlib import Path
 from deepseek_jax.checkpoint import layout
 from deepseek_jax.checkpoint.convert import convert_hf
 from deepseek_jax.checkpoint.opened import open_folder
 
-layout.PIECE = 2048  # so that there are many moments to be killed at
+layout.PIECE = {PIECE}
 source, target, moment = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 calls, lock = 0, threading.Lock()
 
@@ -40,15 +41,16 @@ def advance(count):
             os.kill(os.getpid(), signal.SIGKILL)
 
 convert_hf(open_folder(source), target, advance=advance)
-print(calls)
 """
 
 
-def convert_until(source: Path, target: Path, moment: int) -> subprocess.CompletedProcess[str]:
-    """Convert in a process of its own, killed when `moment` pieces are written; 0 lets it finish."""
+def kill_at(moment: int, source: Path, target: Path) -> None:
+    """Convert in a process of its own, killed when `moment` pieces are written."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", KILLED, str(source), str(target), str(moment)]
-    return subprocess.run(command, capture_output=True, text=True, env=env)
+    killed = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not target.exists()
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -56,20 +58,19 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_it_goes_on_and_ends_the_same(kills, tmp_path: Path):
+def test_killed_at_random_moments_it_goes_on_and_ends_the_same(kills, tmp_path: Path, monkeypatch):
     """Nothing stands under the target's name before the end, and what was whole is not written again."""
     source, target, partial = tmp_path / "hf", tmp_path / "converted", tmp_path / ".converted.partial"
     random_folder(source, R1, shards=4)
-    unbroken = convert_until(source, tmp_path / "unbroken", 0)
-    pieces = int(unbroken.stdout)
-    moments = random.Random(5).sample(range(1, pieces), kills)
+    monkeypatch.setattr(layout, "PIECE", PIECE)
+    pieces = []
+    convert_hf(open_folder(source), tmp_path / "unbroken", advance=pieces.append)
+    moments = random.Random(5).sample(range(1, len(pieces)), kills)
     for moment in moments:
-        killed = convert_until(source, target, moment)
-        assert killed.returncode == -signal.SIGKILL and not target.exists()
+        kill_at(moment, source, target)
         whole = {f"weights/{note.name.removesuffix('.done')}" for note in partial.glob("*.done")}
         written = {shelf: (partial / shelf).stat().st_mtime_ns for shelf in whole}
-        resumed = convert_until(source, target, 0)
-        assert resumed.returncode == 0, resumed.stderr
+        convert_hf(open_folder(source), target)
         assert {shelf: (target / shelf).stat().st_mtime_ns for shelf in whole} == written
         assert (target / "manifest.json").read_bytes() == (tmp_path / "unbroken" / "manifest.json").read_bytes()
         assert {path.name for path in target.iterdir()} == {path.name for path in (tmp_path / "unbroken").iterdir()}
@@ -80,11 +81,19 @@ def test_killed_at_random_moments_it_goes_on_and_ends_the_same(kills, tmp_path: 
         shutil.rmtree(tmp_path / "exported")
 
 
-def test_another_source_starts_afresh(tmp_path: Path):
+@pytest.fixture(scope="module")
+def half(tmp_path_factory) -> Path:
+    """A folder with what a killed conversion of its `hf` left behind."""
+    root = tmp_path_factory.mktemp("half")
+    random_folder(root / "hf", R1, shards=2)
+    kill_at(250, root / "hf", root / "converted")
+    return root
+
+
+def test_another_source_starts_afresh(half: Path, tmp_path: Path):
     """What was left behind by the conversion of a folder that has changed since is not gone on with."""
     source, target = tmp_path / "hf", tmp_path / "converted"
-    random_folder(source, R1, shards=2)
-    assert convert_until(source, target, 250).returncode == -signal.SIGKILL
+    shutil.copytree(half, tmp_path, dirs_exist_ok=True)
     assert list((tmp_path / ".converted.partial").glob("*.done"))
     shutil.rmtree(source)
     random_folder(source, V32, shards=3)
@@ -134,11 +143,11 @@ def test_verify_finds_what_changed_since(tmp_path: Path):
         verify(written.source, changed)
 
 
-def test_progress_counts_every_byte_also_after_a_kill(tmp_path: Path):
-    random_folder(tmp_path / "hf", R1)
+def test_progress_counts_every_byte_also_after_a_kill(half: Path, tmp_path: Path):
+    shutil.copytree(half, tmp_path, dirs_exist_ok=True)
     opened = open_folder(tmp_path / "hf")
     assert opened.nbytes == sum(entry.nbytes for entry in opened.stored.entries.values())
-    assert convert_until(tmp_path / "hf", tmp_path / "converted", 250).returncode == -signal.SIGKILL
+    assert list((tmp_path / ".converted.partial").glob("*.done"))
     counted = []
     convert_hf(opened, tmp_path / "converted", advance=counted.append)
     assert sum(counted) == opened.nbytes
@@ -147,7 +156,7 @@ def test_progress_counts_every_byte_also_after_a_kill(tmp_path: Path):
     assert sum(counted) == opened.nbytes
 
 
-@pytest.mark.parametrize("piece", [500, 10**9])
+@pytest.mark.parametrize("piece", [2000, 10**9])
 def test_the_size_of_pieces_changes_nothing(piece, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(layout, "PIECE", piece)
     source = random_folder(tmp_path / "hf", V32)

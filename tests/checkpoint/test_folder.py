@@ -20,9 +20,25 @@ from deepseek_jax.checkpoint import files, names, writer
 from deepseek_jax.checkpoint.convert import convert_hf, export_hf, write_hf
 from deepseek_jax.checkpoint.folder import load_model, save_hf
 from deepseek_jax.checkpoint.opened import load_config, open_folder
+from deepseek_jax.cli import run
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.decoder import abstract_weights
-from tests.checkpoint.folders import LLAMA_TIED, QWEN2, R1, SMALL_BLOCKS, V2, V3, V32, random_folder, write_folder
+from tests.checkpoint.folders import (
+    LLAMA_TIED,
+    QWEN2,
+    R1,
+    SMALL_BLOCKS,
+    V2,
+    V3,
+    V32,
+    flip_a_bit,
+    random_folder,
+    stored_at,
+    write_folder,
+)
+from tools import logits
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARD = "model-00002-of-00004.safetensors"
@@ -312,21 +328,14 @@ def converted(whole: Path) -> Path:
     return whole.with_name("converted")
 
 
-def largest_file(folder: Path) -> Path:
-    return max((path for path in (folder / "weights").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
+WEIGHT = "model.layers.1.self_attn.o_proj.weight"
 
 
-def cut_the_largest_file(folder: Path) -> None:
-    largest = largest_file(folder)
-    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-
-
-def flip_a_bit(folder: Path) -> None:
-    """In the middle of a large file of weights, where no structure lies."""
-    largest = largest_file(folder)
-    raw = bytearray(largest.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    largest.write_bytes(raw)
+def cut_a_file(folder: Path) -> None:
+    """In the middle of a weight."""
+    places, value = stored_at(folder, WEIGHT)
+    for path, start in places:
+        path.write_bytes(path.read_bytes()[: start + len(value) // 2])
 
 
 def exchange_two_hashes(folder: Path) -> None:
@@ -355,8 +364,11 @@ def another_header(folder: Path) -> None:
             lambda folder: edit_json(folder / "manifest.json", tensors={"model.norm.weight": {"dtype": "F64"}}),
             "manifest.json: tensor 'model.norm.weight': wanted a dtype of F32",
         ),
-        (cut_the_largest_file, "cannot be read"),
-        (flip_a_bit, "is not what was converted; the checkpoint is damaged"),
+        (cut_a_file, "cannot be read"),
+        (
+            lambda folder: flip_a_bit(folder, WEIGHT),
+            f"tensor {WEIGHT!r} is not what was converted; the checkpoint is damaged",
+        ),
         (exchange_two_hashes, "is not what was converted; the checkpoint is damaged"),
         (another_header, "source: the headers are not those of the tensors in manifest.json"),
     ],
@@ -392,7 +404,8 @@ def test_fp8_weights_are_computed_with_unpacked(config, tmp_path: Path):
     tensors = random_folder(tmp_path / "hf", config)
     convert_hf(open_folder(tmp_path / "hf"), tmp_path / "converted")
     for folder in (tmp_path / "hf", tmp_path / "converted"):
-        exact, rounded = (names.flat(load_model(folder, dtype=dtype).weights) for dtype in (np.float32, None))
+        loaded = (names.flat(load_model(folder, dtype=dtype).weights) for dtype in (np.float32, None))
+        exact, rounded = ({key: np.asarray(value) for key, value in weights.items()} for weights in loaded)
         assert "mtp.0.layer.mlp.experts.gate" in exact
         for row in names.tensors(config, abstract_weights(config)[1]):
             if row.copy:
@@ -507,9 +520,13 @@ def test_a_tool_says_a_users_mistake_in_one_line(whole: Path, tmp_path: Path):
     assert not (tmp_path / "converted").exists()
 
 
-def test_logits_refuse_tokens_outside_the_vocabulary(whole: Path, tmp_path: Path):
+def test_logits_refuse_tokens_outside_the_vocabulary(whole: Path, tmp_path: Path, monkeypatch, capsys):
     np.save(tmp_path / "tokens.npy", np.array([[1, 64]], np.int32))
-    done = run_tool("logits", whole, tmp_path / "tokens.npy", tmp_path / "logits.npy")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: ") and "tokens.npy: token 64: wanted 0 to 63" in done.stderr
+    arguments = whole, tmp_path / "tokens.npy", tmp_path / "logits.npy"
+    monkeypatch.setattr(sys, "argv", ["logits.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        run(logits.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1
+    assert error.startswith("error: ") and "tokens.npy: token 64: wanted 0 to 63" in error
     assert not (tmp_path / "logits.npy").exists()

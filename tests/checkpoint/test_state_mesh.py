@@ -1,5 +1,6 @@
 """A state that was saved on one mesh comes back on another, bit for bit; in a process of its own, with four devices."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -57,7 +58,8 @@ def drawn_state() -> TrainState:
     """A tiny state, with something else than zeros in every leaf."""
     rng = np.random.default_rng(0)
     draw = lambda leaf: jnp.asarray(np.asarray(100 * rng.standard_normal(leaf.shape), leaf.dtype))
-    _, abstract = abstract_weights(preset("tiny"), jnp.bfloat16)
+    config = dataclasses.replace(preset("tiny"), num_hidden_layers=2)
+    _, abstract = abstract_weights(config, jnp.bfloat16)
     state = init_state(jax.tree.map(draw, abstract), make_optimizer(OptimizerConfig(learning_rate=1e-3), 10))
     return TrainState(state.weights, jax.tree.map(draw, state.moments), jnp.int32(41))
 

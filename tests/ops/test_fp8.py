@@ -20,7 +20,6 @@ VALUES = np.unique(CODES.astype(np.float64))
 CASES = st.sampled_from(
     [
         ((576, 200), (128, 128)),
-        ((192, 136), (128, 128)),
         ((1, 300), (128, 128)),
         ((130, 1), (128, 128)),
         ((3, 129, 128), (128, 128)),
@@ -92,7 +91,7 @@ def test_dequantize_of_every_code(scale):
     assert len(CODES) == 254 and np.abs(wanted).max() == np.float32(448 * np.float64(scale))
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(case=CASES, seed=SEEDS)
 def test_transposing_weight_scale_and_block_transposes_the_result(case, seed):
     block, (codes, scale) = case[1], map(jnp.asarray, stored(*case, seed))
@@ -100,6 +99,7 @@ def test_transposing_weight_scale_and_block_transposes_the_result(case, seed):
     np.testing.assert_array_equal(across.swapaxes(-1, -2), dequantize(codes, scale, block))
 
 
+@settings(max_examples=18)
 @given(case=CASES, seed=SEEDS, scale_fmt=FORMATS, jit=st.booleans())
 def test_quantize_equals_a_loop_over_blocks_bit_for_bit(case, seed, scale_fmt, jit):
     (shape, block), x = case, weights(*case, seed)

@@ -18,6 +18,8 @@ from deepseek_jax.rl.rollout import Prompt, Roller, make_batch, rollout_metrics
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 G = 4
 TOKENIZER = Tokenizer.characters(ALPHABET, chat_template=TEMPLATE)
 CONFIG = dataclasses.replace(

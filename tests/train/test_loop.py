@@ -17,8 +17,9 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from deepseek_jax.checkpoint.state import RunCheckpoints
+from deepseek_jax.processes import PREEMPTED, preemption
 from deepseek_jax.train.data import batches
-from deepseek_jax.train.loop import Stage, run_stage
+from deepseek_jax.train.loop import Stage, profiled_steps, run_stage
 from deepseek_jax.train.metrics import MetricLog, read_metrics
 
 STEPS, SAVE_EVERY = 9, 3
@@ -45,7 +46,9 @@ def update(state: Toy, rows: jax.Array) -> tuple[Toy, jax.Array]:
     return Toy(weights, jax.random.key_data(key), state.step + 1), loss
 
 
-def run(folder: Path, *, die=lambda number: None, steps=STEPS, name="toy") -> tuple[Toy, list[list[float]]]:
+def run(
+    folder: Path, *, die=lambda number: None, steps=STEPS, name="toy", profile_steps=None
+) -> tuple[Toy, list[list[float]]]:
     """The state and the batches that were seen; `die` is asked before every step."""
     seen = []
 
@@ -56,7 +59,7 @@ def run(folder: Path, *, die=lambda number: None, steps=STEPS, name="toy") -> tu
         state, loss = update(state, jnp.asarray(rows))
         return state, {"loss": float(loss)}
 
-    stage = Stage(name=name, steps=steps, save_every=SAVE_EVERY, shown={"loss": "loss"})
+    stage = Stage(name=name, steps=steps, save_every=SAVE_EVERY, shown={"loss": "loss"}, profile_steps=profile_steps)
     with MetricLog(folder) as log:
         return run_stage(stage, start(), batches(ROWS, size=4, seed=0), step, folder=folder, log=log), seen
 
@@ -246,3 +249,114 @@ def test_a_stage_whose_checkpoint_cannot_be_written_says_so(tmp_path):
     for steps in (SAVE_EVERY, STEPS):  # at the end of the stage, and at the next save
         with at_commit(fail), pytest.raises(OSError, match="disk full"):
             run(tmp_path / str(steps), steps=steps)
+
+
+# --- asked to stop -----------------------------------------------------------------------------------
+
+
+def asked_at(step: int):
+    def ask(number):
+        if number == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    return ask
+
+
+@pytest.mark.parametrize("at", [0, 4, 5, 8])  # where nothing is saved, where a checkpoint is due, on the last step
+def test_sigterm_saves_at_the_end_of_the_step_and_ends_the_program(tmp_path, unbroken, capsys, at):
+    wanted, all_batches, wanted_rows = unbroken
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, die=asked_at(at))
+    assert end.value.code == PREEMPTED == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    said = f"toy: got SIGTERM, saved step {at + 1} of {STEPS}; the same command goes on from there"
+    assert said in capsys.readouterr().out.splitlines()
+    assert whole(tmp_path, at + 1)
+    state, seen = run(tmp_path)
+    assert_same(state, wanted)
+    assert rows(tmp_path) == wanted_rows
+    assert seen == all_batches[at + 1 :]
+
+
+def test_the_handler_of_before_comes_back_and_gets_what_came_too_late():
+    got = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+    try:
+        with preemption() as asked:
+            assert not asked()
+            signal.raise_signal(signal.SIGTERM)
+            assert got == []
+        assert got == [signal.SIGTERM]
+        with preemption() as asked:
+            signal.raise_signal(signal.SIGTERM)
+            assert asked()
+        assert got == [signal.SIGTERM]
+        signal.raise_signal(signal.SIGTERM)
+        assert got == [signal.SIGTERM] * 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_outside_the_main_thread_no_handler_is_set(tmp_path, unbroken):
+    done = []
+    thread = threading.Thread(target=lambda: done.append(run(tmp_path)[0]))
+    thread.start()
+    thread.join()
+    assert_same(done[0], unbroken[0])
+
+
+# --- the best checkpoint, and traces -----------------------------------------------------------------
+
+
+def scored(folder: Path, scores: list[float | None], **settings) -> None:
+    def step(state, rows, number):
+        score = {} if scores[number] is None else {"eval": scores[number]}
+        return update(state, jnp.asarray(rows))[0], {"loss": 0.0} | score
+
+    stage = Stage(name="toy", steps=len(scores), save_every=1, shown={}, **settings)
+    with MetricLog(folder) as log:
+        run_stage(stage, start(), batches(ROWS, size=4, seed=0), step, folder=folder, log=log)
+
+
+@pytest.mark.parametrize(
+    ("settings", "best", "held"),
+    [({}, None, [5, 6]), ({"keep_best": "eval"}, 2, [2, 5, 6]), ({"keep_best": "absent"}, None, [5, 6])],
+)
+def test_the_best_checkpoint_is_kept_by_the_metric_that_the_stage_names(tmp_path, settings, best, held):
+    scored(tmp_path, [0.5, 0.75, float("nan"), 0.25, None, 0.5], **settings)
+    with RunCheckpoints(tmp_path / "checkpoints" / "toy") as checkpoints:
+        assert checkpoints.best() == best
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints" / "toy").iterdir()) == held
+
+
+@pytest.mark.parametrize(("steps", "traces"), [("2:3", 1), ("9:9", 1), ("1:1", 1), (None, 0)])
+def test_the_steps_that_are_asked_for_are_traced(tmp_path, monkeypatch, steps, traces):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(("start", folder)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    run(tmp_path, die=lambda number: calls.append(number + 1), profile_steps=steps)
+    traced = profiled_steps(steps, STEPS) if steps else range(0)
+    wanted = [n for n in range(1, STEPS + 1)]
+    if traces:
+        wanted.insert(wanted.index(traced[0]), ("start", tmp_path / "profile"))
+        wanted.insert(wanted.index(traced[-1]) + 1, "stop")
+    assert calls == wanted
+
+
+def test_a_trace_ends_with_the_steps_also_when_they_break_off_and_starts_again(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    with pytest.raises(Killed):
+        run(tmp_path, die=dies_at(4), profile_steps="3:7")
+    assert calls == ["start", "stop"]
+    run(tmp_path, profile_steps="3:7")
+    assert calls == ["start", "stop"] * 2
+
+
+@pytest.mark.parametrize("steps", ["", "3", "3:", ":3", "0:2", "5:4", "8:10", "-1:2", "a:b", "1:2:3", "1.5:2"])
+def test_a_range_that_is_none_is_refused(steps):
+    says = f"profile_steps: got '{steps}', wanted A:B with 1 <= A <= B <= 9, steps to trace"
+    with pytest.raises(ValueError, match=says):
+        Stage(name="toy", steps=STEPS, save_every=1, shown={}, profile_steps=steps)

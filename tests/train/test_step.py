@@ -22,6 +22,8 @@ from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer, schedu
 from deepseek_jax.train.sft import SFTBatch, make_sft_objective, sft_objective
 from deepseek_jax.train.step import StepConfig, init_state, make_train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 V, B, T = 16, 8, 10
 CONFIG = dataclasses.replace(
     preset("tiny"),
@@ -87,7 +89,7 @@ def reference_run(name):
     return run_named(name, batch_of(name))
 
 
-@pytest.mark.parametrize(("name", "parts"), [("grpo", 2), ("grpo", 4), ("sft", 4), ("mtp", 4)])
+@pytest.mark.parametrize(("name", "parts"), [("sft", 2), ("grpo", 4), ("mtp", 4)])
 def test_micro_batches_change_nothing(name, parts):
     weights, metrics = reference_run(name)
     parted_weights, parted_metrics = run_named(name, batch_of(name), micro_batches=parts)
@@ -105,7 +107,7 @@ def test_micro_batches_that_do_not_divide_are_refused():
 
 
 # 160 columns are two chunks of log-probs, the second of them half full.
-@pytest.mark.parametrize(("name", "width"), [("sft", 64), ("grpo", 160), ("mtp", 64)])
+@pytest.mark.parametrize(("name", "width"), [("grpo", 160), ("mtp", 64)])
 def test_the_width_of_padding_changes_nothing(name, width):
     weights, metrics = reference_run(name)
     batch = batch_of(name, width=width)
@@ -173,7 +175,9 @@ def test_mtp_weights_that_no_objective_runs_stay_and_change_nothing_else(first_k
     config, plain = dataclasses.replace(WITH_MTP, moe=moe), dataclasses.replace(CONFIG, moe=moe)
     settings = {"balance_alpha": 0.01, "bias_gamma": 0.1}
     weights, metrics = run(sft_objective, batch_of("sft"), SGD, config, **settings)
-    plain_weights, plain_metrics = run(sft_objective, batch_of("sft"), SGD, plain, **settings)
+    same = plain == CONFIG  # which another test has run already
+    plain_run = reference_run("sft") if same else run(sft_objective, batch_of("sft"), SGD, plain, **settings)
+    plain_weights, plain_metrics = plain_run
     assert metrics == pytest.approx(plain_metrics, rel=1e-6)
     start, found, wanted = (dict(nnx.to_flat_state(w)) for w in (model(config)[1], weights, plain_weights))
     assert ("mtp", 0, "layer", "mlp", "bias") in found

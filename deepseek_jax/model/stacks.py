@@ -1,0 +1,59 @@
+"""Weights between their two forms: a module a layer, and one stack for all layers of a kind."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.cache import stack_sizes
+from deepseek_jax.model.decoder import abstract_weights
+from deepseek_jax.sharding import Layout
+
+Path = tuple[str | int, ...]
+
+
+def stacked(weights: nnx.State, config: ModelConfig, layout: Layout) -> nnx.State:
+    """Weights by layer as those of a stacked decoder, bit for bit, laid out for it.
+
+    One weight at a time is in memory twice.
+
+    Args:
+        weights: of a decoder whose layout is not stacked; they are left as they are.
+        config: its architecture.
+        layout: a stacked one.
+    """
+    have = {path: leaf.get_raw_value() for path, leaf in nnx.to_flat_state(weights)}
+    _, like = abstract_weights(config, layout=layout)
+    filled = []
+    for path, leaf in nnx.to_flat_state(like):
+        parts = [have[of] for of in members(path, config)]
+        join = (lambda parts: jnp.stack(parts)) if path[0] == "stacks" else (lambda parts: parts[0])
+        place = leaf.get_raw_value().sharding
+        filled.append((path, leaf.replace(jax.jit(join, out_shardings=place)(parts))))
+    return nnx.from_flat_state(filled)
+
+
+def unstacked(weights: nnx.State, config: ModelConfig, layout: Layout) -> nnx.State:
+    """The inverse, laid out for a layout that is not stacked: a trainer's weights for its sampler, or for a folder."""
+    have = {path: leaf.get_raw_value() for path, leaf in nnx.to_flat_state(weights)}
+    _, like = abstract_weights(config, layout=layout)
+    places = {path: (leaf, leaf.get_raw_value().sharding) for path, leaf in nnx.to_flat_state(like)}
+    filled = []
+    for path, value in have.items():
+        to = list(members(path, config))
+        apart = (lambda value: list(value)) if path[0] == "stacks" else (lambda value: [value])
+        values = jax.jit(apart, out_shardings=[places[of][1] for of in to])(value)
+        filled += [(of, places[of][0].replace(part)) for of, part in zip(to, values, strict=True)]
+    return nnx.from_flat_state(filled)
+
+
+def members(path: Path, config: ModelConfig) -> Iterator[Path]:
+    """The paths by layer of what lies at a path of the stacked form, in order."""
+    if path[0] != "stacks":
+        yield path
+        return
+    sizes = stack_sizes(config)
+    first = sum(sizes[: path[1]])
+    yield from (("layers", layer, *path[2:]) for layer in range(first, first + sizes[path[1]]))

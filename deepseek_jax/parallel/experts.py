@@ -1,0 +1,262 @@
+"""The routed experts of a layer on a mesh, each device computing the rows of the experts that it holds."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from deepseek_jax.ops.experts import expert_mlp
+from deepseek_jax.parallel.exchange import Entries, Trip, fixed_trip, ragged_trip
+from deepseek_jax.parallel.rounds import in_rounds
+from deepseek_jax.parallel.rows import by_expert, exclusive, swiglu_groups, take_rows, window
+from deepseek_jax.sharding import Transport
+
+LAYER_OF = "layer_of_"  # names what reads one layer of so many, for the account of a compiled program
+
+
+def routed_experts(
+    x_BTD: Float[Array, "B T D"],
+    weights_BTA: Float[Array, "B T A"],
+    experts_BTA: Int[Array, "B T A"],
+    gate_EDM: Float[Array, "*L E D M"],
+    up_EDM: Float[Array, "*L E D M"],
+    down_EMD: Float[Array, "*L E M D"],
+    *,
+    mesh: Mesh,
+    rows: tuple[str, ...],
+    columns: str | None,
+    gathered: tuple[str, ...],
+    transport: Transport,
+    slack: float,
+    layer: Int[Array, ""] | None = None,
+) -> Float[Array, "B T D"]:
+    """`ops.experts.expert_mlp` of all B T rows, with the experts spread over the mesh axis "expert".
+
+    No row is dropped. A round has room for `slack` times the rows that an even load gives; what does not fit goes
+    in further rounds, which cost nothing where there are none. The devices along "tensor" hold parts of every
+    expert's inner width and add their parts up at the end, in the dtype of x.
+
+    Args:
+        x_BTD: lies on the mesh with B over `rows` and T over `columns`, whole over "tensor"; so do the next two.
+        weights_BTA: of the routing; they stay where they are, and are applied in float32.
+        experts_BTA: int32, 0 to E - 1.
+        gate_EDM: E over "expert", D over `gathered`, M over "tensor".
+        up_EDM: likewise.
+        down_EMD: likewise.
+        mesh: with Auto axes, "expert" and "tensor" among them.
+        rows: axes of B. Without "expert" the rows lie whole over that axis, which "all_gather" then need not do; the
+            result is cut by it all the same.
+        columns: axis of T, or None.
+        gathered: axes of D. The weights are gathered over them, and their gradient is scattered back.
+        transport: how rows reach their experts. "all_gather" sends all rows to all devices and suits few rows, as in
+            decoding; "all_to_all" sends equal parts between all pairs of devices, padded; "ragged_all_to_all" sends
+            just the rows that there are.
+        slack: room of a round, in even loads; 1.0 wastes nothing when the load is even, more makes further rounds
+            rarer.
+        layer: which one of a stack of layers, where the weights are a whole stack's, [L, E, D, M]: what a scan over
+            layers would copy is read where it lies. Not for gradients.
+
+    Returns:
+        In the dtype of x, with B over `rows` and "expert", T over `columns`.
+
+    Raises:
+        ValueError: an unknown transport, a slack that is not above 0, rows not over "expert" but to be sent over
+            it, or experts not divisible by the axis.
+    """
+    if transport not in get_args(Transport):
+        raise ValueError(f"transport: got {transport!r}, wanted one of {', '.join(get_args(Transport))}")
+    if not 0 < slack < math.inf:
+        raise ValueError(f"slack: got {slack}, wanted a finite number above 0, for example 1.25")
+    if "expert" not in rows and transport != "all_gather":
+        raise ValueError(f"rows: got {rows}, wanted 'expert' among them for {transport}; use all_gather, or add it")
+    if gate_EDM.shape[-3] % mesh.shape["expert"]:
+        raise ValueError(f"{gate_EDM.shape[-3]} experts are not divisible by mesh axis expert {mesh.shape['expert']}")
+    lie, cut = PartitionSpec(rows, columns), PartitionSpec((*rows, *({"expert"} - {*rows})), columns)
+    leading = (None,) * (gate_EDM.ndim - 3)
+    wide = PartitionSpec(*leading, "expert", gathered, "tensor")
+    tall = PartitionSpec(*leading, "expert", "tensor", gathered)
+    others = tuple(axis for axis in (*rows, columns) if axis not in ("expert", None))
+    compute = _compute(transport, mesh.shape["expert"], "expert" in rows)
+    on_device = partial(_on_device, compute=compute, slack=slack, gathered=gathered, others=others)
+    # The loops of the grouped matmul carry arrays that check_vma would want declared as varying, in code that knows
+    # no mesh.
+    in_specs = (lie, lie, lie, wide, wide, tall, PartitionSpec())
+    spread = jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=cut, check_vma=False)
+    return spread(x_BTD, weights_BTA, experts_BTA, gate_EDM, up_EDM, down_EMD, layer)
+
+
+def _on_device(x_BTD, weights_BTA, experts_BTA, gate, up, down, layer, *, compute, slack, gathered, others):
+    """The part of routed_experts that one device does."""
+    flat = lambda a: a.reshape(-1, a.shape[-1])
+    whole = lambda weight, axis: jax.lax.all_gather(weight, gathered, axis=axis, tiled=True) if gathered else weight
+    matrices = whole(gate, -2), whole(up, -2), whole(down, -1)
+    y = compute(flat(x_BTD), flat(weights_BTA), flat(experts_BTA), matrices, layer, slack, others)
+    return _sum_of_parts(y.reshape(-1, *x_BTD.shape[1:]), "tensor")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _sum_of_parts(y, axis):
+    """psum, whose gradient needs no collective.
+
+    Without check_vma a shard_map gives each of the n devices that hold the same output 1/n of its gradient, and
+    psum's own rule would add these up again.
+    """
+    return jax.lax.psum(y, axis)
+
+
+def _sum_forward(y, axis):
+    return _sum_of_parts(y, axis), None
+
+
+def _sum_backward(axis, _, d):
+    return (d * jax.lax.axis_size(axis),)
+
+
+_sum_of_parts.defvjp(_sum_forward, _sum_backward)
+
+
+def _at_home(x, weights, experts, matrices, layer, slack, others):
+    """All experts on this device."""
+    if layer is not None:
+        experts = experts + layer * matrices[0].shape[1]
+        matrices = [stack.reshape(-1, *stack.shape[2:]) for stack in matrices]
+    return expert_mlp(x, weights, experts, *matrices)
+
+
+def _gathered(x, weights, experts, matrices, layer, slack, others):
+    """Every device sees all rows of the axis and adds what its own experts make of them."""
+    everyone = partial(jax.lax.all_gather, axis_name="expert", tiled=True)
+    return _part(everyone(x), everyone(weights), everyone(experts), matrices, layer, slack, others)
+
+
+def _part(x, weights, experts, matrices, layer, slack, others):
+    """What the own experts add to rows that all devices of the axis hold; each keeps a part of the sums."""
+    local = matrices[0].shape[-3]
+    own = experts - local * jax.lax.axis_index("expert")
+    own = jnp.where((0 <= own) & (own < local), own, local)  # those of other devices come last in order
+    order, place = _in_order(own)
+    counts = _counts(own, local)
+    numbers = (order, place, counts, layer)
+    room = _room(slack, experts.size / jax.lax.axis_size("expert"), experts.size)
+    rounds = -(-jnp.sum(counts) // room)  # may differ between devices: nothing in them is collective
+    one_round = partial(_kept_round, room)
+    y = _all_rounds(one_round, rounds, room < experts.size, (x, weights, matrices), numbers).astype(x.dtype)
+    return jax.lax.psum_scatter(y, "expert", tiled=True)
+
+
+def _kept_round(room, number, arrays, numbers):
+    """What the own experts make of the next `room` entries among those that are theirs."""
+    x, weights, matrices = arrays
+    order, place, counts, layer = numbers
+    first = number * room
+    _, sizes = window(exclusive(counts), counts, first, room)
+    places = first + jnp.arange(room, dtype=jnp.int32)
+    places = jnp.where(places < jnp.sum(counts), places, order.size)
+    entry = order.at[places].get(mode="fill", fill_value=order.size)
+    inside = (place >= first) & (place < jnp.minimum(first + room, jnp.sum(counts)))
+    slot = jnp.where(inside, place - first, room)
+    rows = take_rows(x, entry // weights.shape[1], slot)
+    return _added(_swiglu(rows, matrices, sizes, layer), weights, entry)
+
+
+def _swiglu(rows, matrices, sizes, layer):
+    """Rows through the experts of a layer; the other layers of a stack get none, and are not read."""
+    if layer is not None:
+        stacks, experts = matrices[0].shape[:2]
+        sizes = jax.lax.dynamic_update_slice(jnp.zeros(stacks * experts, sizes.dtype), sizes, (layer * experts,))
+        matrices = [stack.reshape(-1, *stack.shape[2:]) for stack in matrices]
+        with jax.named_scope(f"{LAYER_OF}{stacks}"):
+            return swiglu_groups(rows, *matrices, sizes)
+    return swiglu_groups(rows, *matrices, sizes)
+
+
+def _sent(x, weights, experts, matrices, layer, slack, others, *, trip: Callable[..., Trip], fullest, shares):
+    """Rows travel to the devices of their experts and back."""
+    devices = jax.lax.axis_size("expert")
+    order, place = _in_order(experts)
+    counts = jax.lax.all_gather(_counts(experts, devices * matrices[0].shape[-3]), "expert")
+    entries = Entries(experts, order, place, counts.reshape(devices, devices, -1))
+    balanced, worst = shares(experts.size, devices)
+    room = _room(slack, balanced, worst)
+    rounds = -(-fullest(jnp.sum(entries.counts, axis=2)) // room)
+    if others:  # the same loop everywhere: all devices meet in its collectives
+        rounds = jax.lax.pmax(rounds, others)
+    one_round = partial(_sent_round, trip, room)
+    numbers = (entries, layer)
+    return _all_rounds(one_round, rounds, room < worst, (x, weights, matrices), numbers).astype(x.dtype)
+
+
+def _sent_round(trip, room, number, arrays, numbers):
+    """One journey of the rows that fit."""
+    x, weights, matrices = arrays
+    entries, layer = numbers
+    go = trip(entries, number, room, "expert")
+    arrived = go.there(take_rows(x, go.entry // weights.shape[1], go.slot))
+    order, inverse = by_expert(go.starts, go.sizes, arrived.shape[0])
+    rows = take_rows(arrived, order, inverse[:, None])
+    out = _swiglu(rows, matrices, jnp.sum(go.sizes, axis=0), layer)
+    returned = go.back(take_rows(out, inverse, order[:, None]))
+    return _combined(returned, weights, go.slot, go.entry)
+
+
+_FIXED = partial(
+    _sent,
+    trip=fixed_trip,
+    fullest=jnp.max,
+    shares=lambda entries, devices: (entries / devices, entries),  # of a pair: even, and all that the source has
+)
+_RAGGED = partial(
+    _sent,
+    trip=ragged_trip,
+    fullest=lambda pairs: jnp.max(jnp.sum(pairs, axis=0)),
+    shares=lambda entries, devices: (entries, entries * devices),  # of a receiver: even, and all that there are
+)
+
+
+def _compute(transport: Transport, devices: int, spread: bool):
+    """What each device does with its rows, when they are spread over the axis or lie whole on all its devices."""
+    if devices == 1:
+        return _at_home
+    if not spread:
+        return _part
+    return {"all_gather": _gathered, "all_to_all": _FIXED, "ragged_all_to_all": _RAGGED}[transport]
+
+
+def _all_rounds(one_round, count, several, arrays, numbers):
+    """in_rounds, without a loop where one round has room for any load."""
+    return in_rounds(one_round, count, arrays, numbers) if several else one_round(0, arrays, numbers)
+
+
+def _combined(rows, weights, slot, entry):
+    """sum_a weights[:, a] * rows[slot[:, a]] in float32, over the entries that have a slot."""
+    each = take_rows(rows, slot.ravel(), entry[:, None]).reshape(*slot.shape, -1)
+    return jnp.einsum("wad,wa->wd", each, weights, preferred_element_type=jnp.float32)
+
+
+def _added(rows, weights, entry):
+    """The same where only few entries have a row: rows times their weights, added up where they belong."""
+    count, width = weights.shape
+    weight = weights.ravel().at[entry].get(mode="fill", fill_value=0)
+    filled = (entry < weights.size)[:, None]
+    weighed = jnp.where(filled, rows, 0).astype(jnp.float32) * weight[:, None]
+    return jnp.zeros((count, rows.shape[1]), jnp.float32).at[entry // width].add(weighed, mode="drop")
+
+
+def _in_order(experts):
+    """Entries in order of experts, and the place of each in that order."""
+    order = jnp.argsort(experts.ravel(), stable=True).astype(jnp.int32)
+    return order, jnp.argsort(order).astype(jnp.int32).reshape(experts.shape)
+
+
+def _counts(experts, number):
+    return jnp.sum(experts.reshape(-1, 1) == jnp.arange(number), axis=0, dtype=jnp.int32)
+
+
+def _room(slack: float, balanced: float, worst: int) -> int:
+    """Rows of a round: `slack` times the even share in whole eights, and never more than there can be."""
+    return min(8 * math.ceil(slack * balanced / 8), worst)

@@ -1,0 +1,289 @@
+"""What a compiled step costs a chip: arithmetic, traffic of its main memory and collectives, from the HLO text.
+
+`compiled.cost_analysis()` counts the body of a loop once, so that a scan over layers costs it one layer. Here the
+bodies are multiplied by their trip counts, and collectives are told apart by the mesh axis they run over.
+
+Source of the rules for one instruction: xla/service/hlo_cost_analysis.cc.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+
+import numpy as np
+
+from deepseek_jax.plan.groups import Axes
+from deepseek_jax.plan.hlo import Computation, Frame, Instruction, Leaf, leaves, parse
+from deepseek_jax.plan.traffic import continues, declared, fusion_bytes, instruction_bytes
+
+# Bytes that a chip sends, of an operand of so many bytes and a group of n chips.
+_SENT: Mapping[str, Callable[[int, int], int]] = {
+    "all-gather": lambda operand, n: operand * (n - 1),
+    "all-reduce": lambda operand, n: 2 * operand * (n - 1) // n,
+    "reduce-scatter": lambda operand, n: operand * (n - 1) // n,
+    "all-to-all": lambda operand, n: operand * (n - 1) // n,
+    "ragged-all-to-all": lambda operand, n: operand * (n - 1) // n,
+    "collective-permute": lambda operand, n: operand,
+}
+# Rounds of dispatch that only skewed loads of the experts need.
+_RARE = "overflow_rounds"
+# How the TPU compiler marks a product whose tiles outside their group are skipped.
+_SKIPS_GROUPS = re.compile(r"ITERATION_SKIPPER_MODE_(GROUP_STARTS|ITERATION_INDICES)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collective:
+    """All collectives of one kind over one axis.
+
+    Attributes:
+        op: all-gather, all-reduce, reduce-scatter, all-to-all, ragged-all-to-all or collective-permute.
+        axis: of the mesh; several are joined with "+", in the mesh's order.
+        bytes: that a chip sends in a step.
+        count: how many a chip runs in a step.
+    """
+
+    op: str
+    axis: str
+    bytes: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Account:
+    """What one run of a program costs each chip.
+
+    Attributes:
+        flops: of matrix products; a multiplication and an addition are two.
+        masked_flops: of the dense form of a ragged product, marked to be skipped and not in `flops`.
+        bytes_accessed: read from and written to main memory.
+        collectives: sorted by bytes, largest first.
+        unknown_loops: op names of loops whose trip count only the data decide, counted once.
+        skipped_loops: those of them that run only when the experts' load is skewed, not counted.
+    """
+
+    flops: int
+    masked_flops: int
+    bytes_accessed: int
+    collectives: tuple[Collective, ...]
+    unknown_loops: tuple[str, ...]
+    skipped_loops: tuple[str, ...]
+
+
+def account(text: str, mesh_shape: Mapping[str, int]) -> Account:
+    """Adds up what a compiled program costs each chip.
+
+    FLOPs are those of dot and convolution as XLA counts them, and those that a custom call declares. The weight
+    gradient of `ragged_dot` on TPU is a dense convolution over all groups whose masked tiles the
+    compiler marks to be skipped: one group's share is counted, which leaves out only that tiles at the border of
+    two groups run twice; no run on a TPU has confirmed it. Elementwise work is not counted.
+
+    Bytes are operands and results of every instruction outside fusions, without the padding of tiles; a slice or
+    gather reads what it takes, a dynamic-update-slice writes what it updates, inside a fusion as well. Buffers
+    in VMEM cost nothing, and a declared estimate of a custom call loses its operands in VMEM.
+
+    A collective over n chips sends, as a ring does: all-gather (n-1)/n of its result, reduce-scatter and
+    all-to-all (n-1)/n of their operand, all-reduce twice that, a permute its operand, ragged-all-to-all
+    (n-1)/n of its whole send buffer (an upper bound).
+
+    Loops multiply what is inside; a conditional costs what its largest branch does.
+
+    Args:
+        text: of `compiled.as_text()`, partitioned and scheduled.
+        mesh_shape: sizes by axis, in the mesh's order; the chips are numbered row by row.
+
+    Raises:
+        ValueError: the program is not one for the mesh, or has groups of chips or an operation not understood.
+    """
+    module = parse(text)
+    chips = math.prod(mesh_shape.values())
+    if module.partitions != chips:
+        raise ValueError(
+            f"account: got a program for {module.partitions} chips, wanted one for the mesh's {chips}: compile for it"
+        )
+    walk = _Walk(Axes(mesh_shape))
+    total = walk.total(Frame(module, module.entry))
+    sums = (
+        Collective(op=op, axis=axis, bytes=sent, count=total.counts[op, axis])
+        for (op, axis), sent in total.sent.items()
+    )
+    return Account(
+        flops=total.flops,
+        masked_flops=total.masked_flops,
+        bytes_accessed=total.bytes,
+        collectives=tuple(sorted(sums, key=lambda c: (-c.bytes, c.op, c.axis))),
+        unknown_loops=tuple(walk.unknown),
+        skipped_loops=tuple(walk.skipped),
+    )
+
+
+@dataclasses.dataclass
+class _Sum:
+    flops: int = 0
+    masked_flops: int = 0
+    bytes: int = 0
+    sent: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+    def add(self, other: "_Sum", times: int = 1) -> None:
+        self.flops += times * other.flops
+        self.masked_flops += times * other.masked_flops
+        self.bytes += times * other.bytes
+        for mine, its in ((self.sent, other.sent), (self.counts, other.counts)):
+            for key, value in its.items():
+                mine[key] += times * value
+
+
+class _Walk:
+    """Totals of computations, each computed once."""
+
+    def __init__(self, axes: Axes):
+        self.axes = axes
+        self.unknown: list[str] = []
+        self.skipped: list[str] = []
+        self._totals: dict[str, _Sum] = {}
+
+    def total(self, frame: Frame) -> _Sum:
+        """Of a computation; its loops turn as often as where it is first called."""
+        name = frame.computation.name
+        if name not in self._totals:
+            total = _Sum()
+            for instruction in frame.computation.instructions.values():
+                self._add(total, frame, instruction)
+            self._totals[name] = total
+        return self._totals[name]
+
+    def _add(self, total: _Sum, frame: Frame, instruction: Instruction) -> None:
+        opcode = instruction.opcode
+        if opcode == "while":
+            times = self._trips(frame, instruction)
+            if times:
+                total.add(self.total(frame.enter(instruction, instruction.called("body"))), times)
+        elif opcode == "conditional":
+            branches = [self.total(frame.enter(instruction, name)) for name in _branches(instruction)]
+            total.add(max(branches, key=lambda branch: (branch.flops, branch.bytes)))
+        elif opcode in ("call", "async-start"):
+            name = instruction.called("to_apply" if opcode == "call" else "calls")
+            total.add(self.total(frame.enter(instruction, name)))
+        elif opcode == "fusion":
+            self._add_fusion(total, frame, instruction)
+        else:
+            total.bytes += instruction_bytes(frame.computation, instruction)
+            total.flops += _flops(frame.computation, instruction)
+            self._add_collective(total, frame.computation, instruction)
+
+    def _trips(self, frame: Frame, loop: Instruction) -> int:
+        times = frame.trips(loop)
+        if times is None:
+            rare = _RARE in loop.op_name
+            (self.skipped if rare else self.unknown).append(loop.op_name or loop.name)
+            times = 0 if rare else 1
+        return times
+
+    def _add_fusion(self, total: _Sum, frame: Frame, fusion: Instruction) -> None:
+        """What is inside, but for its bytes: only the fusion itself touches memory."""
+        inside = self.total(frame.enter(fusion, fusion.called("calls")))
+        part = dataclasses.replace(inside, bytes=fusion_bytes(frame, fusion))
+        if part.flops and _SKIPS_GROUPS.search(fusion.rest):
+            part.flops //= _groups(frame, fusion)
+            part.masked_flops = inside.flops - part.flops
+        total.add(part)
+
+    def _add_collective(self, total: _Sum, computation: Computation, instruction: Instruction) -> None:
+        op = instruction.opcode.removesuffix("-start")
+        if op not in _SENT or continues(computation, instruction):
+            return
+        operands = computation.operands(instruction)
+        if op == "ragged-all-to-all":
+            operands = operands[:1]  # the others are the receiving buffer, offsets and sizes
+        size = sum(operand.bytes for operand in operands)
+        if op == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
+            op = "reduce-scatter"  # the TPU compiler's form of it: an all-reduce and a slice in one fusion
+        axis, n = self.axes.of(instruction.rest)
+        if n > 1:
+            total.sent[op, axis] += _SENT[op](size, n)
+            total.counts[op, axis] += 1
+
+
+def _branches(conditional: Instruction) -> list[str]:
+    listed = re.search(r"branch_computations=\{([^}]*)\}", conditional.rest)
+    if listed:
+        return re.findall(r"%([^ ,]+)", listed.group(1))
+    return [conditional.called("true_computation"), conditional.called("false_computation")]
+
+
+# --- arithmetic ----------------------------------------------------------------------------------
+
+
+def _flops(computation: Computation, instruction: Instruction) -> int:
+    if instruction.opcode == "dot":
+        (left, *_), (result,) = (i.leaves for i in (computation.operands(instruction)[0], instruction))
+        contracted = _numbers(instruction.rest, r"lhs_contracting_dims=\{([\d,]*)\}")
+        return 2 * math.prod(result.dims) * math.prod(left.dims[d] for d in contracted)
+    if instruction.opcode == "convolution":
+        left = computation.operands(instruction)[0]
+        return _convolution_flops(left.type, instruction.type, instruction.rest)
+    if instruction.opcode == "custom-call":
+        return declared(instruction, "flops") or 0
+    if instruction.opcode == "ragged-dot":
+        raise ValueError(
+            f"account: {instruction.name}: got a ragged-dot, wanted what the TPU or CPU compiler makes of it"
+        )
+    return 0
+
+
+def _numbers(text: str, pattern: str) -> list[int]:
+    found = re.search(pattern, text)
+    return [int(n) for n in found.group(1).split(",") if n] if found else []
+
+
+def _convolution_flops(left_type: str, result_type: str, rest: str) -> int:
+    (left,), (result,) = leaves(left_type), leaves(result_type)
+    left_labels, _, result_labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest).groups()
+    features, batch = (left.dims[left_labels.index(label)] for label in "fb")
+    shared = math.prod(_numbers(rest, r"feature_group_count=(\d+)") + _numbers(rest, r"batch_group_count=(\d+)"))
+    products = features * batch // shared * result.dims[result_labels.index("f")]
+    return 2 * products * math.prod(_positions(left, left_labels, result, result_labels, rest))
+
+
+def _positions(left: Leaf, left_labels: str, result: Leaf, result_labels: str, rest: str) -> Iterator[int]:
+    """For each spatial dimension, how many pairs of a kernel and an output position meet an input."""
+    window = re.search(r"window=\{([^}]*)\}", rest)
+    fields = dict(field.split("=") for field in window.group(1).split()) if window else {}
+    for number, size in enumerate(fields["size"].split("x") if fields else ()):
+        label = str(number)
+        field = lambda name, default, at=number: fields[name].split("x")[at] if name in fields else default
+        yield _meeting(
+            int(size),
+            left.dims[left_labels.index(label)],
+            result.dims[result_labels.index(label)],
+            int(field("stride", "1")),
+            int(field("pad", "0_0").split("_")[0]),
+            int(field("lhs_dilate", "1")),
+            int(field("rhs_dilate", "1")),
+        )
+
+
+@cache
+def _meeting(kernel: int, inputs: int, outputs: int, stride: int, pad: int, spread: int, step: int) -> int:
+    start = np.arange(outputs) * stride - pad
+    met = 0
+    for position in range(kernel):
+        at = start + position * step
+        met += int(np.sum((at >= 0) & (at < inputs * spread) & (at % spread == 0)))
+    return met
+
+
+def _groups(frame: Frame, fusion: Instruction) -> int:
+    """Of a masked dense form of a ragged product: the groups are the one spatial dimension of its convolution."""
+    inside = frame.module.computations[fusion.called("calls")]
+    sizes = [
+        math.prod(int(n) for n in window.group(1).split("x"))
+        for i in inside.instructions.values()
+        if i.opcode == "convolution" and (window := re.search(r"window=\{size=([\dx]+)", i.rest))
+    ]
+    if len(sizes) != 1:
+        raise ValueError(f"account: {fusion.name}: got {len(sizes)} batched convolutions in a masked product, wanted 1")
+    return sizes[0]

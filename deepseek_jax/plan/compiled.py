@@ -1,0 +1,249 @@
+"""What the TPU compiler says of a step: memory, arithmetic, traffic and collectives a chip, beside theory."""
+
+import dataclasses
+import math
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.plan import arithmetic, pod
+from deepseek_jax.plan.account import Account, account
+from deepseek_jax.plan.chips import Chip, chip
+from deepseek_jax.plan.exchange import least_sent
+from deepseek_jax.sharding import Layout
+from deepseek_jax.train.step import StepConfig
+
+Step = Literal["prefill", "decode", "train", "grpo"]
+DTYPES: Mapping[str, Any] = {"bf16": jnp.bfloat16, "f32": jnp.float32}
+_USED = re.compile(r"Used ([0-9.]+)([KMGT]) of")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A step to compile.
+
+    Args:
+        config: architecture.
+        layout: with a mesh of the topology's chips.
+        step: which; the function that experiments and servers call.
+        batch: sequences in all.
+        context: tokens of each; for decode, slots of the cache.
+        dtype: of weights and activations.
+        micro_batches: parts of an update, one after another.
+    """
+
+    config: ModelConfig
+    layout: Layout
+    step: Step
+    batch: int
+    context: int
+    dtype: Literal["bf16", "f32"] = "bf16"
+    micro_batches: int = 1
+
+    def check(self) -> None:
+        """Refuse what the mesh does not divide, before anything is compiled. Raises ValueError with the numbers."""
+        self.layout.check(self.config)
+        if self.step == "decode":
+            parts = self.layout.parts("cache_batch")
+            if self.batch % parts:
+                raise ValueError(f"batch {self.batch} is not divisible by the {parts} parts that the mesh cuts it into")
+        else:
+            self.layout.check_batch(self.batch // self.micro_batches, self.context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """Figures of a compiled step, a chip's where nothing else is said; None where the compiler gave up.
+
+    Attributes:
+        fits: whether arguments, results and temporaries fit the chip's memory.
+        chips: of the mesh.
+        hbm_bytes: memory of a chip.
+        used_bytes: of it, arguments and temporaries and results that take no argument's place.
+        argument_bytes, temp_bytes: as the compiler reports them.
+        weight_bytes, optimizer_bytes, cache_bytes: parts of the arguments.
+        flops: of matrix products, loops counted as often as they turn.
+        analytic_flops: the algorithm's.
+        bytes_accessed: read from and written to memory.
+        analytic_bytes: weights touched, cache, gradients and moments, once each.
+        collectives: op, mesh axis and bytes sent.
+        collective_bytes, analytic_collective_bytes: their sum, and the least of `plan.exchange`.
+        compile_seconds: lowering included.
+        seconds: a lower bound of the step's time, by compute, memory or links.
+        bound: which of them.
+        tokens_per_second: of all chips, in that time.
+    """
+
+    fits: bool
+    chips: int
+    hbm_bytes: int
+    used_bytes: int
+    argument_bytes: int | None = None
+    temp_bytes: int | None = None
+    weight_bytes: int | None = None
+    optimizer_bytes: int | None = None
+    cache_bytes: int | None = None
+    flops: int | None = None
+    analytic_flops: float
+    bytes_accessed: int | None = None
+    analytic_bytes: float
+    collectives: tuple[Mapping[str, Any], ...] | None = None
+    collective_bytes: int | None = None
+    analytic_collective_bytes: float
+    compile_seconds: float
+    seconds: float | None = None
+    bound: str | None = None
+    tokens_per_second: float | None = None
+
+    @property
+    def headroom(self) -> float:
+        """Share of the memory that is left."""
+        return 1 - self.used_bytes / self.hbm_bytes
+
+
+def topology(name: str) -> tuple[Chip, list[jax.Device]]:
+    """The chips of a TPU slice that need not be there, for `sharding.make_mesh`.
+
+    Args:
+        name: generation and shape, such as v5p:4x4x4.
+
+    Raises:
+        ValueError: libtpu is not installed, or knows no such slice.
+    """
+    if find_spec("libtpu") is None:
+        raise ValueError("libtpu: not installed; the TPU compiler is in the extra: pip install 'deepseek_jax[pod]'")
+    # libtpu is here for its compiler alone: it must not look for TPUs, nor keep others from using it
+    alone = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    for key, value in {**alone, "TPU_WORKER_ID": "0", "TPU_MIN_LOG_LEVEL": "3"}.items():
+        os.environ.setdefault(key, value)
+    from jax.experimental import topologies  # looks for libtpu when it is imported
+
+    generation, _, shape = name.partition(":")
+    wanted = f"topology: got {name!r}, wanted a generation and shape of TPU such as v5p:4x4x4 or v6e:4x4"
+    if not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        raise ValueError(wanted)
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except jax.errors.JaxRuntimeError as problem:
+        raise ValueError(f"{wanted} ({str(problem).splitlines()[0]})") from None
+    return chip(generation), found
+
+
+def compile_step(task: Task, of_chip: Chip) -> Compiled:
+    """Lower and compile a step from shapes alone.
+
+    Raises:
+        ValueError: the mesh does not divide the model or the batch.
+    """
+    task.check()
+    chips = task.layout.mesh.size
+    start = time.perf_counter()
+    program = lower(task)
+    common = dict(
+        chips=chips,
+        hbm_bytes=of_chip.hbm_bytes,
+        analytic_flops=analytic_flops(task) / chips,
+        analytic_bytes=analytic_bytes(task) / chips,
+        analytic_collective_bytes=least_sent(task.config, task.layout, task.step, task.batch, task.context),
+    )
+    try:
+        compiled = program.lowered.compile()
+    except jax.errors.JaxRuntimeError as problem:
+        used = _USED.search(str(problem))
+        if "RESOURCE_EXHAUSTED" not in str(problem) or used is None:
+            raise
+        spent = time.perf_counter() - start
+        used_bytes = int(float(used[1]) * _UNITS[used[2]])
+        return Compiled(fits=False, used_bytes=used_bytes, compile_seconds=spent, **common)
+    spent = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    used_bytes = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    sums = account(compiled.as_text(), task.layout.mesh.shape)
+    times = _times(sums, of_chip, task.dtype)
+    bound = max(times, key=times.get)
+    return Compiled(
+        fits=used_bytes <= of_chip.hbm_bytes,
+        used_bytes=used_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        weight_bytes=_on_a_chip(program.weights),
+        optimizer_bytes=_on_a_chip(program.moments),
+        cache_bytes=_on_a_chip(program.cache),
+        flops=sums.flops,
+        bytes_accessed=sums.bytes_accessed,
+        collectives=tuple(dataclasses.asdict(of) for of in sums.collectives),
+        collective_bytes=sum(of.bytes for of in sums.collectives),
+        compile_seconds=spent,
+        seconds=times[bound],
+        bound=bound,
+        tokens_per_second=_tokens(task) / times[bound],
+        **common,
+    )
+
+
+def lower(task: Task) -> pod.Program:
+    arguments = task.config, task.layout, task.batch, task.context, DTYPES[task.dtype]
+    if task.step in ("prefill", "decode"):
+        return {"prefill": pod.lower_prefill, "decode": pod.lower_decode}[task.step](*arguments)
+    # DeepSeek-V3's own settings, so that the balance loss and the bias update are among what is compiled
+    has_bias = task.config.moe is not None
+    step = StepConfig(
+        micro_batches=task.micro_batches,
+        balance_alpha=1e-4 if has_bias else 0.0,
+        bias_gamma=1e-3 if has_bias else 0.0,
+    )
+    return {"train": pod.lower_train, "grpo": pod.lower_grpo}[task.step](*arguments, step)
+
+
+def analytic_flops(task: Task) -> int:
+    """What the algorithm needs, over all chips; an update is three forward passes."""
+    config, batch, context = task.config, task.batch, task.context
+    if task.step == "prefill":
+        return arithmetic.prefill_flops(config, batch, context).total
+    if task.step == "decode":
+        return arithmetic.decode_flops(config, batch, context).total
+    return arithmetic.train_flops(config, batch, context, mtp=task.step == "train").total
+
+
+def analytic_bytes(task: Task) -> float:
+    """What has to move between memory and chips, over all chips, activations left out."""
+    config, dtype = task.config, task.dtype
+    if task.step == "prefill":
+        return arithmetic.prefill_bytes(config, task.batch, task.context, dtype, cache_dtype=dtype).total
+    if task.step == "decode":
+        return arithmetic.decode_bytes(config, task.batch, task.context, dtype, cache_dtype=dtype).total
+    return arithmetic.train_bytes(config, dtype, dtype).total
+
+
+def _tokens(task: Task) -> int:
+    return task.batch * (1 if task.step == "decode" else task.context)
+
+
+def _times(sums: Account, of_chip: Chip, dtype: str) -> dict[str, float]:
+    """Seconds of a step if arithmetic, memory or links were all there is, at the chip's peaks."""
+    peak = of_chip.bf16_flops if dtype == "bf16" else of_chip.bf16_flops / 4
+    return {
+        "compute": sums.flops / peak,
+        "memory": sums.bytes_accessed / of_chip.bandwidth,
+        "links": sum(of.bytes for of in sums.collectives) / (of_chip.link_bytes_per_s / 2),
+    }
+
+
+def _on_a_chip(tree: Any) -> int:
+    """Bytes of a chip's parts, tiles not padded."""
+    size = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return sum(map(size, jax.tree.leaves(tree)))

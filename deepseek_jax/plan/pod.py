@@ -1,0 +1,131 @@
+"""The steps of training and serving, lowered for a pod from shapes alone."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.generate.engine import Generator, SamplingConfig
+from deepseek_jax.model.cache import abstract_cache
+from deepseek_jax.model.decoder import abstract_weights
+from deepseek_jax.rl.loss import GRPOConfig
+from deepseek_jax.rl.objective import grpo_objective
+from deepseek_jax.rl.rollout import Batch
+from deepseek_jax.sharding import Layout
+from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
+from deepseek_jax.train.sft import SFTBatch, make_sft_objective
+from deepseek_jax.train.step import MaskedBatch, Objective, StepConfig, TrainState, init_state, make_train_step
+
+
+class Program(NamedTuple):
+    """A lowered step, and the shapes and shardings of what it is given."""
+
+    lowered: jax.stages.Lowered
+    weights: nnx.State
+    moments: Any = ()
+    cache: Any = ()
+
+
+def lower_prefill(config: ModelConfig, layout: Layout, batch: int, context: int, dtype: jnp.dtype) -> Program:
+    """`batch` prompts of `context` tokens into the cache, and the first token drawn."""
+    graphdef, weights = abstract_weights(config, dtype, layout)
+    generator = Generator(config, graphdef, dtype=dtype, layout=layout)
+    knobs, modes = generator.settings(SamplingConfig(max_new_tokens=1))
+    of = partial(_everywhere, layout)
+    lowered = generator.prefill.lower(
+        weights,
+        of((batch, context), jnp.int32),
+        of((batch,), jnp.int32),
+        of((batch,), jnp.uint32),
+        of((batch,), jnp.int32),
+        jax.tree.map(lambda a: of(a.shape, a.dtype), knobs),
+        samples=1,
+        slots=context,
+        modes=modes,
+        room=1,
+    )
+    return Program(lowered, weights)
+
+
+def lower_decode(config: ModelConfig, layout: Layout, batch: int, context: int, dtype: jnp.dtype) -> Program:
+    """The decoding loop of `batch` sequences over a cache of `context` slots; its body is one token a sequence."""
+    graphdef, weights = abstract_weights(config, dtype, layout)
+    generator = Generator(config, graphdef, dtype=dtype, layout=layout)
+    knobs, modes = generator.settings(SamplingConfig(max_new_tokens=1))
+    of = partial(_everywhere, layout)
+    cache = abstract_cache(config, batch, context, dtype, layout)
+    small = jax.tree.map(lambda a: of(a.shape, a.dtype), (generator.first_state(batch, room=1), knobs))
+    lowered = generator.decode.lower(
+        weights,
+        small[0]._replace(cache=cache),
+        of((batch,), jnp.uint32),
+        of((batch,), jnp.int32),
+        small[1],
+        modes=modes,
+    )
+    return Program(lowered, weights, cache=cache)
+
+
+def lower_train(
+    config: ModelConfig, layout: Layout, batch: int, context: int, dtype: jnp.dtype, step: StepConfig
+) -> Program:
+    """Supervised fine-tuning of `batch` sequences of `context` tokens, with the MTP loss where there are modules."""
+    objective = make_sft_objective(mtp_weight=0.1 if config.num_nextn_predict_layers else 0.0)
+    like = SFTBatch(*_of_tokens(batch, context, np.int32, np.int32, bool))
+    untrained = ("indexer",) if config.num_nextn_predict_layers else ("indexer", "mtp")
+    return _lower_update(config, layout, dtype, objective, like, step, untrained)
+
+
+def lower_grpo(
+    config: ModelConfig, layout: Layout, batch: int, context: int, dtype: jnp.dtype, step: StepConfig
+) -> Program:
+    """The update of GRPO on `batch` samples of `context` tokens, with log-probs of sampler and reference given."""
+    objective = partial(grpo_objective, config=GRPOConfig(beta=0.001), temperature=1.0)
+    arrays = _of_tokens(batch, context, np.int32, np.int32, bool, np.float32, np.float32)
+    like = Batch(*arrays, np.zeros(batch, np.float32))
+    return _lower_update(config, layout, dtype, objective, like, step, ("indexer", "mtp"))
+
+
+def _lower_update(
+    config: ModelConfig,
+    layout: Layout,
+    dtype: jnp.dtype,
+    objective: Objective,
+    like: MaskedBatch,
+    step: StepConfig,
+    untrained: tuple[str, ...],
+) -> Program:
+    graphdef, weights = abstract_weights(config, dtype, layout)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-6), 1, untrained=untrained)
+    update = make_train_step(graphdef, objective, optimizer, step, layout)
+    place = partial(_everywhere, layout)
+    state = abstract_state(weights, optimizer, layout)
+    lowered = update.lower(state, jax.tree.map(lambda a: place(a.shape, a.dtype), like))
+    return Program(lowered, weights, moments=state.moments)
+
+
+def abstract_state(weights: nnx.State, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
+    """Shapes of the state of training, moments in the dtype of the weights and laid out as these."""
+    state = jax.eval_shape(partial(init_state, optimizer=optimizer), weights)
+
+    def place(leaf):
+        if isinstance(leaf, nnx.Variable):
+            value = leaf.get_raw_value()
+            sharding = layout.sharding(*leaf.get_metadata()["axes"])
+            return leaf.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding))
+        return _everywhere(layout, leaf.shape, leaf.dtype)
+
+    return jax.tree.map(place, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _everywhere(layout: Layout, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(*(None,) * len(shape)))
+
+
+def _of_tokens(batch: int, context: int, *dtypes: type) -> list[np.ndarray]:
+    return [np.zeros((batch, context), dtype) for dtype in dtypes]

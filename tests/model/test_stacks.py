@@ -1,0 +1,96 @@
+"""A decoder of stacks against the same one with a module a layer, on one device."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deepseek_jax.checkpoint import names
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.cache import empty_cache
+from deepseek_jax.model.decoder import Decoder, abstract_weights, split
+from deepseek_jax.model.scoring import score_ahead
+from deepseek_jax.model.stacks import stacked, unstacked
+from deepseek_jax.sharding import LOCAL, Layout
+from tests.checkpoint.folders import QWEN2, R1, V32
+
+B, T = 2, 8
+STACKED = Layout(stacked=True)
+# more than one layer of each kind
+CONFIGS = {
+    "mla": dataclasses.replace(R1, num_hidden_layers=4, quantization=None),
+    "indexer": dataclasses.replace(V32, num_hidden_layers=4, quantization=None),
+    "gqa": dataclasses.replace(QWEN2, num_hidden_layers=3),
+}
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 60, (B, T + 1)), jnp.int32)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def config(request) -> ModelConfig:
+    return CONFIGS[request.param]
+
+
+@pytest.fixture(scope="module")
+def weights(config) -> nnx.State:
+    return jax.jit(lambda: split(Decoder(config, rngs=nnx.Rngs(0)))[1])()
+
+
+def of_layout(config, weights, layout):
+    lies = stacked(weights, config, layout) if layout.stacked else weights
+    return abstract_weights(config, layout=layout)[0], lies
+
+
+def test_weights_come_back_from_a_stack_bit_for_bit(config, weights):
+    there = stacked(weights, config, STACKED)
+    like = abstract_weights(config, layout=STACKED)[1]
+    assert jax.tree.map(jnp.shape, names.flat(there)) == jax.tree.map(jnp.shape, names.flat(like))
+    back = unstacked(there, config, LOCAL)
+    jax.tree.map(np.testing.assert_array_equal, names.flat(back), names.flat(weights))
+
+
+@pytest.mark.parametrize("layout", [STACKED, Layout(stacked=True, workload="serve")])
+def test_stacks_decode_as_layers_do(config, weights, layout):
+    """A prompt and three tokens more, over the cache."""
+
+    def run(layout):
+        graphdef, lies = of_layout(config, weights, layout)
+
+        @jax.jit
+        def decode(weights):
+            model = nnx.merge(graphdef, weights)
+            hidden, cache = model.prefill(TOKENS[:, :5], empty_cache(config, B, T, jnp.float32, layout))
+            positions = jnp.broadcast_to(jnp.arange(5, T), (B, 3))
+            further, cache = model.extend(TOKENS[:, 5:T], positions, cache)
+            last, _ = model.extend(TOKENS[:, T - 1 : T], positions[:, -1:], cache)
+            return [model.logits(of.x_BTD) for of in (hidden, further, last)]
+
+        return decode(lies)
+
+    for got, wanted in zip(run(layout), run(LOCAL), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("remat", ["nothing", "layers", "all_but_attention"])
+def test_stacks_learn_as_layers_do(config, weights, remat):
+    """Scores, routing and gradients, whatever the backward pass works out again."""
+
+    def run(layout):
+        graphdef, lies = of_layout(config, weights, layout)
+        params, rest = nnx.split_state(lies, nnx.Param, ...)
+
+        def loss(params):
+            model = nnx.merge(graphdef, params, rest)
+            scored, further = score_ahead(model, TOKENS[:, :-1], TOKENS[:, 1:], jnp.ones((B, T), bool))
+            total = scored.logprobs_BT.sum() + sum(of.logprobs_BT.sum() for of in further) + scored.balance
+            return total, scored
+
+        gradient, scored = jax.jit(jax.grad(loss, has_aux=True))(params)
+        gradient = nnx.merge_state(gradient, rest)
+        return names.flat(unstacked(gradient, config, LOCAL) if layout.stacked else gradient), scored
+
+    got, wanted = (run(layout) for layout in (Layout(stacked=True, remat=remat), LOCAL))
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)

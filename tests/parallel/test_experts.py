@@ -1,0 +1,433 @@
+"""Experts over devices give what one device gives, forward and gradient; eight devices in a process of their own."""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.experimental import topologies
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from deepseek_jax.ops.experts import expert_mlp, tiled_matmul
+from deepseek_jax.parallel import exchange, rows
+from deepseek_jax.parallel.exchange import ragged_route
+from deepseek_jax.parallel.experts import routed_experts
+from deepseek_jax.parallel.placement import balance, place_experts, placed, spread
+from deepseek_jax.parallel.rounds import in_rounds
+from deepseek_jax.parallel.rows import by_expert, swiglu_groups, take_rows
+from deepseek_jax.sharding import AXES, make_mesh
+
+ROOT = Path(__file__).resolve().parents[2]
+DEVICES = 8
+B, T, D, M, E, A = 8, 6, 8, 8, 16, 3
+TRANSPORTS = ("all_gather", "all_to_all", "ragged_all_to_all")
+ENOUGH = 100.0  # times the even load is more than there can be
+COLLECTIVES = ("all-gather", "all-to-all", "ragged-all-to-all")
+NAMES = ("y", "d x", "d weights", "d gate", "d up", "d down")
+
+
+class Place(NamedTuple):
+    """A mesh, and how arrays lie on it."""
+
+    sizes: dict[str, int]
+    columns: str | None = None
+    gathered: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ("data", "fsdp", "expert")
+
+    def run(self, *arrays, devices=None, **options):
+        mesh = make_mesh(devices, **self.sizes)
+        how = {"rows": self.rows, "columns": self.columns, "gathered": self.gathered}
+        return routed_experts(*arrays, mesh=mesh, **how, **options)
+
+
+WIDE = Place({"expert": 8})
+PARTS = Place({"expert": 4, "tensor": 2})
+FSDP = Place({"fsdp": 2, "expert": 4}, None, ("fsdp",))
+LONG = Place({"data": 2, "expert": 2, "context": 2}, "context", ("fsdp", "context"))
+THIN = Place({"expert": 2, "tensor": 4})
+IDLE = Place({"context": 2, "expert": 2, "tensor": 2}, None, ("fsdp", "context"))  # context cuts weights and no rows
+NO_EXPERTS = Place({"fsdp": 4, "tensor": 2}, None, ("fsdp",))
+WHOLE_ROWS = Place({"fsdp": 2, "expert": 2, "tensor": 2}, None, (), ("data", "fsdp"))
+
+
+def inputs() -> tuple[list[jax.Array], jax.Array]:
+    """x, weights, experts, gate, up and down of results near 1; and a gradient of the result."""
+    rng = np.random.default_rng(0)
+    normal = lambda scale, *shape: jnp.asarray(rng.normal(size=shape) * scale, jnp.float32)
+    matrices = normal(D**-0.5, E, D, M), normal(D**-0.5, E, D, M), normal(M**-0.5, E, M, D)
+    return [normal(1, B, T, D), normal(0.5, B, T, A), routings()["random"], *matrices], normal(0.3, B, T, D)
+
+
+def routings() -> dict[str, jax.Array]:
+    rng = np.random.default_rng(1)
+    return {
+        "random": jnp.asarray([rng.permutation(E)[:A] for _ in range(B * T)], jnp.int32).reshape(B, T, A),
+        "one expert": jnp.full((B, T, A), 5, jnp.int32),
+        "last device": jnp.asarray(rng.integers(E - 2, E, (B, T, A)), jnp.int32),
+    }
+
+
+def with_gradient(function: Callable) -> Callable:
+    """(x, weights, experts, gate, up, down), gradient of y -> y and the gradients in all but the experts."""
+
+    def run(arrays, d_y):
+        x, weights, experts, *rest = arrays
+        y, pull = jax.vjp(lambda x, weights, *rest: function(x, weights, experts, *rest), x, weights, *rest)
+        return y, *pull(d_y)
+
+    return jax.jit(run)
+
+
+@with_gradient
+def on_one_device(x, weights, experts, *matrices):
+    flat = lambda a: a.reshape(-1, a.shape[-1])
+    return expert_mlp(flat(x), flat(weights), flat(experts), *matrices).reshape(x.shape)
+
+
+def equals_one_device(where: Place, transport: str, slack: float) -> None:
+    arrays, d_y = inputs()
+    run = with_gradient(lambda *arrays: where.run(*arrays, transport=transport, slack=slack))
+    for routing, experts in routings().items():
+        arrays[2] = experts
+        wanted = on_one_device(arrays, d_y)
+        assert all(0.1 < jnp.abs(value).max() < 20 for value in wanted)
+        for name, got, value in zip(NAMES, run(arrays, d_y), wanted, strict=True):
+            message = f"{name}, {routing}, {where}, {transport}, slack {slack}"
+            np.testing.assert_allclose(got, value, rtol=0, atol=2e-5, err_msg=message)
+
+
+# --- laws that need eight devices ----------------------------------------------------------------
+
+
+def equal_parts_over_experts_and_tensor() -> None:
+    equals_one_device(PARTS, "all_to_all", 1.0)
+
+
+def gathered_rows_over_data_experts_and_context() -> None:
+    equals_one_device(LONG, "all_gather", 1.0)
+
+
+def rows_that_lie_whole_on_every_device_of_the_axis() -> None:
+    equals_one_device(WHOLE_ROWS, "all_gather", 1.0)
+
+
+def only_a_round_that_may_not_suffice_is_followed_by_a_loop() -> None:
+    """By shape: 4 devices exchange, so that a receiver gets at worst 4 even loads."""
+    arrays, _ = inputs()
+    for slack, loop in ((1.0, True), (3.5, True), (4.0, False), (ENOUGH, False)):
+        run = jax.jit(lambda *arrays, slack=slack: FSDP.run(*arrays, transport="ragged_all_to_all", slack=slack))
+        assert ("overflow_rounds" in run.lower(*arrays).as_text(debug_info=True)) == loop, slack
+
+
+def what_no_row_fills_reaches_nothing() -> None:
+    """NaN where no row arrived, and in products of rows past the last group, forward and back."""
+    move, matmul = exchange._move_emulated, rows.grouped_matmul
+
+    def spoiling_move(room, axis, x, *route):
+        positions, arrives, receives = jnp.arange(room)[:, None], route[3], route[4]
+        came = jnp.any((positions >= arrives) & (positions < arrives + receives), axis=1, keepdims=True)
+        return jnp.where(came, move(room, axis, x, *route), jnp.nan)
+
+    exchange._move_emulated, rows.grouped_matmul = spoiling_move, spoiling_matmul
+    try:
+        equals_one_device(FSDP, "ragged_all_to_all", 1.0)
+    finally:
+        exchange._move_emulated, rows.grouped_matmul = move, matmul
+
+
+def every_transport_on_every_mesh() -> None:
+    places = (WIDE, PARTS, FSDP, LONG, THIN, IDLE, NO_EXPERTS)
+    for where, transport, slack in itertools.product(places, TRANSPORTS, (1.0, ENOUGH)):
+        equals_one_device(where, transport, slack)
+    equals_one_device(WHOLE_ROWS, "all_gather", ENOUGH)
+
+
+def replicas_of_experts_change_nothing() -> None:
+    """24 slots for the 16 experts over 8 devices, the replicas of an expert on different ones."""
+    (x, weights, experts, *matrices), d_y = inputs()
+    experts = jnp.minimum(experts, 9)
+    loads = np.bincount(experts.ravel(), minlength=E)[None]
+    placement = place_experts(loads, slots=24, devices=8)
+    before, after = balance(loads, placement)
+    assert placement.counts[0, 9] > 3 and after[0] < 0.5 * before[0]
+    layer = placement.replicas[0], placement.counts[0]
+
+    def run(x, weights, experts, *matrices):
+        slots = (placed(weight, placement.table[0]) for weight in matrices)
+        return WIDE.run(x, weights, spread(experts, *layer), *slots, transport="ragged_all_to_all", slack=1.0)
+
+    arrays = [x, weights, experts, *matrices]
+    for name, got, wanted in zip(NAMES, with_gradient(run)(arrays, d_y), on_one_device(arrays, d_y), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-5, err_msg=name)
+
+
+def every_transport_compiles_for_tpus() -> None:
+    """Forward and gradient in bfloat16, with the collective of its name; no rows that travelled are scattered."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    shapes = [(16, 32, 256), (16, 32, 4), (16, 32, 4), (16, 256, 128), (16, 256, 128), (16, 128, 256), (16, 32, 256)]
+    dtypes = [jnp.bfloat16, jnp.float32, jnp.int32, *[jnp.bfloat16] * 4]
+    for where, transport in itertools.product((WIDE, FSDP), TRANSPORTS):
+        mesh = make_mesh(devices, **where.sizes)
+        tokens = PartitionSpec(where.rows)
+        wide, tall = PartitionSpec("expert", where.gathered), PartitionSpec("expert", None, where.gathered)
+        specs = [tokens, tokens, tokens, wide, wide, tall, tokens]
+        *arrays, d_y = (
+            jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+            for shape, dtype, spec in zip(shapes, dtypes, specs, strict=True)
+        )
+        options = {"devices": devices, "transport": transport, "slack": 1.25}
+        run = with_gradient(lambda *arrays, where=where, options=options: where.run(*arrays, **options))
+        text = run.lower(arrays, d_y).compile().as_text()
+        found = {op for op in (*COLLECTIVES, "scatter") if re.search(rf" {op}(-start)?\(", text)}
+        wanted = {transport.replace("_", "-"), *(["all-gather"] if where.gathered else [])}
+        if transport == "all_gather":  # few of the rows that a device sees are its own: it adds these up in place
+            wanted.add("scatter")
+        assert found == wanted, (where, transport)
+
+
+QUICK = [
+    equal_parts_over_experts_and_tensor,
+    gathered_rows_over_data_experts_and_context,
+    rows_that_lie_whole_on_every_device_of_the_axis,
+    only_a_round_that_may_not_suffice_is_followed_by_a_loop,
+    what_no_row_fills_reaches_nothing,
+]
+
+
+def run_laws(*names: str) -> None:
+    """In the process with eight devices: prints as JSON what went wrong with each law."""
+    assert jax.device_count() == DEVICES
+    found = {}
+    for name in names:
+        try:
+            globals()[name]()
+            found[name] = ""
+        except Exception:
+            found[name] = traceback.format_exc()
+    print(json.dumps(found))
+
+
+def on_eight_devices(*laws: Callable[[], None], **environment: str) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, **environment}
+    # code that is not optimised computes the same, and compiles in a third of the time
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
+    code = f"from tests.parallel.test_experts import run_laws; run_laws(*{[law.__name__ for law in laws]})"
+    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=900)
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def quick() -> dict[str, str]:
+    return on_eight_devices(*QUICK)
+
+
+@pytest.mark.parametrize("law", [law.__name__ for law in QUICK])
+def test_on_eight_devices(law, quick):
+    assert quick[law] == "", quick[law]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("law", [every_transport_on_every_mesh, replicas_of_experts_change_nothing])
+def test_on_eight_devices_at_length(law):
+    (said,) = on_eight_devices(law).values()
+    assert said == "", said
+
+
+@pytest.mark.slow
+def test_every_transport_compiles_for_tpus():
+    if find_spec("libtpu") is None:
+        pytest.skip("needs libtpu: pip install -e '.[tpu]'")
+    settings = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # there is no TPU to share
+    (said,) = on_eight_devices(every_transport_compiles_for_tpus, **settings).values()
+    assert said == "", said
+
+
+# --- laws of one device --------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def spoiling_matmul(lhs, rhs, sizes):
+    """tiled_matmul with NaN for the rows past the last group, in the result and in the gradient of lhs."""
+    return spoiled(tiled_matmul(lhs, rhs, sizes), sizes)
+
+
+def spoiled(x, sizes):
+    return jnp.where((jnp.arange(x.shape[0]) < jnp.sum(sizes))[:, None], x, jnp.nan)
+
+
+def _spoiling_backward(saved, d):
+    lhs, rhs, sizes = saved
+    d_lhs, d_rhs = jax.vjp(lambda lhs, rhs: tiled_matmul(lhs, rhs, sizes), lhs, rhs)[1](d)
+    return spoiled(d_lhs, sizes), d_rhs, None
+
+
+spoiling_matmul.defvjp(lambda *saved: (spoiling_matmul(*saved), saved), _spoiling_backward)
+
+
+def test_without_an_expert_axis_it_is_the_plain_function():
+    arrays, d_y = inputs()
+    alone = Place({})
+    run = with_gradient(lambda *arrays: alone.run(*arrays, transport="ragged_all_to_all", slack=1.0))
+    for got, wanted in zip(run(arrays, d_y), on_one_device(arrays, d_y), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"transport": "pigeon"}, "transport: got 'pigeon', wanted one of all_gather, all_to_all, ragged_all_to_all"),
+        ({"slack": 0.0}, "slack: got 0.0, wanted a finite number above 0, for example 1.25"),
+        ({"slack": float("inf")}, "slack: got inf, wanted a finite number above 0, for example 1.25"),
+        ({"slack": float("nan")}, "slack: got nan, wanted a finite number above 0, for example 1.25"),
+        (
+            {"rows": ("data",)},
+            "rows: got ('data',), wanted 'expert' among them for all_to_all; use all_gather, or add it",
+        ),
+    ],
+)
+def test_a_wrong_argument_is_refused_by_name(wrong, says):
+    options = {"rows": ("expert",), "columns": None, "gathered": (), "transport": "all_to_all", "slack": 1.0} | wrong
+    with pytest.raises(ValueError, match=f"^{re.escape(says)}$"):
+        routed_experts(*inputs()[0], mesh=make_mesh(), **options)
+
+
+def test_experts_that_the_axis_does_not_divide_are_refused():
+    arrays, _ = inputs()
+    mesh = AbstractMesh((1, 1, 3, 1, 1), AXES)
+    options = {"rows": ("expert",), "columns": None, "gathered": (), "transport": "all_to_all", "slack": 1.0}
+    with pytest.raises(ValueError, match="^16 experts are not divisible by mesh axis expert 3$"):
+        routed_experts(*arrays, mesh=mesh, **options)
+
+
+def test_taken_rows_have_the_gradient_of_an_index():
+    """Rows taken twice, once and never, and places that take none."""
+    x = jnp.arange(12.0).reshape(4, 3)
+    index = jnp.asarray([2, 0, 4, 2, 3])
+    back = jnp.asarray([[1, 5], [5, 5], [0, 3], [5, 4]])
+    d = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)
+    out, pull = jax.vjp(lambda x: take_rows(x, index, back), x)
+    np.testing.assert_array_equal(out, np.concatenate([x, np.zeros((1, 3))])[index])
+    wanted = np.zeros((5, 3), np.float32)
+    np.add.at(wanted, index, d)
+    np.testing.assert_allclose(pull(d)[0], wanted[:4], rtol=1e-6)
+
+
+@st.composite
+def runs(draw):
+    """Runs of 3 sources and 4 experts in a buffer of 40 rows, with rows of no run before any of them."""
+    sizes, gaps = (np.asarray(draw(st.lists(st.integers(0, 2), min_size=12, max_size=12))) for _ in range(2))
+    gaps = np.minimum(gaps, 1)
+    starts = np.cumsum(gaps + sizes) - sizes
+    return starts.reshape(3, 4), sizes.reshape(3, 4)
+
+
+@given(runs())
+def test_a_buffer_in_order_of_experts_has_their_rows_one_after_another(buffer):
+    starts, sizes = buffer
+    order, inverse = jitted_by_expert(*(jnp.asarray(a, jnp.int32) for a in buffer))
+    wanted = [starts[s, e] + i for e in range(4) for s in range(3) for i in range(sizes[s, e])]
+    np.testing.assert_array_equal(order, wanted + [40] * (40 - len(wanted)))
+    places = np.full(40, 40)
+    places[wanted] = np.arange(len(wanted))
+    np.testing.assert_array_equal(inverse, places)
+
+
+jitted_by_expert = jax.jit(lambda starts, sizes: by_expert(starts, sizes, 40))
+
+
+def test_rows_past_the_last_group_reach_nothing(monkeypatch):
+    """Not even where the grouped product leaves NaN there."""
+    monkeypatch.setattr(rows, "grouped_matmul", spoiling_matmul)
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    x, *matrices = normal(12, D), normal(3, D, M), normal(3, D, M), normal(3, M, D)
+    d = normal(12, D).at[7:].set(0)
+    sizes = jnp.asarray([4, 0, 3])
+    run = jax.jit(lambda x, d: jax.vjp(lambda *arrays: swiglu_groups(*arrays, sizes), x, *matrices)[1](d))
+    wanted, got = run(x[:7], d[:7]), run(x, d)
+    assert np.isfinite(wanted[0]).all()
+    for some, other in zip((got[0][:7], *got[1:]), wanted, strict=True):
+        np.testing.assert_allclose(some, other, rtol=1e-5, atol=1e-5)
+
+
+# --- the route of a ragged round, against what jax says ragged_all_to_all does with it -----------
+
+P = 4
+
+
+@st.composite
+def loads(draw):
+    """How many rows each of P devices has for each, and room for a round."""
+    pairs = draw(st.lists(st.integers(0, 6), min_size=P * P, max_size=P * P))
+    return np.asarray(pairs, np.int32).reshape(P, P), draw(st.integers(1, 30))
+
+
+@jax.jit
+def routes(pairs, first, room):
+    return [ragged_route(pairs, me, first, room) for me in range(P)]
+
+
+def moved(operands, routes, room):
+    """ragged_all_to_all as its documentation has it; -1 where nothing is written."""
+    results = np.full((P, room), -1)
+    for source, operand in enumerate(operands):
+        for target in range(P):
+            begin, size, lands = (int(a[target]) for a in routes[source][:3])
+            assert size == routes[target].receives[source] and 0 <= begin <= len(operand) - size
+            assert 0 <= lands <= room - size and (results[target, lands : lands + size] == -1).all()
+            results[target, lands : lands + size] = operand[begin : begin + size]
+    return results
+
+
+@given(loads())
+def test_rounds_of_a_ragged_exchange_bring_every_row_there_and_back(load):
+    pairs, room = load
+    operands = [1000 * s + np.arange(total) for s, total in enumerate(pairs.sum(1))]
+    ends = pairs.cumsum(axis=1)
+    arrivals = [
+        np.concatenate([operands[s][ends[s, d] - pairs[s, d] : ends[s, d]] for s in range(P)]) for d in range(P)
+    ]
+    returned = np.full((P, 40), -1)
+    for first in range(0, pairs.sum(0).max(), room):
+        there = jax.tree.map(np.asarray, routes(pairs, first, room))
+        arrived = moved(operands, there, room)
+        for d in range(P):
+            wanted = arrivals[d][first : first + room]
+            np.testing.assert_array_equal(arrived[d], [*wanted, *[-1] * (room - len(wanted))])
+        back = moved(arrived, [route.reversed() for route in there], 40)
+        assert (np.minimum(returned, back) == -1).all(), "a row came back twice"
+        returned = np.maximum(returned, back)
+    for s, operand in enumerate(operands):
+        np.testing.assert_array_equal(returned[s], [*operand, *[-1] * (40 - len(operand))])
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_rounds_add_up_and_so_do_their_gradients(count):
+    rng = np.random.default_rng(0)
+    scales = jnp.asarray(rng.normal(size=5), jnp.float32)
+    one_round = lambda k, a, scales: scales[k] * jnp.sin(a["x"]) * a["w"][k]
+    arrays = {"x": jnp.asarray(rng.normal(size=3), jnp.float32), "w": jnp.asarray(rng.normal(size=5), jnp.float32)}
+    plain = lambda a: sum(one_round(k, a, scales) for k in range(count))
+    rounds = lambda a: in_rounds(one_round, jnp.int32(count), a, scales)
+    d = jnp.asarray([1.0, -2.0, 0.5])
+    for function in (lambda f: f(arrays), lambda f: jax.vjp(f, arrays)[1](d)[0]):
+        jax.tree.map(
+            lambda got, wanted: np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6),
+            jax.jit(lambda f=function: f(rounds))(),
+            function(plain),
+        )

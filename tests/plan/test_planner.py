@@ -1,0 +1,303 @@
+"""The planner: known fits, meshes that the model takes, and laws of memory."""
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import AbstractMesh
+
+from deepseek_jax.config import PRESETS, preset
+from deepseek_jax.plan import arithmetic, planner
+from deepseek_jax.plan.chart import curves, write_chart
+from deepseek_jax.plan.chips import CHIPS, GIB, chip
+from deepseek_jax.plan.planner import Sizes, plan
+from deepseek_jax.sharding import AXES, Layout
+
+R1 = preset("r1-671b")
+WORKLOADS = ("serve", "train", "grpo")
+GB = 10**9
+
+
+def context_of(config) -> int:
+    return min(4096, config.max_position_embeddings)
+
+
+# --- chips ---------------------------------------------------------------------------------------
+
+
+def test_chips_have_the_published_memories():
+    sizes = {each.name: each.hbm_bytes for each in CHIPS}
+    assert sizes == {
+        "v4": 32 * GIB,
+        "v5e": 16 * GB,
+        "v5p": 95 * GIB,
+        "v6e": 32 * GB,
+        "v7x": 192 * GIB,
+        "h100": 80 * GB,
+        "h200": 141 * GB,
+        "b200": 180 * GB,
+        "gb200": 186 * GB,
+        "mi300x": 192 * GB,
+    }
+
+
+@pytest.mark.parametrize("each", CHIPS, ids=lambda each: each.name)
+def test_a_slice_is_named_by_sides_that_make_its_chips(each):
+    for chips in each.slices:
+        each.check(chips)
+        name = each.slice_name(chips)
+        assert math.prod(int(side) for side in name.replace(" ", "").split("x")) == chips
+    assert chip(each.name.upper()) is each
+
+
+@pytest.mark.parametrize(
+    "spelled, name", [("TPU v5e", "v5e"), ("tpu-v5p", "v5p"), ("Ironwood", "v7x"), ("NVL72", "gb200")]
+)
+def test_a_chip_has_more_names_than_one(spelled, name):
+    assert chip(spelled).name == name
+
+
+# --- known fits ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, chips, fits, tight",
+    [
+        ("h100", 8, False, True),
+        ("h200", 8, True, False),
+        ("h100", 16, True, False),
+        ("v5e", 64, True, False),
+        ("v6e", 32, True, False),
+        ("v5p", 8, True, True),
+        ("v7x", 4, True, True),
+    ],
+)
+def test_where_r1_in_fp8_fits(name, chips, fits, tight):
+    found = plan("r1", R1, chip(name), chips=chips, dtype="fp8")
+    assert (found.fits, found.tight) == (fits, tight)
+    assert planner.weights_share(R1, chip(name), chips, "fp8") == pytest.approx(
+        673_150_611_808 / (chips * chip(name).hbm_bytes), rel=1e-12
+    )
+    assert (found.memory.total <= 0.9 * found.hbm) is fits
+    # replicas of what heads do not cut: q_a's and kv_a's columns, routers, norms
+    assert 0 <= found.memory.weights * chips * chip(name).devices / 673_150_611_808 - 1 < 0.08
+
+
+@pytest.mark.parametrize("name, chips", [("h100", 16), ("h200", 8), ("v5e", 64), ("v6e", 32), ("v5p", 8), ("v7x", 4)])
+def test_the_smallest_slice_that_fits_is_found(name, chips):
+    found = plan("r1", R1, chip(name))
+    assert (found.chips, found.fits, found.dtype) == (chips, True, "fp8")
+    smaller = chip(name).slices[chip(name).slices.index(chips) - 1]
+    assert not plan("r1", R1, chip(name), chips=smaller).fits
+
+
+def test_training_r1_wants_a_pod():
+    found = plan("r1", R1, chip("v5p"), workload="train")
+    assert found.fits and 64 <= found.chips <= 512
+    state = arithmetic.train_state_bytes(R1)
+    held = found.memory.weights + found.memory.gradient + found.memory.optimizer
+    assert 1 <= held * found.chips / state.total < 2  # what no axis cuts is held more than once
+    assert not plan("r1", R1, chip("v5e"), workload="train").fits
+
+
+# --- every plan ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_model_has_a_plan_on_every_chip(name, workload):
+    config = preset(name)
+    for each in CHIPS:
+        found = plan(name, config, each, workload=workload, context=context_of(config))
+        assert found.fits == (found.memory.total <= found.limit)
+        assert all(size >= 0 for size in dataclasses.astuple(found.memory)) and found.memory.weights > 0
+        assert 0 < found.tokens_per_second < math.inf and found.seconds.longest == max(found.seconds)
+        assert found.bound in ("compute", "memory", "collective")
+        kept = {"train": found.mesh}
+        if workload != "train":
+            kept["serve"] = found.rollout_mesh if workload == "grpo" else found.mesh
+        if workload == "serve":
+            del kept["train"]
+        for kind, sizes in kept.items():
+            assert math.prod(sizes.values()) == found.chips * each.devices
+            mesh = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
+            Layout(mesh=mesh, workload=kind).check(config)  # the model's own refusal of what does not divide
+        if workload != "serve":
+            mesh = AbstractMesh(tuple(found.mesh[axis] for axis in AXES), AXES)
+            Layout(mesh=mesh, workload="train").check_batch(found.batch, found.context)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"chips": 3}, "chips: got 3, wanted for v5e one of 1, 4, 8, 16, 32, 64, 128, 256"),
+        ({"chips": 512}, "chips: got 512"),
+        ({"workload": "sing"}, "workload: got 'sing', wanted one of serve, train, grpo"),
+        ({"context": 0}, "context: got 0, wanted 1 to 163840"),
+        ({"context": 10**6}, "context: got 1000000"),
+        ({"batch": 0}, "batch: got 0, wanted at least 1"),
+        ({"dtype": "fp4"}, "dtype: got 'fp4'"),
+        ({"dtype": "fp8", "workload": "train"}, "quantized weights are only served"),
+        ({"batch": 3, "chips": 256, "workload": "train"}, "no mesh of v5e x 256 divides context 4096 and batch 3"),
+    ],
+)
+def test_a_wrong_number_is_refused(change, says):
+    with pytest.raises(ValueError, match=says) as refusal:
+        plan("r1", R1, chip("v5e"), **change)
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_unknown_chip_is_refused():
+    with pytest.raises(ValueError, match="chip: got 'v9', wanted one of v4, v5e, v5p, v6e, v7x, h100"):
+        chip("v9")
+    with pytest.raises(ValueError, match="chips: got 12, wanted for h100 .* or a multiple of 8"):
+        plan("r1", R1, chip("h100"), chips=12)
+
+
+# --- laws ----------------------------------------------------------------------------------------
+
+models = st.sampled_from(list(PRESETS))
+
+
+@given(models, st.sampled_from(["bf16", "fp8", "int4"]), st.integers(1, 300), st.integers(1, 200), st.integers(1, 50))
+def test_serving_memory_grows_with_batch_and_context(name, dtype, batch, context, more):
+    config = preset(name)
+    for sizes in planner.meshes(config, "serve", 8):
+        total = lambda batch, context, sizes=sizes: planner.serve_memory(config, dtype, sizes, batch, context).total
+        assert total(batch, context) <= total(batch + more, context)
+        assert total(batch, context) <= total(batch, context + more)
+
+
+@given(models, st.integers(0, 6), st.integers(3, 8))
+def test_training_memory_grows_with_batch_and_context(name, doublings, context):
+    config = preset(name)
+    for sizes in planner.meshes(config, "train", 8):
+        total = lambda batch, length, sizes=sizes: planner.train_memory(config, "bf16", sizes, batch, length).total
+        batch, length = 8 << doublings, 1 << context
+        assert total(batch, length) <= total(2 * batch, length)
+        assert total(batch, length) <= total(batch, 2 * length)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS[:2])
+@pytest.mark.parametrize("name", ["r1-671b", "v3.2-671b", "v2-lite", "distill-qwen-7b", "distill-llama-70b"])
+def test_more_chips_never_need_more_memory_each(name, workload):
+    config, batch, length = preset(name), 512, 4096
+
+    def least(devices):
+        memory = planner.serve_memory if workload == "serve" else planner.train_memory
+        found = planner.meshes(config, workload, devices)
+        return min(memory(config, "bf16", sizes, batch, length).total for sizes in found)
+
+    needed = [least(1 << power) for power in range(8)]
+    assert needed == sorted(needed, reverse=True)
+    assert needed[-1] < needed[0] / 2
+
+
+@given(models, st.sampled_from(WORKLOADS[:2]), st.integers(0, 8))
+def test_a_meshs_parts_hold_the_whole_model(name, workload, power):
+    """No mesh loses a weight: all devices together hold at least the model."""
+    config, dtype = preset(name), "bf16"
+    whole = arithmetic.weight_bytes(config, dtype, mtp=workload == "train")
+    for sizes in planner.meshes(config, workload, 1 << power):
+        a_device = planner._weights_a_device(config, dtype, workload, sizes)
+        assert whole <= a_device * math.prod(sizes) and a_device <= whole
+    assert planner._weights_a_device(config, dtype, workload, Sizes()) == whole
+
+
+def test_pieces_of_a_layer_by_hand():
+    """One sequence of 1024 tokens of R1 on one device of a mesh with 8-way tensor parallelism, forward."""
+    found = planner.layer_activations(R1, 1024, 1024, Sizes(tensor=8), "serve")
+    assert found == {
+        "attention": 2 * 1024 * 16 * (192 + 128) * 2,
+        "scores": 2 * 4 * 16 * 1024 * 1024,
+        "experts": int(2 * 1.25 * 1024 * 8 * (2 * 7168 + 3 * 256)),
+        "dense": 2 * 1024 * 3 * 18432 // 8,
+        "states": 2 * 3 * 1024 * 7168,
+    }
+    backward = planner.layer_activations(R1, 1024, 1024, Sizes(tensor=8), "train")
+    assert backward == {kind: 2 * size for kind, size in found.items()}
+
+
+def test_speed_is_bound_by_the_slowest():
+    found = plan("r1", R1, chip("v5p"), chips=64, batch=512)
+    assert getattr(found.seconds, found.bound) == found.seconds.longest
+    assert found.tokens_per_second == pytest.approx(512 / found.seconds.longest, rel=1e-12)
+    flops = arithmetic.decode_flops(R1, 512, 4096).total
+    assert found.seconds.compute == pytest.approx(flops / (64 * 459e12 * 0.5), rel=1e-12)
+
+
+def test_grpo_keeps_what_both_phases_need():
+    config = preset("distill-qwen-7b")
+    found = plan("7b", config, chip("h100"), workload="grpo")
+    update, rollout = planner.grpo_memory(
+        config, "bf16", Sizes(**found.mesh), Sizes(**found.rollout_mesh), found.batch, found.context
+    )
+    assert found.memory in (update, rollout) and found.memory.total == max(update.total, rollout.total)
+    assert update.optimizer == rollout.optimizer and update.reference == rollout.reference > 0
+    assert rollout.gradient == 0 < rollout.cache and update.cache == 0 < update.gradient
+
+
+# --- a given memory ------------------------------------------------------------------------------
+
+
+def test_what_24_gb_hold():
+    found = {each.model: each for each in planner.advise_all(24 * GB, context=4096)}
+    assert found["distill-qwen-7b"].dtype == found["distill-llama-8b"].dtype == "bf16"
+    assert found["distill-qwen-14b"].dtype == "fp8"
+    assert found["distill-qwen-32b"].dtype == "int4"
+    assert not found.keys() & {"r1-671b", "v3.2-671b", "distill-llama-70b", "tiny"}
+    assert planner.advise_all(10**9, context=4096) == []
+
+
+@pytest.mark.parametrize("name, gigabytes", [("distill-qwen-7b", 24), ("distill-qwen-32b", 80), ("v2-lite", 40)])
+def test_the_longest_context_is_the_longest(name, gigabytes):
+    config = preset(name)
+    found = planner.advise(name, config, "bf16", gigabytes * GB, context=64)
+    needs = lambda length: planner.serve_memory(config, "bf16", Sizes(), 1, length).total
+    assert found.fits and needs(found.context) <= 0.9 * gigabytes * GB
+    assert found.context == config.max_position_embeddings or needs(found.context + 1) > 0.9 * gigabytes * GB
+
+
+def test_what_is_too_large_is_told_in_devices():
+    found = planner.advise("r1", R1, "fp8", 80 * GB, context=4096)
+    assert (found.fits, found.context, found.devices) == (False, 0, 16)
+
+
+def test_the_guides_rules():
+    names = {name: planner.rule_of_thumb(preset(name)) for name in PRESETS}
+    assert names["distill-qwen-1.5b"] == "4 GB" and names["distill-qwen-7b"] == "8-16 GB"
+    assert names["distill-qwen-32b"] == "24-48 GB" and names["distill-llama-70b"] == "48 GB"
+    assert names["r1-671b"] == "400-480 GB in 4 bits" and names["distill-qwen-14b"] is None
+    assert [planner.thumb_tensor_parallel(n * GB) for n in (4, 24, 80, 192, 640)] == [1, 1, 3, 8, 8]
+    # the arithmetic bears the guide out where it speaks of 4 bits
+    assert 340 * GB < arithmetic.weight_bytes(R1, "int4") < 400 * GB
+
+
+# --- chart ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_curves_rise_and_pass_the_plan(workload, tmp_path):
+    config, each = preset("distill-qwen-7b"), chip("h100")
+    found = plan("7b", config, each, workload=workload, context=4096)
+    drawn = curves(found, config, each)
+    assert found.batch in drawn and list(drawn) == sorted(drawn)
+    for totals in drawn.values():
+        assert totals == sorted(totals) and totals[0] > found.memory.weights
+    # 131072 / 32 = 4096 is one of the points
+    assert drawn[found.batch][-6] == found.memory.total
+    write_chart(tmp_path / "memory.png", found, config, each)
+    assert (tmp_path / "memory.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_page_asks_the_network_for_nothing(tmp_path):
+    config, each = preset("v2-lite"), chip("v5e")
+    found = plan("<v2>", config, each)
+    write_chart(tmp_path / "memory.html", found, config, each)
+    page = (tmp_path / "memory.html").read_text()
+    assert "&lt;v2&gt;" in page and "<v2>" not in page and "data:image/png;base64,iVBOR" in page
+    assert "http://" not in page and "https://" not in page and "<script" not in page
+    with pytest.raises(ValueError, match="wanted a name that ends in .png or .html"):
+        write_chart(tmp_path / "memory.gif", found, config, each)

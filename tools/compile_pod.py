@@ -1,0 +1,162 @@
+"""Compile a step of training or serving for a TPU pod that need not be there, and say what it costs each chip."""
+
+import dataclasses
+import math
+from json import dumps
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from deepseek_jax import config
+from deepseek_jax.checkpoint.opened import load_config
+from deepseek_jax.cli import run
+from deepseek_jax.config import PRESETS, ModelConfig
+from deepseek_jax.plan.compiled import DTYPES, Compiled, Step, Task, compile_step, topology
+from deepseek_jax.sharding import Layout, Remat, Transport, make_mesh
+from deepseek_jax.train.progress import format_bytes
+
+_DOES_NOT_FIT = 3
+_WIDTH = 120  # of a table that goes to a file
+
+
+def main(
+    *,
+    preset: str,
+    topology: str,
+    step: Step,
+    batch: int | None = None,
+    context: int = 4096,
+    mesh: str | None = None,
+    dtype: str = "bf16",
+    micro_batches: int = 1,
+    transport: Transport = "ragged_all_to_all",
+    slack: float = 1.1,
+    remat: Remat = "all_but_attention",
+    stacked: bool = True,
+    json: bool = False,
+) -> None:
+    """Prove that a step compiles and fits, with the real TPU compiler. Exit status 0: it fits, 3: it does not.
+
+    Args:
+        preset: name of a published configuration, such as r1-671b, or a folder with config.json.
+        topology: generation and shape of the slice, such as v5p:4x4x4.
+        step: prefill, decode, train (fine-tuning with the MTP loss, where there are modules) or grpo (the update).
+        batch: sequences in all; by default eight a chip to decode, else one for each part of the mesh that cuts them.
+        context: tokens of a sequence, and slots of the cache to decode.
+        mesh: sizes of axes, such as expert=64,fsdp=8; by default one that suits the model and the step.
+        dtype: bf16 or f32, of weights, moments and activations.
+        micro_batches: parts of an update, one after another.
+        transport: of tokens to their experts.
+        slack: room for an expert device in a round of it, as a multiple of the even share.
+        remat: what an update's backward pass works out again.
+        stacked: scan over stacks of layers; without, each layer is compiled by itself.
+        json: print one JSON object, figures a chip unless they say otherwise.
+    """
+    jax.config.update("jax_platforms", "cpu")  # nothing here runs on an accelerator, even where there is one
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, wanted one of {', '.join(DTYPES)}")
+    of_model = _config(preset, step)
+    of_chip, devices = _topology(topology)
+    sizes = _default_mesh(of_model, step, len(devices)) if mesh is None else _parsed(mesh)
+    training = step in ("train", "grpo")
+    layout = Layout(
+        mesh=make_mesh(devices, **sizes),
+        workload="train" if training else "serve",
+        transport=transport,
+        slack=slack,
+        stacked=stacked,
+        remat=remat if training else "nothing",
+    )
+    whole = layout.parts("batch") * micro_batches
+    if batch is None:
+        batch = 8 * len(devices) if step == "decode" else whole
+    task = Task(
+        config=of_model,
+        layout=layout,
+        step=step,
+        batch=batch,
+        context=context,
+        dtype=dtype,
+        micro_batches=micro_batches,
+    )
+    found = compile_step(task, of_chip)
+    print(dumps(_as_json(found, sizes, task), indent=2)) if json else _show(found, task, topology, sizes)
+    if not found.fits:
+        raise SystemExit(_DOES_NOT_FIT)
+
+
+_topology = topology
+
+
+def _config(name: str, step: Step) -> ModelConfig:
+    found = config.preset(name) if name in PRESETS or not Path(name).is_dir() else load_config(Path(name))
+    # packed weights are unpacked to be computed with, and only training runs the modules
+    modules = found.num_nextn_predict_layers if step == "train" else 0
+    return dataclasses.replace(found, quantization=None, num_nextn_predict_layers=modules)
+
+
+def _parsed(mesh: str) -> dict[str, int]:
+    sizes = {}
+    for part in mesh.split(","):
+        axis, _, size = part.partition("=")
+        if not size.isdecimal():
+            raise ValueError(f"mesh: got {mesh!r}, wanted sizes of axes such as expert=64,fsdp=8")
+        sizes[axis.strip()] = int(size)
+    return sizes
+
+
+def _default_mesh(of_model: ModelConfig, step: Step, chips: int) -> dict[str, int]:
+    """Experts over most of the chips; without experts, heads over a few to serve, and width over all to train."""
+    moe = of_model.moe
+    training = step in ("train", "grpo")
+    if moe is not None:
+        # training gathers dense weights over fsdp alone, and wants them cut by more than a few
+        most = 2 ** (2 * int(math.log2(chips)) // 3) if training else chips
+        expert = math.gcd(most, moe.n_routed_experts)
+        return {"expert": expert, "fsdp": chips // expert} if training else {"data": chips // expert, "expert": expert}
+    if training:
+        return {"fsdp": chips}
+    tensor = math.gcd(chips, of_model.attention.num_key_value_heads)
+    return {"data": chips // tensor, "tensor": tensor}
+
+
+def _as_json(found: Compiled, sizes: dict[str, int], task: Task) -> dict[str, object]:
+    asked = {"step": task.step, "batch": task.batch, "context": task.context, "dtype": task.dtype, "mesh": sizes}
+    return dataclasses.asdict(found) | {"headroom": found.headroom} | asked
+
+
+def _show(found: Compiled, task: Task, topology: str, sizes: dict[str, int]) -> None:
+    console = Console(width=None if Console().is_terminal else _WIDTH)
+    mesh = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
+    console.print(f"{task.step} on {topology}: {mesh}, batch {task.batch}, context {task.context}, {task.dtype}")
+    table = Table("a chip", "", "beside theory")
+    row = lambda name, value, beside="": table.add_row(name, value, beside)
+    row("memory", format_bytes(found.hbm_bytes), "")
+    row("  used", format_bytes(found.used_bytes), f"{found.headroom:.0%} left" if found.fits else "DOES NOT FIT")
+    if found.flops is not None:
+        for name in ("weight", "optimizer", "cache", "temp"):
+            row(f"  {name}", format_bytes(getattr(found, f"{name}_bytes")))
+        row("FLOPs", f"{found.flops:.4g}", f"{found.flops / found.analytic_flops:.3f} of {found.analytic_flops:.4g}")
+        ratio = found.bytes_accessed / found.analytic_bytes
+        row("bytes", format_bytes(found.bytes_accessed), f"{ratio:.2f} of {format_bytes(round(found.analytic_bytes))}")
+        row("sent", format_bytes(found.collective_bytes), _beside_least(found))
+        for of in found.collectives:
+            row(f"  {of['op']}", format_bytes(of["bytes"]), f"{of['count']} over {of['axis']}")
+        row(
+            "roofline",
+            f"{found.seconds * 1e3:.3g} ms",
+            f"{found.bound}, {found.tokens_per_second / found.chips:,.0f} tokens/s",
+        )
+    row("compiled in", f"{found.compile_seconds:.0f} s")
+    console.print(table)
+
+
+def _beside_least(found: Compiled) -> str:
+    least = found.analytic_collective_bytes
+    return f"{found.collective_bytes / least:.2f} of {format_bytes(round(least))}" if least else ""
+
+
+if __name__ == "__main__":
+    run(main)
