@@ -28,27 +28,26 @@ class _Cut(NamedTuple):
 
 # Training cuts weights and moments by their width too, and gathers a layer's dense weights when it runs. (Not over
 # `expert`: 7168 / 512 rows are no whole tile of a TPU, which then adds zeros up instead of gathering.) Serving moves
-# no weight to decode: there dense weights are cut by heads, columns and vocabulary, `expert` included.
+# no weight: dense ones are cut by heads, columns and vocabulary alone, and whole experts are spread over `tensor` too.
 _TABLE: Mapping[str, _Cut] = {
     # weights
     "embed": _Cut(("fsdp", "context"), ()),  # the model's width
     "rank": _Cut(("fsdp", "context"), ()),  # a latent that is projected up
-    "latent": _Cut((), ("expert", "tensor")),  # a latent that is projected down to
-    "heads": _Cut(("tensor",), ("expert", "tensor")),
+    "latent": _Cut(("tensor",), ("tensor",)),  # a latent that is projected down to
+    "heads": _Cut(("tensor",), ("tensor",)),
     "kv_heads": _Cut(("tensor",), ("tensor",)),
-    "mlp": _Cut(("tensor",), ("expert", "tensor")),
-    "vocab": _Cut(("tensor",), ("expert", "tensor")),
-    "expert": _Cut(("expert",), ("expert",)),
+    "mlp": _Cut(("tensor",), ("tensor",)),
+    "vocab": _Cut(("tensor",), ("tensor",)),
+    "expert": _Cut(("expert",), ("expert", "tensor")),
     "expert_embed": _Cut(("fsdp", "context"), ()),
-    "expert_mlp": _Cut(("tensor",), ("tensor",)),
+    "expert_mlp": _Cut(("tensor",), ()),
     "layer": _Cut((), ()),
-    # activations of whole sequences
+    # activations
     "batch": _Cut(("data", "fsdp", "expert"), ("data", "fsdp", "expert")),
     "sequence": _Cut(("context",), ("context",)),
     "tensor": _Cut(("tensor",), ("tensor",)),
-    # activations of decoding: projections see all tokens of a replica, the latent cache is cut by sequence
-    "decode_batch": _Cut(("data", "fsdp", "expert"), ("data", "fsdp")),
-    "decode_heads": _Cut(("tensor",), ("expert", "tensor")),
+    # rows for experts, and those of a latent cache while it is decoded: no chip has another's
+    "tokens": _Cut(("context",), ("context", "tensor")),
     "cache_batch": _Cut(("data", "fsdp", "expert"), ("data", "fsdp", "expert", "tensor")),
 }
 GATHERED = ("fsdp", "context")  # what cuts the width of experts' weights
@@ -101,17 +100,19 @@ class Layout:
 
     Args:
         mesh: of `make_mesh`; None is one device, or whatever the arrays lie on.
-        workload: "train" cuts dense weights by their width and gathers a layer's when it runs; "serve" cuts them by
-            heads and columns, and moves none to decode.
+        workload: "train" cuts dense weights by their width too and gathers a layer's when it runs; "serve" cuts them
+            by heads and columns alone, moves none, and spreads experts over `tensor` as well.
         transport: of tokens to their experts, see `parallel.experts`.
         slack: room for an expert device in one round of the transport, as a multiple of the balanced share. What does
             not fit goes in a further round; nothing is dropped.
         stacked: layers of one kind are one stack of weights, run by a scan: compiles in the time of one layer.
         remat: what the backward pass works out again: nothing, whole layers from their inputs, or all of a layer but
             its attention.
+        lanes: multiple of numbers to which the rotated keys of a latent cache are widened by zeros: 128 on TPU, whose
+            memory takes as much anyway, and whose decoding kernel reads whole rows.
 
     Raises:
-        ValueError: an unknown word, or a slack below 1.
+        ValueError: an unknown word, a slack below 1, or no lane.
     """
 
     mesh: Mesh | None = None
@@ -120,8 +121,10 @@ class Layout:
     slack: float = 1.1
     stacked: bool = False
     remat: Remat = "nothing"
+    lanes: int = 1
 
     def __post_init__(self) -> None:
+        check_whole("lanes", self.lanes)
         for name, known in (("workload", Workload), ("transport", Transport), ("remat", Remat)):
             if getattr(self, name) not in get_args(known):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(get_args(known))}")
@@ -165,7 +168,7 @@ class Layout:
         if "expert" in axes:
             return leaf
         stored = self.sharding(*axes)
-        used = PartitionSpec(*("tensor" if "tensor" in self.cut(axis) and axis != "latent" else None for axis in axes))
+        used = PartitionSpec(*("tensor" if "tensor" in self.cut(axis) else None for axis in axes))
         return leaf.replace(_move(value, NamedSharding(self.mesh, used), stored))
 
     def stored(self, weights: Any) -> Any:
@@ -190,27 +193,30 @@ class Layout:
         moe, a = config.moe, config.attention
         if moe is None and self.size("expert") > 1:
             raise ValueError(f"mesh: expert {self.size('expert')} for a model without experts, wanted 1")
-        numbers = {"num_attention_heads": (config.num_attention_heads, "heads")}
-        numbers["hidden_size"] = (config.hidden_size, "embed")
-        numbers["vocab_size"] = (config.vocab_size, "vocab")
+        numbers = [
+            ("num_attention_heads", config.num_attention_heads, "heads"),
+            ("hidden_size", config.hidden_size, "embed"),
+            ("vocab_size", config.vocab_size, "vocab"),
+        ]
         if moe is None or moe.first_k_dense_replace:
-            numbers["intermediate_size"] = (config.intermediate_size, "mlp")
+            numbers.append(("intermediate_size", config.intermediate_size, "mlp"))
         if moe is not None:
-            numbers["n_routed_experts"] = (moe.n_routed_experts, "expert")
-            numbers["moe_intermediate_size"] = (moe.moe_intermediate_size, "expert_mlp")
-            numbers["n_shared_experts x moe_intermediate_size"] = (
-                moe.n_shared_experts * moe.moe_intermediate_size,
-                "mlp",
-            )
+            shared = moe.n_shared_experts * moe.moe_intermediate_size
+            numbers += [
+                ("n_routed_experts", moe.n_routed_experts, "expert"),
+                ("moe_intermediate_size", moe.moe_intermediate_size, "expert_mlp"),
+                ("n_shared_experts x moe_intermediate_size", shared, "mlp"),
+            ]
         if isinstance(a, GQAConfig):
-            numbers["num_key_value_heads"] = (a.num_key_value_heads, "kv_heads")
+            numbers.append(("num_key_value_heads", a.num_key_value_heads, "kv_heads"))
         else:
-            numbers["kv_lora_rank"] = (a.kv_lora_rank, "rank")
+            numbers.append(("kv_lora_rank", a.kv_lora_rank, "rank"))
+            numbers.append(("kv_lora_rank + qk_rope_head_dim", a.kv_lora_rank + a.qk_rope_head_dim, "latent"))
             if a.q_lora_rank is not None:
-                numbers["q_lora_rank"] = (a.q_lora_rank, "rank" if self.workload == "train" else "latent")
+                numbers += [("q_lora_rank", a.q_lora_rank, axis) for axis in ("rank", "latent")]
             if a.indexer is not None:
-                numbers["index_n_heads"] = (a.indexer.index_n_heads, "heads")
-        for name, (number, axis) in numbers.items():
+                numbers.append(("index_n_heads", a.indexer.index_n_heads, "heads"))
+        for name, number, axis in numbers:
             if number % self.parts(axis):
                 raise ValueError(f"{name} {number} is not divisible by {self._named(self.cut(axis))}")
 
@@ -220,13 +226,13 @@ class Layout:
         Raises:
             ValueError: with the numbers.
         """
-        for name, number, axis in (("batch", sequences, "batch"), ("length", length, "sequence")):
+        for name, number, axis in (("batch", sequences, "batch"), ("length", length, "tokens")):
             if number % self.parts(axis):
                 raise ValueError(f"{name} {number} is not divisible by {self._named(self.cut(axis))}")
 
     def _named(self, mesh_axes: Sequence[str]) -> str:
-        named = " x ".join(f"{axis} {self.mesh.shape[axis]}" for axis in mesh_axes if self.mesh.shape[axis] > 1)
-        return f"mesh axis {named}" if len(mesh_axes) == 1 else f"mesh axes {named}"
+        named = [f"{axis} {self.mesh.shape[axis]}" for axis in mesh_axes if self.mesh.shape[axis] > 1]
+        return f"mesh {'axis' if len(named) == 1 else 'axes'} {' x '.join(named)}"
 
 
 LOCAL = Layout()

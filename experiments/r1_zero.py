@@ -7,7 +7,8 @@ work it out step by step. Then GRPO alone has to find out that thinking pays, an
 
 Cost: three to seven minutes on two CPU cores without arguments; `--quick` shows the whole path in one or two.
 Expected: held-out accuracy rises by 20 points and more over the cold start; with `--control shuffled` it does not
-(see LOG.md). A killed run goes on from its last checkpoint when the same command is given again.
+(see LOG.md). A killed run goes on from its last checkpoint when the same command is given again. The `--mesh-*` flags
+divide the model over several devices, and over those of several processes (docs/pods.md).
 """
 
 import dataclasses
@@ -24,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deepseek_jax import processes
 from deepseek_jax.checkpoint.files import write_whole
-from deepseek_jax.checkpoint.folder import Model, load_model, save_hf
+from deepseek_jax.checkpoint.folder import Model, lay_out, load_model, save_hf
 from deepseek_jax.cli import run
 from deepseek_jax.config import preset
 from deepseek_jax.evals.accuracy import Accuracy, greedy_accuracy
@@ -39,10 +41,11 @@ from deepseek_jax.rewards.structure import structure_reward
 from deepseek_jax.rl.loss import GRPOConfig
 from deepseek_jax.rl.objective import grpo_objective, reference_logprobs
 from deepseek_jax.rl.rollout import Prompt, Roller, rollout_metrics
+from deepseek_jax.sharding import AXES, Layout, Remat, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE, draw_chains, trace
 from deepseek_jax.train.data import Question, batches, read_questions
-from deepseek_jax.train.loop import Stage, run_stage
+from deepseek_jax.train.loop import Stage, profiled_steps, run_stage
 from deepseek_jax.train.metrics import MetricLog, read_metrics
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from deepseek_jax.train.report import write_report
@@ -94,6 +97,15 @@ class Config:
         eval_every: steps between evaluations on part of the held-out questions.
         save_every: steps between checkpoints.
         control: "shuffled" hands every reward to a random sample of its group: nothing should be learnt.
+        mesh_data: replicas of the model. The product of the five sizes of the mesh must be the number of devices of
+            all processes; all 1 in one process is a run on its first device, however many there are.
+        mesh_fsdp: parts that weights are cut into by their width, and batches by sample.
+        mesh_expert: groups of devices that the experts are divided between; batches are cut by them as well.
+        mesh_context: parts of every sequence, and of the weights' width.
+        mesh_tensor: parts of heads, inner widths and vocabulary.
+        stacked: layers of one kind are one stack: a deep model compiles in the time of one layer.
+        remat: what the backward pass works out again: nothing, whole layers, or all of a layer but its attention.
+        profile_steps: "A:B" traces the GRPO steps A to B, counted from 1, into profile/.
     """
 
     output: Path = Path("runs/r1_zero")
@@ -135,14 +147,25 @@ class Config:
     eval_every: int = 10
     save_every: int = 20
     control: Literal["none", "shuffled"] = "none"
+    mesh_data: int = 1
+    mesh_fsdp: int = 1
+    mesh_expert: int = 1
+    mesh_context: int = 1
+    mesh_tensor: int = 1
+    stacked: bool = False
+    remat: Remat = "nothing"
+    profile_steps: str | None = None
 
 
 QUICK = {"cold_start_epochs": 4, "steps": 8, "eval_questions": 64, "eval_every": 4, "save_every": 4}
+# Where and how a run is computed: may change when it goes on.
+PLACE = {"remat", "profile_steps", *(f"mesh_{axis}" for axis in AXES)}
 
 
 class Setup(NamedTuple):
     """What both stages work with."""
 
+    layout: Layout
     model: Model
     tokenizer: Tokenizer
     generator: Generator
@@ -156,9 +179,9 @@ def main(config: Config) -> None:
     start = time.perf_counter()
     if config.quick:
         config = dataclasses.replace(config, **QUICK)
-    check(config)
+    processes.on_main(lambda: check(config))
     setup = prepare(config)
-    write_json(config.output / "config.json", settings(config))
+    processes.on_main(lambda: write_json(config.output / "config.json", settings(config)))
     log = MetricLog(config.output)
     weights = cold_start(config, setup, log) if setup.cold_start else setup.model.weights
     before = evaluate_once(config, setup, weights, "before")
@@ -166,7 +189,9 @@ def main(config: Config) -> None:
     weights = reinforce(config, setup, weights, log)
     after = evaluate(config, setup, weights)
     print(f"accuracy after GRPO: {after.mean:.1%} +- {after.stderr:.1%}")
-    finish(config, setup, weights, before, after, log, time.perf_counter() - start)
+    log.close()
+    save_model(config, setup, weights)
+    processes.on_main(lambda: report(config, setup, before, after, time.perf_counter() - start))
 
 
 def check(config: Config) -> None:
@@ -184,12 +209,14 @@ def check(config: Config) -> None:
     for name in ("steps", "prompts_per_step", "eval_questions", "eval_every", "save_every", "reference_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: got {getattr(config, name)}, wanted at least 1")
+    if config.profile_steps is not None:
+        profiled_steps(config.profile_steps, config.steps)
     if (config.output / "summary.json").exists():
         raise ValueError(f"{config.output}: holds a finished run; choose another --output or remove it")
     path = config.output / "config.json"
     held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings(config)
     for name, value in settings(config).items():
-        if held.get(name) != value:
+        if name not in PLACE and held.get(name) != value:
             raise ValueError(
                 f"{path}: the unfinished run there has {name} {held.get(name)!r}, not {value!r}; "
                 "give the same settings to go on with it, or another --output"
@@ -208,14 +235,22 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 # --- model and questions -------------------------------------------------------------------------
 
 
+def layout_of(config: Config) -> Layout:
+    """How the model lies on the devices and runs there."""
+    sizes = {axis: getattr(config, f"mesh_{axis}") for axis in AXES}
+    one_device = processes.count() == 1 and all(size == 1 for size in sizes.values())
+    return Layout(mesh=None if one_device else make_mesh(**sizes), stacked=config.stacked, remat=config.remat)
+
+
 def prepare(config: Config) -> Setup:
     """The model, its tokenizer, and questions split into training and held-out ones."""
+    layout = layout_of(config)
     if config.model is None:
         tokenizer = Tokenizer.characters(ALPHABET, chat_template=TEMPLATE)
-        model = small_model(config, tokenizer)
+        model = lay_out(small_model(config, tokenizer), layout)
     else:
         tokenizer = Tokenizer.from_folder(config.model)
-        model = load_model(config.model)
+        model = load_model(config.model, layout=layout)
     questions = read_questions(config.data) if config.data else None
     examples: list[tuple[list[int], list[int]]] = []
     if questions is None:
@@ -242,9 +277,13 @@ def prepare(config: Config) -> Setup:
             f"{config.prompts_per_step} to train on; lower --eval-questions"
         )
     prompts = [make_prompt(config, tokenizer, q) for q in questions]
-    generator = Generator(model.config, model.graphdef)
+    generator = Generator(model.config, model.graphdef, layout=layout)
     held_out, train = prompts[: config.eval_questions], prompts[config.eval_questions :]
-    return Setup(model, tokenizer, generator, train, held_out, examples)
+    parts = config.updates_per_rollout * config.micro_batches
+    layout.check_batch(config.prompts_per_step * config.group_size // parts, rollout_width(config, train))
+    if examples:
+        layout.check_batch(config.cold_start_batch // config.micro_batches, example_width(examples))
+    return Setup(layout, model, tokenizer, generator, train, held_out, examples)
 
 
 def small_model(config: Config, tokenizer: Tokenizer) -> Model:
@@ -254,6 +293,16 @@ def small_model(config: Config, tokenizer: Tokenizer) -> Model:
     )
     graphdef, weights = split(Decoder(architecture, rngs=nnx.Rngs(config.seed)))
     return Model(architecture, graphdef, weights)
+
+
+def rollout_width(config: Config, prompts: Sequence[Prompt]) -> int:
+    """Columns of a rollout's batch."""
+    return -(-(max(len(p.tokens) for p in prompts) + config.max_new_tokens - 1) // 32) * 32
+
+
+def example_width(examples: Sequence[tuple[list[int], list[int]]]) -> int:
+    """Columns of a cold start's batch."""
+    return bucket(max(len(p) + len(c) for p, c in examples) - 1)
 
 
 def ask(config: Config, tokenizer: Tokenizer, text: str) -> list[int]:
@@ -278,8 +327,8 @@ def cold_start(config: Config, setup: Setup, log: MetricLog) -> nnx.State:
     steps = config.cold_start_epochs * len(setup.cold_start) // config.cold_start_batch
     adamw = OptimizerConfig(learning_rate=config.cold_start_lr, warmup_steps=20, final_ratio=0.1, weight_decay=0.1)
     optimizer = make_optimizer(adamw, steps)
-    update = make_train_step(setup.model.graphdef, sft_objective, optimizer, step_config(config))
-    width = bucket(max(len(p) + len(c) for p, c in setup.cold_start) - 1)
+    update = make_train_step(setup.model.graphdef, sft_objective, optimizer, step_config(config), setup.layout)
+    width = example_width(setup.cold_start)
 
     def step(state: TrainState, examples: Sequence, number: int) -> tuple[TrainState, Mapping[str, float]]:
         state, metrics = update(state, sft_batch(examples, width=width))
@@ -288,7 +337,7 @@ def cold_start(config: Config, setup: Setup, log: MetricLog) -> nnx.State:
 
     stage = Stage(name="cold_start", steps=steps, save_every=200, shown={"loss": "loss"})
     data = batches(setup.cold_start, size=config.cold_start_batch, seed=config.seed)
-    state = init_state(setup.model.weights, optimizer)
+    state = init_state(setup.model.weights, optimizer, setup.layout)
     return run_stage(stage, state, data, step, folder=config.output, log=log).weights
 
 
@@ -307,7 +356,7 @@ def reinforce(config: Config, setup: Setup, weights: nnx.State, log: MetricLog) 
     optimizer, rate = make_optimizer(adamw, updates), schedule(adamw, updates)
     loss = GRPOConfig(epsilon=config.epsilon, epsilon_high=config.epsilon_high, beta=config.beta)
     objective = partial(grpo_objective, config=loss, temperature=config.temperature)
-    update = make_train_step(setup.model.graphdef, objective, optimizer, step_config(config))
+    update = make_train_step(setup.model.graphdef, objective, optimizer, step_config(config), setup.layout)
     roll = roller(config, setup)
 
     def step(state: Reinforced, prompts: list[Prompt], number: int) -> tuple[Reinforced, Mapping[str, float]]:
@@ -347,9 +396,11 @@ def reinforce(config: Config, setup: Setup, weights: nnx.State, log: MetricLog) 
             "entropy": "entropy",
             "eval/accuracy": "held-out",
         },
+        profile_steps=config.profile_steps,
     )
     data = batches(setup.train, size=config.prompts_per_step, seed=config.seed)
-    state = Reinforced(init_state(weights, optimizer), jax.tree.map(jnp.copy, weights), jnp.int32(0))
+    first = init_state(weights, optimizer, setup.layout)
+    state = Reinforced(first, jax.tree.map(jnp.copy, weights), jnp.int32(0))
     return run_stage(stage, state, data, step, folder=config.output, log=log).train.weights
 
 
@@ -364,7 +415,6 @@ def roller(config: Config, setup: Setup) -> Roller:
     weights = {"accuracy": config.weight_accuracy, "format": config.weight_format, "structure": config.weight_structure}
     functions = {"accuracy": accuracy_reward, "format": format_reward, "structure": structure_reward}
     used = {name: weight for name, weight in weights.items() if weight}
-    longest = max(len(p.tokens) for p in setup.train)
     return Roller(
         generator=setup.generator,
         tokenizer=setup.tokenizer,
@@ -373,7 +423,7 @@ def roller(config: Config, setup: Setup) -> Roller:
         ),
         group_size=config.group_size,
         reward=combine({name: functions[name] for name in used}, used),
-        width=-(-(longest + config.max_new_tokens - 1) // 32) * 32,
+        width=rollout_width(config, setup.train),
         alter_rewards=partial(shuffle_rewards, seed=config.seed) if config.control == "shuffled" else None,
     )
 
@@ -401,28 +451,23 @@ def evaluate(config: Config, setup: Setup, weights: nnx.State, most: int | None 
 def evaluate_once(config: Config, setup: Setup, weights: nnx.State, name: str) -> dict[str, float]:
     """An evaluation that a resumed run reads back instead of repeating."""
     path = config.output / f"accuracy_{name}.json"
-    if not path.exists():
+    if not processes.on_main(path.exists):
         found = evaluate(config, setup, weights)
-        write_json(path, {"accuracy": found.mean, "stderr": found.stderr})
-    return json.loads(path.read_text(encoding="utf-8"))
+        processes.on_main(lambda: write_json(path, {"accuracy": found.mean, "stderr": found.stderr}))
+    return processes.on_main(lambda: json.loads(path.read_text(encoding="utf-8")))
 
 
-def finish(
-    config: Config,
-    setup: Setup,
-    weights: nnx.State,
-    before: dict[str, float],
-    after: Accuracy,
-    log: MetricLog,
-    seconds: float,
-) -> None:
-    """The trained model, the report, and last the summary, which says that the run is whole."""
-    log.close()
-    rows = read_metrics(config.output / "metrics.jsonl")
+def save_model(config: Config, setup: Setup, weights: nnx.State) -> None:
+    """As a Hugging Face folder, if a run before this one did not."""
     target = config.output / "model"
-    if not target.exists():
+    if not processes.on_main(target.exists):
         trained = setup.model._replace(weights=weights)
         save_hf(trained, target, source=config.model, tokenizer=setup.tokenizer.files)
+
+
+def report(config: Config, setup: Setup, before: dict[str, float], after: Accuracy, seconds: float) -> None:
+    """The report, and last the summary, which says that the run is whole."""
+    rows = read_metrics(config.output / "metrics.jsonl")
     summary: dict[str, Any] = {
         "accuracy_before": before["accuracy"],
         "accuracy_after": after.mean,
@@ -433,7 +478,7 @@ def finish(
         "tokens": int(rows[-1]["num_tokens"]),
         "seed": config.seed,
         "control": config.control,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(weights)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(setup.model.weights)),
     }
     samples = [
         {"prompt": p.text, "completion": c.text, "rewards": {"accuracy": s}, "answer": p.columns["answer"]}
@@ -442,7 +487,7 @@ def finish(
     write_report(config.output, title="R1-Zero", summary=summary, rows=rows, samples=samples)
     write_json(config.output / "summary.json", summary)
     print(json.dumps(summary, indent=2))
-    print(f"report: {config.output / 'report.html'}   model: {target}")
+    print(f"report: {config.output / 'report.html'}   model: {config.output / 'model'}")
 
 
 if __name__ == "__main__":

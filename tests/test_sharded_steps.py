@@ -80,6 +80,7 @@ FACTORS = [
 ]
 rng = np.random.default_rng(0)
 TOKENS = rng.integers(0, 64, (B, T + 1)).astype(np.int32)
+ADVANTAGES = rng.normal(size=B).astype(np.float32)
 MASK = np.arange(T) < rng.integers(4, T + 1, (B, 1))
 
 
@@ -101,14 +102,13 @@ def laid(kind: str, layout: Layout) -> tuple[nnx.GraphDef, nnx.State]:
 
 def objectives(kind: str):
     """Supervised fine-tuning with the modules, where there are some, and GRPO; each with its batch."""
-    advantages = rng.normal(size=B).astype(np.float32)
     old = np.float32(-4.0) + np.zeros((B, T), np.float32)
     mtp = 0.3 if CONFIGS[kind].num_nextn_predict_layers else 0.0
     return {
         "sft": (make_sft_objective(mtp_weight=mtp), SFTBatch(TOKENS[:, :-1], TOKENS[:, 1:], MASK)),
         "grpo": (
             partial(grpo_objective, config=GRPOConfig(beta=0.1), temperature=0.9),
-            Batch(TOKENS[:, :-1], TOKENS[:, 1:], MASK, old, old, advantages),
+            Batch(TOKENS[:, :-1], TOKENS[:, 1:], MASK, old, old, ADVANTAGES),
         ),
     }
 

@@ -68,6 +68,7 @@ def main(
         slack=slack,
         stacked=stacked,
         remat=remat if training else "nothing",
+        lanes=128,
     )
     whole = layout.parts("batch") * micro_batches
     if batch is None:
@@ -111,15 +112,17 @@ def _default_mesh(of_model: ModelConfig, step: Step, chips: int) -> dict[str, in
     """Experts over most of the chips; without experts, heads over a few to serve, and width over all to train."""
     moe = of_model.moe
     training = step in ("train", "grpo")
-    if moe is not None:
-        # training gathers dense weights over fsdp alone, and wants them cut by more than a few
-        most = 2 ** (2 * int(math.log2(chips)) // 3) if training else chips
-        expert = math.gcd(most, moe.n_routed_experts)
-        return {"expert": expert, "fsdp": chips // expert} if training else {"data": chips // expert, "expert": expert}
     if training:
-        return {"fsdp": chips}
-    tensor = math.gcd(chips, of_model.attention.num_key_value_heads)
-    return {"data": chips // tensor, "tensor": tensor}
+        # dense weights are gathered over fsdp alone, and want to be cut by more than a few
+        expert = 1 if moe is None else math.gcd(2 ** (2 * int(math.log2(chips)) // 3), moe.n_routed_experts)
+        return {"expert": expert, "fsdp": chips // expert}
+    if moe is None:
+        tensor = math.gcd(chips, of_model.attention.num_key_value_heads)
+        return {"data": chips // tensor, "tensor": tensor}
+    spread = math.gcd(chips, moe.n_routed_experts)
+    # decoding reads every weight for few tokens, and cuts dense ones too; prefill would send more than it saves
+    tensor = math.gcd(16, spread, of_model.num_attention_heads) if step == "decode" else 1
+    return {"data": chips // spread, "expert": spread // tensor, "tensor": tensor}
 
 
 def _as_json(found: Compiled, sizes: dict[str, int], task: Task) -> dict[str, object]:

@@ -150,7 +150,8 @@ class Generator:
         context = self.config.max_position_embeddings
         limits = np.repeat([min(sampling.max_new_tokens, context - len(p)) for p in prompts], samples)
         room = int(limits.max())
-        tokens, lengths = pad_right(prompts, bucket(longest), rows=self._rows(len(prompts), samples))
+        width = bucket(longest, least=max(16, self.layout.parts("tokens")))
+        tokens, lengths = pad_right(prompts, width, rows=self._rows(len(prompts), samples))
         knobs, modes = self.settings(sampling)
         # Rows that only fill the bucket reuse the first seed and stop at once.
         padded_seeds = np.full(tokens.shape[0] * samples, seeds[0] & 0xFFFFFFFF, np.uint32)
@@ -267,12 +268,12 @@ class Generator:
             # the token that was drawn last lies one before the position that comes next
             hidden, cache = model.extend(state.token_B[:, None], state.position_B[:, None] - 1, state.cache)
             logits_BV = (hidden.x_BTD[:, 0] @ head_DV).astype(jnp.float32)
-            # each chip its part of the vocabulary for all, then the whole vocabulary of its own sequences
-            logits_BV = self.layout.constrain(logits_BV, "decode_batch", "vocab")
+            # each chip its part of the vocabulary for its group, then the whole vocabulary of its own sequences
+            logits_BV = self.layout.constrain(logits_BV, "batch", "vocab")
             logits_BV = self.layout.constrain(logits_BV, "cache_batch", None)
             return self._laid(_draw(state._replace(cache=cache), logits_BV, seeds_B, limits_B, knobs, modes))
 
-        return jax.lax.while_loop(lambda s: ~jnp.all(s.done_B), body, state)
+        return self._laid(jax.lax.while_loop(lambda s: ~jnp.all(s.done_B), body, state))
 
 
 def _draw(state: _State, logits_BV, seeds_B, limits_B, knobs: _Knobs, modes: _Modes) -> _State:

@@ -34,13 +34,13 @@ class Layer(nnx.Module):
     def extend(self, x, rotary, cache, counted_BT, place=None):
         """Further tokens over a cache, which is the layer's own or, with a place, its stack's."""
         lay = self.layout.constrain
-        normed = lay(rms_norm(x, self.attention_norm[...], self.eps), "decode_batch", None, None)
+        normed = lay(rms_norm(x, self.attention_norm[...], self.eps), "batch", None, None)
         out, cache = self.attention.extend(normed, rotary, cache, place)
         # between projections a chip keeps its own sequences' states, and adds up and norms no others
-        x = x + lay(out, "batch", None, None)
-        normed = lay(rms_norm(x, self.mlp_norm[...], self.eps), "decode_batch", None, None)
+        x = x + lay(out, "cache_batch", None, None)
+        normed = lay(rms_norm(x, self.mlp_norm[...], self.eps), "batch", None, None)
         out, stats = self._feed_forward(normed, counted_BT, place)
-        return lay(x + out, "batch", None, None), cache, stats
+        return lay(x + out, "cache_batch", None, None), cache, stats
 
     def _feed_forward(self, normed, counted_BT, place):
         if isinstance(self.mlp, MoE):

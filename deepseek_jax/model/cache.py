@@ -16,6 +16,7 @@ from deepseek_jax.sharding import LOCAL, Layout
 class LatentCache(NamedTuple):
     """One MLA layer: c [B, S, C] after its norm, the rotated k_r [B, S, R], and V3.2's indexer keys [B, S, Z].
 
+    k_r may be wider, with zeros after it.
     Or a stack of L of them: [B, L, S, C] and so on.
     """
 
@@ -67,14 +68,20 @@ class KVCache(NamedTuple):
 
 def _written(old, values, positions_BT, place, at):
     """`values` of each sequence put at at(positions); what lies beyond the last slot is dropped."""
-    lead = () if place is None else (place,)
+    lead, values = () if place is None else (place,), _widened(values, old)
     of_one = lambda old, positions, new: old.at[(*lead, *at(positions))].set(new.astype(old.dtype), mode="drop")
     return jax.vmap(of_one)(old, positions_BT, values)
 
 
 def _prefixed(old: jax.Array, values: jax.Array, stack_rank: int) -> jax.Array:
-    values = jnp.moveaxis(values, 0, 1) if values.ndim == stack_rank else values
+    values = _widened(jnp.moveaxis(values, 0, 1) if values.ndim == stack_rank else values, old)
     return jax.lax.dynamic_update_slice(old, values.astype(old.dtype), (0,) * old.ndim)
+
+
+def _widened(values: jax.Array, old: jax.Array) -> jax.Array:
+    """With zeros up to the width that the cache has, see `Layout.lanes`."""
+    missing = old.shape[-1] - values.shape[-1]
+    return jnp.pad(values, ((0, 0),) * (values.ndim - 1) + ((0, missing),)) if missing else values
 
 
 def _layer(of: jax.Array, place: jax.Array | None) -> jax.Array:
@@ -108,7 +115,8 @@ def abstract_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype
         if isinstance(a, MLAConfig):
             latent = lambda width: array(batch, slots, width, axes=("cache_batch", None, None))
             index = None if a.indexer is None else latent(a.indexer.index_head_dim)
-            return LatentCache(latent(a.kv_lora_rank), latent(a.qk_rope_head_dim), index)
+            rotated = -(-a.qk_rope_head_dim // layout.lanes) * layout.lanes
+            return LatentCache(latent(a.kv_lora_rank), latent(rotated), index)
         by_head = lambda: array(batch, a.num_key_value_heads, slots, a.head_dim, axes=("batch", "kv_heads", None, None))
         return KVCache(by_head(), by_head())
 

@@ -108,7 +108,7 @@ class Decoder(nnx.Module):
     def extend(self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache) -> tuple[Hidden, Cache]:
         """Further tokens at the given positions of each sequence, attending to the cache and themselves."""
         rotary, counted = self._rotary(positions_BT), jnp.ones(tokens_BT.shape, bool)
-        x = self.layout.constrain(self.embed[tokens_BT], "batch", None, None)
+        x = self.layout.constrain(self.embed[tokens_BT], "cache_batch", None, None)
 
         def visit(layer, carried, place):
             x, entry = carried
@@ -117,7 +117,7 @@ class Decoder(nnx.Module):
 
         x, cache, stats = self._through(visit, x, cache, whole=False)
         hidden = self._finish(x, stats)
-        return hidden._replace(x_BTD=self.layout.constrain(hidden.x_BTD, "decode_batch", None, None)), cache
+        return hidden._replace(x_BTD=self.layout.constrain(hidden.x_BTD, "batch", None, None)), cache
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V] from states after the final norm."""

@@ -14,8 +14,9 @@ from deepseek_jax.ops import attention, indexer, routing
 from deepseek_jax.ops.experts import expert_mlp
 from deepseek_jax.ops.norm import layer_norm, rms_norm
 from deepseek_jax.ops.rope import rotate_half, rotate_interleaved
+from deepseek_jax.parallel.attention import decode_attention
 from deepseek_jax.parallel.experts import routed_experts
-from deepseek_jax.sharding import GATHERED, LOCAL, Layout
+from deepseek_jax.sharding import LOCAL, Layout
 
 LATENT_EPS = 1e-6  # transformers and DeepSeek fix it for the latents' norms, whatever rms_norm_eps says
 INDEX_EPS = 1e-6  # and for the indexer's layer norm
@@ -112,8 +113,7 @@ class MoE(nnx.Module):
         """`place`: the layer's in a stack, where the experts' weights are a whole stack's."""
         B, T, D = x_BTD.shape
         moe = self.config
-        # the shared experts' columns are cut, so that decoding gives every chip all tokens; the rest is a chip's own
-        own = self.layout.constrain(x_BTD, "batch", None if T == 1 else "sequence", None)
+        own = self.layout.constrain(x_BTD, *(("cache_batch", None) if T == 1 else ("batch", "tokens")), None)
         logits = own.astype(jnp.float32) @ self.router[...].astype(jnp.float32)
         scores_BTE = routing.scores_of(logits, moe)
         bias = None if self.bias is None else self.bias[...]
@@ -137,9 +137,11 @@ class MoE(nnx.Module):
             experts_BTA,
             *matrices,
             mesh=layout.mesh,
-            rows=layout.cut("batch"),
-            columns=None if x_BTD.shape[1] == 1 else "context",
-            gathered=GATHERED if layout.workload == "train" else (),
+            rows=layout.cut("cache_batch" if x_BTD.shape[1] == 1 else "batch"),
+            columns=() if x_BTD.shape[1] == 1 else layout.cut("tokens"),
+            over=layout.cut("expert"),
+            inner="tensor" if layout.cut("expert_mlp") else None,
+            gathered=layout.cut("expert_embed"),
             transport=layout.transport,
             slack=layout.slack,
             layer=place,
@@ -211,7 +213,7 @@ class LatentAttention(nnx.Module):
             self.q_a = make.matrix(D, a.q_lora_rank, axes=("embed", "latent"))
             self.q_norm = make.scale(a.q_lora_rank, None)
             self.q_b = make.matrix(a.q_lora_rank, q_width, axes=("rank", "heads"))
-        self.kv_a = make.matrix(D, a.kv_lora_rank + a.qk_rope_head_dim, axes=("embed", None))
+        self.kv_a = make.matrix(D, a.kv_lora_rank + a.qk_rope_head_dim, axes=("embed", "latent"))
         self.kv_norm = make.scale(a.kv_lora_rank, None)
         self.kv_b = make.matrix(a.kv_lora_rank, N * (a.qk_nope_head_dim + a.v_head_dim), axes=("rank", "heads"))
         self.o = make.matrix(N * a.v_head_dim, D, axes=("heads", "embed"))
@@ -244,21 +246,27 @@ class LatentAttention(nnx.Module):
         """Over a cache, the layer's own or, with the layer's place in it, a stack's."""
         lay = self.layout.constrain
         by_sequence = lambda part: lay(part, "cache_batch", *(None,) * (part.ndim - 1))
-        by_head = lambda part: lay(part, "decode_batch", None, "decode_heads", None)
+        by_head = lambda part: lay(part, "batch", None, "tensor", None)
         cache = cache.write(jax.tree.map(by_sequence, self._latents(x_BTD, rotary)), rotary.positions_BT, place)
-        own = cache.layer(place)
         latent = self._query_latent(x_BTD)
         nope, rope = map(by_head, self._queries(latent, rotary))
         w_k, w_v = self._key_value_weights()
         q = [by_sequence(part) for part in (by_head(attention.absorbed(nope, w_k)), rope)]
-        mask = attention.causal_mask(rotary.positions_BT, own.positions())
-        if self._chooses_among(mask.shape[-1]):
-            index = jax.tree.map(by_sequence, self.indexer.queries(x_BTD, latent, rotary))
-            chosen = self.indexer.choose(index, own.index_BSZ, mask)
-            out = attention.attend_chosen(*q, own.c_BSC, own.r_BSR, chosen, mask, self.scale)
+        if x_BTD.shape[1] == 1 and not self._chooses_among(cache.c_BSC.shape[-2]):
+            at = rotary.positions_BT, place
+            out = decode_attention(*q, cache.c_BSC, cache.r_BSR, *at, scale=self.scale, layout=self.layout)
         else:
-            out = attention.attend_latents(*q, own.c_BSC, own.r_BSR, mask, self.scale)
+            index = None if self.indexer is None else self.indexer.queries(x_BTD, latent, rotary)
+            out = self._over(cache.layer(place), q, jax.tree.map(by_sequence, index), rotary.positions_BT)
         return self._output(by_head(attention.values_of(by_head(out), w_v))), cache
+
+    def _over(self, own: LatentCache, q, index, positions_BT):
+        """Between the projections of absorbed attention: over all keys, or over chosen ones."""
+        mask = attention.causal_mask(positions_BT, own.positions())
+        keys = own.c_BSC, own.r_BSR[..., : self.config.qk_rope_head_dim]
+        if not self._chooses_among(mask.shape[-1]):
+            return attention.attend_latents(*q, *keys, mask, self.scale)
+        return attention.attend_chosen(*q, *keys, self.indexer.choose(index, own.index_BSZ, mask), mask, self.scale)
 
     def _chooses_among(self, keys: int) -> bool:
         return self.indexer is not None and keys > self.config.indexer.index_topk

@@ -25,10 +25,11 @@ def stacked(weights: nnx.State, config: ModelConfig, layout: Layout) -> nnx.Stat
         layout: a stacked one.
     """
     have = {path: leaf.get_raw_value() for path, leaf in nnx.to_flat_state(weights)}
+    del weights  # what the caller does not hold either goes as soon as it is stacked
     _, like = abstract_weights(config, layout=layout)
     filled = []
     for path, leaf in nnx.to_flat_state(like):
-        parts = [have[of] for of in members(path, config)]
+        parts = [have.pop(of) for of in members(path, config)]
         join = (lambda parts: jnp.stack(parts)) if path[0] == "stacks" else (lambda parts: parts[0])
         place = leaf.get_raw_value().sharding
         filled.append((path, leaf.replace(jax.jit(join, out_shardings=place)(parts))))
@@ -38,6 +39,7 @@ def stacked(weights: nnx.State, config: ModelConfig, layout: Layout) -> nnx.Stat
 def unstacked(weights: nnx.State, config: ModelConfig, layout: Layout) -> nnx.State:
     """The inverse, laid out for a layout that is not stacked: a trainer's weights for its sampler, or for a folder."""
     have = {path: leaf.get_raw_value() for path, leaf in nnx.to_flat_state(weights)}
+    del weights  # what the caller does not hold either goes as soon as it is stacked
     _, like = abstract_weights(config, layout=layout)
     places = {path: (leaf, leaf.get_raw_value().sharding) for path, leaf in nnx.to_flat_state(like)}
     filled = []

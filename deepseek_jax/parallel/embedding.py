@@ -31,4 +31,4 @@ def sharded_lookup(table_VD: jax.Array, tokens_BT: jax.Array, layout: Layout) ->
 
     return jax.shard_map(
         local, mesh=layout.mesh, in_specs=(PartitionSpec("tensor", width), rows), out_specs=PartitionSpec(*rows, None)
-    )(layout.constrain(table_VD, "tensor", "embed"), tokens_BT)
+    )(table_VD, tokens_BT)

@@ -1,4 +1,4 @@
-"""Moving rows between the devices of one mesh axis, to those that hold their experts and back, in rounds.
+"""Moving rows between the devices along mesh axes, to those that hold their experts and back, in rounds.
 
 Rows leave in slots of a send buffer. A device's entries (its rows, each as often as it has experts) are the numbers
 0 to w A - 1, and every entry has a slot in exactly one round.
@@ -35,9 +35,9 @@ class Trip(NamedTuple):
     back: Callable[[jax.Array], jax.Array]  # rows that arrived -> slots
 
 
-def fixed_trip(entries: Entries, number, room: int, axis: str) -> Trip:
+def fixed_trip(entries: Entries, number, room: int, over: tuple[str, ...]) -> Trip:
     """By all_to_all: `room` slots for every pair of devices, filled or not."""
-    me = jax.lax.axis_index(axis)
+    me = jax.lax.axis_index(over)
     experts, order, place, counts = entries
     devices, _, local = counts.shape
     slots, first = devices * room, number * room
@@ -54,13 +54,13 @@ def fixed_trip(entries: Entries, number, room: int, axis: str) -> Trip:
     arriving = counts[:, me]
     starts, sizes = window(exclusive(arriving, axis=1), arriving, first, room)
     starts += room * jnp.arange(devices, dtype=jnp.int32)[:, None]
-    move = partial(jax.lax.all_to_all, axis_name=axis, split_axis=0, concat_axis=0, tiled=True)
+    move = partial(jax.lax.all_to_all, axis_name=over, split_axis=0, concat_axis=0, tiled=True)
     return Trip(slot, entry, starts, sizes, move, move)
 
 
-def ragged_trip(entries: Entries, number, room: int, axis: str) -> Trip:
+def ragged_trip(entries: Entries, number, room: int, over: tuple[str, ...]) -> Trip:
     """By ragged_all_to_all: `room` rows a receiver, from whomever they come; a slot is an entry's place in order."""
-    me = jax.lax.axis_index(axis)
+    me = jax.lax.axis_index(over)
     experts, order, place, counts = entries
     local, first = counts.shape[2], number * room
     route = ragged_route(jnp.sum(counts, axis=2), me, first, room)
@@ -72,13 +72,13 @@ def ragged_trip(entries: Entries, number, room: int, axis: str) -> Trip:
 
     arriving = counts[:, me]
     starts, sizes = window(exclusive(arriving), arriving, first, room)
-    there = lambda rows: ragged_move(order.size, room, axis, rows, route)
-    back = lambda rows: ragged_move(room, order.size, axis, rows, route.reversed())
+    there = lambda rows: ragged_move(order.size, room, over, rows, route)
+    back = lambda rows: ragged_move(room, order.size, over, rows, route.reversed())
     return Trip(slot, entry, starts, sizes, there, back)
 
 
 class Route(NamedTuple):
-    """Which rows go from here to each device of the axis and come here from each. All int32 [P]."""
+    """Which rows go from here to each device of the axes and come here from each. All int32 [P]."""
 
     begins: Int[Array, "P"]  # here, of those that go
     sends: Int[Array, "P"]
@@ -110,39 +110,39 @@ def ragged_route(pairs: Int[Array, "P P"], me, first, room) -> Route:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def ragged_move(
-    room_here: int, room_there: int, axis: str, rows: Float[Array, "room_here D"], route: Route
+    room_here: int, room_there: int, over: tuple[str, ...], rows: Float[Array, "room_here D"], route: Route
 ) -> Float[Array, "room_there D"]:
     """Rows along a route; rows of the result that nothing comes to are undefined.
 
     `jax.lax.ragged_all_to_all` where it exists; on CPU, which has none, a gather with the same offsets.
     The gradient goes the route back, whose offsets are known here; jax's own rule has to exchange them.
     """
-    return _move(room_there, axis, rows, route)
+    return _move(room_there, over, rows, route)
 
 
-def _move(room, axis, rows, route):
+def _move(room, over, rows, route):
     branches = {"cpu": _move_emulated, "default": _move_ragged}
-    return jax.lax.platform_dependent(rows, *route, **{name: partial(f, room, axis) for name, f in branches.items()})
+    return jax.lax.platform_dependent(rows, *route, **{name: partial(f, room, over) for name, f in branches.items()})
 
 
-def _move_ragged(room, axis, rows, begins, sends, lands, arrives, receives, comes_from):
+def _move_ragged(room, over, rows, begins, sends, lands, arrives, receives, comes_from):
     buffer = jnp.zeros((room, rows.shape[1]), rows.dtype)
-    return jax.lax.ragged_all_to_all(rows, buffer, begins, sends, lands, receives, axis_name=axis)
+    return jax.lax.ragged_all_to_all(rows, buffer, begins, sends, lands, receives, axis_name=over)
 
 
-def _move_emulated(room, axis, rows, begins, sends, lands, arrives, receives, comes_from):
-    everything = jax.lax.all_gather(rows, axis)
+def _move_emulated(room, over, rows, begins, sends, lands, arrives, receives, comes_from):
+    everything = jax.lax.all_gather(rows, over)
     source, offset = locate(jnp.arange(room, dtype=jnp.int32), arrives, receives)
     begin = comes_from.at[source].get(mode="clip")
     return everything.at[source, begin + offset].get(mode="fill", fill_value=0)
 
 
-def _move_forward(room_here, room_there, axis, rows, route):
-    return _move(room_there, axis, rows, route), route
+def _move_forward(room_here, room_there, over, rows, route):
+    return _move(room_there, over, rows, route), route
 
 
-def _move_backward(room_here, room_there, axis, route, d):
-    return _move(room_here, axis, d, route.reversed()), None
+def _move_backward(room_here, room_there, over, route, d):
+    return _move(room_here, over, d, route.reversed()), None
 
 
 ragged_move.defvjp(_move_forward, _move_backward)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -29,60 +29,68 @@ def routed_experts(
     *,
     mesh: Mesh,
     rows: tuple[str, ...],
-    columns: str | None,
+    columns: tuple[str, ...] | str | None,
     gathered: tuple[str, ...],
     transport: Transport,
     slack: float,
+    over: tuple[str, ...] = ("expert",),
+    inner: str | None = "tensor",
     layer: Int[Array, ""] | None = None,
 ) -> Float[Array, "B T D"]:
-    """`ops.experts.expert_mlp` of all B T rows, with the experts spread over the mesh axis "expert".
+    """`ops.experts.expert_mlp` of all B T rows, with the experts spread over mesh axes.
 
     No row is dropped. A round has room for `slack` times the rows that an even load gives; what does not fit goes
-    in further rounds, which cost nothing where there are none. The devices along "tensor" hold parts of every
-    expert's inner width and add their parts up at the end, in the dtype of x.
+    in further rounds, which cost nothing where there are none. Where the devices along `inner` hold parts of every
+    expert's inner width, they add their parts up at the end, in the dtype of x.
 
     Args:
-        x_BTD: lies on the mesh with B over `rows` and T over `columns`, whole over "tensor"; so do the next two.
+        x_BTD: lies on the mesh with B over `rows` and T over `columns`, whole over `inner`; so do the next two.
         weights_BTA: of the routing; they stay where they are, and are applied in float32.
         experts_BTA: int32, 0 to E - 1.
-        gate_EDM: E over "expert", D over `gathered`, M over "tensor".
+        gate_EDM: E over `over`, D over `gathered`, M over `inner`.
         up_EDM: likewise.
         down_EMD: likewise.
-        mesh: with Auto axes, "expert" and "tensor" among them.
-        rows: axes of B. Without "expert" the rows lie whole over that axis, which "all_gather" then need not do; the
-            result is cut by it all the same.
-        columns: axis of T, or None.
+        mesh: with Auto axes, those named here among them.
+        rows: axes of B.
+        columns: axes of T, if any.
         gathered: axes of D. The weights are gathered over them, and their gradient is scattered back.
         transport: how rows reach their experts. "all_gather" sends all rows to all devices and suits few rows, as in
             decoding; "all_to_all" sends equal parts between all pairs of devices, padded; "ragged_all_to_all" sends
             just the rows that there are.
         slack: room of a round, in even loads; 1.0 wastes nothing when the load is even, more makes further rounds
             rarer.
+        over: axes of E, the first of them the slowest, as in a PartitionSpec. Where none of them is in `rows` or
+            `columns`, rows lie whole over them, which "all_gather" then need not do; the result is cut by them all
+            the same.
+        inner: axis of M, or None: every expert is whole on its device.
         layer: which one of a stack of layers, where the weights are a whole stack's, [L, E, D, M]: what a scan over
             layers would copy is read where it lies. Not for gradients.
 
     Returns:
-        In the dtype of x, with B over `rows` and "expert", T over `columns`.
+        In the dtype of x, with B over `rows`, followed by `over` if rows lie whole over it, and T over `columns`.
 
     Raises:
-        ValueError: an unknown transport, a slack that is not above 0, rows not over "expert" but to be sent over
-            it, or experts not divisible by the axis.
+        ValueError: an unknown transport, a slack that is not above 0, rows that are not cut by all of `over` but to
+            be sent over it, rows cut by a part of it, rows cut by `inner`, or experts not divisible by the axes.
     """
+    columns = (columns,) if isinstance(columns, str) else columns or ()
     if transport not in get_args(Transport):
         raise ValueError(f"transport: got {transport!r}, wanted one of {', '.join(get_args(Transport))}")
     if not 0 < slack < math.inf:
         raise ValueError(f"slack: got {slack}, wanted a finite number above 0, for example 1.25")
-    if "expert" not in rows and transport != "all_gather":
-        raise ValueError(f"rows: got {rows}, wanted 'expert' among them for {transport}; use all_gather, or add it")
-    if gate_EDM.shape[-3] % mesh.shape["expert"]:
-        raise ValueError(f"{gate_EDM.shape[-3]} experts are not divisible by mesh axis expert {mesh.shape['expert']}")
-    lie, cut = PartitionSpec(rows, columns), PartitionSpec((*rows, *({"expert"} - {*rows})), columns)
+    _check_axes(rows, columns, over, inner, transport)
+    devices = math.prod(mesh.shape[axis] for axis in over)
+    if gate_EDM.shape[-3] % devices:
+        axes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in over)
+        raise ValueError(f"{gate_EDM.shape[-3]} experts are not divisible by mesh {_axes(over)} {axes}")
+    cutting = (*rows, *columns)
+    missing = tuple(axis for axis in over if axis not in cutting)
+    lie, cut = PartitionSpec(rows, columns), PartitionSpec((*rows, *missing), columns)
     leading = (None,) * (gate_EDM.ndim - 3)
-    wide = PartitionSpec(*leading, "expert", gathered, "tensor")
-    tall = PartitionSpec(*leading, "expert", "tensor", gathered)
-    others = tuple(axis for axis in (*rows, columns) if axis not in ("expert", None))
-    compute = _compute(transport, mesh.shape["expert"], "expert" in rows)
-    on_device = partial(_on_device, compute=compute, slack=slack, gathered=gathered, others=others)
+    wide, tall = PartitionSpec(*leading, over, gathered, inner), PartitionSpec(*leading, over, inner, gathered)
+    terms = _Terms(over, tuple(axis for axis in cutting if axis not in over), slack)
+    compute = _compute(transport, devices, not missing)
+    on_device = partial(_on_device, compute=compute, terms=terms, gathered=gathered, inner=inner)
     # The loops of the grouped matmul carry arrays that check_vma would want declared as varying, in code that knows
     # no mesh.
     in_specs = (lie, lie, lie, wide, wide, tall, PartitionSpec())
@@ -90,13 +98,38 @@ def routed_experts(
     return spread(x_BTD, weights_BTA, experts_BTA, gate_EDM, up_EDM, down_EMD, layer)
 
 
-def _on_device(x_BTD, weights_BTA, experts_BTA, gate, up, down, layer, *, compute, slack, gathered, others):
+class _Terms(NamedTuple):
+    """What all devices agree on."""
+
+    over: tuple[str, ...]  # axes of the experts
+    others: tuple[str, ...]  # further axes of the rows
+    slack: float
+
+
+def _check_axes(rows, columns, over, inner, transport):
+    cutting = (*rows, *columns)
+    missing = [axis for axis in over if axis not in cutting]
+    got = f"rows and columns: got {rows} and {columns}, wanted"
+    if missing and transport != "all_gather":
+        raise ValueError(f"{got} {_axes(missing)} {', '.join(missing)} among them for {transport}; or use all_gather")
+    if missing and len(missing) < len(over):
+        raise ValueError(f"{got} all of {', '.join(over)} among them or none; add {', '.join(missing)}")
+    if inner in cutting:
+        raise ValueError(f"{got} no {inner} among them, which cuts the inner width; take it out, or set inner to None")
+
+
+def _axes(names) -> str:
+    return "axis" if len(names) == 1 else "axes"
+
+
+def _on_device(x_BTD, weights_BTA, experts_BTA, gate, up, down, layer, *, compute, terms, gathered, inner):
     """The part of routed_experts that one device does."""
     flat = lambda a: a.reshape(-1, a.shape[-1])
     whole = lambda weight, axis: jax.lax.all_gather(weight, gathered, axis=axis, tiled=True) if gathered else weight
     matrices = whole(gate, -2), whole(up, -2), whole(down, -1)
-    y = compute(flat(x_BTD), flat(weights_BTA), flat(experts_BTA), matrices, layer, slack, others)
-    return _sum_of_parts(y.reshape(-1, *x_BTD.shape[1:]), "tensor")
+    y = compute(flat(x_BTD), flat(weights_BTA), flat(experts_BTA), matrices, layer, terms)
+    y = y.reshape(-1, *x_BTD.shape[1:])
+    return y if inner is None else _sum_of_parts(y, inner)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -120,7 +153,7 @@ def _sum_backward(axis, _, d):
 _sum_of_parts.defvjp(_sum_forward, _sum_backward)
 
 
-def _at_home(x, weights, experts, matrices, layer, slack, others):
+def _at_home(x, weights, experts, matrices, layer, terms):
     """All experts on this device."""
     if layer is not None:
         experts = experts + layer * matrices[0].shape[1]
@@ -128,25 +161,25 @@ def _at_home(x, weights, experts, matrices, layer, slack, others):
     return expert_mlp(x, weights, experts, *matrices)
 
 
-def _gathered(x, weights, experts, matrices, layer, slack, others):
-    """Every device sees all rows of the axis and adds what its own experts make of them."""
-    everyone = partial(jax.lax.all_gather, axis_name="expert", tiled=True)
-    return _part(everyone(x), everyone(weights), everyone(experts), matrices, layer, slack, others)
+def _gathered(x, weights, experts, matrices, layer, terms):
+    """Every device sees all rows of the axes and adds what its own experts make of them."""
+    everyone = partial(jax.lax.all_gather, axis_name=terms.over, tiled=True)
+    return _part(everyone(x), everyone(weights), everyone(experts), matrices, layer, terms)
 
 
-def _part(x, weights, experts, matrices, layer, slack, others):
-    """What the own experts add to rows that all devices of the axis hold; each keeps a part of the sums."""
+def _part(x, weights, experts, matrices, layer, terms):
+    """What the own experts add to rows that all devices of the axes hold; each keeps a part of the sums."""
     local = matrices[0].shape[-3]
-    own = experts - local * jax.lax.axis_index("expert")
+    own = experts - local * jax.lax.axis_index(terms.over)
     own = jnp.where((0 <= own) & (own < local), own, local)  # those of other devices come last in order
     order, place = _in_order(own)
     counts = _counts(own, local)
     numbers = (order, place, counts, layer)
-    room = _room(slack, experts.size / jax.lax.axis_size("expert"), experts.size)
+    room = _room(terms.slack, experts.size / jax.lax.axis_size(terms.over), experts.size)
     rounds = -(-jnp.sum(counts) // room)  # may differ between devices: nothing in them is collective
     one_round = partial(_kept_round, room)
     y = _all_rounds(one_round, rounds, room < experts.size, (x, weights, matrices), numbers).astype(x.dtype)
-    return jax.lax.psum_scatter(y, "expert", tiled=True)
+    return jax.lax.psum_scatter(y, terms.over, tiled=True)
 
 
 def _kept_round(room, number, arrays, numbers):
@@ -175,27 +208,27 @@ def _swiglu(rows, matrices, sizes, layer):
     return swiglu_groups(rows, *matrices, sizes)
 
 
-def _sent(x, weights, experts, matrices, layer, slack, others, *, trip: Callable[..., Trip], fullest, shares):
+def _sent(x, weights, experts, matrices, layer, terms, *, trip: Callable[..., Trip], fullest, shares):
     """Rows travel to the devices of their experts and back."""
-    devices = jax.lax.axis_size("expert")
+    devices = jax.lax.axis_size(terms.over)
     order, place = _in_order(experts)
-    counts = jax.lax.all_gather(_counts(experts, devices * matrices[0].shape[-3]), "expert")
+    counts = jax.lax.all_gather(_counts(experts, devices * matrices[0].shape[-3]), terms.over)
     entries = Entries(experts, order, place, counts.reshape(devices, devices, -1))
     balanced, worst = shares(experts.size, devices)
-    room = _room(slack, balanced, worst)
+    room = _room(terms.slack, balanced, worst)
     rounds = -(-fullest(jnp.sum(entries.counts, axis=2)) // room)
-    if others:  # the same loop everywhere: all devices meet in its collectives
-        rounds = jax.lax.pmax(rounds, others)
-    one_round = partial(_sent_round, trip, room)
+    if terms.others:  # the same loop everywhere: all devices meet in its collectives
+        rounds = jax.lax.pmax(rounds, terms.others)
+    one_round = partial(_sent_round, partial(trip, room=room, over=terms.over))
     numbers = (entries, layer)
     return _all_rounds(one_round, rounds, room < worst, (x, weights, matrices), numbers).astype(x.dtype)
 
 
-def _sent_round(trip, room, number, arrays, numbers):
+def _sent_round(trip, number, arrays, numbers):
     """One journey of the rows that fit."""
     x, weights, matrices = arrays
     entries, layer = numbers
-    go = trip(entries, number, room, "expert")
+    go = trip(entries, number)
     arrived = go.there(take_rows(x, go.entry // weights.shape[1], go.slot))
     order, inverse = by_expert(go.starts, go.sizes, arrived.shape[0])
     rows = take_rows(arrived, order, inverse[:, None])
@@ -219,7 +252,7 @@ _RAGGED = partial(
 
 
 def _compute(transport: Transport, devices: int, spread: bool):
-    """What each device does with its rows, when they are spread over the axis or lie whole on all its devices."""
+    """What each device does with its rows, when they are spread over the axes or lie whole on all their devices."""
     if devices == 1:
         return _at_home
     if not spread:

@@ -42,7 +42,7 @@ def sharded_logprobs(
         mesh=layout.mesh,
         in_specs=(PartitionSpec(*rows, None), PartitionSpec(width, "tensor"), rows),
         out_specs=(rows, rows),
-    )(hidden_BTD, layout.constrain(head_DV, "embed", "tensor"), tokens_BT)
+    )(hidden_BTD, head_DV, tokens_BT)
 
 
 def _of_cut_logits(logits_btV: jax.Array, tokens_bt: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -72,8 +72,8 @@ class Account:
     skipped_loops: tuple[str, ...]
 
 
-def account(text: str, mesh_shape: Mapping[str, int]) -> Account:
-    """Adds up what a compiled program costs each chip.
+def account(text: str, mesh_shape: Mapping[str, int], *, loop: str | None = None) -> Account:
+    """Adds up what a compiled program costs each chip, or what one turn of a loop of it does.
 
     FLOPs are those of dot and convolution as XLA counts them, and those that a custom call declares. The weight
     gradient of `ragged_dot` on TPU is a dense convolution over all groups whose masked tiles the
@@ -93,9 +93,11 @@ def account(text: str, mesh_shape: Mapping[str, int]) -> Account:
     Args:
         text: of `compiled.as_text()`, partitioned and scheduled.
         mesh_shape: sizes by axis, in the mesh's order; the chips are numbered row by row.
+        loop: op name of a while loop of the program itself, such as jit(_decode)/while, of which one turn is wanted.
 
     Raises:
-        ValueError: the program is not one for the mesh, or has groups of chips or an operation not understood.
+        ValueError: the program is not one for the mesh, has no such loop, or has groups of chips or an operation not
+            understood.
     """
     module = parse(text)
     chips = math.prod(mesh_shape.values())
@@ -104,7 +106,8 @@ def account(text: str, mesh_shape: Mapping[str, int]) -> Account:
             f"account: got a program for {module.partitions} chips, wanted one for the mesh's {chips}: compile for it"
         )
     walk = _Walk(Axes(mesh_shape))
-    total = walk.total(Frame(module, module.entry))
+    frame = Frame(module, module.entry)
+    total = walk.total(frame if loop is None else _turn(frame, loop))
     sums = (
         Collective(op=op, axis=axis, bytes=sent, count=total.counts[op, axis])
         for (op, axis), sent in total.sent.items()
@@ -117,6 +120,14 @@ def account(text: str, mesh_shape: Mapping[str, int]) -> Account:
         unknown_loops=tuple(walk.unknown),
         skipped_loops=tuple(walk.skipped),
     )
+
+
+def _turn(entry: Frame, loop: str) -> Frame:
+    """The body of a loop of the entry computation."""
+    for instruction in entry.computation.instructions.values():
+        if instruction.opcode == "while" and instruction.op_name == loop:
+            return entry.enter(instruction, instruction.called("body"))
+    raise ValueError(f"account: got a program without the loop {loop!r}, wanted the op name of one")
 
 
 @dataclasses.dataclass

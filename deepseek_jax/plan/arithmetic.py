@@ -98,7 +98,7 @@ def _attention(config: ModelConfig, layers: int) -> list[Weight]:
     else:
         found = [norms, matrix(D, Q, "embed", "latent"), matrix(Q, queries, "rank", "heads")]
         found.append(_vector("norms", Q, layers))
-    found += [matrix(D, C + R, "embed", None), _vector("norms", C, layers)]
+    found += [matrix(D, C + R, "embed", "latent"), _vector("norms", C, layers)]
     found.append(matrix(C, N * a.qk_nope_head_dim + values, "rank", "heads"))
     found.append(matrix(values, D, "heads", "embed"))
     if a.indexer is not None:

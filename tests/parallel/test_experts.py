@@ -32,7 +32,7 @@ from deepseek_jax.sharding import AXES, make_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICES = 8
-B, T, D, M, E, A = 8, 6, 8, 8, 16, 3
+B, T, D, M, E, A = 8, 8, 8, 8, 16, 3
 TRANSPORTS = ("all_gather", "all_to_all", "ragged_all_to_all")
 ENOUGH = 100.0  # times the even load is more than there can be
 COLLECTIVES = ("all-gather", "all-to-all", "ragged-all-to-all")
@@ -43,24 +43,42 @@ class Place(NamedTuple):
     """A mesh, and how arrays lie on it."""
 
     sizes: dict[str, int]
-    columns: str | None = None
+    columns: tuple[str, ...] = ()
     gathered: tuple[str, ...] = ()
     rows: tuple[str, ...] = ("data", "fsdp", "expert")
+    over: tuple[str, ...] = ("expert",)
+    inner: str | None = "tensor"
+    length: int = T  # of a sequence
 
     def run(self, *arrays, devices=None, **options):
         mesh = make_mesh(devices, **self.sizes)
-        how = {"rows": self.rows, "columns": self.columns, "gathered": self.gathered}
+        how = {name: getattr(self, name) for name in ("rows", "columns", "gathered", "over", "inner")}
         return routed_experts(*arrays, mesh=mesh, **how, **options)
+
+    def sequences(self, *arrays: jax.Array) -> list[jax.Array]:
+        """All B T rows of arrays, in sequences of this length."""
+        return [a.reshape(-1, self.length, a.shape[-1]) for a in arrays]
 
 
 WIDE = Place({"expert": 8})
 PARTS = Place({"expert": 4, "tensor": 2})
-FSDP = Place({"fsdp": 2, "expert": 4}, None, ("fsdp",))
-LONG = Place({"data": 2, "expert": 2, "context": 2}, "context", ("fsdp", "context"))
+FSDP = Place({"fsdp": 2, "expert": 4}, (), ("fsdp",))
+LONG = Place({"data": 2, "expert": 2, "context": 2}, ("context",), ("fsdp", "context"))
 THIN = Place({"expert": 2, "tensor": 4})
-IDLE = Place({"context": 2, "expert": 2, "tensor": 2}, None, ("fsdp", "context"))  # context cuts weights and no rows
-NO_EXPERTS = Place({"fsdp": 4, "tensor": 2}, None, ("fsdp",))
-WHOLE_ROWS = Place({"fsdp": 2, "expert": 2, "tensor": 2}, None, (), ("data", "fsdp"))
+IDLE = Place({"context": 2, "expert": 2, "tensor": 2}, (), ("fsdp", "context"))  # context cuts weights and no rows
+NO_EXPERTS = Place({"fsdp": 4, "tensor": 2}, (), ("fsdp",))
+WHOLE_ROWS = Place({"fsdp": 2, "expert": 2, "tensor": 2}, (), (), ("data", "fsdp"))
+# experts over two axes
+TWO = ("expert", "tensor")
+ALL_ROWS = ("data", "fsdp", "expert", "tensor")
+BOTH = Place({"expert": 4, "tensor": 2}, ("context", "tensor"), over=TWO, inner=None)
+BOTH_THIN = Place({"expert": 2, "tensor": 4}, ("context", "tensor"), over=TWO, inner=None)
+BOTH_LONG = Place({"context": 2, "expert": 2, "tensor": 2}, ("context", "tensor"), ("context",), over=TWO, inner=None)
+TURNED = Place({"expert": 4, "tensor": 2}, ("context", "tensor"), over=("tensor", "expert"), inner=None)
+STEP = Place({"expert": 4, "tensor": 2}, rows=ALL_ROWS, over=TWO, inner=None, length=1)
+STEP_THIN = Place({"expert": 2, "tensor": 4}, rows=ALL_ROWS, over=TWO, inner=None, length=1)
+STEP_FSDP = Place({"fsdp": 2, "expert": 2, "tensor": 2}, rows=ALL_ROWS, over=TWO, inner=None, length=1)
+BOTH_WHOLE = Place({"fsdp": 2, "expert": 2, "tensor": 2}, rows=("data", "fsdp"), over=TWO, inner=None)
 
 
 def inputs() -> tuple[list[jax.Array], jax.Array]:
@@ -98,10 +116,11 @@ def on_one_device(x, weights, experts, *matrices):
 
 
 def equals_one_device(where: Place, transport: str, slack: float) -> None:
-    arrays, d_y = inputs()
+    (x, weights, _, *matrices), d_y = inputs()
+    x, weights, d_y = where.sequences(x, weights, d_y)
     run = with_gradient(lambda *arrays: where.run(*arrays, transport=transport, slack=slack))
     for routing, experts in routings().items():
-        arrays[2] = experts
+        arrays = [x, weights, *where.sequences(experts), *matrices]
         wanted = on_one_device(arrays, d_y)
         assert all(0.1 < jnp.abs(value).max() < 20 for value in wanted)
         for name, got, value in zip(NAMES, run(arrays, d_y), wanted, strict=True):
@@ -109,11 +128,27 @@ def equals_one_device(where: Place, transport: str, slack: float) -> None:
             np.testing.assert_allclose(got, value, rtol=0, atol=2e-5, err_msg=message)
 
 
+def equals_one_device_by_every_transport(places: tuple[Place, ...]) -> None:
+    for where, transport, slack in itertools.product(places, TRANSPORTS, (1.0, ENOUGH)):
+        equals_one_device(where, transport, slack)
+
+
+def a_layer_of_a_stack_equals_its_slice(where: Place, transport: str) -> None:
+    (x, weights, experts, *matrices), _ = inputs()
+    tokens = where.sequences(x, weights, experts)
+    stacks = [jnp.stack([-weight, weight, weight[::-1]]) for weight in matrices]
+    run = jax.jit(lambda *arrays, layer: where.run(*arrays, layer=layer, transport=transport, slack=1.0))
+    for k in range(3):
+        slices = [stack[k] for stack in stacks]
+        got, sliced = run(*tokens, *stacks, layer=jnp.int32(k)), run(*tokens, *slices, layer=None)
+        wanted = expert_mlp(*(a.reshape(B * T, -1) for a in tokens), *slices).reshape(got.shape)
+        message = f"layer {k}, {where}, {transport}"
+        assert 0.1 < jnp.abs(wanted).max() < 20, message
+        np.testing.assert_allclose(got, sliced, rtol=0, atol=2e-6, err_msg=message)
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-5, err_msg=message)
+
+
 # --- laws that need eight devices ----------------------------------------------------------------
-
-
-def equal_parts_over_experts_and_tensor() -> None:
-    equals_one_device(PARTS, "all_to_all", 1.0)
 
 
 def gathered_rows_over_data_experts_and_context() -> None:
@@ -122,6 +157,14 @@ def gathered_rows_over_data_experts_and_context() -> None:
 
 def rows_that_lie_whole_on_every_device_of_the_axis() -> None:
     equals_one_device(WHOLE_ROWS, "all_gather", 1.0)
+
+
+def a_step_over_two_axes() -> None:
+    equals_one_device(STEP_THIN, "all_to_all", 1.0)
+
+
+def a_layer_of_a_stack() -> None:
+    a_layer_of_a_stack_equals_its_slice(BOTH_WHOLE, "all_gather")
 
 
 def only_a_round_that_may_not_suffice_is_followed_by_a_loop() -> None:
@@ -143,16 +186,28 @@ def what_no_row_fills_reaches_nothing() -> None:
 
     exchange._move_emulated, rows.grouped_matmul = spoiling_move, spoiling_matmul
     try:
-        equals_one_device(FSDP, "ragged_all_to_all", 1.0)
+        equals_one_device(BOTH, "ragged_all_to_all", 1.0)
     finally:
         exchange._move_emulated, rows.grouped_matmul = move, matmul
 
 
 def every_transport_on_every_mesh() -> None:
     places = (WIDE, PARTS, FSDP, LONG, THIN, IDLE, NO_EXPERTS)
-    for where, transport, slack in itertools.product(places, TRANSPORTS, (1.0, ENOUGH)):
-        equals_one_device(where, transport, slack)
+    equals_one_device_by_every_transport(places)
     equals_one_device(WHOLE_ROWS, "all_gather", ENOUGH)
+
+
+def every_transport_over_two_axes() -> None:
+    equals_one_device_by_every_transport((BOTH, BOTH_THIN, BOTH_LONG, TURNED, STEP, STEP_THIN, STEP_FSDP))
+    for slack in (1.0, ENOUGH):
+        equals_one_device(BOTH_WHOLE, "all_gather", slack)
+
+
+def every_layer_of_a_stack() -> None:
+    for where, transport in itertools.product((Place({"data": 8}), PARTS, LONG, BOTH, STEP_THIN), TRANSPORTS):
+        a_layer_of_a_stack_equals_its_slice(where, transport)
+    for where in (WHOLE_ROWS, BOTH_WHOLE):
+        a_layer_of_a_stack_equals_its_slice(where, "all_gather")
 
 
 def replicas_of_experts_change_nothing() -> None:
@@ -179,10 +234,10 @@ def every_transport_compiles_for_tpus() -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
     shapes = [(16, 32, 256), (16, 32, 4), (16, 32, 4), (16, 256, 128), (16, 256, 128), (16, 128, 256), (16, 32, 256)]
     dtypes = [jnp.bfloat16, jnp.float32, jnp.int32, *[jnp.bfloat16] * 4]
-    for where, transport in itertools.product((WIDE, FSDP), TRANSPORTS):
+    for where, transport in (*itertools.product((WIDE, FSDP), TRANSPORTS), (BOTH, "ragged_all_to_all")):
         mesh = make_mesh(devices, **where.sizes)
-        tokens = PartitionSpec(where.rows)
-        wide, tall = PartitionSpec("expert", where.gathered), PartitionSpec("expert", None, where.gathered)
+        tokens = PartitionSpec(where.rows, where.columns)
+        wide, tall = PartitionSpec(where.over, where.gathered), PartitionSpec(where.over, None, where.gathered)
         specs = [tokens, tokens, tokens, wide, wide, tall, tokens]
         *arrays, d_y = (
             jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
@@ -191,7 +246,9 @@ def every_transport_compiles_for_tpus() -> None:
         options = {"devices": devices, "transport": transport, "slack": 1.25}
         run = with_gradient(lambda *arrays, where=where, options=options: where.run(*arrays, **options))
         text = run.lower(arrays, d_y).compile().as_text()
-        found = {op for op in (*COLLECTIVES, "scatter") if re.search(rf" {op}(-start)?\(", text)}
+        found = {op for op in COLLECTIVES if re.search(rf" {op}(-start)?\(", text)}
+        if re.search(r"\[\d+(,\d+)+\]\S* scatter\(", text):  # of rows: the grouped matmul scatters its groups' sizes
+            found.add("scatter")
         wanted = {transport.replace("_", "-"), *(["all-gather"] if where.gathered else [])}
         if transport == "all_gather":  # few of the rows that a device sees are its own: it adds these up in place
             wanted.add("scatter")
@@ -199,11 +256,18 @@ def every_transport_compiles_for_tpus() -> None:
 
 
 QUICK = [
-    equal_parts_over_experts_and_tensor,
     gathered_rows_over_data_experts_and_context,
     rows_that_lie_whole_on_every_device_of_the_axis,
+    a_step_over_two_axes,
+    a_layer_of_a_stack,
     only_a_round_that_may_not_suffice_is_followed_by_a_loop,
     what_no_row_fills_reaches_nothing,
+]
+AT_LENGTH = [
+    every_transport_on_every_mesh,
+    every_transport_over_two_axes,
+    every_layer_of_a_stack,
+    replicas_of_experts_change_nothing,
 ]
 
 
@@ -242,7 +306,7 @@ def test_on_eight_devices(law, quick):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("law", [every_transport_on_every_mesh, replicas_of_experts_change_nothing])
+@pytest.mark.parametrize("law", AT_LENGTH)
 def test_on_eight_devices_at_length(law):
     (said,) = on_eight_devices(law).values()
     assert said == "", said
@@ -296,21 +360,50 @@ def test_without_an_expert_axis_it_is_the_plain_function():
         ({"slack": float("nan")}, "slack: got nan, wanted a finite number above 0, for example 1.25"),
         (
             {"rows": ("data",)},
-            "rows: got ('data',), wanted 'expert' among them for all_to_all; use all_gather, or add it",
+            "rows and columns: got ('data',) and (), wanted axis expert among them for all_to_all; or use all_gather",
+        ),
+        (
+            {"rows": ("data",), "over": TWO, "inner": None},
+            "rows and columns: got ('data',) and (), wanted axes expert, tensor among them for all_to_all; "
+            "or use all_gather",
+        ),
+        (
+            {"over": TWO, "inner": None, "transport": "all_gather"},
+            "rows and columns: got ('expert',) and (), wanted all of expert, tensor among them or none; add tensor",
+        ),
+        (
+            {"columns": ("tensor",)},
+            "rows and columns: got ('expert',) and ('tensor',), wanted no tensor among them, which cuts the inner "
+            "width; take it out, or set inner to None",
         ),
     ],
 )
 def test_a_wrong_argument_is_refused_by_name(wrong, says):
-    options = {"rows": ("expert",), "columns": None, "gathered": (), "transport": "all_to_all", "slack": 1.0} | wrong
+    options = {"rows": ("expert",), "columns": (), "gathered": (), "transport": "all_to_all", "slack": 1.0} | wrong
     with pytest.raises(ValueError, match=f"^{re.escape(says)}$"):
         routed_experts(*inputs()[0], mesh=make_mesh(), **options)
 
 
-def test_experts_that_the_axis_does_not_divide_are_refused():
+@pytest.mark.parametrize(
+    ("over", "says"),
+    [
+        (("expert",), "16 experts are not divisible by mesh axis expert 3"),
+        (TWO, "16 experts are not divisible by mesh axes expert 3 x tensor 2"),
+    ],
+)
+def test_experts_that_the_axes_do_not_divide_are_refused(over, says):
     arrays, _ = inputs()
-    mesh = AbstractMesh((1, 1, 3, 1, 1), AXES)
-    options = {"rows": ("expert",), "columns": None, "gathered": (), "transport": "all_to_all", "slack": 1.0}
-    with pytest.raises(ValueError, match="^16 experts are not divisible by mesh axis expert 3$"):
+    mesh = AbstractMesh((1, 1, 3, 1, 2), AXES)
+    options = {
+        "rows": TWO,
+        "over": over,
+        "inner": None,
+        "columns": (),
+        "gathered": (),
+        "transport": "all_to_all",
+        "slack": 1.0,
+    }
+    with pytest.raises(ValueError, match=f"^{says}$"):
         routed_experts(*arrays, mesh=mesh, **options)
 
 

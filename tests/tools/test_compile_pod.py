@@ -1,0 +1,98 @@
+"""Steps compiled by the TPU compiler, for pods that are not there: what fits, and what it costs beside theory."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU compiler: pip install '.[pod]'"),
+]
+
+
+def compile_pod(*further: str, **options: object) -> subprocess.CompletedProcess:
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    command = [sys.executable, str(ROOT / "tools/compile_pod.py"), *words, *further]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
+
+
+def figures(**options: object) -> dict:
+    done = compile_pod("--json", **options)
+    assert done.returncode in (0, 3), done.stderr
+    found = json.loads(done.stdout)
+    assert found["fits"] is (done.returncode == 0)
+    return found
+
+
+R1_ON_64 = {"preset": "r1-671b", "topology": "v5p:4x4x4"}
+R1_ON_512 = {"preset": "r1-671b", "topology": "v5p:8x8x8", "batch": 512, "context": 4096}
+
+
+def test_r1_decodes_on_64_chips():
+    found = figures(**R1_ON_64, step="decode", batch=512, context=4096)
+    assert found["fits"] and found["chips"] == 64 and found["headroom"] >= 0.10
+    assert found["compile_seconds"] < 300
+    assert found["flops"] <= 1.10 * found["analytic_flops"]
+    assert found["bytes_accessed"] <= 1.3 * found["analytic_bytes"]
+
+
+def test_r1_prefills_on_64_chips():
+    found = figures(**R1_ON_64, step="prefill", batch=64, context=4096)
+    assert found["fits"] and found["headroom"] >= 0.10
+    assert found["compile_seconds"] < 300
+    assert found["flops"] <= 1.10 * found["analytic_flops"]
+
+
+@pytest.mark.parametrize("step", ["train", "grpo"])
+def test_r1_learns_on_512_chips(step):
+    found = figures(**R1_ON_512, step=step)
+    assert found["fits"]
+    assert found["flops"] <= 1.4 * found["analytic_flops"]
+    assert found["collective_bytes"] <= 1.5 * found["analytic_collective_bytes"]
+
+
+@pytest.mark.parametrize("step", ["decode", "prefill", "train", "grpo"])
+@pytest.mark.parametrize(
+    "preset, topology", [("v2-lite", "v5e:4x4"), ("v2-lite", "v6e:4x4"), ("distill-qwen-32b", "v6e:4x4")]
+)
+def test_smaller_models_on_sixteen_chips(preset, topology, step):
+    found = figures(preset=preset, topology=topology, step=step)
+    assert found["fits"] and found["chips"] == 16
+
+
+def test_what_does_not_fit_says_so():
+    """V2-Lite's state of training on four chips of 16 GB: the compiler gives up, and says what it would have taken."""
+    found = figures(preset="v2-lite", topology="v5e:2x2", step="train")
+    assert not found["fits"] and found["used_bytes"] > found["hbm_bytes"] and found["chips"] == 4
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"topology": "v5p:4x4x5"}, "topology: got 'v5p:4x4x5', wanted a generation and shape of TPU"),
+        ({"topology": "v9z:4x4"}, "topology: got 'v9z:4x4', wanted a generation and shape of TPU"),
+        ({"mesh": "expert=64,tensor=2"}, "mesh: 1 x 1 x 64 x 1 x 2 does not make the 64 devices there are"),
+        ({"mesh": "expert=64,pipeline=1"}, "mesh: got axis 'pipeline', wanted one of data, fsdp, expert"),
+        ({"mesh": "expert:64"}, "mesh: got 'expert:64', wanted sizes of axes such as expert=64,fsdp=8"),
+        ({"preset": "v2-lite", "mesh": "tensor=64"}, "num_attention_heads 16 is not divisible by mesh axis tensor 64"),
+        (
+            {"topology": "v5p:2x3x4", "mesh": "expert=24", "step": "train"},
+            "n_routed_experts 256 is not divisible by mesh axis expert 24",
+        ),
+        ({"preset": "distill-qwen-32b", "mesh": "expert=64"}, "mesh: expert 64 for a model without experts, wanted 1"),
+        ({"batch": 100}, "batch 100 is not divisible by the 64 parts that the mesh cuts it into"),
+        ({"step": "train", "batch": 100}, "batch 100 is not divisible by mesh ax"),
+        ({"preset": "r1"}, "preset: got 'r1'"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_compiling(options, says):
+    done = compile_pod(**(R1_ON_64 | {"step": "decode"} | options))
+    assert done.returncode == 1
+    assert says in done.stderr.splitlines()[-1]
