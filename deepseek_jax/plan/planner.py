@@ -16,7 +16,7 @@ from deepseek_jax.config import PRESETS, GQAConfig, MLAConfig, ModelConfig, pres
 from deepseek_jax.plan import arithmetic
 from deepseek_jax.plan.arithmetic import DType
 from deepseek_jax.plan.chips import GB, Chip
-from deepseek_jax.sharding import AXES, Layout
+from deepseek_jax.sharding import AXES, LOCAL, Layout
 
 Workload = Literal["serve", "train", "grpo"]
 USABLE = 0.9  # of a device's memory; the rest is headroom
@@ -27,7 +27,7 @@ ASSUMED = {
     "link": 0.7,  # of one direction
 }
 PREFILL_TOKENS = 1024  # of one sequence that are prefilled at once
-SLACK = 1.25  # room for experts' rows beyond an even load, `Layout.slack`
+SLACK = LOCAL.slack  # room for experts' rows beyond an even load
 LARGEST_BATCH = 4096
 _SCORES = 2**27  # at once, `ops.attention.rows_at_once`
 _LOGITS = 2**25  # at once, `ops.logprobs.positions_at_once`
@@ -327,7 +327,10 @@ def layer_activations(
     if config.moe is not None:
         moe = config.moe
         rows = SLACK * tokens * moe.num_experts_per_tok
-        routed = rows * (2 * D + 3 * moe.moe_intermediate_size / sizes.tensor)
+        if workload == "serve":  # there `tensor` cuts the rows, and experts are whole
+            routed = rows / sizes.tensor * (2 * D + 3 * moe.moe_intermediate_size)
+        else:
+            routed = rows * (2 * D + 3 * moe.moe_intermediate_size / sizes.tensor)
         inner = max(inner, moe.n_shared_experts * moe.moe_intermediate_size)
     twice = 1 if workload == "serve" else 2
     return {
@@ -380,8 +383,8 @@ def serve_memory(
     """Bytes a device of an engine with a bfloat16 cache of `batch` sequences of `context` tokens.
 
     Rows of the cache are padded to the mesh's parts. Activations are the larger of one sequence's prefill, at most
-    PREFILL_TOKENS at once on a batch shard, and of decoding the whole batch. Workspace is what prefill gathers of one
-    layer, the largest quantized weight unpacked, and the batch's logits twice in float32.
+    PREFILL_TOKENS at once on a batch shard, and of decoding the whole batch. Workspace is the largest quantized weight
+    unpacked, and the batch's logits twice in float32.
 
     Args:
         config: the architecture.
@@ -398,16 +401,14 @@ def serve_memory(
     cache = rows * context * arithmetic.cache_bytes_per_token(config, "bf16", multiple=multiple) / cut
     tokens = min(PREFILL_TOKENS, context)
     prefill = _live(layer_activations(config, tokens, tokens, sizes, "serve"))
-    _, rest = _widest_layer(config)
     across = sizes.expert * sizes.tensor
-    gathered = 0 if across == 1 else 2 * rest / sizes.tensor
     unpacked = 0 if dtype in ("bf16", "f32") else 2 * _largest_packed(config) / across
     logits = 2 * 4 * math.ceil(batch / sizes.data) * config.vocab_size / across
     return Memory(
         weights=_weights_a_device(config, dtype, "serve", sizes),
         cache=math.ceil(cache),
         activations=max(prefill, _decode_activations(config, sizes, batch, context)),
-        workspace=math.ceil(max(gathered, unpacked) + logits),
+        workspace=math.ceil(unpacked + logits),
     )
 
 
@@ -416,20 +417,20 @@ def _decode_activations(config: ModelConfig, sizes: Sizes, batch: int, context: 
 
     V3.2's indexer adds its scores and the latents it chose.
     """
-    a, across = config.attention, sizes.expert * sizes.tensor
+    a = config.attention
     N, D = config.num_attention_heads, config.hidden_size
-    rows = math.ceil(batch / sizes.data)  # whose states every device of a replica holds
+    rows = math.ceil(batch / (sizes.data * sizes.expert))  # whose states the devices along `tensor` gather
     width = 2 * (a.kv_lora_rank + a.qk_rope_head_dim) if isinstance(a, MLAConfig) else 2 * a.head_dim
     kept, ranking = arithmetic.kept_keys(config, context), _index_heads(config, context)
-    scores = 2 * 4 * math.ceil(rows / across) * (N * kept + ranking * context)
+    scores = 2 * 4 * math.ceil(rows / sizes.tensor) * (N * kept + ranking * context)
     if ranking:
-        scores += 2 * math.ceil(rows / across) * kept * (a.kv_lora_rank + a.qk_rope_head_dim)
+        scores += 2 * math.ceil(rows / sizes.tensor) * kept * (a.kv_lora_rank + a.qk_rope_head_dim)
     experts = 0.0
     if config.moe is not None:
         moe = config.moe
-        taken = SLACK * rows * moe.num_experts_per_tok / sizes.expert
-        experts = 2 * taken * (2 * D + 3 * moe.moe_intermediate_size / sizes.tensor)
-    return math.ceil(scores + 2 * rows * (3 * D + 2 * N * width / across) + experts)
+        taken = SLACK * rows * moe.num_experts_per_tok / sizes.tensor
+        experts = 2 * taken * (2 * D + 3 * moe.moe_intermediate_size)
+    return math.ceil(scores + 2 * rows * (3 * D + 2 * N * width / sizes.tensor) + experts)
 
 
 def grpo_memory(
@@ -490,39 +491,33 @@ def _seconds(chip: Chip, devices: int, flops: float, nbytes: float, collective: 
 
 
 def decode_seconds(config: ModelConfig, dtype: DType, chip: Chip, sizes: Sizes, batch: int, context: int) -> Seconds:
-    """Of one token for each sequence. A layer's collectives are: the sum over heads and that over feed-forward
-    columns (all-reduce), rows to all experts and back, and MLA's queries to where their sequences' cache lies and
-    back."""
+    """Of one token for each sequence. A layer's collectives are: states gathered over `tensor` for the projections of
+    attention and feed-forward, and their sums scattered, rows to all experts and back, and MLA's queries to where
+    their sequences' cache lies and back."""
     devices, across = math.prod(sizes), sizes.expert * sizes.tensor
-    rows, D = batch / sizes.data, config.hidden_size
-    touched = arithmetic.experts_touched(config, math.ceil(rows))
+    rows, own, D = batch / (sizes.data * sizes.expert), batch / devices, config.hidden_size
+    touched = arithmetic.experts_touched(config, math.ceil(batch / sizes.data))
     weights = sum(
         group.nbytes / sizes.over(group.cut) * (touched if group.routed else 1)
         for group in _groups(config, dtype, "serve")
     )
     moved = arithmetic.decode_bytes(config, batch, context, dtype)
     nbytes = weights + (moved.cache_read + moved.cache_written) / devices
-    sent = 0.0
-    if across > 1:
-        share = (across - 1) / across
-        sent += 4 * 2 * rows * D * share * config.num_hidden_layers
-        sent += 2 * 2 * rows * D * share * arithmetic.moe_layers(config)
-        if isinstance(config.attention, MLAConfig):
-            width = 2 * config.attention.kv_lora_rank + config.attention.qk_rope_head_dim
-            sent += 2 * rows / across * config.num_attention_heads * width * config.num_hidden_layers
+    share = (sizes.tensor - 1) / sizes.tensor
+    sent = 4 * 2 * rows * D * share * config.num_hidden_layers + _dispatched(config, own, across)
+    if isinstance(config.attention, MLAConfig):
+        width = 2 * config.attention.kv_lora_rank + config.attention.qk_rope_head_dim
+        sent += 2 * own * config.num_attention_heads * width * share * config.num_hidden_layers
     flops = arithmetic.decode_flops(config, batch, context).total
     return _seconds(chip, devices, flops, nbytes, sent / _rate(chip, sizes, "expert", "tensor"))
 
 
 def prefill_seconds(config: ModelConfig, dtype: DType, chip: Chip, sizes: Sizes, length: int) -> Seconds:
-    """Of one sequence of `length` tokens on every batch shard: dense weights are gathered, rows sent to experts."""
+    """Of one sequence of `length` tokens on every batch shard: sums over `tensor`, rows sent to experts."""
     devices = math.prod(sizes)
     sequences = sizes.parts("serve", "batch")
     nbytes = _weights_a_device(config, dtype, "serve", sizes)
-    sent = _dispatched(config, length, sizes) + _summed(config, length, sizes)
-    for group in _groups(config, dtype, "serve"):
-        gathered, kept = _gathered(group)
-        sent += group.nbytes / sizes.over(kept) * (1 - 1 / sizes.over(gathered))
+    sent = _dispatched(config, length / sizes.tensor, sizes.expert * sizes.tensor) + _summed(config, length, sizes)
     flops = arithmetic.prefill_flops(config, sequences, length).total
     return _seconds(chip, devices, flops, nbytes, sent / _rate(chip, sizes, "expert", "tensor"))
 
@@ -533,11 +528,11 @@ def _gathered(group: _Group) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(axis for axis in group.cut if axis not in kept), kept
 
 
-def _dispatched(config: ModelConfig, tokens: float, sizes: Sizes) -> float:
-    """Bytes of rows to experts and back in one forward pass, a device."""
+def _dispatched(config: ModelConfig, tokens: float, over: int) -> float:
+    """Bytes of rows to experts on so many devices and back in one forward pass, of a device's own tokens."""
     if config.moe is None:
         return 0.0
-    away = (sizes.expert - 1) / sizes.expert
+    away = (over - 1) / over
     rows = tokens * config.moe.num_experts_per_tok * away
     return 2 * 2 * rows * config.hidden_size * arithmetic.moe_layers(config)
 
@@ -569,7 +564,7 @@ def update_seconds(
         whole += used
         collective += passes * used * (1 - 1 / sizes.over(gathered)) / _rate(chip, sizes, *gathered)
         collective += 2 * mine * (1 - 1 / sizes.over(copies)) / _rate(chip, sizes, *copies)
-    collective += passes * _dispatched(config, tokens, sizes) / _rate(chip, sizes, "expert")
+    collective += passes * _dispatched(config, tokens, sizes.expert) / _rate(chip, sizes, "expert")
     collective += passes * _summed(config, tokens, sizes) / _rate(chip, sizes, "tensor")
     # gathered weights are written and read in each pass; the optimizer reads and writes what lies here
     nbytes = passes * 2 * whole + 2 * (state.weights + state.gradient + state.optimizer)
@@ -622,9 +617,7 @@ def _on_slice(task: _Task, chips: int) -> Plan | None:
             speed = _speed(task, option)
             # as if nothing overlapped: what lies below the roofline still counts for something
             alone = speed[1] * speed[0].longest / sum(speed[0])
-            # to serve, experts are cut by `tensor` only where nothing else fits: their matrices become thin
-            cut = option.sizes.tensor if task.workload == "serve" and task.config.moe is not None else 1
-            rank = (1, -cut, alone, -option.memory.total)
+            rank = (1, alone, -option.memory.total)
         if best is None or rank > best:
             best, best_plan = rank, (option, speed)
     if best_plan is None:

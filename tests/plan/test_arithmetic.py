@@ -163,7 +163,10 @@ def products(jaxpr) -> int:
             rows = math.prod(left)
             columns = math.prod(right) // math.prod(left[axis] for axis in (*summed, *batched))
             total += 2 * rows * columns
-        for value in equation.params.values():
+        params = dict(equation.params)
+        if "branches" in params:  # by platform; the last is that of any other
+            params = {"branch": params["branches"][-1]}
+        for value in params.values():
             inner = getattr(value, "jaxpr", None)
             total += 0 if inner is None else products(getattr(inner, "jaxpr", inner))
     return total
