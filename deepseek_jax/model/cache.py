@@ -51,7 +51,9 @@ class KVCache(NamedTuple):
 
     def write(self, new: Self, positions_BT: jax.Array, place: jax.Array | None = None) -> Self:
         """With the new tokens' entries; `place` is the layer's in a stack, where this is the cache of one."""
-        at = lambda positions: (slice(None), positions)
+        # by arrays alone: a slice between a place and positions would put its axis after theirs
+        heads = jnp.arange(self.k_BGSK.shape[-3])[:, None]
+        at = lambda positions: (heads, positions)
         return jax.tree.map(lambda old, values: _written(old, values, positions_BT, place, at), self, new)
 
     def layer(self, place: jax.Array | None) -> Self:

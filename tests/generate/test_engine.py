@@ -16,6 +16,8 @@ from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.model.scoring import score
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONTEXT, V = 40, 24
 
 MOE = dataclasses.replace(

@@ -28,6 +28,8 @@ from deepseek_jax.model.cache import empty_cache
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.ops import rope
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TOLERANCE = 2e-5  # float32, of logits of magnitude 3 summed in another order
 
 V3 = ModelConfig(

@@ -16,6 +16,8 @@ from deepseek_jax.model.layers import Rotary
 from deepseek_jax.model.scoring import score, score_ahead
 from deepseek_jax.ops.rope import angles
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DEPTHS = 2
 CONFIG = dataclasses.replace(
     preset("tiny"),

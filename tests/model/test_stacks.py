@@ -9,20 +9,25 @@ import pytest
 from flax import nnx
 
 from deepseek_jax.checkpoint import names
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import IndexerConfig, ModelConfig
 from deepseek_jax.model.cache import empty_cache
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.scoring import score_ahead
 from deepseek_jax.model.stacks import stacked, unstacked
 from deepseek_jax.sharding import LOCAL, Layout
-from tests.checkpoint.folders import QWEN2, R1, V32
+from tests.checkpoint.folders import QWEN2, V3
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 B, T = 2, 8
 STACKED = Layout(stacked=True)
 # more than one layer of each kind
+MLA = dataclasses.replace(V3, num_hidden_layers=4, num_nextn_predict_layers=1)
+MLA = dataclasses.replace(MLA, moe=dataclasses.replace(MLA.moe, first_k_dense_replace=2))
+INDEXER = dataclasses.replace(MLA.attention, indexer=IndexerConfig(index_n_heads=2, index_head_dim=16, index_topk=4))
 CONFIGS = {
-    "mla": dataclasses.replace(R1, num_hidden_layers=4, quantization=None),
-    "indexer": dataclasses.replace(V32, num_hidden_layers=4, quantization=None),
+    "mla": MLA,
+    "indexer": dataclasses.replace(MLA, model_type="deepseek_v32", attention=INDEXER, num_nextn_predict_layers=0),
     "gqa": dataclasses.replace(QWEN2, num_hidden_layers=3),
 }
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 60, (B, T + 1)), jnp.int32)
@@ -51,7 +56,7 @@ def test_weights_come_back_from_a_stack_bit_for_bit(config, weights):
     jax.tree.map(np.testing.assert_array_equal, names.flat(back), names.flat(weights))
 
 
-@pytest.mark.parametrize("layout", [STACKED, Layout(stacked=True, workload="serve")])
+@pytest.mark.parametrize("layout", [STACKED, Layout(stacked=True, workload="serve", lanes=32)])
 def test_stacks_decode_as_layers_do(config, weights, layout):
     """A prompt and three tokens more, over the cache."""
 
@@ -73,9 +78,9 @@ def test_stacks_decode_as_layers_do(config, weights, layout):
         np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("remat", ["nothing", "layers", "all_but_attention"])
-def test_stacks_learn_as_layers_do(config, weights, remat):
+def test_stacks_learn_as_layers_do(config, weights):
     """Scores, routing and gradients, whatever the backward pass works out again."""
+    remat = {"deepseek_v3": "all_but_attention", "deepseek_v32": "layers", "qwen2": "nothing"}[config.model_type]
 
     def run(layout):
         graphdef, lies = of_layout(config, weights, layout)

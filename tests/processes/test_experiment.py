@@ -117,9 +117,8 @@ def the_experiment_runs(folder: Path, /) -> None:
 # --- laws ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "law", [a_dense_model_is_reinforced, pytest.param(one_with_experts_is_reinforced, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("law", [a_dense_model_is_reinforced, one_with_experts_is_reinforced])
 def test_a_mesh_reinforces_as_one_device_does(law, tmp_path, launch):
     """Every number that is logged of two steps, loss and KL term among them, to 1e-4; the samples are the same."""
     launch(law, tmp_path, processes=1, devices=8)
