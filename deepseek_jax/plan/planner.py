@@ -353,27 +353,32 @@ def _live(pieces: dict[str, int]) -> int:
 
 
 def train_memory(config: ModelConfig, dtype: DType, sizes: Sizes, batch: int, length: int) -> Memory:
-    """Bytes a device of one update: AdamW with moments in the weights' dtype, full remat, one pass over the batch.
+    """Bytes a device of one update: AdamW with moments in the weights' dtype, all of a layer worked out again but its
+    attention, one pass over the batch.
 
-    Activations are each layer's saved input and one layer at work. Workspace is one layer's weights gathered with
-    their gradient, the gathered head with its gradient, and a chunk of logits with softmax and gradient in float32.
+    Activations are each layer's saved input and attention, and one layer at work. Workspace is one layer's weights
+    gathered with their gradient, embedding and head gathered with their gradients, and a chunk of logits with softmax
+    and gradient in float32.
     """
     number = arithmetic.number_bytes(dtype)
     tokens = math.ceil(batch * length / sizes.over(("data", "fsdp", "expert", "context")))
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
-    saved = layers * tokens * config.hidden_size * number
+    a = config.attention
+    value = a.v_head_dim if isinstance(a, MLAConfig) else a.head_dim
+    heads = config.num_attention_heads * value / sizes.tensor
+    saved = math.ceil(layers * tokens * (config.hidden_size + heads) * number)
     trained = _trained_a_device(config, sizes)
     experts, rest = _widest_layer(config)
     gathered = 2 * number * (experts / (sizes.expert * sizes.tensor) + rest / sizes.tensor)
     vocabulary = config.vocab_size / sizes.tensor
-    head = 2 * number * config.hidden_size * vocabulary
+    tables = (1 if config.tie_word_embeddings else 2) * 2 * number * config.hidden_size * vocabulary
     logits = 3 * 4 * min(_LOGITS, tokens * vocabulary)
     return Memory(
         weights=_weights_a_device(config, dtype, "train", sizes),
         optimizer=2 * number * trained,
         gradient=number * trained,
         activations=saved + _live(layer_activations(config, tokens, length, sizes, "train", number=number)),
-        workspace=math.ceil(gathered + head + logits),
+        workspace=math.ceil(gathered + tables + logits),
     )
 
 

@@ -359,6 +359,20 @@ def test_rounds_for_overflow_are_not_counted(compiled):
     assert len(found.skipped_loops) == 1 and "overflow_rounds" in found.skipped_loops[0]
 
 
+def test_one_turn_of_a_loop_can_be_asked_for():
+    """Two products before it, one in each turn."""
+    shapes = [jax.ShapeDtypeStruct((64, D), jnp.float32), jax.ShapeDtypeStruct((D, D), jnp.float32)]
+    program = jax.jit(lambda x, w, bound: rounds(x @ w @ w, w, bound))
+    text = program.lower(*shapes, jax.ShapeDtypeStruct((), jnp.float32)).compile().as_text()
+    whole = account(text, {"data": 1})
+    (loop,) = whole.unknown_loops
+    turn = account(text, {"data": 1}, loop=loop)
+    assert (whole.flops, turn.flops) == (3 * 2 * 64 * D * D, 2 * 64 * D * D)
+    assert 0 < turn.bytes_accessed < whole.bytes_accessed
+    with pytest.raises(ValueError, match="got a program without the loop 'jit"):
+        account(text, {"data": 1}, loop="jit(other)/while")
+
+
 def test_a_conditional_costs_its_largest_branch(compiled):
     assert compiled["branches"].account.flops == 3 * 2 * 64 * D * D
 
