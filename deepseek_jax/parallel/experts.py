@@ -29,7 +29,7 @@ def routed_experts(
     *,
     mesh: Mesh,
     rows: tuple[str, ...],
-    columns: tuple[str, ...] | str | None,
+    columns: tuple[str, ...],
     gathered: tuple[str, ...],
     transport: Transport,
     slack: float,
@@ -73,7 +73,6 @@ def routed_experts(
         ValueError: an unknown transport, a slack that is not above 0, rows that are not cut by all of `over` but to
             be sent over it, rows cut by a part of it, rows cut by `inner`, or experts not divisible by the axes.
     """
-    columns = (columns,) if isinstance(columns, str) else columns or ()
     if transport not in get_args(Transport):
         raise ValueError(f"transport: got {transport!r}, wanted one of {', '.join(get_args(Transport))}")
     if not 0 < slack < math.inf:
