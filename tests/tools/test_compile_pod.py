@@ -63,7 +63,9 @@ def test_r1_learns_on_512_chips(step):
     "preset, topology", [("v2-lite", "v5e:4x4"), ("v2-lite", "v6e:4x4"), ("distill-qwen-32b", "v6e:4x4")]
 )
 def test_smaller_models_on_sixteen_chips(preset, topology, step):
-    found = figures(preset=preset, topology=topology, step=step)
+    """V2-Lite learns on 16 GB chips with samples of 2,048 tokens; with 4,096 it takes 16.4 GB."""
+    small = topology.startswith("v5e") and step in ("train", "grpo")
+    found = figures(preset=preset, topology=topology, step=step, context=2048 if small else 4096)
     assert found["fits"] and found["chips"] == 16
 
 
@@ -76,15 +78,15 @@ def test_what_does_not_fit_says_so():
 @pytest.mark.parametrize(
     "options, says",
     [
-        ({"topology": "v5p:4x4x5"}, "topology: got 'v5p:4x4x5', wanted a generation and shape of TPU"),
+        ({"topology": "v5p:2x3x4"}, "topology: got 'v5p:2x3x4', wanted a generation and shape of TPU"),
         ({"topology": "v9z:4x4"}, "topology: got 'v9z:4x4', wanted a generation and shape of TPU"),
         ({"mesh": "expert=64,tensor=2"}, "mesh: 1 x 1 x 64 x 1 x 2 does not make the 64 devices there are"),
         ({"mesh": "expert=64,pipeline=1"}, "mesh: got axis 'pipeline', wanted one of data, fsdp, expert"),
         ({"mesh": "expert:64"}, "mesh: got 'expert:64', wanted sizes of axes such as expert=64,fsdp=8"),
         ({"preset": "v2-lite", "mesh": "tensor=64"}, "num_attention_heads 16 is not divisible by mesh axis tensor 64"),
         (
-            {"topology": "v5p:2x3x4", "mesh": "expert=24", "step": "train"},
-            "n_routed_experts 256 is not divisible by mesh axis expert 24",
+            {"topology": "v5p:4x4x5", "mesh": "expert=80", "step": "train"},
+            "n_routed_experts 256 is not divisible by mesh axis expert 80",
         ),
         ({"preset": "distill-qwen-32b", "mesh": "expert=64"}, "mesh: expert 64 for a model without experts, wanted 1"),
         ({"batch": 100}, "batch 100 is not divisible by the 64 parts that the mesh cuts it into"),
@@ -96,3 +98,28 @@ def test_what_cannot_work_is_refused_before_compiling(options, says):
     done = compile_pod(**(R1_ON_64 | {"step": "decode"} | options))
     assert done.returncode == 1
     assert says in done.stderr.splitlines()[-1]
+
+
+def test_slices_lie_along_data():
+    """Of two slices, every other axis stays inside one; and a mesh that cannot be cut so is refused."""
+    code = """
+import sys
+sys.path[:0] = [sys.argv[1]]
+from deepseek_jax.plan import compiled
+compiled.topology("v5p:2x2x2")
+from jax.experimental import topologies
+from deepseek_jax.sharding import make_mesh
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2", num_slices=2).devices
+mesh = make_mesh(devices, data=4, expert=4)
+slices = [[device.slice_index for device in part.flat] for part in mesh.devices]
+assert slices == [[0] * 4, [0] * 4, [1] * 4, [1] * 4], slices
+try:
+    make_mesh(devices, expert=16)
+except ValueError as refusal:
+    assert str(refusal) == "mesh: data 1 is not divisible by the 2 slices there are", refusal
+else:
+    raise AssertionError("not refused")
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
