@@ -114,7 +114,10 @@ def _default_mesh(of_model: ModelConfig, step: Step, chips: int) -> dict[str, in
     training = step in ("train", "grpo")
     if training:
         # dense weights are gathered over fsdp alone, and want to be cut by more than a few
-        expert = 1 if moe is None else math.gcd(2 ** (2 * int(math.log2(chips)) // 3), moe.n_routed_experts)
+        if moe is None:  # halves the vocabulary's tables, which every chip gathers
+            tensor = math.gcd(2, chips, of_model.attention.num_key_value_heads)
+            return {"fsdp": chips // tensor, "tensor": tensor}
+        expert = math.gcd(2 ** (2 * int(math.log2(chips)) // 3), moe.n_routed_experts)
         return {"expert": expert, "fsdp": chips // expert}
     if moe is None:
         tensor = math.gcd(chips, of_model.attention.num_key_value_heads)
