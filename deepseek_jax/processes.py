@@ -235,8 +235,9 @@ class _Watch:
     def _take(self, line: socket.socket) -> None:
         line.settimeout(START_SECONDS)
         said = _received(line, _NUMBER.size)
-        if said:  # a port scanner says nothing
-            self._lines[_NUMBER.unpack(said)[0]] = line
+        number = _NUMBER.unpack(said)[0] if said else 0
+        if number in range(1, count()):  # a port scanner says nothing, or anything
+            self._lines[number] = line
 
     def _listen(self, number: int, line: socket.socket) -> None:
         try:

@@ -50,7 +50,6 @@ _TABLE: Mapping[str, _Cut] = {
     "tokens": _Cut(("context",), ("context", "tensor")),
     "cache_batch": _Cut(("data", "fsdp", "expert"), ("data", "fsdp", "expert", "tensor")),
 }
-GATHERED = ("fsdp", "context")  # what cuts the width of experts' weights
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
@@ -236,6 +235,11 @@ class Layout:
 
 
 LOCAL = Layout()
+
+
+def lanes_of(platform: str) -> int:
+    """What `Layout.lanes` is to be on devices of a platform, as jax names it."""
+    return 128 if platform == "tpu" else 1
 
 
 def _is_weight(leaf: Any) -> bool:

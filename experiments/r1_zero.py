@@ -41,7 +41,7 @@ from deepseek_jax.rewards.structure import structure_reward
 from deepseek_jax.rl.loss import GRPOConfig
 from deepseek_jax.rl.objective import grpo_objective, reference_logprobs
 from deepseek_jax.rl.rollout import Prompt, Roller, rollout_metrics
-from deepseek_jax.sharding import AXES, Layout, Remat, make_mesh
+from deepseek_jax.sharding import AXES, Layout, Remat, lanes_of, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE, draw_chains, trace
 from deepseek_jax.train.data import Question, batches, read_questions
@@ -239,7 +239,12 @@ def layout_of(config: Config) -> Layout:
     """How the model lies on the devices and runs there."""
     sizes = {axis: getattr(config, f"mesh_{axis}") for axis in AXES}
     one_device = processes.count() == 1 and all(size == 1 for size in sizes.values())
-    return Layout(mesh=None if one_device else make_mesh(**sizes), stacked=config.stacked, remat=config.remat)
+    return Layout(
+        mesh=None if one_device else make_mesh(**sizes),
+        stacked=config.stacked,
+        remat=config.remat,
+        lanes=lanes_of(jax.default_backend()),
+    )
 
 
 def prepare(config: Config) -> Setup:

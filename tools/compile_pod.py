@@ -1,7 +1,6 @@
 """Compile a step of training or serving for a TPU pod that need not be there, and say what it costs each chip."""
 
 import dataclasses
-import math
 from json import dumps
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from deepseek_jax import config
 from deepseek_jax.checkpoint.opened import load_config
 from deepseek_jax.cli import run
 from deepseek_jax.config import PRESETS, ModelConfig
-from deepseek_jax.plan.compiled import DTYPES, Compiled, Step, Task, compile_step, topology
-from deepseek_jax.sharding import Layout, Remat, Transport, make_mesh
+from deepseek_jax.plan import compiled
+from deepseek_jax.plan.compiled import DTYPES, Compiled, Step, Task
+from deepseek_jax.sharding import Layout, Remat, Transport, lanes_of, make_mesh
 from deepseek_jax.train.progress import format_bytes
 
 _DOES_NOT_FIT = 3
@@ -58,8 +58,8 @@ def main(
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, wanted one of {', '.join(DTYPES)}")
     of_model = _config(preset, step)
-    of_chip, devices = _topology(topology)
-    sizes = _default_mesh(of_model, step, len(devices)) if mesh is None else _parsed(mesh)
+    of_chip, devices = compiled.topology(topology)
+    sizes = compiled.default_mesh(of_model, step, len(devices)) if mesh is None else _parsed(mesh)
     training = step in ("train", "grpo")
     layout = Layout(
         mesh=make_mesh(devices, **sizes),
@@ -68,11 +68,10 @@ def main(
         slack=slack,
         stacked=stacked,
         remat=remat if training else "nothing",
-        lanes=128,
+        lanes=lanes_of("tpu"),
     )
-    whole = layout.parts("batch") * micro_batches
     if batch is None:
-        batch = 8 * len(devices) if step == "decode" else whole
+        batch = 8 * len(devices) if step == "decode" else layout.parts("batch") * micro_batches
     task = Task(
         config=of_model,
         layout=layout,
@@ -82,13 +81,10 @@ def main(
         dtype=dtype,
         micro_batches=micro_batches,
     )
-    found = compile_step(task, of_chip)
+    found = compiled.compile_step(task, of_chip)
     print(dumps(_as_json(found, sizes, task), indent=2)) if json else _show(found, task, topology, sizes)
     if not found.fits:
         raise SystemExit(_DOES_NOT_FIT)
-
-
-_topology = topology
 
 
 def _config(name: str, step: Step) -> ModelConfig:
@@ -108,26 +104,6 @@ def _parsed(mesh: str) -> dict[str, int]:
     return sizes
 
 
-def _default_mesh(of_model: ModelConfig, step: Step, chips: int) -> dict[str, int]:
-    """Experts over most of the chips; without experts, heads over a few to serve, and width over all to train."""
-    moe = of_model.moe
-    training = step in ("train", "grpo")
-    if training:
-        # dense weights are gathered over fsdp alone, and want to be cut by more than a few
-        if moe is None:  # halves the vocabulary's tables, which every chip gathers
-            tensor = math.gcd(2, chips, of_model.attention.num_key_value_heads)
-            return {"fsdp": chips // tensor, "tensor": tensor}
-        expert = math.gcd(2 ** (2 * int(math.log2(chips)) // 3), moe.n_routed_experts)
-        return {"expert": expert, "fsdp": chips // expert}
-    if moe is None:
-        tensor = math.gcd(chips, of_model.attention.num_key_value_heads)
-        return {"data": chips // tensor, "tensor": tensor}
-    spread = math.gcd(chips, moe.n_routed_experts)
-    # decoding reads every weight for few tokens, and cuts dense ones too; prefill would send more than it saves
-    tensor = math.gcd(16, spread, of_model.num_attention_heads) if step == "decode" else 1
-    return {"data": chips // spread, "expert": spread // tensor, "tensor": tensor}
-
-
 def _as_json(found: Compiled, sizes: dict[str, int], task: Task) -> dict[str, object]:
     asked = {"step": task.step, "batch": task.batch, "context": task.context, "dtype": task.dtype, "mesh": sizes}
     return dataclasses.asdict(found) | {"headroom": found.headroom} | asked
@@ -145,6 +121,8 @@ def _show(found: Compiled, task: Task, topology: str, sizes: dict[str, int]) -> 
         for name in ("weight", "optimizer", "cache", "temp"):
             row(f"  {name}", format_bytes(getattr(found, f"{name}_bytes")))
         row("FLOPs", f"{found.flops:.4g}", f"{found.flops / found.analytic_flops:.3f} of {found.analytic_flops:.4g}")
+        if found.masked_flops:
+            row("  masked", f"{found.masked_flops:.4g}", "more, if they are not skipped")
         ratio = found.bytes_accessed / found.analytic_bytes
         row("bytes", format_bytes(found.bytes_accessed), f"{ratio:.2f} of {format_bytes(round(found.analytic_bytes))}")
         row("sent", format_bytes(found.collective_bytes), _beside_least(found))

@@ -156,14 +156,14 @@ def in_blocks(
     length = T // segments
     done = []
     for start in range(0, T, length):
-        part = jax.tree.map(lambda q: q[:, start : start + length], queries)  # noqa: B023
-        done.append(_segment(attend_rows, part, start, start + length, rows, shards))
+        done.append(_segment(attend_rows, queries, start, start + length, rows, shards))
     return jnp.concatenate(done, axis=1) if segments > 1 else done[0]
 
 
 def _segment(attend_rows, queries, start: int, end: int, rows: int, shards: int):
-    """The queries from `start` on, block by block, over the keys before `end`."""
+    """The queries from `start` to `end`, block by block, over the keys before `end`."""
     length = end - start
+    queries = jax.tree.map(lambda q: q[:, start:end], queries)
     count = next(n for n in range(1, length // shards + 1) if length % (shards * n) == 0 and length // n <= rows)
     size = length // (shards * count)  # of a block's share of one shard
     apart = lambda q: jnp.moveaxis(q.reshape(q.shape[0], shards, count, size, *q.shape[2:]), 2, 0)

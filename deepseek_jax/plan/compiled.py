@@ -72,6 +72,8 @@ class Compiled:
         argument_bytes, temp_bytes: as the compiler reports them.
         weight_bytes, optimizer_bytes, cache_bytes: parts of the arguments.
         flops: of matrix products, loops counted as often as they turn.
+        masked_flops: of dense forms of ragged products, whose empty tiles the compiler marks to be skipped; not in
+            `flops`, and none in what this project compiles.
         analytic_flops: the algorithm's.
         bytes_accessed: read from and written to memory.
         analytic_bytes: weights touched, cache, gradients and moments, once each.
@@ -93,6 +95,7 @@ class Compiled:
     optimizer_bytes: int | None = None
     cache_bytes: int | None = None
     flops: int | None = None
+    masked_flops: int | None = None
     analytic_flops: float
     bytes_accessed: int | None = None
     analytic_bytes: float
@@ -186,6 +189,7 @@ def compile_step(task: Task, of_chip: Chip) -> Compiled:
         optimizer_bytes=_on_a_chip(program.moments),
         cache_bytes=_on_a_chip(program.cache),
         flops=sums.flops,
+        masked_flops=sums.masked_flops,
         bytes_accessed=sums.bytes_accessed,
         collectives=tuple(dataclasses.asdict(of) for of in sums.collectives),
         collective_bytes=sum(of.bytes for of in sums.collectives),
@@ -195,6 +199,25 @@ def compile_step(task: Task, of_chip: Chip) -> Compiled:
         tokens_per_second=_tokens(task) / times[bound],
         **common,
     )
+
+
+def default_mesh(config: ModelConfig, step: Step, chips: int) -> dict[str, int]:
+    """Sizes of the axes of a mesh of so many chips that suits a model and a step."""
+    moe = config.moe
+    if step in ("train", "grpo"):
+        # dense weights are gathered over fsdp alone, and want to be cut by more than a few
+        if moe is None:  # halves the vocabulary's tables, which every chip gathers
+            tensor = math.gcd(2, chips, config.attention.num_key_value_heads)
+            return {"fsdp": chips // tensor, "tensor": tensor}
+        expert = math.gcd(2 ** (2 * int(math.log2(chips)) // 3), moe.n_routed_experts)
+        return {"expert": expert, "fsdp": chips // expert}
+    if moe is None:
+        tensor = math.gcd(chips, config.attention.num_key_value_heads)
+        return {"data": chips // tensor, "tensor": tensor}
+    spread = math.gcd(chips, moe.n_routed_experts)
+    # decoding reads every weight for few tokens, and cuts dense ones too; prefill would send more than it saves
+    tensor = math.gcd(16, spread, config.num_attention_heads) if step == "decode" else 1
+    return {"data": chips // spread, "expert": spread // tensor, "tensor": tensor}
 
 
 def lower(task: Task) -> pod.Program:

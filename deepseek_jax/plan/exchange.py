@@ -11,7 +11,7 @@ from flax import nnx
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.decoder import abstract_weights
-from deepseek_jax.sharding import GATHERED, Layout
+from deepseek_jax.sharding import Layout
 
 
 def least_sent(config: ModelConfig, layout: Layout, step: str, batch: int, context: int, width: int = 2) -> float:
@@ -26,7 +26,10 @@ def least_sent(config: ModelConfig, layout: Layout, step: str, batch: int, conte
         width: bytes of a weight, gradient or state.
     """
     updates, modules = step in ("train", "grpo"), step == "train"
-    tokens = batch * (1 if step == "decode" else context) / layout.parts("batch") / layout.parts("sequence")
+    if step == "decode":
+        tokens = batch / layout.parts("cache_batch")
+    else:
+        tokens = batch * context / layout.parts("batch") / layout.parts("tokens")
     sent = (4 if updates else 2) * dispatched(config, layout, tokens, modules, width)
     return sent + (moved_for_training(config, layout, modules, width) if updates else 0)
 
@@ -38,7 +41,7 @@ def dispatched(config: ModelConfig, layout: Layout, tokens: float, modules: bool
     count = config.num_hidden_layers + (config.num_nextn_predict_layers if modules else 0)
     layers = sum(config.is_moe_layer(layer) for layer in range(count))
     rows = tokens * config.moe.num_experts_per_tok * layers
-    return _of_others(layout.size("expert")) * rows * config.hidden_size * width
+    return _of_others(layout.parts("expert")) * rows * config.hidden_size * width
 
 
 def moved_for_training(config: ModelConfig, layout: Layout, modules: bool, width: int) -> float:
@@ -49,7 +52,7 @@ def moved_for_training(config: ModelConfig, layout: Layout, modules: bool, width
             continue
         axes = leaf.get_metadata()["axes"]
         cut = {of for axis in axes for of in layout.cut(axis)}
-        gathered = layout.size(*(cut & set(GATHERED)))
+        gathered = layout.size(*(cut & set(layout.cut("embed"))))
         repeated = layout.size(*({"data", "fsdp", "expert", "context"} - cut))
         kept = math.prod(leaf.get_raw_value().sharding.shard_shape(leaf.get_raw_value().shape)) * width
         # the sum of a gradient: scattered over the axes that gather the weight, then added up over the others

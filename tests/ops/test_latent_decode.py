@@ -240,6 +240,6 @@ def bytes_of_a_sequence() -> int:
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5e:2x4", "v6e:2x4"])
 def test_compiles_for_tpus(topology, law):
     if find_spec("libtpu") is None:
-        pytest.skip("needs libtpu: pip install -e '.[tpu]'")
+        pytest.skip("needs the TPU compiler: pip install -e '.[pod]'")
     # there is no TPU to look for or to share
     in_a_process(law, topology, TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")

@@ -315,7 +315,7 @@ def test_on_eight_devices_at_length(law):
 @pytest.mark.slow
 def test_every_transport_compiles_for_tpus():
     if find_spec("libtpu") is None:
-        pytest.skip("needs libtpu: pip install -e '.[tpu]'")
+        pytest.skip("needs the TPU compiler: pip install -e '.[pod]'")
     settings = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # there is no TPU to share
     (said,) = on_eight_devices(every_transport_compiles_for_tpus, **settings).values()
     assert said == "", said

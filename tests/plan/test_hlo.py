@@ -267,7 +267,7 @@ class Compiled:
 @pytest.fixture(scope="module", params=["cpu", pytest.param("tpu", marks=pytest.mark.slow)])
 def platform(request) -> str:
     if request.param == "tpu" and find_spec("libtpu") is None:
-        pytest.skip("needs the TPU compiler: pip install libtpu")
+        pytest.skip("needs the TPU compiler: pip install -e '.[pod]'")
     return request.param
 
 
@@ -307,14 +307,14 @@ def test_a_product_is_counted_exactly(compiled):
 @pytest.mark.parametrize("name", ["product", "taken", "placed", "unrolled", "unrolled gradient", "unrolled remat"])
 def test_bytes_without_loops_are_those_of_xla(name, platform, compiled):
     if platform == "tpu":
-        pytest.skip("what lies in VMEM is free here and not there")
+        pytest.skip("XLA's own count has no VMEM, whose buffers are free in the account")
     assert compiled[name].account.bytes_accessed == pytest.approx(compiled[name].bytes, rel=0.05)
 
 
 def test_a_product_on_tpu_reads_its_operands_once_and_writes_its_result(platform, compiled):
     """Through VMEM or not."""
     if platform == "cpu":
-        pytest.skip("the law above holds it")
+        pytest.skip("on CPU the law above holds it, against XLA's own count")
     assert compiled["product"].account.bytes_accessed == (512 * 256 * 2 + 512 * 512) * 4
 
 
@@ -481,7 +481,7 @@ def test_a_ragged_product_costs_its_rows_and_not_its_groups(platform, compiled):
     XLA counts the whole of it, so that its count is the account's sum to 2 %.
     """
     if platform == "cpu":
-        pytest.skip("the CPU compiler makes it dense")
+        pytest.skip("the CPU compiler makes a ragged product dense")
     product = 2 * ROWS * D * F
     assert compiled["ragged"].account.flops == product
     found = compiled["ragged gradient"].account

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU compiler: pip install '.[pod]'"),
+    pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU compiler: pip install -e '.[pod]'"),
 ]
 
 

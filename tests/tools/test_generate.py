@@ -1,7 +1,6 @@
 """The command line of tools/generate.py: its options as users type them, on a whole small model folder."""
 
 import dataclasses
-import sys
 
 import jax
 import pytest
@@ -10,7 +9,6 @@ from flax import nnx
 from deepseek_jax.checkpoint.convert import convert_hf
 from deepseek_jax.checkpoint.folder import Model, save_hf
 from deepseek_jax.checkpoint.opened import open_folder
-from deepseek_jax.cli import run
 from deepseek_jax.config import preset
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.text.tokenizer import Tokenizer
@@ -32,23 +30,17 @@ def folder(tmp_path_factory):
     return target
 
 
-def generate(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
-    status = 0
-    try:
-        run(main)
-    except SystemExit as stop:
-        status = stop.code
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
+@pytest.fixture
+def generate(command_line):
+    return command_line(main)
 
 
-def test_options_as_documented_and_the_same_from_a_converted_folder(folder, monkeypatch, capsys):
+def test_options_as_documented_and_the_same_from_a_converted_folder(folder, generate):
     options = ("--prompt", "1+2=?", "--max-tokens", 6, "--temperature", 0.8, "--top-p", 0.9, "--seed", 3)
-    status, text, notes = generate(monkeypatch, capsys, folder, *options)
+    status, text, notes = generate(folder, *options)
     assert status == 0 and text.endswith("\n") and "tokens in" in notes
-    assert generate(monkeypatch, capsys, folder.with_name("converted"), *options, "--chat")[:2] == (0, text)
-    assert generate(monkeypatch, capsys, folder, *options, "--no-chat")[1] != text
+    assert generate(folder.with_name("converted"), *options, "--chat")[:2] == (0, text)
+    assert generate(folder, *options, "--no-chat")[1] != text
 
 
 @pytest.mark.parametrize(
@@ -59,11 +51,11 @@ def test_options_as_documented_and_the_same_from_a_converted_folder(folder, monk
         (("--prompt", "1", "--top-p", "0"), "error: top_p: got 0.0"),
     ],
 )
-def test_mistakes_are_one_line(folder, monkeypatch, capsys, arguments, message):
-    status, _, error = generate(monkeypatch, capsys, folder, *arguments)
+def test_mistakes_are_one_line(folder, generate, arguments, message):
+    status, _, error = generate(folder, *arguments)
     assert status == 1 and error.startswith(message) and error.count("\n") == 1
 
 
-def test_a_mistyped_folder_is_named(tmp_path, monkeypatch, capsys):
-    status, _, error = generate(monkeypatch, capsys, tmp_path / "nowhere", "--prompt", "1")
+def test_a_mistyped_folder_is_named(tmp_path, generate):
+    status, _, error = generate(tmp_path / "nowhere", "--prompt", "1")
     assert status == 1 and "nowhere" in error and error.count("\n") == 1

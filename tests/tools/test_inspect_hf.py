@@ -18,7 +18,6 @@ from deepseek_jax.checkpoint.convert import convert_hf
 from deepseek_jax.checkpoint.headers import NAMES, Entry
 from deepseek_jax.checkpoint.opened import open_folder
 from deepseek_jax.checkpoint.summary import Summary, of_folder, of_preset
-from deepseek_jax.cli import run
 from deepseek_jax.config import PRESETS, preset, to_hf
 from deepseek_jax.model.decoder import abstract_weights
 from tests.checkpoint.folders import LLAMA_TIED, QWEN2, R1, V2, V32, random_folder, write_folder
@@ -29,20 +28,8 @@ FIELDS = [field.name for field in dataclasses.fields(Summary)]
 
 
 @pytest.fixture
-def inspect(monkeypatch, capsys):
-    """The command line in process: exit status, stdout, stderr."""
-
-    def call(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["inspect_hf.py", *map(str, arguments)])
-        status = 0
-        try:
-            run(main)
-        except SystemExit as stop:
-            status = stop.code
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return call
+def inspect(command_line):
+    return command_line(main)
 
 
 # --- figures -------------------------------------------------------------------------------------

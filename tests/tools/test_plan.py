@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_jax.cli import run
 from deepseek_jax.config import PRESETS, preset, to_hf
 from deepseek_jax.plan.chips import CHIPS, chip
 from deepseek_jax.plan.planner import plan
@@ -24,20 +23,8 @@ KINDS = {"weights", "reference", "optimizer", "gradient", "cache", "activations"
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """The command line in process: exit status, stdout, stderr."""
-
-    def call(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, arguments)])
-        status = 0
-        try:
-            run(main)
-        except SystemExit as stop:
-            status = stop.code
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return call
+def call(command_line):
+    return command_line(main)
 
 
 @pytest.mark.parametrize("workload", ["serve", "train", "grpo"])
