@@ -25,6 +25,15 @@ class Max(NamedTuple):
         return self.largest
 
 
+class Min(NamedTuple):
+    """The smallest value seen; infinity while there is none, which reads as 0 like the mean of nothing."""
+
+    smallest: jax.Array
+
+    def value(self) -> jax.Array:
+        return jnp.where(jnp.isposinf(self.smallest), 0.0, self.smallest)
+
+
 class Sum(NamedTuple):
     """A plain total."""
 
@@ -34,7 +43,17 @@ class Sum(NamedTuple):
         return self.total
 
 
-Metric = Mean | Max | Sum
+class Whole(NamedTuple):
+    """Samples and counted tokens of a whole batch: what a loss over a part of it divides its sums by, float32 scalars.
+
+    A loss made so adds up over parts, however the batch is cut.
+    """
+
+    samples: jax.Array
+    tokens: jax.Array
+
+
+Metric = Mean | Max | Min | Sum
 Metrics = dict[str, Metric]
 
 
@@ -46,13 +65,21 @@ def masked_max(values: jax.Array, mask: jax.Array) -> Max:
     return Max(jnp.max(jnp.where(mask, values, 0)))
 
 
+def masked_min(values: jax.Array, mask: jax.Array) -> Min:
+    return Min(jnp.min(jnp.where(mask, values, jnp.inf)))
+
+
 def merge(first: Metrics, second: Metrics) -> Metrics:
     """Metrics of two parts of a batch as metrics of both."""
     return {name: _merge_one(value, second[name]) for name, value in first.items()}
 
 
 def _merge_one(a: Metric, b: Metric) -> Metric:
-    return Max(jnp.maximum(a.largest, b.largest)) if isinstance(a, Max) else jax.tree.map(jnp.add, a, b)
+    if isinstance(a, Max):
+        return Max(jnp.maximum(a.largest, b.largest))
+    if isinstance(a, Min):
+        return Min(jnp.minimum(a.smallest, b.smallest))
+    return jax.tree.map(jnp.add, a, b)
 
 
 def values(metrics: Metrics) -> dict[str, float]:

@@ -1,34 +1,123 @@
-"""How much better a sample was than its group."""
+"""How much better a sample was than its group, or than the batch.
+
+All take the rewards [P, G] of G samples of each of P prompts: of the whole batch, since a part of it has another mean.
+What they give is a value a sample; the loss wants it at each of the sample's tokens.
+"""
+
+from typing import Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 def group_advantages(
-    rewards_PG: Float[Array, "P G"], *, scale: bool = True, epsilon: float = 1e-4
+    rewards_PG: Float[Array, "P G"],
+    *,
+    scale: Literal["group", "batch", "none"] = "group",
+    epsilon: float = 1e-4,
+    tolerance: float = 1e-6,
 ) -> Float[Array, "P G"]:
-    """(reward - mean) / (std + epsilon) within each prompt's group.
+    """(reward - mean of its group) / (std + epsilon).
 
     Args:
-        rewards_PG: float32, G samples of each of P prompts.
-        scale: divide by the standard deviation (DeepSeekMath, R1); False leaves the difference (V3.2, Dr. GRPO).
+        rewards_PG: float32.
+        scale: whose standard deviation it is divided by: the "group"'s (DeepSeekMath, R1), the whole "batch"'s, or
+            "none" (V3.2, Dr. GRPO).
         epsilon: added to the deviation.
+        tolerance: of `zero_variance`.
 
     Returns:
         Advantages [P, G]; each row sums to 0. A group of equal rewards gives exactly 0.
 
     Raises:
-        ValueError: a group of one, whose advantage would always be 0, or rewards that are not [P, G].
+        ValueError: a group of one, whose advantage would always be 0, rewards that are not [P, G], or another scale.
 
     Source: arXiv 2402.03300 section 4.1.2, arXiv 2501.12948 equation 3; the deviation has ddof 1 and epsilon 1e-4
-    as in TRL's GRPOTrainer.
+    as in TRL's GRPOTrainer (`scale_rewards`).
+
+    Differs: TRL has no tolerance, so that rewards which differ by rounding alone get advantages other than 0.
     """
+    if scale not in ("group", "batch", "none"):
+        raise ValueError(f"scale: got {scale!r}, wanted 'group', 'batch' or 'none'")
+    rewards = _checked(rewards_PG)
+    centred = _centred(rewards, tolerance)
+    if scale == "none":
+        return centred
+    deviation = jnp.std(rewards, axis=1 if scale == "group" else None, keepdims=True, ddof=1)
+    # Where the deviation is 0 so is the advantage, also when epsilon is 0.
+    return centred / jnp.where(centred == 0, 1.0, deviation + epsilon)
+
+
+def rloo_advantages(rewards_PG: Float[Array, "P G"], *, tolerance: float = 1e-6) -> Float[Array, "P G"]:
+    """Reward minus the mean of the other samples of its group: G / (G - 1) times (reward - mean of its group).
+
+    Args, Raises: as of `group_advantages`.
+
+    Source: arXiv 2402.14740 (REINFORCE leave-one-out).
+    """
+    rewards = _checked(rewards_PG)
+    group_size = rewards.shape[1]
+    return _centred(rewards, tolerance) * (group_size / (group_size - 1))
+
+
+def reinforce_advantages(
+    rewards_PG: Float[Array, "P G"], *, epsilon: float = 1e-4, tolerance: float = 1e-6
+) -> Float[Array, "P G"]:
+    """(reward - mean of the batch) / (std of the batch + epsilon): REINFORCE++, to which the batch is one group.
+
+    Args, Raises: as of `group_advantages`; groups of one will do here.
+
+    Source: arXiv 2501.03262.
+
+    Differs: the paper takes the KL of each token off the reward and normalises over tokens; here the KL is a term of
+    the loss, and samples have equal weight.
+    """
+    batch = _two_axes(rewards_PG).reshape(1, -1)
+    return group_advantages(batch, epsilon=epsilon, tolerance=tolerance).reshape(rewards_PG.shape)
+
+
+def reinforce_baseline_advantages(
+    rewards_PG: Float[Array, "P G"], *, epsilon: float = 1e-4, tolerance: float = 1e-6
+) -> Float[Array, "P G"]:
+    """(reward - mean of its group) over the deviation of these differences in the batch: REINFORCE++-baseline.
+
+    Args, Raises: as of `group_advantages`. A group of equal rewards gives exactly 0.
+
+    Source: arXiv 2501.03262, the variant with a group's mean as baseline.
+    """
+    centred = _centred(_checked(rewards_PG), tolerance)
+    # Every group's differences sum to 0, and so do the batch's.
+    deviation = jnp.std(centred, ddof=1)
+    return centred / jnp.where(centred == 0, 1.0, deviation + epsilon)
+
+
+def zero_variance(rewards_PG: Float[Array, "P G"], *, tolerance: float = 1e-6) -> Bool[Array, "P"]:
+    """Groups that teach nothing because their rewards are the same; dynamic sampling (DAPO) draws others instead.
+
+    Args:
+        rewards_PG: float32.
+        tolerance: rewards are the same when largest and smallest are within this, times the group's largest
+            magnitude where that is above 1. The same parts summed in another order differ by about 1e-7.
+    """
+    rewards = _checked(rewards_PG)
+    spread = jnp.max(rewards, axis=1) - jnp.min(rewards, axis=1)
+    return spread <= tolerance * jnp.maximum(1.0, jnp.max(jnp.abs(rewards), axis=1))
+
+
+def _two_axes(rewards_PG: Array) -> Array:
     if rewards_PG.ndim != 2:
         raise ValueError(f"rewards: got shape {list(rewards_PG.shape)}, wanted [prompts, samples]")
-    if rewards_PG.shape[1] < 2:
+    return jnp.asarray(rewards_PG, jnp.float32)
+
+
+def _checked(rewards_PG: Array) -> Array:
+    rewards = _two_axes(rewards_PG)
+    if rewards.shape[1] < 2:
         raise ValueError("group size: got 1, wanted at least 2; a group of one has no one to be compared with")
-    rewards = jnp.asarray(rewards_PG, jnp.float32)
-    # Rounding in the mean must not become an advantage where all rewards are the same.
-    equal = jnp.all(rewards == rewards[:, :1], axis=1, keepdims=True)
-    centred = jnp.where(equal, 0.0, rewards - jnp.mean(rewards, axis=1, keepdims=True))
-    return centred / (jnp.std(rewards, axis=1, keepdims=True, ddof=1) + epsilon) if scale else centred
+    return rewards
+
+
+def _centred(rewards: Array, tolerance: float) -> Array:
+    """Rewards minus their group's mean, exactly 0 in groups of equal rewards."""
+    equal = zero_variance(rewards, tolerance=tolerance)[:, None]
+    return jnp.where(equal, 0.0, rewards - jnp.mean(rewards, axis=1, keepdims=True))

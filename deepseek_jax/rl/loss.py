@@ -1,13 +1,20 @@
-"""The GRPO loss, a pure function of log-probabilities."""
+"""The GRPO loss and its variants, a pure function of log-probabilities."""
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from deepseek_jax.ops.metrics import Metrics, masked_max, masked_mean
+from deepseek_jax.ops.metrics import Mean, Metrics, Sum, Whole, masked_max, masked_mean, masked_min
+from deepseek_jax.rl import kl
+
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"]
+Level = Literal["token", "sequence"]
+KLEstimator = Literal["k3", "k2", "unbiased"]
+CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,77 +22,368 @@ class GRPOConfig:
     """Settings of the loss, under the names that TRL's users know.
 
     Args:
+        loss_type: what a token's loss is, and how tokens are added up. A sample's mean is over its own tokens;
+            "the batch" is the whole one, however it is cut into parts.
+            "grpo": clipped; mean over samples of a sample's mean (DeepSeekMath, R1).
+            "dapo", "bnpo": clipped; mean over the tokens of the batch.
+            "dr_grpo": clipped; sum over tokens / (samples x max_completion_length).
+            "luspo": clipped; mean over samples of a sample's sum. At the sequence level only.
+            "cispo": -min(ratio, epsilon_high) A log pi, no gradient through the ratio; mean over tokens.
+            "sapo": a sigmoid gate in place of the clip; mean over samples of a sample's mean.
+        max_completion_length: tokens; what dr_grpo divides by, which no other type looks at.
+        importance_sampling_level: "token", or "sequence": one ratio a sample, exp of its mean log-ratio (GSPO).
         epsilon: the ratio is clipped below at 1 - epsilon.
-        epsilon_high: and above at 1 + epsilon_high; None means epsilon.
+        epsilon_high: and above at 1 + epsilon_high; None means epsilon. With cispo it is the largest ratio itself.
+        delta: dual clip: where A < 0, the ratio counts as delta at most. Above 1 + epsilon_high.
+        sapo_temperature_pos, sapo_temperature_neg: of the gate where A > 0, and elsewhere.
         beta: weight of the KL term towards the reference model.
-        loss_type: "grpo" averages over a sample's tokens, then over samples (DeepSeekMath).
+        kl_estimator: "k3", "k2", or "unbiased": k3 times the token's ratio (V3.2). See `rl.kl`.
+        entropy_coef: weight of the mean entropy of the batch's tokens, which is taken off the loss.
+        off_policy_mask_threshold: nats; the policy term is dropped where A < 0 and the sample's mean of
+            log pi_sampler - log pi_theta is above it (V3.2). None: nothing is dropped.
+        importance_sampling_clip_max, importance_sampling_clip_min: bounds, around 1, of the weight
+            pi_old / pi_sampler on the policy term. Both None: no such weight.
+        importance_sampling_mode: a weight a "token" or a "sequence" (the product of its tokens'), which outside the
+            bounds is put on the bound ("truncate") or to 0 ("mask").
+
+    Raises:
+        ValueError: a number out of its range, or settings that contradict each other.
+
+    Source: DeepSeekMath arXiv 2402.03300, R1 2501.12948, V3.2 2512.02556 section 3.1, DAPO 2503.14476, Dr. GRPO
+    2503.20783, GSPO 2507.18071, CISPO 2506.13585, SAPO 2511.20347, LUSPO 2602.05261; names and meanings of TRL 1.16,
+    trl/trainer/grpo_trainer.py, with which tests/rl/test_loss_oracle.py compares.
+
+    Differs from TRL: bnpo divides by the tokens of the whole batch, hence is dapo: TRL's divides by those of each
+    micro-batch, so that its gradient depends on the cut. `kl_estimator` is TRL's use_bias_correction_kl, but always
+    with the token's ratio, without which the estimate is not unbiased; TRL takes the sequence's at the sequence
+    level. The importance_sampling settings are TRL's vllm_importance_sampling ones. Refused where TRL warns or
+    accepts: sums over tokens at the sequence level, luspo at the token level, cispo without epsilon_high (TRL would
+    cap ratios at 0.2), a delta within the clip range. The defaults are DeepSeekMath's, not TRL's.
     """
 
+    loss_type: LossType = "grpo"
+    max_completion_length: int | None = None
+    importance_sampling_level: Level = "token"
     epsilon: float = 0.2
     epsilon_high: float | None = None
+    delta: float | None = None
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
     beta: float = 0.04
-    loss_type: Literal["grpo"] = "grpo"
+    kl_estimator: KLEstimator = "k3"
+    entropy_coef: float = 0.0
+    off_policy_mask_threshold: float | None = None
+    importance_sampling_clip_max: float | None = None
+    importance_sampling_clip_min: float | None = None
+    importance_sampling_mode: CorrectionMode = "token_truncate"
 
     def __post_init__(self) -> None:
+        self._check_names()
+        self._check_numbers()
+        self._check_combinations()
+
+    @property
+    def upper(self) -> float:
+        """1 + the upper epsilon."""
+        return 1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
+
+    @property
+    def corrects_sampler(self) -> bool:
+        """Whether a weight pi_old / pi_sampler is asked for."""
+        return self.importance_sampling_clip_max is not None or self.importance_sampling_clip_min is not None
+
+    def _check_names(self) -> None:
+        if self.kl_estimator == "k1":
+            raise ValueError(
+                "kl_estimator: got 'k1', wanted 'k3', 'k2' or 'unbiased'; k1's gradient is 0 on average on-policy"
+            )
+        choices = {
+            "loss_type": LossType,
+            "importance_sampling_level": Level,
+            "kl_estimator": KLEstimator,
+            "importance_sampling_mode": CorrectionMode,
+        }
+        for name, choice in choices.items():
+            if (got := vars(self)[name]) not in get_args(choice):
+                raise ValueError(f"{name}: got {got!r}, wanted one of {', '.join(get_args(choice))}")
+
+    def _check_numbers(self) -> None:
+        length = self.max_completion_length
+        if length is not None and not 1 <= length < math.inf:
+            raise ValueError(f"max_completion_length: got {length}, wanted at least 1 token")
         if not 0 <= self.epsilon <= 1:
-            raise ValueError(f"epsilon: got {self.epsilon}, wanted 0 to 1")
-        if self.epsilon_high is not None and not self.epsilon_high >= 0:
-            raise ValueError(f"epsilon_high: got {self.epsilon_high}, wanted 0 or more")
-        if not self.beta >= 0:
-            raise ValueError(f"beta: got {self.beta}, wanted 0 or more")
-        if self.loss_type != "grpo":
-            raise ValueError(f"loss_type: got {self.loss_type!r}, wanted 'grpo'")
+            raise ValueError(
+                f"epsilon: got {self.epsilon}, wanted 0 to 1; for a wider range above (R1's 10) set epsilon_high"
+            )
+        for name in ("epsilon_high", "delta", "beta", "entropy_coef", "off_policy_mask_threshold"):
+            if (got := vars(self)[name]) is not None and not 0 <= got < math.inf:
+                raise ValueError(f"{name}: got {got}, wanted a finite number from 0")
+        for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
+            if not 0 < (got := vars(self)[name]) < math.inf:
+                raise ValueError(f"{name}: got {got}, wanted a finite number above 0")
+        most, least = self.importance_sampling_clip_max, self.importance_sampling_clip_min
+        if most is not None and not 1 <= most < math.inf:
+            raise ValueError(
+                f"importance_sampling_clip_max: got {most}, wanted a finite number from 1, the exact weight"
+            )
+        if least is not None and not 0 <= least <= 1:
+            raise ValueError(f"importance_sampling_clip_min: got {least}, wanted 0 to 1, the exact weight")
+
+    def _check_combinations(self) -> None:
+        kind = self.loss_type
+        if kind == "dr_grpo" and self.max_completion_length is None:
+            raise ValueError("max_completion_length: got None, wanted the sampler's limit; dr_grpo divides by it")
+        if self.importance_sampling_level == "sequence" and kind in ("bnpo", "dr_grpo", "dapo", "cispo"):
+            raise ValueError(
+                f"importance_sampling_level: got 'sequence' with {kind}, wanted 'token': {kind} would weigh a "
+                "sequence's one ratio by its length; for GSPO take loss_type 'grpo'"
+            )
+        if self.importance_sampling_level == "token" and kind == "luspo":
+            raise ValueError("importance_sampling_level: got 'token' with luspo, wanted 'sequence'")
+        if kind == "cispo" and not self.epsilon_high:
+            raise ValueError(
+                f"epsilon_high: got {self.epsilon_high} with cispo, wanted the largest ratio, above 0 (ScaleRL: 5.0)"
+            )
+        if self.delta is not None and kind in ("cispo", "sapo"):
+            raise ValueError(f"delta: got {self.delta} with {kind}, wanted None; {kind} has no clip to bound")
+        if self.delta is not None and not self.delta > self.upper:
+            raise ValueError(f"delta: got {self.delta}, wanted above 1 + epsilon_high = {self.upper}")
+        if self.importance_sampling_mode != "token_truncate" and not self.corrects_sampler:
+            raise ValueError(
+                f"importance_sampling_mode: got {self.importance_sampling_mode!r} without bounds, wanted "
+                "importance_sampling_clip_max or _min with it"
+            )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Which tokens of the rows count, and to which sample of its row each belongs."""
+
+    mask_BT: Bool[Array, "B T"]
+    member_BTK: Bool[Array, "B T K"]
+    lengths_BK: Int[Array, "B K"]
+    samples: Float[Array, ""]
+
+    def total(self, values_BT: Float[Array, "B T"]) -> Float[Array, "B K"]:
+        """Sums over each sample. A masked sum, no scatter and no matmul: exact in float32, in the same order always."""
+        return jnp.sum(jnp.where(self.member_BTK, values_BT[:, :, None], 0), axis=1)
+
+    def mean(self, values_BT: Float[Array, "B T"]) -> Float[Array, "B K"]:
+        return self.total(values_BT) / jnp.maximum(self.lengths_BK, 1)
+
+    def spread(self, values_BK: Float[Array, "B K"]) -> Float[Array, "B T"]:
+        """A sample's value at each of its tokens, 0 elsewhere."""
+        return jnp.sum(jnp.where(self.member_BTK, values_BK[:, None, :], 0), axis=2)
+
+    def mean_of_samples(self, values_BT: Float[Array, "B T"]) -> Mean:
+        """Mean over samples with tokens of their means."""
+        return masked_mean(self.mean(values_BT), self.lengths_BK > 0)
+
+    def average(self, values_BT: Float[Array, "B T"], level: str) -> Mean:
+        return self.mean_of_samples(values_BT) if level == "sequence" else masked_mean(values_BT, self.mask_BT)
+
+    def whole(self) -> Whole:
+        tokens = jnp.sum(self.lengths_BK).astype(jnp.float32)
+        return Whole(self.samples, jnp.maximum(tokens, 1))
+
+
+def _rows(mask_BT: Bool[Array, "B T"], segments_BT: Int[Array, "B T"] | None, per_row: int) -> _Rows:
+    if segments_BT is None:
+        member, samples = mask_BT[:, :, None], jnp.float32(mask_BT.shape[0])
+    else:
+        of_sample = segments_BT[:, :, None] == jnp.arange(1, per_row + 1)
+        member = of_sample & mask_BT[:, :, None]
+        mask_BT = jnp.any(member, axis=2)
+        samples = jnp.sum(jnp.any(of_sample, axis=1)).astype(jnp.float32)
+    return _Rows(mask_BT, member, jnp.sum(member, axis=1), samples)
 
 
 def grpo_loss(
-    logprobs: Float[Array, "B T"],
-    old_logprobs: Float[Array, "B T"],
-    ref_logprobs: Float[Array, "B T"],
-    advantages: Float[Array, "B"],
-    mask: Bool[Array, "B T"],
+    logprobs_BT: Float[Array, "B T"],
+    old_logprobs_BT: Float[Array, "B T"],
+    ref_logprobs_BT: Float[Array, "B T"],
+    advantages_BT: Float[Array, "B T"],
+    mask_BT: Bool[Array, "B T"],
     config: GRPOConfig,
     *,
-    samples: jax.Array | float | None = None,
+    whole: Whole | None = None,
+    segments_BT: Int[Array, "B T"] | None = None,
+    per_row: int = 1,
+    entropy_BT: Float[Array, "B T"] | None = None,
+    sampler_logprobs_BT: Float[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The clipped policy loss plus beta times the k3 KL estimate.
+    """Policy loss, plus beta times the KL to the reference, less the entropy bonus.
+
+    Losses, and so gradients, of the parts of a batch add up to those of the batch when each is given the same `whole`,
+    and packing samples into rows changes neither. Gradients reach `logprobs_BT` and `entropy_BT` alone. What stands
+    where the mask is false is never looked at: it may be NaN.
 
     Args:
-        logprobs: of the sampled tokens under the policy, nats, float32.
-        old_logprobs: under the policy that sampled them.
-        ref_logprobs: under the reference model; not looked at when beta is 0.
-        advantages: one a sample.
-        mask: true at completion tokens. A sample without any counts as 0.
-        config: clipping, beta and aggregation.
-        samples: what the sum over samples is divided by: the size of the whole batch when this is a part of it.
-            None means B.
+        logprobs_BT: of the sampled tokens under the policy, nats, float32.
+        old_logprobs_BT: under the policy before this rollout's updates.
+        ref_logprobs_BT: under the reference model; not looked at when beta is 0.
+        advantages_BT: of each token; GRPO's is the sample's at all of its tokens.
+        mask_BT: true at completion tokens. A sample without any adds 0 and is still one of `whole.samples`.
+        config: the variant.
+        whole: samples and tokens of the whole batch when this is a part of it. None: these arrays are all.
+        segments_BT: int32, for packed rows: the number, from 1 to per_row, of the sample in its row; 0 at padding,
+            which the mask leaves out anyway. None: a row is a sample.
+        per_row: K, the most samples of a row; static. A number above it would not be counted.
+        entropy_BT: of the policy's distribution at each token, nats; needed for entropy_coef.
+        sampler_logprobs_BT: what the sampler said, where it is not the code that gave `old_logprobs_BT`. None: it is.
 
     Returns:
-        The loss to minimise and metrics as sums and counts: `policy_loss`, `kl`, `ratio`, `clip_ratio`,
-        `sampling/sampling_logp_difference/mean` and `/max`.
+        The loss to minimise and metrics as sums and counts:
+        `policy_loss`: the loss but for the entropy bonus, so with the KL term;
+        `kl`, and `entropy` if given: means over tokens; `ratio`: mean over tokens, or over samples at their level;
+        `clip_ratio/low_mean`, `/high_mean`, `/region_mean`: share of tokens (of samples at their level) with A < 0
+        below the clip range, with A > 0 above it, and either; `/low_min`, `/high_max`: least and largest share of a
+        sample. For cispo `cispo_clip_ratio`, for sapo none;
+        `sampling/sampling_logp_difference/mean`, `/max`: of |old - sampler|, or of |logprobs - old| when the sampler is
+        old, which on the first update is the same;
+        `sampling/importance_sampling_ratio/min`, `/mean`, `/max`: of the bounded weights, when there are any;
+        `sampling/off_policy_masked`: share of samples dropped, with off_policy_mask_threshold.
 
-    Source: arXiv 2402.03300 equation 3 (k3 from its equation 4). On the first update after a rollout the ratio is 1
-    and the advantages of a group sum to 0: a loss near 0 is right, its gradient is not 0.
+    Raises:
+        ValueError: arrays of other shapes, entropy_coef without entropies, or per_row without segments.
+
+    Source: see `GRPOConfig`. With loss_type "grpo" on the first update after a rollout the ratio is 1 and the
+    advantages of a group sum to 0: a loss near 0 is right, its gradient is not 0.
     """
-    low, high = 1 - config.epsilon, 1 + (config.epsilon if config.epsilon_high is None else config.epsilon_high)
-    delta = jnp.where(mask, logprobs - old_logprobs, 0.0)
-    ratio = jnp.exp(delta)
-    gain = advantages[:, None] * ratio
-    clipped = advantages[:, None] * jnp.clip(ratio, low, high)
-    policy = -jnp.minimum(gain, clipped)
-    # Masked before exp: padding may hold anything, and inf * 0 would poison the gradient.
-    log_ratio = jnp.where(mask, ref_logprobs - logprobs, 0.0) if config.beta else jnp.zeros_like(logprobs)
-    k3 = jnp.exp(log_ratio) - log_ratio - 1
-    per_token = policy + config.beta * k3
-    lengths = jnp.maximum(jnp.sum(mask, axis=1), 1)
-    per_sample = jnp.sum(jnp.where(mask, per_token, 0.0), axis=1) / lengths
-    loss = jnp.sum(per_sample) / (logprobs.shape[0] if samples is None else samples)
-    difference = jnp.abs(jax.lax.stop_gradient(delta))
-    metrics = {
-        "policy_loss": masked_mean(policy, mask),
-        "kl": masked_mean(k3, mask),
-        "ratio": masked_mean(ratio, mask),
-        "clip_ratio": masked_mean(clipped < gain, mask),
-        "sampling/sampling_logp_difference/mean": masked_mean(difference, mask),
-        "sampling/sampling_logp_difference/max": masked_max(difference, mask),
+    arrays = {
+        "old_logprobs": old_logprobs_BT,
+        "ref_logprobs": ref_logprobs_BT,
+        "advantages": advantages_BT,
+        "mask": mask_BT,
+        "segments": segments_BT,
+        "entropy": entropy_BT,
+        "sampler_logprobs": sampler_logprobs_BT,
     }
+    _check_arrays(logprobs_BT.shape, arrays, config, per_row)
+    rows = _rows(mask_BT, segments_BT, per_row)
+    whole = rows.whole() if whole is None else whole
+    # Masked before anything is computed: padding may hold anything, and inf * 0 would poison the gradient.
+    counted = lambda values: jnp.where(rows.mask_BT, values, 0.0)
+    given = lambda values: jax.lax.stop_gradient(counted(values))
+    logprobs, old, advantages = counted(logprobs_BT), given(old_logprobs_BT), given(advantages_BT)
+    sampler = old if sampler_logprobs_BT is None else given(sampler_logprobs_BT)
+
+    log_ratio = logprobs - old
+    if config.importance_sampling_level == "sequence":
+        ratio = jnp.exp(rows.spread(rows.mean(log_ratio)))
+    else:
+        ratio = jnp.exp(log_ratio)
+    policy, metrics = _policy_term(ratio, logprobs, advantages, rows, config)
+    metrics["ratio"] = rows.average(ratio, config.importance_sampling_level)
+
+    apart = jnp.abs(log_ratio if sampler_logprobs_BT is None else old - sampler)
+    metrics["sampling/sampling_logp_difference/mean"] = masked_mean(apart, rows.mask_BT)
+    metrics["sampling/sampling_logp_difference/max"] = masked_max(apart, rows.mask_BT)
+    if config.off_policy_mask_threshold is not None:
+        dropped = _off_policy(sampler - logprobs, advantages, rows, config.off_policy_mask_threshold)
+        policy = jnp.where(dropped, 0.0, policy)
+        metrics["sampling/off_policy_masked"] = rows.mean_of_samples(dropped)
+    if config.corrects_sampler and sampler_logprobs_BT is not None:
+        weight = _sampler_weight(old - sampler, rows, config)
+        policy = policy * weight
+        metrics |= _weight_metrics(weight, rows, config)
+
+    per_token_kl = jnp.zeros_like(policy)
+    if config.beta:
+        per_token_kl = _kl_term(given(ref_logprobs_BT) - logprobs, jnp.exp(log_ratio), config)
+    metrics["kl"] = masked_mean(per_token_kl, rows.mask_BT)
+    loss = _aggregate(policy + config.beta * per_token_kl, rows, whole, config)
+    metrics["policy_loss"] = Sum(loss)
+    if entropy_BT is not None:
+        metrics["entropy"] = masked_mean(entropy_BT, rows.mask_BT)
+        if config.entropy_coef:
+            loss = loss - config.entropy_coef * jnp.sum(counted(entropy_BT)) / whole.tokens
     return loss, metrics
+
+
+def _check_arrays(shape: tuple[int, ...], arrays: dict[str, Array | None], config: GRPOConfig, per_row: int) -> None:
+    for name, array in arrays.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name}: got shape {list(array.shape)}, wanted {list(shape)}, a value for each log-prob")
+    if config.entropy_coef and arrays["entropy"] is None:
+        raise ValueError(f"entropy: got None, wanted entropies [B, T]; entropy_coef is {config.entropy_coef}")
+    if per_row < 1 or (per_row > 1 and arrays["segments"] is None):
+        raise ValueError(f"per_row: got {per_row}, wanted 1, or the most samples of a row together with segments")
+
+
+def _policy_term(ratio, logprobs, advantages, rows: _Rows, config: GRPOConfig) -> tuple[Array, Metrics]:
+    """The loss of each token before any weight on it, and what was clipped."""
+    if config.loss_type == "sapo":
+        return _gated(ratio, advantages, config), {}
+    if config.loss_type == "cispo":
+        clipped = (ratio > config.epsilon_high) & (advantages > 0)
+        weight = jax.lax.stop_gradient(jnp.minimum(ratio, config.epsilon_high))
+        return -weight * advantages * logprobs, {"cispo_clip_ratio": masked_mean(clipped, rows.mask_BT)}
+    return _clipped(ratio, advantages, config), _clip_metrics(ratio, advantages, rows, config)
+
+
+def _clipped(ratio, advantages, config: GRPOConfig) -> Array:
+    clipped = jnp.clip(ratio, 1 - config.epsilon, config.upper)
+    # delta is above the clip range, so that where A > 0 the clipped side is the smaller one with or without it.
+    capped = ratio if config.delta is None else jnp.minimum(ratio, config.delta)
+    return -jnp.minimum(capped * advantages, clipped * advantages)
+
+
+def _gated(ratio, advantages, config: GRPOConfig) -> Array:
+    temperature = jnp.where(advantages > 0, config.sapo_temperature_pos, config.sapo_temperature_neg)
+    return -jax.nn.sigmoid(temperature * (ratio - 1)) * 4 / temperature * advantages
+
+
+def _clip_metrics(ratio, advantages, rows: _Rows, config: GRPOConfig) -> Metrics:
+    low = (ratio < 1 - config.epsilon) & (advantages < 0)
+    high = (ratio > config.upper) & (advantages > 0)
+    some = rows.lengths_BK > 0
+    return {
+        "clip_ratio/low_mean": rows.average(low, config.importance_sampling_level),
+        "clip_ratio/high_mean": rows.average(high, config.importance_sampling_level),
+        "clip_ratio/region_mean": rows.average(low | high, config.importance_sampling_level),
+        "clip_ratio/low_min": masked_min(rows.mean(low), some),
+        "clip_ratio/high_max": masked_max(rows.mean(high), some),
+    }
+
+
+def _off_policy(log_gap, advantages, rows: _Rows, threshold: float) -> Bool[Array, "B T"]:
+    """Tokens of negative advantage in samples that the sampler found likelier, by more than the threshold."""
+    return (advantages < 0) & (rows.spread(rows.mean(jax.lax.stop_gradient(log_gap))) > threshold)
+
+
+def _sampler_weight(log_weight, rows: _Rows, config: GRPOConfig) -> Float[Array, "B T"]:
+    if config.importance_sampling_mode.startswith("sequence"):
+        log_weight = rows.spread(rows.total(log_weight))
+    weight = jnp.exp(log_weight)
+    least = 0.0 if config.importance_sampling_clip_min is None else config.importance_sampling_clip_min
+    most = jnp.inf if config.importance_sampling_clip_max is None else config.importance_sampling_clip_max
+    if config.importance_sampling_mode.endswith("truncate"):
+        return jnp.clip(weight, least, most)
+    return jnp.where((weight < least) | (weight > most), 0.0, weight)
+
+
+def _weight_metrics(weight, rows: _Rows, config: GRPOConfig) -> Metrics:
+    level = config.importance_sampling_mode.split("_")[0]
+    return {
+        "sampling/importance_sampling_ratio/min": masked_min(weight, rows.mask_BT),
+        "sampling/importance_sampling_ratio/mean": rows.average(weight, level),
+        "sampling/importance_sampling_ratio/max": masked_max(weight, rows.mask_BT),
+    }
+
+
+def _kl_term(log_ratio, policy_ratio, config: GRPOConfig) -> Array:
+    if config.kl_estimator == "unbiased":
+        return kl.unbiased(log_ratio, policy_ratio)
+    return kl.k2(log_ratio) if config.kl_estimator == "k2" else kl.k3(log_ratio)
+
+
+def _aggregate(per_token, rows: _Rows, whole: Whole, config: GRPOConfig) -> Float[Array, ""]:
+    if config.loss_type in ("grpo", "sapo"):
+        return jnp.sum(rows.mean(per_token)) / whole.samples
+    total = jnp.sum(jnp.where(rows.mask_BT, per_token, 0.0))
+    if config.loss_type == "luspo":
+        return total / whole.samples
+    if config.loss_type == "dr_grpo":
+        return total / (whole.samples * config.max_completion_length)
+    return total / whole.tokens
