@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.cache import Cache, abstract_cache, empty_cache
+from deepseek_jax.model.decoder import Hidden, experts_of
 from deepseek_jax.ops import sampling as ops
-from deepseek_jax.ops.logprobs import logprobs_of_logits
+from deepseek_jax.ops.logprobs import logprobs_of_logits, to_bits, within
 from deepseek_jax.sharding import LOCAL, Layout
 
 
@@ -56,16 +58,41 @@ class SamplingConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted {wanted}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What generation keeps beside tokens and log-probs, for a trainer to replay.
+
+    Source: DeepSeek-V3.2, arXiv 2512.02556 section 3.1, "Keep Routing" and "Keep Sampling Mask".
+
+    Args:
+        routes: the experts that every token went to, 2 x L x A bytes a token on the device.
+        support: the tokens among which each one was drawn, V / 8 bytes a token.
+    """
+
+    routes: bool = False
+    support: bool = False
+
+
+NO_RECORD = Record()
+
+
 class Completion(NamedTuple):
-    """One sample: its tokens (a stop token included), log-probs in nats, and whether it stopped by itself.
+    """One sample of C tokens (a stop token included), log-probs in nats, and whether it stopped by itself.
 
     The log-probs are those of softmax(logits / temperature) before top-k, top-p and penalty, the distribution that
-    a trainer scores (temperature 0: of the unscaled logits).
+    a trainer scores (temperature 0: of the unscaled logits). Where the support is recorded they are those of the
+    distribution within it, which is then the one that a trainer scores.
+
+    routes: int16 (int32 from 32,769 experts on) [tokens of the prompt + C - 1, L, A], the experts of each of L MoE
+    layers that every token went to which was an input; all but the last were. support: uint32 [C, V / 32 rounded up],
+    the tokens among which each one was drawn, as `ops.logprobs` has their bits. None where not recorded.
     """
 
     tokens: np.ndarray
     logprobs: np.ndarray
     finished: bool
+    routes: np.ndarray | None = None
+    support: np.ndarray | None = None
 
 
 class _Knobs(NamedTuple):
@@ -84,6 +111,17 @@ class _Modes(NamedTuple):
     greedy: bool
     filtered: bool
     penalised: bool
+    record: Record
+
+
+class _Recorded(NamedTuple):
+    """Of the tokens drawn: the experts that each went to when it was fed, and the bits of those it was drawn from.
+
+    None where not recorded.
+    """
+
+    routes_BNLA: jax.Array | None = None
+    support_BNW: jax.Array | None = None
 
 
 class _State(NamedTuple):
@@ -97,6 +135,7 @@ class _State(NamedTuple):
     tokens_BN: jax.Array
     logprobs_BN: jax.Array
     count: jax.Array
+    record: _Recorded
 
 
 class Generator:
@@ -129,6 +168,7 @@ class Generator:
         *,
         seeds: Sequence[int],
         samples: int = 1,
+        record: Record = NO_RECORD,
     ) -> list[Completion]:
         """Complete every prompt `samples` times.
 
@@ -138,27 +178,30 @@ class Generator:
             sampling: how to draw. A completion also ends where the context does.
             seeds: one a completion, P x samples of them, prompt by prompt.
             samples: completions a prompt; a prompt is prefilled once for all of them.
+            record: what to keep for a trainer.
 
         Returns:
             P x samples completions, prompt by prompt.
 
         Raises:
-            ValueError: no or empty prompts, a prompt that fills the context, or a wrong number of seeds.
+            ValueError: no or empty prompts, a prompt that fills the context, a wrong number of seeds, or a record that
+                the model or the sampling has nothing for.
         """
         self._check(prompts, seeds, samples)
+        self._check_record(record, sampling)
         longest = max(map(len, prompts))
         context = self.config.max_position_embeddings
         limits = np.repeat([min(sampling.max_new_tokens, context - len(p)) for p in prompts], samples)
         room = int(limits.max())
         width = bucket(longest, least=max(16, self.layout.parts("tokens")))
         tokens, lengths = pad_right(prompts, width, rows=self._rows(len(prompts), samples))
-        knobs, modes = self.settings(sampling)
+        knobs, modes = self.settings(sampling, record)
         # Rows that only fill the bucket reuse the first seed and stop at once.
         padded_seeds = np.full(tokens.shape[0] * samples, seeds[0] & 0xFFFFFFFF, np.uint32)
         padded_seeds[: len(seeds)] = np.asarray(seeds, np.int64) & 0xFFFFFFFF
         padded_limits = np.zeros(padded_seeds.size, np.int32)
         padded_limits[: len(seeds)] = limits
-        state = self.prefill(
+        state, routes_PTLA = self.prefill(
             weights,
             tokens,
             lengths,
@@ -171,9 +214,12 @@ class Generator:
             room=bucket(room),
         )
         state = self.decode(weights, state, padded_seeds, padded_limits, knobs, modes=modes)
-        return _completions(state, limits, sampling.stop_ids)
+        found = _completions(state, limits, sampling.stop_ids)
+        if routes_PTLA is None:
+            return found
+        return _with_routes(found, prompts, samples, _on_host(routes_PTLA), _on_host(state.record.routes_BNLA))
 
-    def settings(self, sampling: SamplingConfig) -> tuple[_Knobs, _Modes]:
+    def settings(self, sampling: SamplingConfig, record: Record = NO_RECORD) -> tuple[_Knobs, _Modes]:
         """How to draw, as arrays for the compiled calls and as what is compiled in."""
         stops = sampling.stop_ids or (-1,)
         stops = stops + (stops[-1],) * (bucket(len(stops), least=4) - len(stops))
@@ -188,6 +234,7 @@ class Generator:
             greedy=sampling.temperature == 0,
             filtered=sampling.top_p < 1 or sampling.top_k > 0,
             penalised=sampling.repetition_penalty != 1,
+            record=record,
         )
         return knobs, modes
 
@@ -210,8 +257,19 @@ class Generator:
                     f"fewer than the model's context of {context}; shorten it"
                 )
 
+    def _check_record(self, record: Record, sampling: SamplingConfig) -> None:
+        if record.routes and self.config.moe is None:
+            raise ValueError("record: got routes for a model without experts, wanted none; it chooses none")
+        if record.support and sampling.repetition_penalty != 1:
+            raise ValueError(
+                f"record: got support beside repetition_penalty {sampling.repetition_penalty}, wanted 1; "
+                "a trainer does not know the penalty"
+            )
+        if record.support and sampling.temperature == 0:
+            raise ValueError("record: got support beside temperature 0, wanted more than 0; the best token is no draw")
+
     def _prefill(self, weights, tokens_PT, length_P, seeds_B, limits_B, knobs, *, samples, slots, modes, room):
-        """Prompts into the cache, the cache repeated for every sample, and the first token drawn."""
+        """Prompts into the cache, the cache repeated for every sample, and the first token drawn; and their routes."""
         model = nnx.merge(self.graphdef, weights)
         hidden, cache = model.prefill(tokens_PT, self._empty(tokens_PT.shape[0], slots))
         last_P1D = jnp.take_along_axis(hidden.x_BTD, (length_P - 1)[:, None, None], axis=1)
@@ -225,10 +283,15 @@ class Generator:
             seen_PV = jnp.zeros(logits_PV.shape, bool).at[rows, tokens_PT].max(inside)
             seen = each(seen_PV)
         state = self.first_state(B, room)._replace(
-            cache=jax.tree.map(each, cache), position_B=each(length_P), done_B=limits_B == 0, seen_BV=seen
+            cache=jax.tree.map(each, cache),
+            position_B=each(length_P),
+            done_B=limits_B == 0,
+            seen_BV=seen,
+            record=self._empty_record(B, room, modes.record),
         )
         logits_BV = self.layout.constrain(each(logits_PV), "cache_batch", None)
-        return self._laid(_draw(state, logits_BV, seeds_B, limits_B, knobs, modes))
+        state = self._laid(_draw(state, logits_BV, seeds_B, limits_B, knobs, modes))
+        return state, self._routes(hidden) if modes.record.routes else None
 
     @staticmethod
     def first_state(rows: int, room: int) -> _State:
@@ -242,22 +305,41 @@ class Generator:
             tokens_BN=jnp.zeros((rows, room), jnp.int32),
             logprobs_BN=jnp.zeros((rows, room), jnp.float32),
             count=jnp.int32(0),
+            record=_Recorded(),
         )
+
+    def _empty_record(self, rows: int, room: int, record: Record) -> _Recorded:
+        routes = support = None
+        if record.routes:
+            layers = sum(self.config.is_moe_layer(layer) for layer in range(self.config.num_hidden_layers))
+            routes = jnp.zeros((rows, room, layers, self.config.moe.num_experts_per_tok), self._routes_dtype)
+        if record.support:
+            support = jnp.zeros((rows, room, -(-self.config.vocab_size // 32)), jnp.uint32)
+        return _Recorded(routes, support)
+
+    def _routes(self, hidden: Hidden) -> jax.Array:
+        """[B, T, L, A] of the tokens just fed."""
+        return experts_of(hidden.stats).astype(self._routes_dtype)
+
+    @property
+    def _routes_dtype(self) -> jnp.dtype:
+        return jnp.int16 if self.config.moe.n_routed_experts <= 2**15 else jnp.int32
 
     def _empty(self, rows: int, slots: int) -> Cache:
         return empty_cache(self.config, rows, slots, self.dtype, self.layout)
 
     def _laid(self, state: _State) -> _State:
-        """A state with what the host reads on every device, and the cache cut as decoding reads it."""
+        """A state with what the host reads on every device, and cache and record cut as decoding reads the cache."""
         if self.layout.mesh is None:
             return state
         slots = state.cache[0][0].shape[-2]
         like = abstract_cache(self.config, state.token_B.shape[0], slots, self.dtype, self.layout)
         cache = jax.tree.map(lambda a, of: jax.lax.with_sharding_constraint(a, of.sharding), state.cache, like)
-        seen = None if state.seen_BV is None else self.layout.constrain(state.seen_BV, "cache_batch", None)
+        by_sequence = lambda a: self.layout.constrain(a, "cache_batch", *(None,) * (a.ndim - 1))
+        seen, record = jax.tree.map(by_sequence, (state.seen_BV, state.record))
         everywhere = lambda a: self.layout.constrain(a, *(None,) * a.ndim)
-        small = jax.tree.map(everywhere, state._replace(cache=(), seen_BV=None))
-        return small._replace(cache=cache, seen_BV=seen)
+        small = jax.tree.map(everywhere, state._replace(cache=(), seen_BV=None, record=_Recorded()))
+        return small._replace(cache=cache, seen_BV=seen, record=record)
 
     def _decode(self, weights, state, seeds_B, limits_B, knobs, *, modes):
         """Feed the last token, draw the next, until every sequence stopped or reached its limit."""
@@ -271,7 +353,12 @@ class Generator:
             # each chip its part of the vocabulary for its group, then the whole vocabulary of its own sequences
             logits_BV = self.layout.constrain(logits_BV, "batch", "vocab")
             logits_BV = self.layout.constrain(logits_BV, "cache_batch", None)
-            return self._laid(_draw(state._replace(cache=cache), logits_BV, seeds_B, limits_B, knobs, modes))
+            record = state.record
+            if modes.record.routes:  # those of the token drawn last
+                routes = record.routes_BNLA.at[:, state.count - 1].set(self._routes(hidden)[:, 0])
+                record = record._replace(routes_BNLA=routes)
+            state = state._replace(cache=cache, record=record)
+            return self._laid(_draw(state, logits_BV, seeds_B, limits_B, knobs, modes))
 
         return self._laid(jax.lax.while_loop(lambda s: ~jnp.all(s.done_B), body, state))
 
@@ -292,6 +379,11 @@ def _draw(state: _State, logits_BV, seeds_B, limits_B, knobs: _Knobs, modes: _Mo
             chosen_from = ops.keep_top_k(chosen_from, every(knobs.top_k))
             chosen_from = ops.keep_top_p(chosen_from, every(knobs.top_p))
         token_B = ops.sample(chosen_from, ops.uniform_noise(seeds_B, state.position_B))
+    record = state.record
+    if modes.record.support:
+        kept_BV = chosen_from > -jnp.inf
+        plain = within(plain, kept_BV)
+        record = record._replace(support_BNW=record.support_BNW.at[:, state.count].set(to_bits(kept_BV)))
     logprob_B, _ = logprobs_of_logits(plain, token_B)
     seen = state.seen_BV
     if modes.penalised:
@@ -306,17 +398,43 @@ def _draw(state: _State, logits_BV, seeds_B, limits_B, knobs: _Knobs, modes: _Mo
         tokens_BN=state.tokens_BN.at[:, state.count].set(token_B),
         logprobs_BN=state.logprobs_BN.at[:, state.count].set(logprob_B),
         count=state.count + 1,
+        record=record,
     )
 
 
 def _completions(state: _State, limits: np.ndarray, stop_ids: tuple[int, ...]) -> list[Completion]:
     tokens, logprobs = np.asarray(state.tokens_BN), np.asarray(state.logprobs_BN)
+    support = state.record.support_BNW
+    support = None if support is None else _on_host(support)
     found = []
     for row, limit in enumerate(limits.tolist()):
         stops = np.flatnonzero(np.isin(tokens[row, :limit], stop_ids))
         length = int(stops[0]) + 1 if stops.size else limit
-        found.append(Completion(tokens[row, :length], logprobs[row, :length], bool(stops.size)))
+        kept = None if support is None else support[row, :length]
+        found.append(Completion(tokens[row, :length], logprobs[row, :length], bool(stops.size), support=kept))
     return found
+
+
+def _with_routes(
+    completions: list[Completion],
+    prompts: Sequence[Sequence[int]],
+    samples: int,
+    of_prompts_PTLA: np.ndarray,
+    of_drawn_BNLA: np.ndarray,
+) -> list[Completion]:
+    found = []
+    for row, completion in enumerate(completions):
+        number, fed = row // samples, len(completion.tokens) - 1  # nothing was computed for the last token
+        parts = of_prompts_PTLA[number, : len(prompts[number])], of_drawn_BNLA[row, :fed]
+        found.append(completion._replace(routes=np.concatenate(parts)))
+    return found
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """Whole, also where its parts lie with several processes."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
 def bucket(size: int, least: int = 16) -> int:

@@ -6,17 +6,19 @@ from typing import NamedTuple
 import numpy as np
 from flax import nnx
 
-from deepseek_jax.generate.engine import Generator, SamplingConfig
+from deepseek_jax.generate.engine import NO_RECORD, Generator, Record, SamplingConfig
 from deepseek_jax.text.tokenizer import Tokenizer
 
 
 class TextCompletion(NamedTuple):
-    """A completion as text (special tokens left out) beside its tokens and log-probs."""
+    """A completion as text (special tokens left out) beside what `generate.engine.Completion` says of it."""
 
     text: str
     tokens: np.ndarray
     logprobs: np.ndarray
     finished: bool
+    routes: np.ndarray | None = None
+    support: np.ndarray | None = None
 
 
 def complete(
@@ -28,10 +30,11 @@ def complete(
     *,
     seeds: Sequence[int],
     samples: int = 1,
+    record: Record = NO_RECORD,
 ) -> list[TextCompletion]:
     """Complete tokenised prompts and decode what comes. Arguments and errors as for `Generator.__call__`."""
-    found = generator(weights, prompts, sampling, seeds=seeds, samples=samples)
-    return [TextCompletion(tokenizer.decode(c.tokens.tolist()), c.tokens, c.logprobs, c.finished) for c in found]
+    found = generator(weights, prompts, sampling, seeds=seeds, samples=samples, record=record)
+    return [TextCompletion(tokenizer.decode(c.tokens.tolist()), *c) for c in found]
 
 
 def seeds_for(*key: int, count: int) -> list[int]:

@@ -21,14 +21,15 @@ class Layer(nnx.Module):
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, make)
 
-    def __call__(self, x, rotary, counted_BT, place=None):
+    def __call__(self, x, rotary, counted_BT, place=None, *, samples_BTK=None, routes_BTA=None):
         """Whole sequences: states, what a cache keeps of them, and the routing.
 
-        `place`: the layer's in a stack, where the experts' weights are a whole stack's.
+        `place`: the layer's in a stack, where the experts' weights are a whole stack's. Further arguments are MoE's.
         """
         out, new = self.attention(rms_norm(x, self.attention_norm[...], self.eps), rotary)
         x = self.layout.constrain(x + out, "batch", "sequence", None)
-        out, stats = self._feed_forward(rms_norm(x, self.mlp_norm[...], self.eps), counted_BT, place)
+        normed = rms_norm(x, self.mlp_norm[...], self.eps)
+        out, stats = self._feed_forward(normed, counted_BT, place, samples_BTK=samples_BTK, routes_BTA=routes_BTA)
         return self.layout.constrain(x + out, "batch", "sequence", None), new, stats
 
     def extend(self, x, rotary, cache, counted_BT, place=None):
@@ -42,7 +43,7 @@ class Layer(nnx.Module):
         out, stats = self._feed_forward(normed, counted_BT, place)
         return lay(x + out, "cache_batch", None, None), cache, stats
 
-    def _feed_forward(self, normed, counted_BT, place):
+    def _feed_forward(self, normed, counted_BT, place, **of_packing_and_replay):
         if isinstance(self.mlp, MoE):
-            return self.mlp(normed, counted_BT, place)
+            return self.mlp(normed, counted_BT, place, **of_packing_and_replay)
         return self.mlp(normed), None

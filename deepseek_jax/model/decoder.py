@@ -14,8 +14,9 @@ from flax import nnx
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import Layer
 from deepseek_jax.model.cache import Cache, stack_sizes
-from deepseek_jax.model.layers import ATTENTION, Maker, Rotary, RouterStats
+from deepseek_jax.model.layers import ATTENTION, Maker, MoE, Rotary, RouterStats
 from deepseek_jax.model.mtp import MTP, ahead
+from deepseek_jax.ops.attention import positions_within
 from deepseek_jax.ops.norm import rms_norm
 from deepseek_jax.ops.rope import angles
 from deepseek_jax.parallel.embedding import sharded_lookup
@@ -30,6 +31,14 @@ class Hidden(NamedTuple):
 
     x_BTD: jax.Array
     stats: tuple[RouterStats, ...]
+
+
+def experts_of(stats: tuple[RouterStats, ...]) -> jax.Array | None:
+    """int32 [B, T, L, A]: what the router of each MoE layer chose for each token, best first; None without MoE."""
+    if not stats:
+        return None
+    of_layers = [s.experts_BTA.reshape(-1, *s.experts_BTA.shape[-3:]) for s in stats]
+    return jnp.moveaxis(jnp.concatenate(of_layers), 0, 2)
 
 
 class Decoder(nnx.Module):
@@ -66,9 +75,31 @@ class Decoder(nnx.Module):
             self.head = make.matrix(config.hidden_size, config.vocab_size, axes=("embed", "vocab"))
         self.mtp = nnx.List([MTP(config, depth, make) for depth in range(config.num_nextn_predict_layers)])
 
-    def __call__(self, tokens_BT: jax.Array, mask_BT: jax.Array | None = None) -> Hidden:
-        """Whole sequences from position 0, padding on the right; `mask_BT` says which tokens routing counts."""
-        return self._forward(tokens_BT, mask_BT)[0]
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        mask_BT: jax.Array | None = None,
+        *,
+        segments_BT: jax.Array | None = None,
+        per_row: int | None = None,
+        routes_BTLA: jax.Array | None = None,
+    ) -> Hidden:
+        """Whole sequences from position 0, one a row, or several samples packed into a row.
+
+        Args:
+            tokens_BT: int32, padding on the right.
+            mask_BT: bool, which tokens routing counts; None: all.
+            segments_BT: int32, for packed rows: the number of a token's sample in its row, ascending from 1, and 0 for
+                padding. Tokens attend within their sample, whose positions start at 0, and the balance loss is the sum
+                over samples, so that a packed batch gives what its samples give in rows of their own.
+            per_row: samples that a row can hold; balance leaves those with higher numbers out.
+            routes_BTLA: integers, the experts of the tokens in the mask in each MoE layer, instead of those that the
+                routers choose (see `check_routes`). Their weights are the router's, and have its gradient.
+
+        Raises:
+            ValueError: segments without `per_row`.
+        """
+        return self._forward(tokens_BT, mask_BT, segments_BT, per_row, routes_BTLA)[0]
 
     def draft(
         self, hidden_BTD: jax.Array, next_tokens_BT: jax.Array, mask_BT: jax.Array | None = None
@@ -102,7 +133,7 @@ class Decoder(nnx.Module):
 
     def prefill(self, tokens_BT: jax.Array, cache: Cache) -> tuple[Hidden, Cache]:
         """Prompts from position 0 into the first slots of the cache."""
-        hidden, new = self._forward(tokens_BT, None)
+        hidden, new = self._forward(tokens_BT)
         return hidden, tuple(old.prefix(entry) for old, entry in zip(cache, new, strict=True))
 
     def extend(self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache) -> tuple[Hidden, Cache]:
@@ -110,9 +141,9 @@ class Decoder(nnx.Module):
         rotary, counted = self._rotary(positions_BT), jnp.ones(tokens_BT.shape, bool)
         x = self.layout.constrain(self.embed[tokens_BT], "cache_batch", None, None)
 
-        def visit(layer, carried, place):
+        def visit(layer, carried, of):
             x, entry = carried
-            x, entry, stats = layer.extend(x, rotary, entry, counted, place)
+            x, entry, stats = layer.extend(x, rotary, entry, counted, of.place)
             return (x, entry), stats
 
         x, cache, stats = self._through(visit, x, cache, whole=False)
@@ -126,15 +157,19 @@ class Decoder(nnx.Module):
     def head_DV(self) -> jax.Array:
         return self.embed[...].T if self.config.tie_word_embeddings else self.head[...]
 
-    def _forward(self, tokens_BT, mask_BT):
-        rotary = self._whole(tokens_BT.shape)
+    def _forward(self, tokens_BT, mask_BT=None, segments_BT=None, per_row=None, routes_BTLA=None):
         counted = jnp.ones(tokens_BT.shape, bool) if mask_BT is None else mask_BT
+        if segments_BT is None:
+            rotary, samples = self._whole(tokens_BT.shape), None
+        else:
+            rotary, samples = self._packed(segments_BT), _samples(segments_BT, per_row) & counted[..., None]
 
-        def visit(layer, carried, place):
-            x, new, stats = layer(carried[0], rotary, counted, place)
+        def visit(layer, carried, of):
+            given = {"samples_BTK": samples, "routes_BTA": of.routes_BTA}
+            x, new, stats = layer(carried[0], rotary, counted, of.place, **given)
             return (x, None), (new, stats)
 
-        x, _, outs = self._through(visit, self._embedded(tokens_BT), None, whole=True)
+        x, _, outs = self._through(visit, self._embedded(tokens_BT), None, whole=True, routes_BTLA=routes_BTLA)
         entries, stats = zip(*outs, strict=True)
         return self._finish(x, stats), entries
 
@@ -144,23 +179,37 @@ class Decoder(nnx.Module):
             return self.embed[tokens_BT]
         return sharded_lookup(self.embed[...], tokens_BT, self.layout)
 
-    def _through(self, visit: Callable, x: jax.Array, cache: Cache | None, *, whole: bool) -> tuple:
-        """States, cache and what `visit(layer, (x, entry), place)` gives beside them, through all layers or stacks.
-
-        A place, the layer's in its stack, is given where what `visit` gets is the whole stack's: entries of the
-        cache, and in serving the experts' weights. A scan would copy these for every layer.
-        """
+    def _through(
+        self,
+        visit: Callable,
+        x: jax.Array,
+        cache: Cache | None,
+        *,
+        whole: bool,
+        routes_BTLA: jax.Array | None = None,
+    ) -> tuple:
+        """States, cache and what `visit(layer, (x, entry), of)` gives beside them, through all layers or stacks."""
         parts = self.stacks if self.layout.stacked else self.layers
         entries, outs = [], []
-        for part, entry in zip(parts, (None,) * len(parts) if cache is None else cache, strict=True):
+        of_parts = zip(parts, (None,) * len(parts) if cache is None else cache, self._routes(routes_BTLA), strict=True)
+        for part, entry, routes in of_parts:
             run, weights = self._runner(visit, part, whole=whole), nnx.state(part)
             if self.layout.stacked:
-                (x, entry), out = _scan(run, (x, entry), weights, keep=self.layout.workload == "serve")
+                (x, entry), out = _scan(run, (x, entry), weights, routes, keep=self.layout.workload == "serve")
             else:
-                (x, entry), out = run((x, entry), weights, None)
+                (x, entry), out = run((x, entry), weights, _Of(None, routes))
             entries.append(entry)
             outs.append(out)
         return x, tuple(entries), tuple(outs)
+
+    def _routes(self, routes_BTLA) -> list[jax.Array | None]:
+        """Those of each layer, or with its layers in front of each stack; None where there is nothing to choose."""
+        parts = self.stacks if self.layout.stacked else self.layers
+        if routes_BTLA is None:
+            return [None] * len(parts)
+        by_layer = jnp.moveaxis(routes_BTLA, 2, 0)
+        of_moe = iter([by_layer] if self.layout.stacked else by_layer)  # there is one stack of MoE layers
+        return [next(of_moe) if isinstance(part.mlp, MoE) else None for part in parts]
 
     def _runner(self, visit: Callable, part: nnx.Module, *, whole: bool) -> Callable:
         """`visit` as a function of what is carried, a module's weights and further input, for scan and for remat.
@@ -180,6 +229,10 @@ class Decoder(nnx.Module):
         """Rotary angles of whole sequences [B, T]."""
         return self._rotary(jnp.broadcast_to(jnp.arange(shape[1]), shape))
 
+    def _packed(self, segments_BT) -> Rotary:
+        """The same of packed rows."""
+        return self._rotary(positions_within(segments_BT))._replace(segments_BT=segments_BT)
+
     def _rotary(self, positions_BT) -> Rotary:
         return Rotary(positions_BT, *angles(self.config.rope, self.config.rotary_dim, positions_BT))
 
@@ -188,16 +241,34 @@ class Decoder(nnx.Module):
         return Hidden(x, tuple(s for s in stats if s is not None))
 
 
-def _scan(run: Callable, carried: Any, weights: nnx.State, *, keep: bool) -> tuple:
+class _Of(NamedTuple):
+    """What a layer is given of its own.
+
+    A place, the layer's in its stack, where what it gets is the whole stack's: entries of the cache, and in serving the
+    experts' weights. A scan would copy these for every layer.
+    """
+
+    place: jax.Array | None
+    routes_BTA: jax.Array | None
+
+
+def _samples(segments_BT: jax.Array, per_row: int | None) -> jax.Array:
+    """bool [B, T, K]: which sample of its row each token belongs to."""
+    if per_row is None:
+        raise ValueError("per_row: got none beside segments_BT, wanted the most samples that a row can hold")
+    return segments_BT[..., None] == jnp.arange(1, per_row + 1)
+
+
+def _scan(run: Callable, carried: Any, weights: nnx.State, routes_LBTA: jax.Array | None, *, keep: bool) -> tuple:
     """`run` over the layers of a stack. With `keep`, the weights of routed experts are not sliced."""
     kept, sliced = nnx.split_state(weights, lambda path, _: keep and "experts" in path, ...)
     count = jax.tree.leaves(sliced)[0].shape[0]
 
     def step(carried, of):
-        place, layer = of
-        return run(carried, nnx.merge_state(layer, kept), place)
+        own, layer = of
+        return run(carried, nnx.merge_state(layer, kept), own)
 
-    return jax.lax.scan(step, carried, (jnp.arange(count), sliced))
+    return jax.lax.scan(step, carried, (_Of(jnp.arange(count), routes_LBTA), sliced))
 
 
 def split(model: Decoder) -> tuple[nnx.GraphDef, nnx.State]:

@@ -69,10 +69,14 @@ class Maker:
 
 
 class RouterStats(NamedTuple):
-    """What training wants to know of the routing of one layer, sums and counts per sequence."""
+    """What training wants to know of the routing of one layer: sums and counts per row, and each token's choice.
+
+    load_BE counts the experts that tokens went to; experts_BTA int32 are those that the router itself would choose.
+    """
 
     load_BE: jax.Array
     balance_B: jax.Array
+    experts_BTA: jax.Array
 
 
 class MLP(nnx.Module):
@@ -108,19 +112,40 @@ class MoE(nnx.Module):
         self.shared = MLP(width, moe.n_shared_experts * moe.moe_intermediate_size, make)
 
     def __call__(
-        self, x_BTD: jax.Array, mask_BT: jax.Array, place: jax.Array | None = None
+        self,
+        x_BTD: jax.Array,
+        mask_BT: jax.Array,
+        place: jax.Array | None = None,
+        *,
+        samples_BTK: jax.Array | None = None,
+        routes_BTA: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats]:
-        """`place`: the layer's in a stack, where the experts' weights are a whole stack's."""
+        """Experts of every token, and the statistics of those in the mask.
+
+        Args:
+            x_BTD: tokens.
+            mask_BT: which of them count.
+            place: the layer's in a stack, where the experts' weights are a whole stack's.
+            samples_BTK: in packed rows, which sample of its row a token that counts belongs to.
+            routes_BTA: experts of the tokens that count, instead of those that the router chooses; their weights are
+                of its scores all the same. The other tokens, padding, go where it sends them.
+        """
         B, T, D = x_BTD.shape
         moe = self.config
         own = self.layout.constrain(x_BTD, *(("cache_batch", None) if T == 1 else ("batch", "tokens")), None)
         logits = own.astype(jnp.float32) @ self.router[...].astype(jnp.float32)
         scores_BTE = routing.scores_of(logits, moe)
         bias = None if self.bias is None else self.bias[...]
-        weights, experts = routing.select_experts(scores_BTE.reshape(B * T, -1), bias, moe)
-        weights, experts = (choice.reshape(B, T, -1) for choice in (weights, experts))
+        by_row, by_token = lambda of: of.reshape(B * T, -1), lambda of: of.reshape(B, T, -1)
+        chosen = by_token(routing.choose_experts(by_row(scores_BTE), bias, moe))
+        experts = chosen if routes_BTA is None else jnp.where(mask_BT[..., None], routes_BTA.astype(jnp.int32), chosen)
+        weights = by_token(routing.expert_weights(by_row(scores_BTE), by_row(experts), moe))
         load = routing.expert_load(experts, mask_BT, moe.n_routed_experts)
-        stats = RouterStats(load, routing.sequence_balance(scores_BTE, load, mask_BT, moe))
+        if samples_BTK is None:
+            balance = routing.sequence_balance(scores_BTE, load, mask_BT, moe)
+        else:
+            balance = routing.packed_balance(scores_BTE, experts, samples_BTK, moe)
+        stats = RouterStats(load, balance, chosen)
         return self._routed(own, weights, experts, place) + self.shared(x_BTD), stats
 
     def _routed(self, x_BTD, weights_BTA, experts_BTA, place):
@@ -149,11 +174,12 @@ class MoE(nnx.Module):
 
 
 class Rotary(NamedTuple):
-    """Positions and their angles, worked out once a forward pass."""
+    """Positions and their angles, worked out once a forward pass; in packed rows also which sample a token is of."""
 
     positions_BT: jax.Array
     cos_BTr: jax.Array
     sin_BTr: jax.Array
+    segments_BT: jax.Array | None = None
 
 
 class Indexer(nnx.Module):
@@ -231,13 +257,14 @@ class LatentAttention(nnx.Module):
         k, v = (lay(part, "batch", "tensor", None, None) for part in spelled)
 
         def attend_rows(queries, positions_t, end):
-            q, index = queries
-            mask = attention.causal_rows(positions_t, end, x_BTD.shape[0])
+            q, index, segments = queries
+            mask = _visible(positions_t, end, x_BTD.shape[0], segments, rotary)
             if self._chooses_among(end):
                 mask = indexer.chosen_mask(self.indexer.choose(index, new.index_BSZ[:, :end], mask), mask)
             return attention.attend(q, k[:, :, :end], v[:, :, :end], mask, self.scale)
 
-        out = attention.in_blocks(attend_rows, (q, index), **_blocks(self.layout, x_BTD.shape, self.heads))
+        queries = q, index, rotary.segments_BT
+        out = attention.in_blocks(attend_rows, queries, **_blocks(self.layout, x_BTD.shape, self.heads))
         return self._output(checkpoint_name(out, ATTENTION)), new
 
     def extend(
@@ -321,11 +348,13 @@ class GroupedAttention(nnx.Module):
         q = lay(q, "batch", "sequence", "tensor", None)
         new = jax.tree.map(lambda part: lay(part, "batch", "tensor", None, None), new)
 
-        def attend_rows(q_BtNK, positions_t, end):
-            mask = attention.causal_rows(positions_t, end, x_BTD.shape[0])
-            return attention.attend(q_BtNK, *(part[:, :, :end] for part in new), mask, self.scale)
+        def attend_rows(queries, positions_t, end):
+            q, segments = queries
+            mask = _visible(positions_t, end, x_BTD.shape[0], segments, rotary)
+            return attention.attend(q, *(part[:, :, :end] for part in new), mask, self.scale)
 
-        out = attention.in_blocks(attend_rows, q, **_blocks(self.layout, x_BTD.shape, self.shape[0]))
+        queries = q, rotary.segments_BT
+        out = attention.in_blocks(attend_rows, queries, **_blocks(self.layout, x_BTD.shape, self.shape[0]))
         return self._output(checkpoint_name(out, ATTENTION)), new
 
     def extend(
@@ -350,6 +379,12 @@ class GroupedAttention(nnx.Module):
 
     def _output(self, out_BTNH):
         return out_BTNH.reshape(*out_BTNH.shape[:2], -1) @ self.o
+
+
+def _visible(columns_t, end: int, sequences: int, segments_Bt, rotary: Rotary) -> jax.Array:
+    """What queries in these columns of whole sequences see of the first `end` keys: in packed rows, of their sample."""
+    mask = attention.causal_rows(columns_t, end, sequences)
+    return mask if segments_Bt is None else attention.same_segment(mask, segments_Bt, rotary.segments_BT[:, :end])
 
 
 def _blocks(layout: Layout, shape: tuple[int, ...], heads: int) -> dict[str, int]:

@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from deepseek_jax.model.decoder import Decoder
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.decoder import Decoder, experts_of
 from deepseek_jax.model.layers import RouterStats
 from deepseek_jax.model.mtp import ahead
 from deepseek_jax.ops.logprobs import token_logprobs
@@ -18,12 +20,15 @@ class Scored(NamedTuple):
     logprobs_BT and entropy_BT, nats. load_LE: how often each expert of each MoE layer was chosen, the model's layers
     first, then those of the MTP modules if these ran; None without MoE.
     balance: the sequence-wise balance loss summed over the same layers and over sequences.
+    experts_BTLA: int32, what the routers of these layers choose for each token, best first, also where other experts
+    are given to use; None without MoE. A program that does not use it does not compute it.
     """
 
     logprobs_BT: jax.Array
     entropy_BT: jax.Array
     load_LE: jax.Array | None
     balance: jax.Array
+    experts_BTLA: jax.Array | None
 
 
 class Ahead(NamedTuple):
@@ -38,7 +43,16 @@ class Ahead(NamedTuple):
 
 
 def score(
-    model: Decoder, tokens_BT: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, *, temperature: float = 1.0
+    model: Decoder,
+    tokens_BT: jax.Array,
+    targets_BT: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    temperature: float = 1.0,
+    segments_BT: jax.Array | None = None,
+    per_row: int | None = None,
+    routes_BTLA: jax.Array | None = None,
+    support_BTW: jax.Array | None = None,
 ) -> Scored:
     """Log-probs of the targets; routing statistics over real tokens only. MTP modules do not run.
 
@@ -46,12 +60,22 @@ def score(
         model: merged decoder.
         tokens_BT: inputs from position 0, padded on the right.
         targets_BT: what follows each input.
-        mask_BT: where a target counts. Tokens up to a row's last counted one are real, the rest is padding.
+        mask_BT: where a target counts. Tokens up to a sample's last counted one are real, the rest is padding.
         temperature: the sampler's; log-probs of a sample mean nothing at another one.
+        segments_BT: int32, for packed rows: the number of a token's sample in its row, ascending from 1, 0 for padding.
+        per_row: samples that a row can hold, where rows are packed.
+        routes_BTLA: integers, the experts that real tokens went to when they were sampled, to be used again (V3.2's
+            keep routing, arXiv 2512.02556 section 3.1). Weights and their gradient are of the router as it is now.
+        support_BTW: uint32, bits of the tokens that each target was drawn from; log-probs and entropies are of the
+            distribution within them (V3.2's keep sampling mask). Set all bits where nothing was left out.
+
+    Raises:
+        ValueError: segments without `per_row`.
     """
-    hidden = model(tokens_BT, _real(mask_BT))
-    logprobs, entropy = _logprobs(model, hidden.x_BTD, targets_BT, temperature)
-    return Scored(logprobs, entropy, *_routing(hidden.stats))
+    real_BT = real_tokens(mask_BT) if segments_BT is None else _real_of_packed(mask_BT, segments_BT)
+    hidden = model(tokens_BT, real_BT, segments_BT=segments_BT, per_row=per_row, routes_BTLA=routes_BTLA)
+    logprobs, entropy = _logprobs(model, hidden.x_BTD, targets_BT, temperature, support_BTW)
+    return Scored(logprobs, entropy, *routing_of(hidden.stats))
 
 
 def score_ahead(
@@ -59,10 +83,12 @@ def score_ahead(
 ) -> tuple[Scored, tuple[Ahead, ...]]:
     """The same at temperature 1, and from the same forward pass what each MTP module says further ahead.
 
+    Of samples in rows of their own: packed ones are for `score`.
+
     Returns:
         Scores of the model, with the modules' layers among its routing statistics, and one Ahead a module.
     """
-    real_BT = _real(mask_BT)
+    real_BT = real_tokens(mask_BT)
     hidden = model(tokens_BT, real_BT)
     logprobs, entropy = _logprobs(model, hidden.x_BTD, targets_BT)
     further, stats = [], hidden.stats
@@ -70,25 +96,64 @@ def score_ahead(
         of_targets, _ = _logprobs(model, draft.x_BTD, ahead(targets_BT, depth))
         further.append(Ahead(of_targets, ahead(mask_BT, depth)))
         stats += draft.stats
-    return Scored(logprobs, entropy, *_routing(stats)), tuple(further)
+    return Scored(logprobs, entropy, *routing_of(stats)), tuple(further)
+
+
+def check_routes(routes: np.ndarray, config: ModelConfig) -> None:
+    """Refuse routes that are not this model's, before they reach a device, where nothing would notice.
+
+    Args:
+        routes: [..., L, A] integers, the A experts of a token in each of L MoE layers.
+        config: of the model.
+
+    Raises:
+        ValueError: a model without experts, other layers or experts a token, no integers, or an expert that there is
+            not.
+    """
+    wanted = _routes_a_token(config)
+    if routes.shape[-2:] != wanted or not np.issubdtype(routes.dtype, np.integer):
+        raise ValueError(
+            f"routes: got {routes.dtype} {list(routes.shape)}, wanted integers [..., {wanted[0]}, {wanted[1]}]"
+        )
+    experts = config.moe.n_routed_experts
+    if routes.size and not 0 <= routes.min() <= routes.max() < experts:
+        raise ValueError(f"routes: got experts {routes.min()} to {routes.max()}, wanted 0 to {experts - 1}")
+
+
+def _routes_a_token(config: ModelConfig) -> tuple[int, int]:
+    if config.moe is None:
+        raise ValueError("routes: got some for a model without experts, wanted none")
+    layers = sum(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
+    return layers, config.moe.num_experts_per_tok
 
 
 def _logprobs(
-    model: Decoder, x_BTD: jax.Array, targets_BT: jax.Array, temperature: float = 1.0
+    model: Decoder,
+    x_BTD: jax.Array,
+    targets_BT: jax.Array,
+    temperature: float = 1.0,
+    support_BTW: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
+    given = x_BTD, model.head_DV(), targets_BT
     if model.layout.mesh is None:
-        return token_logprobs(x_BTD, model.head_DV(), targets_BT, temperature=temperature)
-    return sharded_logprobs(x_BTD, model.head_DV(), targets_BT, model.layout, temperature=temperature)
+        return token_logprobs(*given, temperature=temperature, support=support_BTW)
+    return sharded_logprobs(*given, model.layout, temperature=temperature, support_BTW=support_BTW)
 
 
-def _real(mask_BT: jax.Array) -> jax.Array:
+def real_tokens(mask_BT: jax.Array) -> jax.Array:
     """True up to a row's last counted target."""
     return jax.lax.cummax(mask_BT.astype(jnp.int32), axis=1, reverse=True) > 0
 
 
-def _routing(stats: tuple[RouterStats, ...]) -> tuple[jax.Array | None, jax.Array]:
-    """Load and balance as `Scored` has them."""
+def _real_of_packed(mask_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    """True up to a sample's last counted target: there the next one counted is of the same sample."""
+    none = jnp.iinfo(jnp.int32).max
+    return segments_BT == jax.lax.cummin(jnp.where(mask_BT, segments_BT, none), axis=1, reverse=True)
+
+
+def routing_of(stats: tuple[RouterStats, ...]) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
+    """Load, balance and experts as `Scored` has them."""
     if not stats:
-        return None, jnp.float32(0)
+        return None, jnp.float32(0), None
     load_LE = jnp.concatenate([jnp.sum(s.load_BE, axis=-2).reshape(-1, s.load_BE.shape[-1]) for s in stats])
-    return load_LE, sum(jnp.sum(s.balance_B) for s in stats)
+    return load_LE, sum(jnp.sum(s.balance_B) for s in stats), experts_of(stats)

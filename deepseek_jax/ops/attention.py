@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 _SCORES_AT_ONCE = 2**27
-_SEGMENTS = 8  # in how many steps the keys that a block of queries reads grow: 9/16 of all pairs instead of 1/2
+_SPANS = 8  # in how many steps the keys that a block of queries reads grow: 9/16 of all pairs instead of 1/2
 
 
 def causal_mask(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
@@ -139,8 +139,8 @@ def in_blocks(
 ) -> Float[Array, "B T N H"]:
     """Causal attention of whole sequences, a block of queries at a time, so that not all scores exist at once.
 
-    Queries are cut into eight segments, of which each reads the keys up to its own end and no further, and each
-    segment into blocks; the gradient works a block's scores out again. Few enough queries go in one piece.
+    Queries are cut into eight spans, of which each reads the keys up to its own end and no further, and each span
+    into blocks; the gradient works a block's scores out again. Few enough queries go in one piece.
 
     Args:
         attend_rows: (a block of the queries, its positions, number of keys to read from position 0) to its output.
@@ -152,15 +152,15 @@ def in_blocks(
     T = jax.tree.leaves(queries)[0].shape[1]
     if rows >= T and shards == 1:
         return attend_rows(queries, jnp.arange(T), T)
-    segments = _SEGMENTS if shards == 1 and T % _SEGMENTS == 0 else 1
-    length = T // segments
+    spans = _SPANS if shards == 1 and T % _SPANS == 0 else 1
+    length = T // spans
     done = []
     for start in range(0, T, length):
-        done.append(_segment(attend_rows, queries, start, start + length, rows, shards))
-    return jnp.concatenate(done, axis=1) if segments > 1 else done[0]
+        done.append(_span(attend_rows, queries, start, start + length, rows, shards))
+    return jnp.concatenate(done, axis=1) if spans > 1 else done[0]
 
 
-def _segment(attend_rows, queries, start: int, end: int, rows: int, shards: int):
+def _span(attend_rows, queries, start: int, end: int, rows: int, shards: int):
     """The queries from `start` to `end`, block by block, over the keys before `end`."""
     length = end - start
     queries = jax.tree.map(lambda q: q[:, start:end], queries)
@@ -194,6 +194,21 @@ def causal_rows(positions: Int[Array, "t"], keys: int, sequences: int) -> Bool[A
     """What queries at these positions of every sequence see of the first `keys` ones."""
     mask = jnp.arange(keys) <= positions[:, None]
     return jnp.broadcast_to(mask, (sequences, *mask.shape))
+
+
+def positions_within(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Each token's place in its own run of equal numbers, from 0: packed samples all begin at position 0."""
+    B, T = segments.shape
+    columns = jnp.arange(T, dtype=jnp.int32)
+    starts = jnp.concatenate([jnp.ones((B, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    return columns - jax.lax.cummax(jnp.where(starts, columns, 0), axis=1)
+
+
+def same_segment(
+    mask: Bool[Array, "B T S"], queries: Int[Array, "B T"], keys: Int[Array, "B S"]
+) -> Bool[Array, "B T S"]:
+    """What `mask` lets a query see of the keys with its own segment's number."""
+    return mask & (queries[:, :, None] == keys[:, None, :])
 
 
 def _softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:

@@ -1,12 +1,18 @@
-"""Log-probabilities of given tokens without ever holding the logits of a whole batch."""
+"""Log-probabilities of given tokens without ever holding the logits of a whole batch.
+
+The support of a draw, the tokens that top-k and top-p left, is kept as bits: token v is bit v % 32 of word v // 32 of
+uint32 [V / 32], rounded up. Bits past V mean nothing.
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 _LOGITS_AT_ONCE = 2**25
+_OUTSIDE = -1e30  # instead of -inf, whose product with a probability of 0 is NaN
 
 
 def token_logprobs(
@@ -15,9 +21,10 @@ def token_logprobs(
     tokens: Int[Array, "B T"],
     *,
     temperature: float = 1.0,
+    support: UInt32[Array, "B T words"] | None = None,
     chunk: int | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """log p(token) and the entropy of p, where p = softmax(hidden @ head / temperature).
+    """log p(token) and the entropy of p, where p = softmax(hidden @ head / temperature), within a support if given.
 
     The T positions are taken `chunk` at a time and recomputed for the gradient, so at most B x chunk x V
     logits exist at once.
@@ -27,13 +34,21 @@ def token_logprobs(
         head: output projection.
         tokens: int32 targets.
         temperature: the sampler's; log-probs of a sample mean nothing at another one.
+        support: bits of the tokens that each draw was from: p is 0 for the others and 1 for these together. A target
+            outside gets about -1e30. Source: DeepSeek-V3.2, arXiv 2512.02556 section 3.1, "Keep Sampling Mask".
         chunk: positions at a time; None takes as many as keep the logits at once within 128 MiB.
 
     Returns:
         Log-probs and entropies, float32 [B, T], in nats.
     """
-    of_chunk = lambda part, targets: logprobs_of_logits((part @ head).astype(jnp.float32) / temperature, targets)
-    return in_chunks(of_chunk, hidden, tokens, chunk or positions_at_once(hidden.shape[0] * head.shape[1]))
+
+    def of_chunk(part, given):
+        targets, words = given
+        logits = (part @ head).astype(jnp.float32) / temperature
+        kept = logits if words is None else within(logits, has_bits(words, 0, head.shape[1]))
+        return logprobs_of_logits(kept, targets)
+
+    return in_chunks(of_chunk, hidden, (tokens, support), chunk or positions_at_once(hidden.shape[0] * head.shape[1]))
 
 
 def positions_at_once(logits_a_position: int) -> int:
@@ -42,23 +57,32 @@ def positions_at_once(logits_a_position: int) -> int:
 
 
 def in_chunks(
-    of_chunk: Callable[[Float[Array, "B t D"], Int[Array, "B t"]], tuple[Float[Array, "B t"], Float[Array, "B t"]]],
+    of_chunk: Callable[[Float[Array, "B t D"], Any], tuple[Float[Array, "B t"], Float[Array, "B t"]]],
     hidden: Float[Array, "B T D"],
-    tokens: Int[Array, "B T"],
+    given: Any,
     chunk: int,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """`of_chunk` over the positions, `chunk` at a time and recomputed for the gradient."""
-    B, T, D = hidden.shape
+    """`of_chunk` over the positions, `chunk` at a time and recomputed for the gradient.
+
+    Args:
+        of_chunk: (states, a chunk of `given`) to its results.
+        hidden: states.
+        given: a tree of arrays [B, T, ...].
+        chunk: positions at a time.
+    """
+    B, T, _ = hidden.shape
     size = min(T, chunk)
     padded = -(-T // size) * size
-    hidden = jnp.pad(hidden, ((0, 0), (0, padded - T), (0, 0))).reshape(B, -1, size, D).swapaxes(0, 1)
-    targets = jnp.pad(tokens, ((0, 0), (0, padded - T))).reshape(B, -1, size).swapaxes(0, 1)
 
-    of_chunk = jax.checkpoint(of_chunk)
+    def chunks(x):
+        x = jnp.pad(x, ((0, 0), (0, padded - T)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(B, -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+    of_chunk, parts = jax.checkpoint(of_chunk), jax.tree.map(chunks, (hidden, given))
     if padded == size:  # a map of one step would still cost a loop
-        logp, entropy = of_chunk(hidden[0], targets[0])
+        logp, entropy = of_chunk(*jax.tree.map(lambda x: x[0], parts))
         return logp[:, :T], entropy[:, :T]
-    logp, entropy = jax.lax.map(lambda args: of_chunk(*args), (hidden, targets))
+    logp, entropy = jax.lax.map(lambda args: of_chunk(*args), parts)
     join = lambda x: x.swapaxes(0, 1).reshape(B, padded)[:, :T]
     return join(logp), join(entropy)
 
@@ -73,3 +97,26 @@ def logprobs_of_logits(
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1) - best - total
     every = logits - best - total
     return chosen[..., 0], -jnp.sum(jnp.exp(every) * every, axis=-1)
+
+
+def within(logits: Float[Array, "*B V"], support: Bool[Array, "*B V"]) -> Float[Array, "*B V"]:
+    """Logits whose softmax is 0 outside the support."""
+    return jnp.where(support, logits, _OUTSIDE)
+
+
+def to_bits(support: Bool[Array, "*B V"]) -> UInt32[Array, "*B words"]:
+    """A support as bits."""
+    V = support.shape[-1]
+    padded = jnp.pad(support, ((0, 0),) * (support.ndim - 1) + ((0, -V % 32),))
+    words = padded.reshape(*support.shape[:-1], -1, 32)
+    return jnp.sum(words.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
+
+
+def has_bits(words: UInt32[Array, "*B words"], first: int | Int[Array, ""], count: int) -> Bool[Array, "*B V"]:
+    """Which of the tokens first to first + count - 1 are in a support; V is `count`."""
+    # by slices, not one look-up a token: a part of the vocabulary may begin inside a word
+    padded = jnp.pad(words, ((0, 0),) * (words.ndim - 1) + ((0, 1),))
+    part = jax.lax.dynamic_slice_in_dim(padded, first // 32, -(-count // 32) + 1, axis=-1)
+    bits = (part[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    flat = bits.reshape(*words.shape[:-1], -1).astype(bool)
+    return jax.lax.dynamic_slice_in_dim(flat, first % 32, count, axis=-1)

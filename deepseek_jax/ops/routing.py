@@ -27,14 +27,24 @@ def select_experts(
 
     Source: DeepSeek-V3 inference/model.py Gate.forward; transformers DeepseekV3TopkRouter and DeepseekV2TopkRouter.
     """
+    experts = choose_experts(scores, bias, moe)
+    return expert_weights(scores, experts, moe), experts
+
+
+def choose_experts(scores: Float[Array, "W E"], bias: Float[Array, "E"] | None, moe: MoEConfig) -> Int[Array, "W A"]:
+    """The choice of `select_experts`."""
     choice = scores if bias is None else scores + bias
     if moe.grouped:
         choice = jnp.where(_kept_groups(choice, moe), choice, -jnp.inf)
-    _, experts = jax.lax.top_k(choice, moe.num_experts_per_tok)
+    return jax.lax.top_k(choice, moe.num_experts_per_tok)[1]
+
+
+def expert_weights(scores: Float[Array, "W E"], experts: Int[Array, "W A"], moe: MoEConfig) -> Float[Array, "W A"]:
+    """The weights of `select_experts` for any experts, each at most once a row, that the scores would choose or not."""
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if moe.norm_topk_prob:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-    return weights * moe.routed_scaling_factor, experts
+    return weights * moe.routed_scaling_factor
 
 
 def _kept_groups(choice: jax.Array, moe: MoEConfig) -> Bool[Array, "W E"]:
@@ -66,6 +76,24 @@ def sequence_balance(
     share = scores / jnp.sum(scores, axis=-1, keepdims=True)
     mean_share = jnp.sum(share * mask[..., None], axis=1) / tokens
     return jnp.sum(frequency * mean_share, axis=-1)
+
+
+def packed_balance(
+    scores: Float[Array, "B T E"], experts: Int[Array, "B T A"], samples: Bool[Array, "B T K"], moe: MoEConfig
+) -> Float[Array, "B"]:
+    """`sequence_balance` of rows that hold up to K samples, summed over them as if each had a row of its own.
+
+    Args:
+        scores: affinities.
+        experts: that the tokens went to.
+        samples: which sample of its row a token belongs to; none for those that do not count.
+        moe: numbers of experts.
+    """
+
+    def of_sample(mask):
+        return sequence_balance(scores, expert_load(experts, mask, moe.n_routed_experts), mask, moe)
+
+    return jnp.sum(jax.vmap(of_sample, in_axes=2)(samples), axis=0)
 
 
 def updated_bias(bias: Float[Array, "*L E"], load: Float[Array, "*L E"], gamma: float) -> Float[Array, "*L E"]:

@@ -4,12 +4,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from deepseek_jax.ops.logprobs import in_chunks, positions_at_once
+from deepseek_jax.ops.logprobs import has_bits, in_chunks, positions_at_once, within
 from deepseek_jax.sharding import Layout
 
 
 def sharded_logprobs(
-    hidden_BTD: jax.Array, head_DV: jax.Array, tokens_BT: jax.Array, layout: Layout, *, temperature: float = 1.0
+    hidden_BTD: jax.Array,
+    head_DV: jax.Array,
+    tokens_BT: jax.Array,
+    layout: Layout,
+    *,
+    temperature: float = 1.0,
+    support_BTW: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`ops.logprobs.token_logprobs` on the mesh of a layout: float32 [B, T] log-probs and entropies, in nats.
 
@@ -22,27 +28,30 @@ def sharded_logprobs(
         tokens_BT: int32 targets.
         layout: with a mesh that divides B, T and V.
         temperature: the sampler's.
+        support_BTW: bits of the tokens that each draw was from, as there; every device of a `tensor` group holds all.
     """
     rows = PartitionSpec(layout.cut("batch"), layout.cut("sequence"))
     width = layout.cut("embed")
 
-    def local(hidden, head, tokens):
+    def local(hidden, head, tokens, support):
         if width:
             head = jax.lax.all_gather(head, width, axis=0, tiled=True)
         first = jax.lax.axis_index("tensor") * head.shape[1]
 
-        def of_chunk(hidden_btD, tokens_bt):
+        def of_chunk(hidden_btD, given):
+            tokens_bt, words = given
             logits = (hidden_btD @ head).astype(jnp.float32) / temperature
-            return _of_cut_logits(logits, tokens_bt - first)
+            kept = logits if words is None else within(logits, has_bits(words, first, head.shape[1]))
+            return _of_cut_logits(kept, tokens_bt - first)
 
-        return in_chunks(of_chunk, hidden, tokens, positions_at_once(hidden.shape[0] * head.shape[1]))
+        return in_chunks(of_chunk, hidden, (tokens, support), positions_at_once(hidden.shape[0] * head.shape[1]))
 
     return jax.shard_map(
         local,
         mesh=layout.mesh,
-        in_specs=(PartitionSpec(*rows, None), PartitionSpec(width, "tensor"), rows),
+        in_specs=(PartitionSpec(*rows, None), PartitionSpec(width, "tensor"), rows, PartitionSpec(*rows, None)),
         out_specs=(rows, rows),
-    )(hidden_BTD, head_DV, tokens_BT)
+    )(hidden_BTD, head_DV, tokens_BT, support_BTW)
 
 
 def _of_cut_logits(logits_btV: jax.Array, tokens_bt: jax.Array) -> tuple[jax.Array, jax.Array]:

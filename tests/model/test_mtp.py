@@ -167,8 +167,8 @@ def test_routing_counts_the_positions_whose_predicted_token_is_real():
     graphdef, weights = random_weights()
     for mask, lengths in ((REAL, LENGTHS), (None, np.array([T, T, T]))):
         _, _, stats = drafts_of(graphdef, weights, TEXT, mask)
-        for depth, (load_BE, _) in enumerate(stats, 1):
-            np.testing.assert_array_equal(load_BE.sum(axis=-1), 2 * np.maximum(lengths - depth, 0))
+        for depth, of_module in enumerate(stats, 1):
+            np.testing.assert_array_equal(of_module.load_BE.sum(axis=-1), 2 * np.maximum(lengths - depth, 0))
 
 
 def test_scores_ahead_are_log_softmax_of_the_drafts_logits():
