@@ -178,8 +178,14 @@ class Layout:
         return jax.tree.map(lambda leaf: lay(leaf) if _is_weight(leaf) else leaf, weights, is_leaf=_is_weight)
 
     def rows(self, batch: Any) -> Any:
-        """The arrays [B, T] and [B] of a batch, cut by sequence and position."""
-        return jax.tree.map(lambda a: self.constrain(a, *("batch", "sequence")[: a.ndim]), batch)
+        """The arrays [B, ...] of a batch, cut by row, and those [B, T, ...] by position too."""
+        T = batch.mask_BT.shape[1]
+
+        def cut(a: jax.Array) -> jax.Array:
+            by_position = ("sequence",) if a.ndim > 1 and a.shape[1] == T else (None,) * (a.ndim > 1)
+            return self.constrain(a, "batch", *by_position, *(None,) * (a.ndim - 2))
+
+        return jax.tree.map(cut, batch)
 
     def check(self, config: ModelConfig) -> None:
         """Refuse a mesh that does not divide the model, before anything is compiled.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -11,14 +12,18 @@ from flax import nnx
 
 from deepseek_jax.model.decoder import Decoder
 from deepseek_jax.model.layers import RouterBias
+from deepseek_jax.model.lora import LoRAConfig, adapted
 from deepseek_jax.model.scoring import Scored
-from deepseek_jax.ops.metrics import Max, Mean, Metrics, merge
+from deepseek_jax.ops.metrics import Max, Mean, Metrics, Whole, merge
 from deepseek_jax.ops.routing import updated_bias
 from deepseek_jax.sharding import LOCAL, Layout
 
 
 class TrainState(NamedTuple):
-    """What an update reads and writes: weights (router biases among them), optimizer moments, and their count."""
+    """What an update reads and writes: weights (router biases among them), optimizer moments, and their count.
+
+    Where an adapter is trained, `weights` is the adapter alone.
+    """
 
     weights: nnx.State
     moments: optax.OptState
@@ -26,14 +31,21 @@ class TrainState(NamedTuple):
 
 
 class MaskedBatch(Protocol):
-    """Any NamedTuple of arrays with samples along the first axis."""
+    """Any NamedTuple of arrays with rows along the first axis: a sample each, or several packed into one.
+
+    A batch that may be packed has a field `lengths_BK`, None in one that is not: the tokens of each sample of a row,
+    0 where there is none.
+    """
 
     mask_BT: jax.Array
 
 
 class Objective(Protocol):
-    def __call__(self, model: Decoder, batch: Any, samples: jax.Array) -> tuple[jax.Array, Metrics, Scored]:
-        """Loss of a part of a batch of `samples` samples, with metrics and what the forward pass said."""
+    def __call__(self, model: Decoder, batch: Any, whole: Whole) -> tuple[jax.Array, Metrics, Scored | None]:
+        """Loss of a part of a batch, `whole` of all of it, with metrics and what the forward pass said.
+
+        None for the last, of a critic say, means no balance loss, no metrics of routing, and router biases that stay.
+        """
         ...
 
 
@@ -78,33 +90,80 @@ def make_train_step(
 ) -> Callable[[TrainState, MaskedBatch], tuple[TrainState, Metrics]]:
     """The jitted step; its state is donated. `layout` is the one that the module of `graphdef` was made with."""
 
-    def part_gradient(weights, batch, samples):
-        batch = layout.rows(batch)
-        params, rest = nnx.split_state(weights, nnx.Param, ...)
+    def step(state: TrainState, batch: MaskedBatch) -> tuple[TrainState, Metrics]:
+        return _stepped(state, batch, partial(nnx.merge, graphdef), objective, optimizer, config, layout)
+
+    return jax.jit(step, donate_argnames="state")
+
+
+def make_adapter_step(
+    graphdef: nnx.GraphDef,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    config: StepConfig,
+    lora: LoRAConfig,
+    layout: Layout = LOCAL,
+) -> Callable[[TrainState, MaskedBatch, nnx.State], tuple[TrainState, Metrics]]:
+    """The jitted step of an adapter beside frozen weights: (state, batch, frozen) -> (state, metrics).
+
+    The state is of `init_state(adapter, ...)`, so that moments exist for the adapter alone, and is donated. `frozen`,
+    the model's weights, is only read; it stays with the caller. Router biases are frozen too: what an adapter's folder
+    has no place for must not move.
+
+    Raises:
+        ValueError: a `bias_gamma` other than 0.
+    """
+    if config.bias_gamma:
+        raise ValueError(f"bias_gamma: got {config.bias_gamma} with an adapter, wanted 0: router biases stay frozen")
+
+    def step(state: TrainState, batch: MaskedBatch, frozen: nnx.State) -> tuple[TrainState, Metrics]:
+        model = lambda adapter: nnx.merge(graphdef, adapted(frozen, adapter, lora))
+        return _stepped(state, batch, model, objective, optimizer, config, layout)
+
+    return jax.jit(step, donate_argnames="state")
+
+
+def _stepped(
+    state: TrainState,
+    batch: MaskedBatch,
+    model: Callable[[nnx.State], nnx.Module],
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    config: StepConfig,
+    layout: Layout,
+) -> tuple[TrainState, Metrics]:
+    """One update of the weights that `model` makes a module of."""
+    whole = whole_of(batch)
+    params, rest = nnx.split_state(state.weights, nnx.Param, ...)
+
+    def part_gradient(part):
+        part = layout.rows(part)
 
         def loss(params):
-            loss, metrics, scored = objective(nnx.merge(graphdef, params, rest), batch, samples)
-            total = loss + config.balance_alpha * scored.balance / samples
-            metrics = metrics | {"loss": Mean(loss, jnp.float32(1))} | _routing_metrics(scored, batch)
-            return total, (metrics, scored.load_LE)
+            loss, metrics, scored = objective(model(nnx.merge_state(params, rest)), part, whole)
+            metrics = metrics | {"loss": Mean(loss, jnp.float32(1))}
+            if scored is None:
+                return loss, (metrics, None)
+            total = loss + config.balance_alpha * scored.balance / whole.samples
+            return total, (metrics | _routing_metrics(scored, part), scored.load_LE)
 
         return jax.grad(loss, has_aux=True)(params)
 
-    def step(state: TrainState, batch: MaskedBatch) -> tuple[TrainState, Metrics]:
-        samples = jnp.float32(batch.mask_BT.shape[0])
-        gradient, (metrics, load_LE) = _accumulate(
-            lambda part: part_gradient(state.weights, part, samples), batch, config.micro_batches
-        )
-        metrics["loss"] = Mean(metrics["loss"].total, jnp.float32(1))
-        metrics["grad_norm"] = Max(optax.tree.norm(gradient))
-        params, rest = nnx.split_state(state.weights, nnx.Param, ...)
-        updates, moments = optimizer.update(gradient, state.moments, params)
-        params = optax.apply_updates(params, updates)
-        if config.bias_gamma:
-            rest = _moved_biases(rest, load_LE, config.bias_gamma)
-        return layout.stored(TrainState(nnx.merge_state(params, rest), moments, state.step + 1)), metrics
+    gradient, (metrics, load_LE) = _accumulate(part_gradient, batch, config.micro_batches)
+    metrics["loss"] = Mean(metrics["loss"].total, jnp.float32(1))
+    metrics["grad_norm"] = Max(optax.tree.norm(gradient))
+    updates, moments = optimizer.update(gradient, state.moments, params)
+    params = optax.apply_updates(params, updates)
+    if config.bias_gamma:
+        rest = _moved_biases(rest, load_LE, config.bias_gamma)
+    return layout.stored(TrainState(nnx.merge_state(params, rest), moments, state.step + 1)), metrics
 
-    return jax.jit(step, donate_argnames="state")
+
+def whole_of(batch: MaskedBatch) -> Whole:
+    """Samples and counted tokens of a batch; at least one token, that nothing is divided by zero."""
+    lengths_BK = batch.lengths_BK if "lengths_BK" in batch._fields else None
+    samples = batch.mask_BT.shape[0] if lengths_BK is None else jnp.sum(lengths_BK > 0)
+    return Whole(jnp.asarray(samples, jnp.float32), jnp.maximum(jnp.sum(batch.mask_BT), 1).astype(jnp.float32))
 
 
 def _accumulate(gradient_of, batch, parts: int):
@@ -129,8 +188,7 @@ def _accumulate(gradient_of, batch, parts: int):
 def _routing_metrics(scored: Scored, batch) -> Metrics:
     if scored.load_LE is None:
         return {}
-    layers, samples = scored.load_LE.shape[0], batch.mask_BT.shape[0]
-    return {"router/balance_loss": Mean(scored.balance, jnp.float32(layers * samples))}
+    return {"router/balance_loss": Mean(scored.balance, scored.load_LE.shape[0] * whole_of(batch).samples)}
 
 
 def _moved_biases(rest: nnx.State, load_LE: jax.Array | None, gamma: float) -> nnx.State:

@@ -12,11 +12,12 @@ from flax import nnx
 
 from deepseek_jax.config import MLAConfig, preset
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
-from deepseek_jax.ops.metrics import values
+from deepseek_jax.ops.metrics import Whole, values
 from deepseek_jax.train.sft import make_sft_objective, sft_batch, sft_mtp_objective, sft_objective
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+THREE = Whole(jnp.float32(3), jnp.float32(7))
 EXAMPLES = [([3, 4], [5, 6, 2]), ([7], [2]), ([8, 9, 3], [4, 2])]
 CONFIG = dataclasses.replace(
     preset("tiny"),
@@ -60,7 +61,7 @@ def test_loss_is_the_mean_of_each_examples_mean():
     @jax.jit
     def run(weights, batch):
         model = nnx.merge(graphdef, weights)
-        return sft_objective(model, batch, jnp.float32(3))[:2], model.logits(model(batch.tokens_BT).x_BTD)
+        return sft_objective(model, batch, THREE)[:2], model.logits(model(batch.tokens_BT).x_BTD)
 
     (loss, metrics), logits = run(weights, batch)
     logits = np.asarray(logits, np.float64)
@@ -100,12 +101,13 @@ def with_gradient(loss):
 
 
 SAMPLES = 4.0  # of a batch of which EXAMPLES are a part
+WHOLE = Whole(jnp.float32(SAMPLES), jnp.float32(7))
 
 
 @cache
 def mtp_run():
     """By weight: loss, metrics and gradient; one compilation serves every weight but none at all."""
-    objective = lambda model, batch, weight: sft_mtp_objective(model, batch, SAMPLES, mtp_weight=weight)[:2]
+    objective = lambda model, batch, weight: sft_mtp_objective(model, batch, WHOLE, mtp_weight=weight)[:2]
     return with_gradient(objective)
 
 
@@ -129,7 +131,7 @@ def direct_loss(model, batch, weight):
     drafts = direct_mtp(model, batch)
     lengths = [len(completion) for _, completion in EXAMPLES]
     modules = [-sum(jnp.sum(row) / n for row, n in zip(rows, lengths, strict=True)) for rows in drafts]
-    return sft_objective(model, batch, SAMPLES)[0] + weight / len(modules) * sum(modules) / SAMPLES, drafts
+    return sft_objective(model, batch, WHOLE)[0] + weight / len(modules) * sum(modules) / SAMPLES, drafts
 
 
 def test_mtp_loss_equals_a_direct_computation_from_the_drafts():
@@ -149,7 +151,7 @@ def test_mtp_loss_equals_a_direct_computation_from_the_drafts():
 
 def test_mtp_loss_is_linear_in_its_weight_and_reaches_every_part_of_the_model():
     """Main layers through their states, embedding and head because they are shared."""
-    plain = with_gradient(lambda model, batch: make_sft_objective()(model, batch, SAMPLES)[:2])
+    plain = with_gradient(lambda model, batch: make_sft_objective()(model, batch, WHOLE)[:2])
     (none, metrics, without), (some, with_metrics, with_some), (more, _, with_more) = (
         run(*weight) for run, *weight in ((plain,), (mtp_run(), 0.3), (mtp_run(), 0.9))
     )
@@ -166,7 +168,7 @@ def test_mtp_loss_is_linear_in_its_weight_and_reaches_every_part_of_the_model():
 def test_one_module_reports_one_figure():
     config = dataclasses.replace(MTP, num_nextn_predict_layers=1)
     metrics = jax.eval_shape(
-        lambda batch: make_sft_objective(mtp_weight=0.1)(Decoder(config, rngs=nnx.Rngs(0)), batch, jnp.float32(3))[1],
+        lambda batch: make_sft_objective(mtp_weight=0.1)(Decoder(config, rngs=nnx.Rngs(0)), batch, THREE)[1],
         jax.tree.map(jnp.asarray, sft_batch(EXAMPLES, width=6)),
     )
     assert metrics.keys() == {"nll", "tokens_per_example", "mtp/nll"}
@@ -185,4 +187,4 @@ def test_a_bad_mtp_weight_is_refused(bad):
 def test_an_mtp_weight_for_a_model_without_modules_is_refused():
     model = nnx.eval_shape(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="mtp_weight: got 0.3 for a model without MTP modules"):
-        make_sft_objective(mtp_weight=0.3)(model, sft_batch(EXAMPLES, width=6), jnp.float32(3))
+        make_sft_objective(mtp_weight=0.3)(model, sft_batch(EXAMPLES, width=6), THREE)

@@ -15,9 +15,9 @@ from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.model.scoring import score
 from deepseek_jax.ops.metrics import values
+from deepseek_jax.rl.batch import Batch
 from deepseek_jax.rl.loss import GRPOConfig
 from deepseek_jax.rl.objective import grpo_objective
-from deepseek_jax.rl.rollout import Batch
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from deepseek_jax.train.sft import SFTBatch, make_sft_objective, sft_objective
 from deepseek_jax.train.step import StepConfig, init_state, make_train_step
@@ -60,7 +60,8 @@ def grpo_batch(seed=0, width=T):
     tokens[np.arange(width + 1) >= (starts + lengths)[:, None]] = 0
     noise = rng.normal(size=(2, B, T)).astype(np.float32)
     old, ref = (np.pad(-2.5 + 0.3 * n, ((0, 0), (0, width - T))) for n in noise)
-    return Batch(tokens[:, :-1], tokens[:, 1:], mask, old, ref, rng.normal(size=B).astype(np.float32))
+    advantages = np.broadcast_to(rng.normal(size=(B, 1)).astype(np.float32), mask.shape)
+    return Batch(tokens[:, :-1], tokens[:, 1:], mask, old, ref, advantages)
 
 
 def batch_of(name, **settings):
@@ -211,7 +212,7 @@ def adamw_update():
 def test_equal_rewards_without_kl_and_decay_leave_every_weight_alone():
     """Router biases too, since gamma is 0."""
     update, start = adamw_update()
-    state, metrics = update(start(), grpo_batch()._replace(advantages_B=np.zeros(B, np.float32)))
+    state, metrics = update(start(), grpo_batch()._replace(advantages_BT=np.zeros((B, T), np.float32)))
     metrics = values(metrics)
     assert metrics["loss"] == 0.0 and metrics["grad_norm"] == 0.0
     for before, after in zip(jax.tree.leaves(model()[1]), jax.tree.leaves(state.weights), strict=True):
