@@ -1,26 +1,23 @@
 """Accuracy: is the final answer the right one?"""
 
 import re
-from fractions import Fraction
+from typing import Literal
 
+from deepseek_jax.rewards.answers import answers_equal
 from deepseek_jax.rewards.combine import check_strings
 
-TOLERANCE = Fraction(1, 10**6)
-"""Absolute difference below or at which two numbers are equal."""
-_MAX_NUMBER_CHARS = 400
-_MAX_EXPONENT = 400
+Extraction = Literal["strict", "lenient"]
+"""What counts as a final answer: a box or answer tags; or also a phrase or the last number."""
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_WRAPPER = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
-_SPACING = re.compile(r"\\[,!;: ]|\\(?:left|right)(?![A-Za-z])|~")
-_DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
-_NUMBER = re.compile(rf"([+-]?)\$?({_DECIMAL})(?:[eE]([+-]?[0-9]{{1,9}}))?")
-_QUOTIENT = re.compile(r"([^/]+)/([^/]+)")
-_LATEX_QUOTIENT = re.compile(r"([+-]?)\\[dt]?frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))")
-_NOT_FINITE = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
+_TAIL_CHARS = 2_000
+_PHRASE = re.compile(r"\banswer(?:\s+is\b|\s*:)[ \t*:]*([^\n]*)|####[ \t]*([^\n]*)", re.IGNORECASE)
+_LOOSE_NUMBER = re.compile(
+    r"(?<![\w.,)/])-?\s?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:/[0-9]+)?(?:\s?\\?%)?"
+)
 
 
-def extract_answer(text: str) -> str | None:
+def extract_answer(text: str, *, unclosed_box: bool = False) -> str | None:
     r"""Finds a completion's final answer.
 
     Thoughts hold no answers: where there is a `</think>`, only what follows the last one counts, and after a
@@ -28,6 +25,8 @@ def extract_answer(text: str) -> str | None:
 
     Args:
       text: a completion.
+      unclosed_box: whether a `\boxed{` that is never closed, after every closed one, holds the answer too: what
+        follows it on its line, for models that are cut off by their token limit.
 
     Returns:
       What the last `\boxed{...}` holds, braces balanced (the outer one of nested boxes; a box that is not
@@ -35,40 +34,79 @@ def extract_answer(text: str) -> str | None:
       Stripped.
 
     Source: huggingface/math-verify (the last box is the answer).
-    Differs: math-verify's treatment of an unclosed box is configurable; here it is never an answer.
     """
-    before, closed, final = text.rpartition("</think>")
-    if not closed:
-        final = text.partition("<think>")[0]
-    return _last_boxed(final) or _last_tagged(final)
+    final = _final(text)
+    return _last_boxed(final, unclosed_box) or _last_tagged(final)
 
 
-def answers_equal(a: str, b: str) -> bool:
-    r"""Compares two final answers.
+def extract_lenient(text: str, *, unclosed_box: bool = False) -> str | None:
+    """Finds a completion's final answer, less strictly.
 
-    Both are trimmed of whitespace, `$`, `\(...\)`, one trailing full stop and wrappers such as `\text{...}`.
-    Two numbers are equal within an absolute 1e-6: decimals, scientific notation, thousands separators, `$12`,
-    `10\%` (a tenth), `1/2` and `\frac{1}{2}`. Anything else is equal when the trimmed strings are. No
-    expression is evaluated and no unit understood. "nan", "inf" and "infinity" equal nothing. A number of
-    more than 400 characters, or with an exponent beyond 400, is compared as a string, so that no input is
-    slow.
+    For a figure beside the strict one, which says how many right answers only lack their form; as a reward it is
+    easier to game.
 
     Args:
-      a: an answer.
-      b: another; the order does not matter.
+      text: a completion.
+      unclosed_box: as in `extract_answer`.
 
     Returns:
-      Whether they are the same.
+      What `extract_answer` finds; else, in the last 2,000 characters after the thought, what follows the last
+      "answer is", "answer:" or "####" (the number that it begins with, where it begins with one, else the rest of
+      its line); else the last number; else None.
 
-    Source: the project's design documents (numbers equal within 1e-6, else trimmed strings equal).
+    Source: EleutherAI/lm-evaluation-harness, gsm8k (strict-match beside flexible-extract).
     """
-    a, b = _clean(a), _clean(b)
-    if _NOT_FINITE.fullmatch(a) or _NOT_FINITE.fullmatch(b):
-        return False
-    x, y = _number(a), _number(b)
-    if x is not None and y is not None:
-        return abs(x - y) <= TOLERANCE
-    return a == b
+    strict = extract_answer(text, unclosed_box=unclosed_box)
+    if strict is not None:
+        return strict
+    tail = _final(text)[-_TAIL_CHARS:]
+    phrases = [first or second for first, second in _PHRASE.findall(tail)]
+    if phrases and phrases[-1].strip(" .*"):
+        return _first_number(phrases[-1].strip(" *"))
+    numbers = _LOOSE_NUMBER.findall(tail)
+    return numbers[-1].strip() if numbers else None
+
+
+def answer_of(
+    prompt: str, completion: str, extraction: Extraction = "strict", *, unclosed_box: bool = False
+) -> str | None:
+    """The final answer of a completion whose prompt may have opened the thought.
+
+    Args:
+      prompt: one that ends in `<think>` makes a completion that never closes it unanswered.
+      completion: what the model wrote.
+      extraction: "strict" is `extract_answer`, "lenient" `extract_lenient`.
+      unclosed_box: as in `extract_answer`.
+
+    Returns:
+      The answer, or None.
+    """
+    text = "<think>" + completion if prompt.rstrip().endswith("<think>") else completion
+    extract = extract_answer if extraction == "strict" else extract_lenient
+    return extract(text, unclosed_box=unclosed_box)
+
+
+def check_answers(name: str, answers: list[str | None], rows: int) -> None:
+    """Refuses a column of right answers that does not fit its rows.
+
+    Args:
+      name: the reward function's name, for the message.
+      answers: the column.
+      rows: how many completions there are.
+
+    Raises:
+      ValueError: the number of rows differs, or one is neither a string nor None.
+    """
+    if len(answers) != rows:
+        raise ValueError(
+            f"{name}: answer: got {len(answers)} rows, wanted {rows}, one a completion;"
+            " repeat the column as the prompts are"
+        )
+    for answer in answers:
+        if answer is not None and not isinstance(answer, str):
+            raise ValueError(
+                f"{name}: answer: got {type(answer).__name__} {answer!r}, wanted a string or None; convert it"
+            )
 
 
 def accuracy_reward(
@@ -95,13 +133,11 @@ def accuracy_reward(
       ValueError: the numbers of rows differ, or something is not a string.
 
     Source: DeepSeek-R1 paper, section 2.2.2 (accuracy rewards).
+    Differs: compares with `answers_equal` only, so that it needs no other process; `rewards.math` also understands
+      units, lists and algebra.
     """
     check_strings("accuracy_reward", prompts, completions)
-    if len(answer) != len(completions):
-        raise ValueError(
-            f"accuracy_reward: answer: got {len(answer)} rows, wanted {len(completions)}, one a completion;"
-            " repeat the column as the prompts are"
-        )
+    check_answers("accuracy_reward", answer, len(completions))
     return [_score(*row) for row in zip(prompts, completions, answer, strict=True)]
 
 
@@ -126,18 +162,24 @@ def gsm8k_answer(text: str) -> str | None:
 def _score(prompt: str, completion: str, answer: str | None) -> float | None:
     if answer is None:
         return None
-    if not isinstance(answer, str):
-        raise ValueError(
-            f"accuracy_reward: answer: got {type(answer).__name__} {answer!r}, wanted a string or None; convert it"
-        )
-    opened = prompt.rstrip().endswith("<think>")
-    found = extract_answer("<think>" + completion if opened else completion)
+    found = answer_of(prompt, completion)
     return float(found is not None and answers_equal(found, answer))
 
 
-def _last_boxed(text: str) -> str | None:
+def _final(text: str) -> str:
+    before, closed, final = text.rpartition("</think>")
+    return final if closed else text.partition("<think>")[0]
+
+
+def _first_number(text: str) -> str:
+    match = _LOOSE_NUMBER.match(text)
+    # "3/4 of it" begins with its number, "3x" does not.
+    return match[0] if match and not re.match(r"[\w\\^+*/(\-]", text[match.end() :]) else text
+
+
+def _last_boxed(text: str, unclosed: bool) -> str | None:
     """One pass, so that many unclosed boxes cost no more than closed ones."""
-    found = ""
+    found, found_at = "", -1
     opened: list[int | None] = []
     for match in _BRACES.finditer(text):
         if match[0] == "{":
@@ -147,8 +189,11 @@ def _last_boxed(text: str) -> str | None:
         elif match[0] == "}" and opened:
             start = opened.pop()
             # An outer box closes after the ones inside it, and so has the last word.
-            if start is not None:
-                found = text[start : match.start()].strip() or found
+            if start is not None and text[start : match.start()].strip():
+                found, found_at = text[start : match.start()].strip(), match.start()
+    open_boxes = [start for start in opened if start is not None and start > found_at]
+    if unclosed and open_boxes:
+        found = text[open_boxes[-1] :].partition("\n")[0].strip().rstrip("$").strip() or found
     return found or None
 
 
@@ -158,43 +203,3 @@ def _last_tagged(text: str) -> str | None:
     if start < 0:
         return None
     return text[start + len("<answer>") : end].strip() or None
-
-
-def _clean(text: str) -> str:
-    text = _WRAPPER.sub(r"\1", _SPACING.sub("", text.strip()))
-    text = text.replace("{,}", ",").replace("\\$", "$").replace("−", "-").strip()
-    text = text.removeprefix("\\(").removesuffix("\\)").strip().removesuffix(".")
-    return text.strip().strip("$").strip()
-
-
-def _number(text: str) -> Fraction | None:
-    """The number that the text writes, exactly; None when it writes none or an absurdly large one."""
-    if len(text) > _MAX_NUMBER_CHARS:
-        return None
-    percent = text.removesuffix("%").removesuffix("\\").rstrip()
-    if text.endswith("%"):
-        value = _number(percent) if not percent.endswith("%") else None
-        return None if value is None else value / 100
-    if match := _LATEX_QUOTIENT.fullmatch(text):
-        sign, top, short_top, bottom, short_bottom = match.groups()
-        return _divide(sign + (top or short_top or ""), bottom or short_bottom or "")
-    if match := _QUOTIENT.fullmatch(text):
-        return _divide(match[1], match[2])
-    return _decimal(text)
-
-
-def _divide(top: str, bottom: str) -> Fraction | None:
-    x, y = _decimal(top.strip()), _decimal(bottom.strip())
-    return None if x is None or not y else x / y
-
-
-def _decimal(text: str) -> Fraction | None:
-    match = _NUMBER.fullmatch(text)
-    if match is None:
-        return None
-    sign, digits, exponent = match.groups()
-    power = int(exponent or 0)
-    if abs(power) > _MAX_EXPONENT:
-        return None
-    value = Fraction(digits.replace(",", "").rstrip(".") or "0") * Fraction(10) ** power
-    return -value if sign == "-" else value

@@ -1,10 +1,14 @@
 """The protocol of reward functions, and their weighted sum."""
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+_LOG = logging.getLogger(__name__)
+_LOGGED_CHARS = 500
 
 
 class RewardFunction(Protocol):
@@ -17,6 +21,23 @@ class RewardFunction(Protocol):
     def __call__(
         self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
     ) -> list[float | None]: ...
+
+
+class RewardError(RuntimeError):
+    """A reward function raised; the message names the function and the row, the cause is what it raised."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factory:
+    """A reward function that is still to be made, for `combine`: plain data where a closure would not be.
+
+    Args:
+      make: makes the function from the settings, as `language_reward` does.
+      settings: its keyword arguments.
+    """
+
+    make: Callable[..., RewardFunction]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_strings(name: str, prompts: Sequence[str], completions: Sequence[str]) -> None:
@@ -51,10 +72,12 @@ class CombinedReward:
     Args:
       functions: reward functions by name.
       weights: one finite weight for each name.
+      on_error: what becomes of a row for which a function raises: "raise" ends the run, "none" makes its score None.
     """
 
     functions: Mapping[str, RewardFunction]
     weights: Mapping[str, float]
+    on_error: Literal["raise", "none"] = "raise"
 
     def __call__(
         self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
@@ -74,6 +97,7 @@ class CombinedReward:
         Raises:
           ValueError: an argument or a function's result has the wrong number of rows, a score is not a finite
             number or None, or no function applies to a row.
+          RewardError: a function raised, and on_error is "raise".
         """
         check_strings("rewards", prompts, completions)
         for name, column in {"completion_ids": completion_ids, **columns}.items():
@@ -83,10 +107,62 @@ class CombinedReward:
                     " repeat the column as the prompts are"
                 )
         parts = {
-            name: _checked(name, function(prompts, completions, completion_ids, **columns), len(completions))
+            name: self._scores(name, function, prompts, completions, completion_ids, columns)
             for name, function in self.functions.items()
         }
         return [self._total(row, parts) for row in range(len(completions))], parts
+
+    def _scores(
+        self,
+        name: str,
+        function: RewardFunction,
+        prompts: list[str],
+        completions: list[str],
+        completion_ids: list[list[int]],
+        columns: Mapping[str, Any],
+    ) -> list[float | None]:
+        try:
+            scores = function(prompts, completions, completion_ids, **columns)
+        except Exception as error:
+            _LOG.error("reward function %r raised %r for a batch of %d rows", name, error, len(completions))
+            # Row by row, so that the one at fault is named and the others keep their scores.
+            scores = [
+                self._score(name, function, row, (prompts, completions, completion_ids), columns)
+                for row in range(len(completions))
+            ]
+            if self.on_error == "raise":
+                raise RewardError(
+                    f"reward function {name!r}: raised {type(error).__name__}: {error}, for the batch of"
+                    f" {len(completions)} rows though for none of them alone; make it independent of the batch"
+                ) from error
+        return _checked(name, scores, len(completions))
+
+    def _score(
+        self,
+        name: str,
+        function: RewardFunction,
+        row: int,
+        arguments: tuple[Sequence[Any], ...],
+        columns: Mapping[str, Any],
+    ) -> float | None:
+        prompts, completions, ids = ([argument[row]] for argument in arguments)
+        try:
+            scores = function(prompts, completions, ids, **{key: [column[row]] for key, column in columns.items()})
+        except Exception as error:
+            _LOG.error(
+                "reward function %r raised %r\nprompt: %s\ncompletion: %s",
+                name,
+                error,
+                _cut(prompts[0]),
+                _cut(completions[0]),
+            )
+            if self.on_error == "none":
+                return None
+            raise RewardError(
+                f"reward function {name!r}: row {row}: raised {type(error).__name__}: {error};"
+                " see the log for the sample, mend the function, or count such rows as None with on_error='none'"
+            ) from error
+        return _checked(name, scores, 1)[0]
 
     def _total(self, row: int, parts: Mapping[str, list[float | None]]) -> float:
         applying = {name: scores[row] for name, scores in parts.items() if scores[row] is not None}
@@ -98,18 +174,26 @@ class CombinedReward:
         return math.fsum(self.weights[name] * score for name, score in applying.items())
 
 
-def combine(functions: dict[str, RewardFunction], weights: dict[str, float]) -> CombinedReward:
+def combine(
+    functions: Mapping[str, RewardFunction | Factory],
+    weights: Mapping[str, float],
+    *,
+    on_error: Literal["raise", "none"] = "raise",
+) -> CombinedReward:
     """Makes one reward of several.
 
     Args:
-      functions: reward functions by the names under which their parts are reported.
-      weights: a finite weight for each of the same names.
+      functions: reward functions, or factories of them, by the names under which their parts are reported.
+      weights: a finite weight for each of the same names; 0 reports a part that does not count.
+      on_error: a function that raises is called again row by row, and the rows at fault are logged with their prompt,
+        their completion and the exception. "raise" then ends the run with a RewardError, "none" makes those rows'
+        scores None. They are never 0: an error is not a wrong answer.
 
     Returns:
       A callable with the functions' signature that returns (total, parts).
 
     Raises:
-      ValueError: no functions, names that differ, or a weight that is not a finite number.
+      ValueError: no functions, names that differ, a weight that is not a finite number, or an unknown on_error.
 
     Source: huggingface/trl, `GRPOTrainer` (`reward_weights`).
     Differs: TRL warns when no function applies to a row; this refuses, since the advantage would be
@@ -123,7 +207,18 @@ def combine(functions: dict[str, RewardFunction], weights: dict[str, float]) -> 
     for name, weight in weights.items():
         if not isinstance(weight, Real) or not math.isfinite(weight):
             raise ValueError(f"combine: weights[{name!r}]: got {weight!r}, wanted a finite number; correct it")
-    return CombinedReward(functions=dict(functions), weights=dict(weights))
+    if on_error not in ("raise", "none"):
+        raise ValueError(f"combine: on_error: got {on_error!r}, wanted 'raise' or 'none'; choose one")
+    made = {name: f.make(**f.settings) if isinstance(f, Factory) else f for name, f in functions.items()}
+    return CombinedReward(functions=made, weights=dict(weights), on_error=on_error)
+
+
+def _cut(text: str) -> str:
+    """The text's two ends, as a Python literal: a sample must not forge lines of the log."""
+    if len(text) <= _LOGGED_CHARS:
+        return repr(text)
+    half = _LOGGED_CHARS // 2
+    return f"{text[:half]!r} ... {len(text) - 2 * half} characters ... {text[-half:]!r}"
 
 
 def _checked(name: str, scores: list[float | None], rows: int) -> list[float | None]:

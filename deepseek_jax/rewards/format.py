@@ -1,6 +1,7 @@
 """Format: is the completion shaped `<think>reasoning</think><answer>answer</answer>`?"""
 
 import math
+import unicodedata
 
 from deepseek_jax.rewards.combine import check_strings
 
@@ -12,8 +13,9 @@ def format_reward(
 ) -> list[float | None]:
     """1.0 where the completion is exactly the template, else 0.0.
 
-    Exactly: each of the four tags once and in order, something other than whitespace inside both pairs,
-    nothing but whitespace before, between and after. A prompt that ends in `<think>` (whitespace after it
+    Exactly: each of the four tags once and in order, something that can be seen inside both pairs (not only
+    whitespace, control and zero-width characters), nothing but whitespace before, between and after. A tag in a block
+    of code or in a formula is a tag. A prompt that ends in `<think>` (whitespace after it
     allowed) counts as the completion's beginning; such a completion must not open again.
 
     Args:
@@ -78,7 +80,11 @@ def _is_template(text: str) -> bool:
     answer, ended, after = rest.partition("</answer>")
     in_order = bool(closed and opened and ended)
     outside = before + between + after
-    return in_order and not outside.strip() and bool(thought.strip()) and bool(answer.strip())
+    return in_order and not outside.strip() and _shows(thought) and _shows(answer)
+
+
+def _shows(text: str) -> bool:
+    return any(unicodedata.category(character)[0] not in "CZ" for character in text)
 
 
 def _tag_cosine(text: str) -> float:

@@ -1,5 +1,6 @@
 """Laws of the weighted sum: None contributes nothing, and a function at fault is named."""
 
+import contextlib
 import math
 
 import pytest
@@ -7,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_jax.rewards.accuracy import accuracy_reward
-from deepseek_jax.rewards.combine import combine
+from deepseek_jax.rewards.combine import Factory, RewardError, combine
 from deepseek_jax.rewards.format import format_reward
+from deepseek_jax.rewards.lengths import length_penalty
 
 SCORES = st.lists(st.none() | st.floats(-10, 10), min_size=3, max_size=3)
 
@@ -104,3 +106,83 @@ def test_every_column_has_a_value_for_each_row():
         run({"a": fixed([1.0] * 3)}, {"a": 1.0}, answer=["4", "4"])
     with pytest.raises(ValueError, match="completion_ids: got 1 rows, wanted 2"):
         combine({"a": fixed([1.0] * 2)}, {"a": 1.0})(["", ""], ["", ""], [[1]])
+
+
+def picky(prompts, completions, completion_ids, **columns):
+    """Raises for a batch with a completion "bad", as functions do that were not written with care."""
+    if "bad" in completions:
+        raise KeyError("oh")
+    return [1.0] * len(completions)
+
+
+def scored(completions, on_error, functions=None):
+    functions = functions or {"picky": picky, "base": lambda p, c, i, **k: [0.5] * len(c)}
+    reward = combine(functions, dict.fromkeys(functions, 1.0), on_error=on_error)
+    rows = len(completions)
+    return reward([f"prompt {row}" for row in range(rows)], completions, [[1]] * rows, answer=["4"] * rows)
+
+
+def test_a_function_that_raises_ends_the_run_and_names_the_row():
+    with pytest.raises(RewardError, match="'picky': row 1: raised KeyError: 'oh'") as caught:
+        scored(["good", "bad", "good"], "raise")
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_function_that_raises_costs_only_its_rows_where_told_so():
+    total, parts = scored(["good", "bad", "good"], "none")
+    assert parts == {"picky": [1.0, None, 1.0], "base": [0.5] * 3}
+    assert total == [1.5, 0.5, 1.5]
+
+
+@pytest.mark.parametrize("on_error", ["raise", "none"])
+def test_the_sample_is_logged(caplog, on_error):
+    long = "x" * 10_000 + "\nERROR forged line\ud800"
+
+    def fails(prompts, completions, completion_ids, **columns):
+        raise OSError("disk")
+
+    with contextlib.suppress(RewardError):
+        scored([long], on_error, {"fails": fails, "base": lambda p, c, i, **k: [0.5] * len(c)})
+    message = caplog.records[-1].getMessage()
+    assert "'fails' raised OSError('disk')" in message and "'prompt 0'" in message
+    assert "ERROR forged line" in message and "\nERROR" not in message
+    assert len(message) < 1_000
+
+
+def test_a_row_that_only_a_failing_function_scores_is_refused_not_zero():
+    with pytest.raises(ValueError, match="row 0: got None from every function"):
+        scored(["bad"], "none", {"picky": picky})
+
+
+def test_a_failure_of_the_batch_alone_is_named():
+    def no_pairs(prompts, completions, completion_ids, **columns):
+        if len(completions) > 1:
+            raise ZeroDivisionError("variance")
+        return [1.0]
+
+    with pytest.raises(RewardError, match="'no_pairs': raised ZeroDivisionError: variance, for the batch of 2 rows"):
+        scored(["a", "b"], "raise", {"no_pairs": no_pairs})
+    assert scored(["a", "b"], "none", {"no_pairs": no_pairs})[0] == [1.0, 1.0]
+
+
+def test_an_interrupt_is_no_error_of_a_function():
+    def interrupted(prompts, completions, completion_ids, **columns):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scored(["a"], "none", {"interrupted": interrupted})
+
+
+def test_factories_are_made_with_their_settings():
+    functions = {"long": Factory(make=length_penalty, settings={"max_length": 4, "cache": 2}), "format": format_reward}
+    reward = combine(functions, {"long": 1.0, "format": 0.3})
+    total, parts = reward([""] * 2, ["a", "b"], [[1, 2], [1, 2, 3]])
+    assert parts == {"long": [0.0, -0.5], "format": [0.0, 0.0]}
+    assert total == [0.0, -0.5]
+    with pytest.raises(ValueError, match="cache 5 and max_length 4"):
+        combine({"long": Factory(make=length_penalty, settings={"max_length": 4, "cache": 5})}, {"long": 1.0})
+
+
+def test_an_unknown_policy_is_named():
+    with pytest.raises(ValueError, match="on_error: got 'zero'"):
+        combine({"a": fixed([])}, {"a": 1.0}, on_error="zero")

@@ -58,6 +58,14 @@ def test_the_template_scores_one(text):
         "<think>a</think><answer>b</answer></answer>",
         "<Think>a</Think><answer>b</answer>",
         OPENED,
+        "<think>\u200b\u2060\x00</think><answer>b</answer>",
+        "<think>a</think><answer>\u00a0\ufeff\ud800</answer>",
+        "<think>```<answer>4</answer>```</think><answer>b</answer>",
+        "<think>write `</think>`</think><answer>b</answer>",
+        GOOD + "\u200b",
+        GOOD + "<answer>",
+        "<think>a</think><answer>b</answer ><answer>b</answer>c",
+        "<answer>" + GOOD + "</answer>",
     ],
 )
 def test_anything_else_scores_zero(text):

@@ -1,0 +1,96 @@
+"""Multiple choice: did the completion choose the right option, and only that one?"""
+
+import re
+
+from deepseek_jax.rewards.accuracy import Extraction, answer_of, check_answers
+from deepseek_jax.rewards.answers import MAX_CHARS
+from deepseek_jax.rewards.combine import RewardFunction, check_strings
+
+_WRAPPER = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+_LEAD = re.compile(
+    r"^(?:the\s+)?(?:(?:correct|final|best)\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s+", re.IGNORECASE
+)
+
+
+def choice_reward(*, letters: str = "ABCDE", extraction: Extraction = "strict") -> RewardFunction:
+    r"""Makes the reward of multiple choice: 1.0 where the completion's final answer is the right option, else 0.0.
+
+    The answer is a letter (`B`, `b`, `(B)`, `B.`, `**B**`, `\text{(B)}`, "option B"), a letter with its option
+    (`B) Paris`), or the option's text, whatever its case. A letter that begins a word chooses nothing, two letters
+    choose nothing, and neither does a letter with the text of another option.
+
+    Args:
+      letters: names of the options, in order.
+      extraction: where the answer is looked for, as in `rewards.math.math_reward`.
+
+    Returns:
+      A reward function that needs a column `answer` (the right letter, or None: the score is then None) and takes a
+      column `choices` (a list of texts, one an option, or None). It raises ValueError where a right answer is not one
+      of the row's letters or something has the wrong form.
+
+    Raises:
+      ValueError: a letter that is no letter or there twice.
+
+    Source: EleutherAI/lm-evaluation-harness and deepseek-ai/DeepSeek-R1 (multiple choice by letter).
+    """
+    if not letters.isalpha() or len(set(letters.upper())) != len(letters):
+        raise ValueError(f"choice_reward: letters: got {letters!r}, wanted different letters; for example 'ABCD'")
+
+    def reward(
+        prompts: list[str],
+        completions: list[str],
+        completion_ids: list[list[int]],
+        *,
+        answer: list[str | None],
+        choices: list[list[str] | None] | None = None,
+        **columns: object,
+    ) -> list[float | None]:
+        check_strings("choice_reward", prompts, completions)
+        check_answers("choice_reward", answer, len(completions))
+        scores: list[float | None] = []
+        for row, right in enumerate(answer):
+            if right is None:
+                scores.append(None)
+                continue
+            options = _options(row, right, letters.upper(), choices[row] if choices else None)
+            found = answer_of(prompts[row], completions[row], extraction)
+            scores.append(float(found is not None and _chosen(found, options) == right.upper()))
+        return scores
+
+    return reward
+
+
+def _options(row: int, right: str, letters: str, texts: list[str] | None) -> dict[str, str]:
+    """The row's options by letter; "" where their texts are not given."""
+    if texts is not None and not 1 <= len(texts) <= len(letters):
+        raise ValueError(
+            f"choice_reward: choices[{row}]: got {len(texts)} options, wanted 1 to {len(letters)}; give more letters"
+        )
+    options = dict.fromkeys(letters, "") if texts is None else dict(zip(letters, map(_plain, texts), strict=False))
+    if right.upper() not in options:
+        raise ValueError(
+            f"choice_reward: answer[{row}]: got {right!r}, wanted one of {', '.join(options)}; give the option's letter"
+        )
+    return options
+
+
+def _chosen(answer: str, options: dict[str, str]) -> str | None:
+    """The letter of the one option that the answer names."""
+    if len(answer) > MAX_CHARS:
+        return None
+    text = _plain(answer)
+    named = [letter for letter, option in options.items() if option and option == text]
+    if named:
+        return named[0] if len(named) == 1 else None
+    text = _LEAD.sub("", text)
+    # A letter, and either nothing after it or a mark and the option's text.
+    match = re.fullmatch(r"([(\[]?)([a-z])(?:([)\].:,]+)\s*(.*))?", text, re.DOTALL)
+    if match is None or match[2].upper() not in options or (match[1] and not match[3]):
+        return None
+    letter, rest = match[2].upper(), (match[4] or "").strip()
+    return letter if not rest or rest == options[letter] else None
+
+
+def _plain(text: str) -> str:
+    text = _WRAPPER.sub(r"\1", text).replace("*", "").replace("$", "")
+    return " ".join(text.split()).casefold().removesuffix(".").strip()

@@ -1,0 +1,160 @@
+"""Accuracy of mathematical answers: exactly where that is enough, else by computer algebra in a killable process."""
+
+from collections import Counter
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Literal, NamedTuple
+
+from deepseek_jax.rewards.accuracy import Extraction, answer_of, check_answers
+from deepseek_jax.rewards.answers import answers_match
+from deepseek_jax.rewards.combine import RewardFunction, check_strings
+from deepseek_jax.rewards.pool import PoolConfig, WorkerPool
+
+_REMEMBERED = 4096
+
+
+class Verdict(NamedTuple):
+    """The grader's word on an answer.
+
+    Attributes:
+      right: whether it is the right one.
+      how: "exact", decided without algebra; "algebra"; or why algebra gave no verdict, so that the answer counts as
+        wrong: "timeout", "memory", "died" (see `pool.Outcome`) or "error".
+    """
+
+    right: bool
+    how: Literal["exact", "algebra", "timeout", "memory", "died", "error"]
+
+
+class MathGrader:
+    """Compares final answers with the right ones; use it as a context manager around the whole run.
+
+    Worker processes start with the first answer that needs algebra, and are never inherited by or shared with anything
+    else. Equal pairs are graded once, and algebra's verdicts are remembered for the next batches.
+
+    Args:
+      config: number of workers and their limits.
+    """
+
+    def __init__(self, config: PoolConfig | None = None):
+        self._pool = WorkerPool("deepseek_jax.rewards.algebra:grade", config)
+        self._counts: Counter[str] = Counter()
+        self._restarts = 0
+        self._remembered: dict[tuple[str, str], Verdict] = {}
+
+    def __enter__(self) -> "MathGrader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self._pool.close()
+
+    def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """Grades a step's answers together, on all workers.
+
+        Args:
+          pairs: (answer, right answer), as strings.
+
+        Returns:
+          One verdict a pair, in order.
+
+        Raises:
+          ValueError: the grader is closed and algebra is needed.
+          RuntimeError: a worker cannot start.
+        """
+        verdicts = {pair: self._remembered.get(pair) or _exactly(*pair) for pair in pairs}
+        undecided = [pair for pair, verdict in verdicts.items() if verdict is None]
+        outcomes = self._pool.map([list(pair) for pair in undecided]) if undecided else []
+        if len(self._remembered) + len(undecided) > _REMEMBERED:
+            self._remembered.clear()
+        for pair, (kind, value) in zip(undecided, outcomes, strict=True):
+            verdicts[pair] = Verdict(value, "algebra") if kind == "done" else Verdict(False, kind)
+            # A death may be the machine's doing; the rest would end as it did.
+            if kind != "died":
+                self._remembered[pair] = verdicts[pair]
+        found = [verdicts[pair] for pair in pairs]
+        self._counts.update(verdict.how for verdict in found)
+        return found
+
+    def take_metrics(self) -> dict[str, float]:
+        """Counts since the last call: `grader/answers`, the sum of `grader/exact`, `grader/algebra`,
+        `grader/timeouts`, `grader/memory`, `grader/deaths` and `grader/errors`; `grader/restarts` of workers."""
+        counts, self._counts = self._counts, Counter()
+        restarts, self._restarts = self._pool.restarts - self._restarts, self._pool.restarts
+        return {
+            "grader/answers": float(counts.total()),
+            "grader/exact": float(counts["exact"]),
+            "grader/algebra": float(counts["algebra"]),
+            "grader/timeouts": float(counts["timeout"]),
+            "grader/memory": float(counts["memory"]),
+            "grader/deaths": float(counts["died"]),
+            "grader/errors": float(counts["error"]),
+            "grader/restarts": float(restarts),
+        }
+
+
+def math_reward(grader: MathGrader, *, extraction: Extraction = "strict", unclosed_box: bool = False) -> RewardFunction:
+    r"""Makes the accuracy reward: 1.0 where the completion's final answer is the row's, else 0.0.
+
+    Strict and lenient accuracy are two functions, so that both are reported; give the lenient one weight 0.
+
+    Args:
+      grader: compares the answers; it must stay open as long as the function is used.
+      extraction: "strict" takes a `\boxed{}` or `<answer>` tags, "lenient" also "the answer is" or the last number.
+      unclosed_box: whether a box that is never closed may hold the answer.
+
+    Returns:
+      A reward function that needs a column `answer` (string, or None where there is none: the score is then None).
+      It raises ValueError where the numbers of rows differ or something is not a string.
+
+    Raises:
+      ValueError: an unknown extraction.
+
+    Source: DeepSeek-R1 paper, section 2.2.2 (accuracy rewards).
+    """
+    if extraction not in ("strict", "lenient"):
+        raise ValueError(f"math_reward: extraction: got {extraction!r}, wanted 'strict' or 'lenient'; choose one")
+
+    def accuracy(
+        prompts: list[str],
+        completions: list[str],
+        completion_ids: list[list[int]],
+        *,
+        answer: list[str | None],
+        **columns: object,
+    ) -> list[float | None]:
+        check_strings("math_reward", prompts, completions)
+        check_answers("math_reward", answer, len(completions))
+        scores: list[float | None] = [None if right is None else 0.0 for right in answer]
+        pairs: dict[int, tuple[str, str]] = {}
+        for row, (prompt, completion, right) in enumerate(zip(prompts, completions, answer, strict=True)):
+            if right is not None:
+                found = answer_of(prompt, completion, extraction, unclosed_box=unclosed_box)
+                if found is not None:
+                    pairs[row] = (found, right)
+        for row, verdict in zip(pairs, grader.grade(list(pairs.values())), strict=True):
+            scores[row] = float(verdict.right)
+        return scores
+
+    return accuracy
+
+
+class _NeedsAlgebra(Exception):
+    pass
+
+
+def _exactly(answer: str, gold: str) -> Verdict | None:
+    """The verdict, None where it needs algebra."""
+    try:
+        return Verdict(answers_match(answer, gold, _refuse), "exact")
+    except _NeedsAlgebra:
+        return None
+
+
+def _refuse(answer: str, gold: str) -> bool:
+    raise _NeedsAlgebra

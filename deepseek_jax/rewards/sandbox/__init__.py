@@ -1,0 +1,345 @@
+"""Runs a model's programs where they can do no harm: Linux namespaces, limits and a system call filter.
+
+What a program finds inside: a root of read-only mounts (the interpreter, its standard library, the system's shared
+libraries, four device nodes) and one writable folder of limited size, /tmp, where it starts; no /proc, /sys, /etc or
+/home, no installed package, no network interface that is up, an environment of one variable. It is process 1 and user
+nobody of its own namespaces, has no capability and can gain none, and only file descriptors 0, 1 and 2.
+
+What is bounded: wall time, counted from the program's first instruction and enforced from outside; processor time,
+address space (of each process), processes and threads, bytes written to files, to standard output and to standard
+error. Whatever it leaves running dies with it.
+
+What is not: side channels (timing, contention), bugs of the kernel, the bits that a program can read from the machine
+(clock, processor type, kernel version), and reading the system's shared libraries and the interpreter.
+"""
+
+import functools
+import glob
+import marshal
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from deepseek_jax.rewards.sandbox.seccomp import filter_program
+
+Kind = Literal["ok", "error", "timeout", "memory", "output", "killed"]
+
+_LAUNCHER = Path(__file__).with_name("launcher.py")
+_GRACE_SECONDS = 90.0
+_MIN_MEMORY_BYTES = 64 << 20
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+
+
+class SandboxUnavailable(RuntimeError):
+    """Programs cannot be isolated here, or a sandbox could not be built; the message says what is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one program may use.
+
+    Args:
+      seconds: wall time from its first instruction, start of the interpreter included. Each of its processes is
+        limited to about as much processor time on every processor.
+      memory_bytes: address space of each of its processes, 64 MiB at least.
+      processes: how many at once. At 1 it can start no other.
+      threads: how many at once, beside each process's first; all processes share them.
+      file_bytes: of all that it writes to its folder.
+      output_bytes: of standard output and standard error together.
+
+    Raises:
+      ValueError: a number is not positive and finite, or memory_bytes is too small to start an interpreter.
+    """
+
+    seconds: float = 6.0
+    memory_bytes: int = 1 << 30
+    processes: int = 1
+    threads: int = 16
+    file_bytes: int = 16 << 20
+    output_bytes: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not (isinstance(value, int) or (name == "seconds" and isinstance(value, float))):
+                raise ValueError(f"Limits: {name}: got {value!r}, wanted a whole number; correct it")
+            if not (math.isfinite(value) and 0 < value < 1 << 53):
+                raise ValueError(f"Limits: {name}: got {value!r}, wanted a positive finite number; correct it")
+        if self.memory_bytes < _MIN_MEMORY_BYTES:
+            raise ValueError(
+                f"Limits: memory_bytes: got {self.memory_bytes}, wanted {_MIN_MEMORY_BYTES} or more, or the"
+                " interpreter does not start; raise it"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A program to run.
+
+    Args:
+      source: Python, run as the main script /tmp/main.py. Anything at all: what does not compile ends as "error".
+      stdin: what it reads from standard input, which then ends.
+      files: further contents of its folder, by plain name.
+      limits: what it may use; `files` and `source` do not count as written.
+
+    Raises:
+      ValueError: a file's name is not a plain name, or is the script's own.
+    """
+
+    source: str | bytes
+    stdin: str | bytes = ""
+    files: Mapping[str, str | bytes] = field(default_factory=dict)
+    limits: Limits = Limits()
+
+    def __post_init__(self) -> None:
+        for name in self.files:
+            if name in ("", ".", "..", "main.py") or "/" in name or "\0" in name:
+                raise ValueError(f"Program: files: got {name!r}, wanted a plain name other than main.py; rename it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """How a program ended.
+
+    Args:
+      kind: "ok" (status 0), "error" (another status), "memory" (an error, its last words a MemoryError), "timeout",
+        "output" (it wrote more than allowed), "killed" (by a signal, a crash among them).
+      code: exit status, minus the signal's number where there was one; 0 where it was stopped.
+      seconds: wall time from its first instruction to its end; neither waiting for a free worker nor building the
+        sandbox counts.
+      stdout: bytes that it wrote, cut at the limit.
+      stderr: likewise.
+    """
+
+    kind: Kind
+    code: int
+    seconds: float
+    stdout: bytes
+    stderr: bytes
+
+
+def run_program(
+    source: str | bytes,
+    *,
+    stdin: str | bytes = "",
+    files: Mapping[str, str | bytes] | None = None,
+    limits: Limits | None = None,
+    allow_unsandboxed: bool = False,
+) -> Ran:
+    """Runs one program in a sandbox of its own and waits for its end; any thread may call it.
+
+    Args:
+      source, stdin, files, limits: as in `Program`.
+      allow_unsandboxed: where no sandbox can be had, run the program as an ordinary process of this user, in a
+        temporary folder, with the limits on time, memory, file size and output and, on Linux, the system call filter.
+        It can then read and write whatever this user can. Where a sandbox can be had, it is used.
+
+    Returns:
+      How it ended.
+
+    Raises:
+      SandboxUnavailable: no sandbox can be had and `allow_unsandboxed` is False, or one could not be built.
+      ValueError: what `Program` refuses.
+    """
+    program = Program(source=source, stdin=stdin, files=files or {}, limits=limits or Limits())
+    return run_programs([program], workers=1, allow_unsandboxed=allow_unsandboxed)[0]
+
+
+def run_programs(
+    programs: Sequence[Program], *, workers: int | None = None, allow_unsandboxed: bool = False
+) -> list[Ran]:
+    """Runs programs, several at once, each in a sandbox of its own.
+
+    Args:
+      programs: what to run.
+      workers: how many run at once; by default the number of processors that this process may use.
+      allow_unsandboxed: as in `run_program`.
+
+    Returns:
+      How each ended, in their order.
+
+    Raises:
+      SandboxUnavailable: as in `run_program`.
+      ValueError: `workers` is not positive.
+    """
+    sandboxed = _choose_sandboxed(allow_unsandboxed)
+    workers = processors() if workers is None else workers
+    if workers < 1:
+        raise ValueError(f"run_programs: workers: got {workers}, wanted 1 or more; leave it out for one a processor")
+    if workers == 1 or len(programs) < 2:
+        return [_launch([program], sandboxed=sandboxed)[0] for program in programs]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(lambda program: _launch([program], sandboxed=sandboxed)[0], programs))
+
+
+def run_linked(first: Program, second: Program, *, allow_unsandboxed: bool = False) -> Ran:
+    """Runs two programs at once, in two sandboxes; each reads what the other writes to standard output.
+
+    Args:
+      first: the one whose end is waited for; `stdin` is not used.
+      second: the other; it is stopped when the first has ended.
+      allow_unsandboxed: as in `run_program`.
+
+    Returns:
+      How the first ended; its `stdout` is empty, having gone to the second.
+
+    Raises:
+      SandboxUnavailable: as in `run_program`.
+    """
+    return _launch([first, second], sandboxed=_choose_sandboxed(allow_unsandboxed))[0]
+
+
+@functools.cache
+def available() -> str | None:
+    """Tries the sandbox on a trivial program, once a process.
+
+    Returns:
+      None where it works, else one line that says what is missing.
+    """
+    if sys.platform != "linux":
+        return f"sandboxed programs need Linux namespaces, and this is {sys.platform}; run the rewards on Linux"
+    if filter_program(os.uname().machine, fork=False) is None:
+        warnings.warn(
+            f"sandbox: no system call filter for {os.uname().machine}; namespaces and limits alone hold programs",
+            stacklevel=2,
+        )
+    probe = Program(source="print(6 * 7)", limits=Limits(seconds=30.0))
+    try:
+        ran = _launch([probe], sandboxed=True)[0]
+    except SandboxUnavailable as error:
+        return str(error)
+    if ran.stdout != b"42\n":
+        return f"the interpreter does not run inside: {ran.kind}, {ran.stderr[-200:].decode(errors='replace')!r}"
+    return None
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _choose_sandboxed(allow_unsandboxed: bool) -> bool:
+    reason = available()
+    if reason is not None and not allow_unsandboxed:
+        raise SandboxUnavailable(f"{reason}; or pass allow_unsandboxed=True to run programs as this user, unprotected")
+    return reason is None
+
+
+def _launch(programs: Sequence[Program], *, sandboxed: bool) -> list[Ran]:
+    if sandboxed:
+        return _ask(programs, [""] * len(programs), sandboxed)
+    with tempfile.TemporaryDirectory(prefix="unsandboxed-") as parent:
+        folders = [os.path.join(parent, str(index)) for index in range(len(programs))]
+        for folder in folders:
+            os.mkdir(folder)
+        return _ask(programs, folders, sandboxed)
+
+
+def _ask(programs: Sequence[Program], folders: Sequence[str], sandboxed: bool) -> list[Ran]:
+    """Runs the launcher: a clean interpreter, since this process has threads and must not be forked.
+
+    marshal carries the request because it costs the launcher no import; both ends are ours. The answer holds what
+    hostile programs wrote, and is plain lines and counted bytes.
+    """
+    request = {
+        "sandboxed": sandboxed,
+        "linked": len(programs) > 1,
+        "base": os.path.realpath(tempfile.gettempdir()),
+        "python": _interpreter(),
+        **_visible(),
+        "cells": [_cell(*pair) for pair in zip(programs, folders, strict=True)],
+    }
+    command = [_interpreter(), "-I", "-S", str(_LAUNCHER)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=pipe, env={}, cwd="/", start_new_session=True
+    ) as launcher:
+        try:
+            limit = max(program.limits.seconds for program in programs) + _GRACE_SECONDS
+            answer, complaint = launcher.communicate(marshal.dumps(request), timeout=limit)
+        except BaseException:
+            launcher.kill()
+            raise
+    if launcher.returncode != 0:
+        lines = complaint.decode(errors="replace").strip().splitlines() or [f"exit status {launcher.returncode}"]
+        raise SandboxUnavailable(_explain(lines[-1]))
+    return _parse(answer, len(programs))
+
+
+def _cell(program: Program, folder: str) -> dict[str, Any]:
+    limits = program.limits
+    return {
+        "files": {name: _bytes(content) for name, content in {**program.files, "main.py": program.source}.items()},
+        "stdin": _bytes(program.stdin),
+        "limits": vars(limits),
+        "filter": _filter(limits.processes > 1),
+        "folder": folder,
+    }
+
+
+def _parse(answer: bytes, count: int) -> list[Ran]:
+    results = []
+    for _ in range(count):
+        line, _, answer = answer.partition(b"\n")
+        kind, code, seconds, out_length, err_length = line.decode().split()
+        cut = int(out_length)
+        end = cut + int(err_length)
+        out, err, answer = answer[:cut], answer[cut:end], answer[end:]
+        if kind == "unavailable":
+            raise SandboxUnavailable(_explain(err.decode(errors="replace")))
+        if kind == "error" and err.rstrip().rpartition(b"\n")[2].startswith(b"MemoryError"):
+            kind = "memory"
+        results.append(Ran(kind=kind, code=int(code), seconds=float(seconds), stdout=out, stderr=err))
+    return results
+
+
+def _explain(failure: str) -> str:
+    return (
+        f"no sandbox: {failure}; it needs Linux 5.12 or newer with unprivileged user namespaces (in a container also a"
+        " seccomp profile that allows unshare and mount; on Ubuntu kernel.apparmor_restrict_unprivileged_userns=0)"
+    )
+
+
+def _bytes(text: str | bytes) -> bytes:
+    # A model's text may hold lone surrogates; inside they make an honest error of the program's.
+    return text if isinstance(text, bytes) else text.encode("utf-8", errors="surrogatepass")
+
+
+@functools.cache
+def _filter(fork: bool) -> bytes | None:
+    return filter_program(os.uname().machine, fork=fork) if sys.platform == "linux" else None
+
+
+@functools.cache
+def _interpreter() -> str:
+    """The interpreter itself, not a virtual environment's link to it: inside there are no installed packages."""
+    return os.path.realpath(sys._base_executable)
+
+
+@functools.cache
+def _visible() -> dict[str, Any]:
+    """What programs see of this machine: mounts as (path, kind), symbolic links, and folders covered by empty ones."""
+    prefix = os.path.realpath(sys.base_prefix)
+    wanted = [f"{prefix}/lib", f"{prefix}/lib64", "/usr/lib", "/usr/lib64", "/lib", "/lib64"]
+    links = [(path, os.readlink(path)) for path in dict.fromkeys(wanted) if os.path.islink(path)]
+    folders: list[str] = []
+    for path in sorted(path for path in set(wanted) if os.path.isdir(path) and not os.path.islink(path)):
+        if not any(path.startswith(folder + "/") for folder in folders):
+            folders.append(path)
+    files = [path for path in (_interpreter(), "/etc/ld.so.cache") if os.path.exists(path)]
+    devices = [path for path in _DEVICES if os.path.exists(path)]
+    kinds = (("folder", folders), ("file", files), ("device", devices))
+    hidden = [
+        path
+        for folder in folders
+        for name in ("site-packages", "dist-packages")
+        for path in glob.glob(f"{folder}/python*/{name}")
+    ]
+    return {"binds": [(path, kind) for kind, paths in kinds for path in paths], "links": links, "hidden": hidden}
