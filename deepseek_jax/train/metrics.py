@@ -1,22 +1,54 @@
-"""A run's numbers: one JSON line a step, right through kills and resumes, and TensorBoard events beside."""
+"""A run's numbers: one JSON line a step, right through kills and resumes; TensorBoard events and W&B beside."""
 
 import json
 import math
 import os
+import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from tensorboardX import SummaryWriter
 
 from deepseek_jax import processes
+from deepseek_jax.checkpoint.files import read_json, write_whole
 
 RESERVED = ("stage", "step", "time", "nonfinite")
 
 # A kill loses at most these last seconds of TensorBoard events, and nothing of metrics.jsonl.
 _EVENT_FLUSH_SECONDS = 5
+
+
+# A loss that prints as 0.0000. Rounding leaves 1e-8 or so of a sum of advantages that is 0.
+_SMALL_LOSS = 5e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Where Weights & Biases shows a run. The library is an extra; nothing is sent unless this is given.
+
+    Args:
+        project: of the run; made there if absent.
+        entity: user or team; None is the user's own.
+        name: of the run there; None lets W&B choose.
+        offline: write into the run's folder only, for `wandb sync` later. WANDB_MODE can ask for the same.
+
+    Raises:
+        ValueError: an empty project.
+    """
+
+    project: str
+    entity: str | None = None
+    name: str | None = None
+    offline: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.project:
+            raise ValueError("wandb project: got an empty name, wanted one; leave the whole setting out for no W&B")
 
 
 class MetricLog:
@@ -33,25 +65,32 @@ class MetricLog:
     What is there already stays, but for a last line that a kill cut short. A run that goes on from a checkpoint
     calls `truncate` with the checkpoint's stage and step.
 
+    With W&B, a line is a step there, by its number in the file, and each stage's curves run over `<stage>/step`. The
+    run's id is kept in `wandb.json` with the number of lines sent, so that a resumed run goes on in the same W&B run
+    and sends no step twice: those that it runs again are the same, and are passed over. A kill may cost W&B one line.
+
     In several processes all may make one and call it alike: the main process alone reads and writes files.
 
     Args:
         folder: Where `metrics.jsonl` and `tensorboard/` live; made if absent.
+        wandb: None for none.
 
     Raises:
-        ValueError: A line other than the last is not JSON.
+        ValueError: A line other than the last is not JSON; or W&B is asked for and is not installed or cannot start.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, *, wandb: WandbConfig | None = None):
         self.folder = Path(folder)
         self.path = self.folder / "metrics.jsonl"
         self._writers: dict[str, SummaryWriter] = {}
-        self._last_step: dict[str, int] = {}
+        self._wandb: _WandbRun | None = None
         if not processes.is_main():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        rows, ends = _scan(self.path)
-        self._cut(rows, ends, keep=len(rows))
+        self._lines = StepLines(self.path)
+        if wandb is not None:
+            self._wandb = _WandbRun(self.folder, wandb)
+        self._purge()
 
     def write(self, step: int, values: Mapping[str, Any], stage: str) -> None:
         """Adds one line, which outlives a kill of the process from the moment this returns.
@@ -66,11 +105,6 @@ class MetricLog:
         """
         if taken := [name for name in values if name in RESERVED]:
             raise ValueError(f"metric name {taken[0]!r} is reserved: rename the metric")
-        if not stage.replace("_", "").replace("-", "").replace(".", "").isalnum():
-            raise ValueError(f"stage must be letters, digits, '_', '-' and '.', got {stage!r}")
-        if step < (last := self._last_step.get(stage, step)):
-            raise ValueError(f"{stage} step {step} comes after step {last}: call truncate({stage!r}, {step - 1})")
-
         if not processes.is_main():
             return
         now = time.time()
@@ -79,10 +113,8 @@ class MetricLog:
         row |= {name: number if math.isfinite(number) else None for name, number in numbers.items()}
         if odd := {name: str(number) for name, number in numbers.items() if not math.isfinite(number)}:
             row["nonfinite"] = odd
-        # Closed at each line, so that a kill can cut the last line short and do nothing worse.
-        with self.path.open("ab") as file:
-            file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self._last_step[stage] = int(step)
+        place = len(self._lines)
+        self._lines.append(row)
 
         writer = self._writers.get(stage) or self._open_writer(stage, purge_step=int(step))
         for name, number in numbers.items():
@@ -90,20 +122,23 @@ class MetricLog:
             if math.isfinite(number):
                 writer.add_scalar(f"{stage}/{name}", number, int(step), now)
 
+        if self._wandb is not None:
+            self._wandb.send(place, stage, int(step), numbers)
+
     def truncate(self, stage: str, step: int) -> None:
         """Forgets what followed a step: later steps of its stage, and everything written after them.
 
         Earlier stages stay whole. Stages that began after this step go, since they will be run again.
         """
         if processes.is_main():
-            rows, ends = _scan(self.path)
-            self._cut(rows, ends, keep=_kept(rows, stage, step))
+            self._lines.truncate(stage, step)
+            self._purge()
 
     def close(self) -> None:
-        """Writes out and closes the TensorBoard files. A later `write` opens new ones."""
-        for writer in self._writers.values():
-            writer.close()
-        self._writers.clear()
+        """Writes out and closes the TensorBoard files and the W&B run. A later `write` opens them again."""
+        self._close_writers()
+        if self._wandb is not None:
+            self._wandb.close()
 
     def __enter__(self) -> Self:
         return self
@@ -113,15 +148,16 @@ class MetricLog:
     ) -> None:
         self.close()
 
-    def _cut(self, rows: list[dict[str, Any]], ends: list[int], keep: int) -> None:
-        """Keeps the first lines of the file, and hides the events of the others from TensorBoard."""
-        if self.path.exists():
-            # What is kept is always a prefix, so one truncation does it and no kill can come in between.
-            os.truncate(self.path, ends[keep - 1] if keep else 0)
-        self._last_step = {row["stage"]: row["step"] for row in rows[:keep]}
-        self.close()
+    def _purge(self) -> None:
+        """Hides from TensorBoard the events of lines that are gone."""
+        self._close_writers()
         for run in sorted((self.folder / "tensorboard").glob("*/")):
-            self._open_writer(run.name, purge_step=self._last_step.get(run.name, -1) + 1)
+            self._open_writer(run.name, purge_step=self._lines.last_step.get(run.name, -1) + 1)
+
+    def _close_writers(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+        self._writers.clear()
 
     def _open_writer(self, stage: str, purge_step: int) -> SummaryWriter:
         run = self.folder / "tensorboard" / stage
@@ -134,6 +170,124 @@ class MetricLog:
             filename_suffix=f".{number:04d}",
         )
         return self._writers[stage]
+
+
+class _WandbRun:
+    """A W&B run that outlives the process: its id, and how many lines of `metrics.jsonl` it got."""
+
+    def __init__(self, folder: Path, config: WandbConfig):
+        if find_spec("wandb") is None:
+            raise ValueError("wandb: not installed, but a project was given: pip install 'deepseek_jax[wandb]'")
+        self._folder, self._config = folder, config
+        self._path = folder / "wandb.json"
+        held = read_json(self._path) if self._path.exists() else {"id": secrets.token_hex(4), "sent": 0}
+        self._id, self._sent = held["id"], held["sent"]
+        self._open()
+
+    def _open(self) -> None:
+        import wandb
+
+        try:
+            self._run = wandb.init(
+                project=self._config.project,
+                entity=self._config.entity,
+                name=self._config.name,
+                id=self._id,
+                resume="allow",
+                dir=str(self._folder),
+                mode="offline" if self._config.offline else None,  # None leaves it to WANDB_MODE
+            )
+        except wandb.errors.Error as problem:
+            why = " ".join(str(problem).split())
+            raise ValueError(f"wandb: cannot start: {why}; log in, or keep it offline") from None
+        self._stages: set[str] = set()
+        self._note()
+
+    def send(self, place: int, stage: str, step: int, numbers: Mapping[str, float]) -> None:
+        """Sends a line by its place in the file, unless that was sent before."""
+        if place < self._sent:
+            return
+        if self._run is None:
+            self._open()
+        if stage not in self._stages:
+            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+            self._stages.add(stage)
+        # Noted first: a kill in between loses W&B a step, and shows none twice.
+        self._sent = place + 1
+        self._note()
+        self._run.log(
+            {f"{stage}/{name}": number for name, number in numbers.items()} | {f"{stage}/step": step}, step=place
+        )
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
+
+    def _note(self) -> None:
+        write_whole(self._path, json.dumps({"id": self._id, "sent": self._sent}).encode())
+
+
+class _Mark(NamedTuple):
+    stage: str
+    step: int
+    end: int
+
+
+class StepLines:
+    """A file of JSON lines that each belong to a step of a stage, in which no step is twice.
+
+    What is there already stays, but for a last line that a kill cut short.
+
+    Args:
+        path: of the file, in a folder that is there.
+
+    Attributes:
+        last_step: the last step written, by stage.
+
+    Raises:
+        ValueError: a whole line is not a JSON object with a stage and a step.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._marks = [_Mark(row["stage"], row["step"], end) for row, end in read_lines(path)]
+        self._cut(len(self._marks))
+
+    def __len__(self) -> int:
+        return len(self._marks)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Adds a line, which outlives a kill of the process from the moment this returns.
+
+        Args:
+            row: what strict JSON can hold, with `stage` and `step`.
+
+        Raises:
+            ValueError: the stage cannot name a folder, or the step goes back.
+        """
+        stage, step = row["stage"], row["step"]
+        if not stage.replace("_", "").replace("-", "").replace(".", "").isalnum():
+            raise ValueError(f"stage must be letters, digits, '_', '-' and '.', got {stage!r}")
+        if step < (last := self.last_step.get(stage, step)):
+            raise ValueError(f"{stage} step {step} comes after step {last}: call truncate({stage!r}, {step - 1})")
+        # Closed at each line, so that a kill can cut the last line short and do nothing worse.
+        with self.path.open("ab") as file:
+            file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+            end = file.tell()
+        self._marks.append(_Mark(stage, step, end))
+        self.last_step[stage] = step
+
+    def truncate(self, stage: str, step: int) -> None:
+        """Forgets later steps of this stage, and everything written after them; see `MetricLog.truncate`."""
+        self._cut(_kept(self._marks, stage, step))
+
+    def _cut(self, keep: int) -> None:
+        del self._marks[keep:]
+        if self.path.exists():
+            # What is kept is always a prefix, so one truncation does it and no kill can come in between.
+            os.truncate(self.path, self._marks[-1].end if self._marks else 0)
+        self.last_step = {mark.stage: mark.step for mark in self._marks}
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -154,26 +308,49 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     path = path / "metrics.jsonl" if path.is_dir() else path
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file: pass a metrics.jsonl or the folder of a run")
-    rows, _ = _scan(path)
+    rows = [row for row, _ in read_lines(path)]
     for row in rows:
         row |= {name: float(text) for name, text in row.pop("nonfinite", {}).items()}
     return rows
 
 
-def _scan(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """Reads all whole lines, each with the byte offset where it ends; nothing of a file that is not there."""
-    rows: list[dict[str, Any]] = []
-    ends: list[int] = []
+def explain_first_loss(metrics: Mapping[str, float]) -> str | None:
+    """Says why the first GRPO step has a loss of 0, which looks like a failure and is none; or when it is one.
+
+    Args:
+        metrics: of a stage's first step, by the names that `MetricLog` gets.
+
+    Returns:
+        A sentence for whoever watches; None where the loss is not 0 (another loss than GRPO's, tokens averaged over
+        samples of unequal length, a balance loss) or the metrics are not those of RL.
+
+    Source: arXiv 2402.03300 equation 3 at a ratio of 1.
+    """
+    loss = metrics.get("loss")
+    if loss is None or "reward" not in metrics or not abs(loss) < _SMALL_LOSS:
+        return None
+    if metrics.get("frac_reward_zero_std", 0.0) >= 1:
+        return (
+            "The first loss is 0 because all answers to each question got the same reward: there was nothing to learn "
+            "from. If it stays so, change the questions, the temperature or the reward."
+        )
+    return (
+        "A first loss of 0 is right: the policy is still the one that sampled, so every ratio is 1 and the advantages "
+        "of each group sum to 0, as does the KL. Its gradient is not 0; watch the reward."
+    )
+
+
+def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """All whole lines, each with the byte offset where it ends; nothing of a file that is not there."""
     if not path.exists():
-        return rows, ends
+        return
     end = 0
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        if not line.endswith(b"\n"):
-            break
-        end += len(line)
-        rows.append(_parse(line, f"{path}, line {number}"))
-        ends.append(end)
-    return rows, ends
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            end += len(line)
+            yield _parse(line, f"{path}, line {number}"), end
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
@@ -186,10 +363,10 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
-def _kept(rows: list[dict[str, Any]], stage: str, step: int) -> int:
-    """How many leading rows stay when a run goes on from this step of this stage."""
-    for index, row in enumerate(rows):
-        if row["stage"] == stage and row["step"] > step:
+def _kept(marks: list[_Mark], stage: str, step: int) -> int:
+    """How many leading lines stay when a run goes on from this step of this stage."""
+    for index, mark in enumerate(marks):
+        if mark.stage == stage and mark.step > step:
             return index
-    ours = [index for index, row in enumerate(rows) if row["stage"] == stage]
-    return ours[-1] + 1 if ours else len(rows)
+    ours = [index for index, mark in enumerate(marks) if mark.stage == stage]
+    return ours[-1] + 1 if ours else len(marks)

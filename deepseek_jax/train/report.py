@@ -1,9 +1,12 @@
 """A run's `report.html`: summary, curves and samples in one file that asks the network for nothing.
 
-Sampled text is hostile input: all text is escaped, and the page's own policy forbids scripts and requests.
+Sampled text is hostile input: all text is escaped, and the page's own policy forbids requests, and scripts but for the
+one that searches completions, which it knows by its digest.
 """
 
+import base64
 import fnmatch
+import hashlib
 import html
 import io
 import json
@@ -19,6 +22,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from deepseek_jax.train.metrics import explain_first_loss
 
 # Drawn in colours that nothing else uses, and then exchanged for the page's own, which follow light and dark.
 _PAGE_COLOURS = {
@@ -52,13 +57,19 @@ class Panel:
 
 PANELS = (
     Panel(title="Reward", unit="reward", names=("reward", "reward_std")),
-    Panel(title="Accuracy", unit="%", names=("accuracy", "eval/accuracy"), percent=True),
-    Panel(title="Response length", unit="tokens", names=("completions/mean_length",)),
+    Panel(title="Accuracy", unit="%", names=("accuracy", "eval/accuracy", "eval_accuracy"), percent=True),
+    Panel(
+        title="Response length",
+        unit="tokens",
+        names=("completions/mean_length", "completions/min_length", "completions/max_length"),
+    ),
+    Panel(title="Length of finished responses", unit="tokens", names=("completions/*_terminated_length",)),
     Panel(title="KL to the reference", unit="nats per token", names=("kl",)),
     Panel(title="Entropy", unit="nats per token", names=("entropy",)),
     Panel(title="Reward parts", unit="mean reward", names=("rewards/*/mean",)),
-    Panel(title="Loss", unit="loss", names=("loss", "eval/loss")),
-    Panel(title="Learning rate", unit="per update", names=("learning_rate",), exact=True),
+    Panel(title="Spread of reward parts", unit="standard deviation", names=("rewards/*/std",)),
+    Panel(title="Loss", unit="loss", names=("loss", "policy_loss", "eval/loss", "eval_loss")),
+    Panel(title="Learning rate", unit="per update", names=("learning_rate", "lr"), exact=True),
     Panel(title="Gradient norm", unit="global norm", names=("grad_norm",)),
     Panel(
         title="Clipping, and groups of equal reward",
@@ -66,14 +77,19 @@ PANELS = (
         names=("clip_ratio", "clip_ratio/*", "completions/clipped_ratio", "frac_reward_zero_std"),
         percent=True,
     ),
+    Panel(title="Ratio to the sampling policy", unit="ratio", names=("ratio",)),
     Panel(
         title="Sampler against trainer",
         unit="|difference|, nats",
         names=("sampling/sampling_logp_difference/*",),
         log=True,
     ),
+    Panel(
+        title="Importance sampling", unit="ratio, trainer to sampler", names=("sampling/importance_sampling_ratio/*",)
+    ),
+    Panel(title="Experts that differ", unit="%", names=("sampling/experts_differ",), percent=True),
     Panel(title="Tokens seen", unit="tokens", names=("num_tokens",), exact=True),
-    Panel(title="Step time", unit="seconds", names=("step_time",)),
+    Panel(title="Step time", unit="seconds", names=("step_time", "time/*", "timing/*")),
 )
 
 _STYLE = """
@@ -111,7 +127,42 @@ th.number { text-align: right; }
 pre { margin: 0; min-width: 200px; max-height: 320px; overflow: auto; white-space: pre-wrap;
   overflow-wrap: anywhere; unicode-bidi: isolate; font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; }
 .note { color: var(--faint); }
+.find { display: flex; flex-wrap: wrap; gap: 10px; align-items: center; margin: 0 0 12px; }
+.find input, .find button { font: inherit; color: inherit; background: var(--card); padding: 6px 12px;
+  border: 1px solid var(--line); border-radius: 8px; }
+.find input { flex: 1 1 260px; }
+.group { padding: 12px 14px; margin: 0 0 10px; }
+.group > summary { color: var(--ink); margin: 0; overflow-wrap: anywhere; }
+.group h4 { margin: 14px 0 6px; font-size: 13px; color: var(--faint); }
 @media print { body { max-width: none; } pre { max-height: none; } figure, tr { break-inside: avoid; } }
+"""
+
+# Shows the completions, or groups by their prompt, that hold the text; opens what it found, and closes it after.
+_SCRIPT = """
+"use strict";
+const box = document.getElementById("find"), told = document.getElementById("found");
+const groups = [...document.querySelectorAll("details.group")];
+const holds = (element, text) => element.textContent.toLowerCase().includes(text);
+box.addEventListener("input", () => {
+  const text = box.value.trim().toLowerCase();
+  let found = 0;
+  for (const group of groups) {
+    const whole = holds(group.querySelector(".asked"), text);
+    let any = false;
+    for (const row of group.querySelectorAll("tbody tr")) {
+      row.hidden = !(whole || holds(row, text));
+      any = any || !row.hidden;
+      found += row.hidden ? 0 : 1;
+    }
+    group.hidden = !any;
+    group.open = text !== "" && any;
+  }
+  told.textContent = text === "" ? "" : found + " found";
+});
+document.getElementById("expand").addEventListener("click", () => {
+  const open = groups.some((group) => !group.hidden && !group.open);
+  for (const group of groups) group.open = open;
+});
 """
 
 
@@ -122,6 +173,7 @@ def write_report(
     summary: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     samples: Sequence[Mapping[str, Any]],
+    completions: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """Writes `report.html` into a run's folder.
 
@@ -134,6 +186,8 @@ def write_report(
             metrics that no panel names are folded away below the others.
         samples: What the model wrote: dicts with `prompt` and `completion` texts, optionally `rewards`, a
             mapping of reward names to numbers or None, and any further columns.
+        completions: What `read_samples` returns: what the model wrote in the course of the training. All of it is in
+            the page, so that a long run asks for `steps=3`, say: the first, a middle and the last line of each stage.
 
     Returns:
         The path of the file. A reader never sees half of it.
@@ -146,15 +200,19 @@ def write_report(
         *(_stage(stage, [row for row in rows if row["stage"] == stage], i) for i, stage in enumerate(stages)),
         "" if rows else '<p class="note">No metrics were written.</p>',
         _samples(samples),
+        _course(completions),
     ]
+    # No other script runs than this one, whatever a model wrote.
+    policy = f" script-src 'sha256-{base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()}';"
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         # Should any text ever slip through as markup, the browser still runs nothing and asks no one.
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        "style-src 'unsafe-inline'\">\n"
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\';'
+        f"{policy if completions else ''} style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(part for part in body if part)
+        + (f"\n<script>{_SCRIPT}</script>" if completions else "")
         + "\n</body>\n</html>\n"
     )
     path = Path(folder) / "report.html"
@@ -191,7 +249,8 @@ def _stage(stage: str, rows: list[Mapping[str, Any]], number: int) -> str:
     known, other = [], []
     for panel, on_panel in _match(names):
         taken.update(on_panel)
-        known.append(_figure(panel, on_panel, rows, f"s{number}p{len(known)}"))
+        note = _first_loss(rows[0]) if "loss" in on_panel else ""
+        known.append(_figure(panel, on_panel, rows, f"s{number}p{len(known)}", note))
     for name in names:
         if name not in taken:
             panel = Panel(title=name, unit="value", names=(name,))
@@ -215,14 +274,22 @@ def _match(names: list[str]) -> Iterator[tuple[Panel, list[str]]]:
             yield panel, found
 
 
-def _figure(panel: Panel, names: list[str], rows: list[Mapping[str, Any]], key: str) -> str:
+def _first_loss(row: Mapping[str, Any]) -> str:
+    """What there is to say of the loss of a stage's first step."""
+    if row["step"] > 1:
+        return ""
+    why = explain_first_loss({name: value for name, value in row.items() if isinstance(value, int | float)})
+    return f'<p class="note">{_text(why)}</p>' if why else ""
+
+
+def _figure(panel: Panel, names: list[str], rows: list[Mapping[str, Any]], key: str, told: str = "") -> str:
     """One plot as a figure element: faint points as measured, and a smoothed line through them."""
     curves = {name: _series(name, rows) for name in names}
     left_out = sum(absent for _, _, absent in curves.values())
     note = f" <small>{left_out} values not finite, left out</small>" if left_out else ""
     return (
         f'<figure class="card"><figcaption>{_text(panel.title)}{note}</figcaption>'
-        f"{_svg(panel, {name: (x, y) for name, (x, y, _) in curves.items()}, key)}</figure>"
+        f"{_svg(panel, {name: (x, y) for name, (x, y, _) in curves.items()}, key)}{told}</figure>"
     )
 
 
@@ -321,6 +388,52 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
         f'<section><h2>Samples</h2>\n<div class="card scroll"><table><thead><tr>{head}</tr></thead>\n'
         f"<tbody>{''.join(body)}</tbody></table></div></section>"
     )
+
+
+def _course(completions: Sequence[Mapping[str, Any]]) -> str:
+    """What the model wrote step by step: a folded table for each prompt, with a box to search them all."""
+    if not completions:
+        return ""
+    parts = [
+        f"<h3>{_text(row['stage'])}, step {_text(_value(row['step']))}</h3>"
+        + "".join(_group(group) for group in row["groups"])
+        for row in completions
+    ]
+    return (
+        '<section><h2>Completions over the training</h2>\n<div class="find">'
+        '<input id="find" type="search" placeholder="Search prompts and completions" autocomplete="off">'
+        '<button id="expand" type="button">Open or close all</button><span id="found" class="note"></span></div>\n'
+        + "\n".join(parts)
+        + "</section>"
+    )
+
+
+def _group(group: Mapping[str, Any]) -> str:
+    samples = group["samples"]
+    names = list(dict.fromkeys(name for sample in samples for name in sample["rewards"]))
+    numbers = [*names, "reward", "advantage", "length", "finished"]
+    head = "<th>completion</th>" + "".join(f'<th class="number">{_text(name)}</th>' for name in numbers)
+    body = []
+    for sample in samples:
+        cells = [_cell(sample["completion"])] + [_cell(sample["rewards"].get(name)) for name in names]
+        cells += [_cell(sample[name]) for name in ("reward", "advantage", "length")]
+        cells += [f'<td class="number">{"yes" if sample["finished"] else "cut off"}</td>']
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    rewards = [sample["reward"] for sample in samples if sample["reward"] is not None]
+    mean = f" <small class='note'>mean reward {_value(float(np.mean(rewards)))}</small>" if rewards else ""
+    wanted = group.get("answer")
+    answer = f'<h4>Wanted</h4><pre dir="auto">{_text(wanted)}</pre>' if wanted is not None else ""
+    return (
+        f'<details class="group card"><summary>{_text(_first_words(group["prompt"]))}{mean}</summary>'
+        f'<h4>Prompt</h4><pre class="asked" dir="auto">{_text(group["prompt"])}</pre>{answer}'
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div></details>"
+    )
+
+
+def _first_words(text: str) -> str:
+    shown = " ".join(text[:400].split())
+    return shown if len(shown) <= 120 else shown[:119] + "…"
 
 
 def _cell(value: Any) -> str:

@@ -5,7 +5,9 @@ import signal
 import struct
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from deepseek_jax.train.metrics import MetricLog, read_metrics
+from deepseek_jax.train.metrics import MetricLog, WandbConfig, explain_first_loss, read_metrics
 
 
 def steps(folder: Path) -> list[tuple[str, int]]:
@@ -181,3 +183,134 @@ def test_a_spoilt_line_is_named(tmp_path: Path, line: str, complaint: str):
 def test_a_missing_file_is_named(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="metrics.jsonl: no such file"):
         read_metrics(tmp_path)
+
+
+# --- Weights & Biases ------------------------------------------------------------------------------
+
+
+class Service:
+    """Stands for wandb: what the server has of each run, by its id."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self):
+        self.errors = SimpleNamespace(Error=self.Error)
+        self.asked: list[dict] = []
+        self.runs: dict[str, list[tuple[int, dict]]] = {}
+        self.metrics: list[tuple[str, str]] = []
+        self.open = 0
+
+    def init(self, **settings):
+        if settings["project"] == "closed":
+            raise self.Error("api_key not configured\n(no-tty)")
+        self.asked.append(settings)
+        self.open += 1
+        history = self.runs.setdefault(settings["id"], [])
+        return SimpleNamespace(
+            log=lambda values, step: history.append((step, values)),
+            define_metric=lambda name, step_metric: self.metrics.append((name, step_metric)),
+            finish=self._finish,
+        )
+
+    def _finish(self):
+        self.open -= 1
+
+
+@pytest.fixture
+def service(monkeypatch) -> Service:
+    fake = Service()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr("deepseek_jax.train.metrics.find_spec", lambda name: fake)
+    return fake
+
+
+def test_nothing_goes_to_wandb_unasked(tmp_path: Path, service: Service):
+    fill(tmp_path)
+    assert service.asked == [] and not (tmp_path / "wandb.json").exists()
+
+
+def test_a_line_is_a_step_there_and_each_stage_has_its_own_axis(tmp_path: Path, service: Service):
+    with MetricLog(tmp_path, wandb=WandbConfig(project="p", name="n", offline=True)) as log:
+        log.write(1, {"loss": 2.0}, "sft")
+        log.write(1, {"loss": 0.0, "reward": math.nan}, "grpo")
+    ((first, second),) = service.runs.values()
+    assert first == (0, {"sft/loss": 2.0, "sft/step": 1})
+    assert second[0] == 1 and second[1]["grpo/loss"] == 0.0 and math.isnan(second[1]["grpo/reward"])
+    assert service.metrics == [("sft/*", "sft/step"), ("grpo/*", "grpo/step")]
+    (asked,) = service.asked
+    assert (asked["project"], asked["name"], asked["mode"]) == ("p", "n", "offline")
+    assert (asked["resume"], asked["dir"]) == ("allow", str(tmp_path)) and service.open == 0
+
+
+def test_a_resumed_run_is_the_same_one_there_with_every_step_once(tmp_path: Path, service: Service):
+    """Killed after step 5 with a checkpoint at step 3; then killed again at once; then run to the end."""
+    for resumed, end in ((0, 5), (3, 4), (3, 9)):
+        log = MetricLog(tmp_path, wandb=WandbConfig(project="p"))
+        log.truncate("grpo", resumed)
+        for step in range(resumed + 1, end + 1):
+            log.write(step, {"loss": 1 / step}, "grpo")
+    ((identity, history),) = service.runs.items()
+    assert [step for step, _ in history] == list(range(9))
+    assert [values["grpo/step"] for _, values in history] == list(range(1, 10))
+    assert len(service.asked) == 3 and {asked["id"] for asked in service.asked} == {identity}
+    assert steps(tmp_path) == [("grpo", step) for step in range(1, 10)]
+
+
+def test_a_log_that_was_closed_opens_the_run_again(tmp_path: Path, service: Service):
+    log = MetricLog(tmp_path, wandb=WandbConfig(project="p"))
+    log.write(1, {"loss": 1.0}, "sft")
+    log.close()
+    log.write(2, {"loss": 1.0}, "sft")
+    log.close()
+    assert len(service.runs) == 1 and service.open == 0
+    assert [step for history in service.runs.values() for step, _ in history] == [0, 1]
+
+
+def test_wandb_that_cannot_start_is_one_line(tmp_path: Path, service: Service):
+    with pytest.raises(ValueError, match=r"wandb: cannot start: api_key not configured \(no-tty\); log in") as error:
+        MetricLog(tmp_path, wandb=WandbConfig(project="closed"))
+    assert "\n" not in str(error.value)
+
+
+def test_wandb_that_is_not_installed_is_named(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("deepseek_jax.train.metrics.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"wandb: not installed.*pip install 'deepseek_jax\[wandb\]'"):
+        MetricLog(tmp_path, wandb=WandbConfig(project="p"))
+    with pytest.raises(ValueError, match="wandb project: got an empty name"):
+        WandbConfig(project="")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("wandb") is None, reason="needs wandb: pip install -e '.[wandb]'")
+def test_wandb_itself_takes_a_run_and_its_resume_offline(tmp_path: Path):
+    for resumed, end in ((0, 3), (2, 5)):
+        with MetricLog(tmp_path, wandb=WandbConfig(project="p", offline=True)) as log:
+            log.truncate("grpo", resumed)
+            for step in range(resumed + 1, end + 1):
+                log.write(step, {"loss": 1 / step}, "grpo")
+    identity = json.loads((tmp_path / "wandb.json").read_text())
+    assert identity["sent"] == 5
+    found = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(found) == 2 and all(path.name == f"run-{identity['id']}.wandb" for path in found)
+    assert all(path.stat().st_size > 0 for path in found)
+
+
+# --- the first loss --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metrics", "word"),
+    [
+        ({"loss": 0.0, "reward": 0.3}, "is right"),
+        ({"loss": -3e-8, "reward": 0.3, "frac_reward_zero_std": 0.9}, "is right"),
+        ({"loss": 0.0, "reward": 0.0, "frac_reward_zero_std": 1.0}, "nothing to learn from"),
+        ({"loss": 0.01, "reward": 0.3}, None),
+        ({"loss": math.nan, "reward": 0.3}, None),
+        ({"loss": 0.0}, None),
+        ({"reward": 0.3}, None),
+    ],
+)
+def test_a_first_loss_of_zero_is_explained(metrics: dict, word: str | None):
+    told = explain_first_loss(metrics)
+    assert told is None if word is None else word in told

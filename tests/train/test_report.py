@@ -1,3 +1,5 @@
+import base64
+import hashlib
 import math
 import re
 from html.parser import HTMLParser
@@ -209,3 +211,67 @@ def test_smoothing_is_the_mean_of_the_neighbours(values: list[float], window: in
 
 def test_smoothing_keeps_a_constant_to_the_last_bit():
     np.testing.assert_array_equal(smooth(np.full(200, 1e-4), 13), np.full(200, 1e-4))
+
+
+def course(text: str = "t", step: int = 1, **values) -> list[dict]:
+    sample = {
+        "completion": text,
+        "rewards": {text: 1.0, "format": None},
+        "reward": 0.5,
+        "advantage": None,
+        "length": 7,
+        "finished": False,
+    }
+    return [
+        {"stage": text, "step": step, "groups": [{"prompt": text, "answer": text, "samples": [sample | values] * 2}]}
+    ]
+
+
+def with_course(folder: Path, completions) -> tuple[str, Page]:
+    path = write_report(folder, title="t", summary={}, rows=[], samples=[], completions=completions)
+    source = path.read_text(encoding="utf-8")
+    page = Page(source)
+    assert page.open == []
+    return source, page
+
+
+@pytest.mark.parametrize("text", [*HOSTILE, "</script><script>alert(1)</script>", "</summary></details>"])
+def test_hostile_completions_are_shown_and_never_run(tmp_path: Path, text: str):
+    benign, hostile = (with_course(tmp_path, course(t)) for t in ("t", text))
+    assert hostile[1].tags == benign[1].tags and hostile[1].tags.count("script") == 1
+    assert not [name for name, _ in hostile[1].attributes if name.startswith("on")]
+    assert sum(text in chunk for chunk in hostile[1].text) >= 6
+
+
+def test_only_the_page_s_own_script_may_run(tmp_path: Path):
+    source, page = with_course(tmp_path, course())
+    (script,) = re.findall(r"<script>(.*?)</script>", source, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = [value for name, value in page.attributes if name == "content" and "default-src" in value]
+    assert policy == f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'"
+    assert not re.search(r"fetch|XMLHttp|import|https?:|innerHTML|eval", script)
+    assert not {name for name, _ in page.attributes} & {"src", "href"}
+
+
+def test_completions_stand_under_their_step_with_every_number(tmp_path: Path):
+    rows = course("first", 1) + course("second", 20, advantage=-1.25, finished=True)
+    source, page = with_course(tmp_path, rows)
+    text = [chunk.strip() for chunk in page.text]
+    assert text.index("first, step 1") < text.index("second, step 20")
+    assert page.tags.count("details") == 2 and "mean reward 0.5" in source
+    assert re.findall(r'<th class="number">([^<]*)', source)[:6] == [
+        *("first", "format", "reward", "advantage", "length", "finished")
+    ]
+    cells = re.findall(r'<td class="number">([^<]*)', source)
+    assert cells == [*("1", "–", "0.5", "–", "7", "cut off") * 2, *("1", "–", "0.5", "-1.25", "7", "yes") * 2]
+    assert text.count("Wanted") == 2 and ("type", "search") in page.attributes
+
+
+def test_a_first_loss_of_zero_is_explained_where_it_is_drawn(tmp_path: Path):
+    zero = rows_of({"reward": [0.1, 0.2], "loss": [0.0, 0.1]})
+    source, page = make(tmp_path, rows=zero)
+    figures = source.split("<figure")
+    assert ["is right" in figure for figure in figures if "<figcaption>Loss" in figure] == [True]
+    assert source.count("is right") == 1
+    for rows in (zero[1:], rows_of({"reward": [0.1], "loss": [0.2]}), rows_of({"loss": [0.0]})):
+        assert "is right" not in make(tmp_path, rows=rows)[0]

@@ -1,0 +1,211 @@
+"""Rows of data sets as prompts with their answers, and the settings that say which rows and which columns."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from deepseek_jax.rewards.accuracy import extract_answer, gsm8k_answer
+from deepseek_jax.train.curriculum import Curriculum
+from deepseek_jax.train.sources import Row, Source
+
+QUESTION_COLUMNS = ("question", "problem", "prompt")
+ANSWER_COLUMNS = ("answer", "solution")
+# The parameters of a reward function, to which columns are passed by name.
+_TAKEN_COLUMNS = ("self", "prompts", "completions", "completion_ids")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """A data set, or one part of a mixture.
+
+    Args:
+        name: a .jsonl, .jsonl.gz or .parquet file, a folder or pattern of such, or a hub data set as "owner/name",
+            "owner/name:config" or "owner/name:config:split".
+        weight: its share of the prompts, relative to the other sources'; above 0.
+        question_columns: what is asked: a text column, several (joined by spaces, as SVAMP's Body and Question), or
+            one of chat messages. None given: the first there of question, problem and prompt.
+        answer_column: None: the first there of answer and solution.
+        need_answer: refuse a source that has no answers. False lets them be None, to which accuracy does not apply.
+        pass_rates: JSON Lines of {"index": row from 0, or "id": the row's id, "pass_rate": 0 to 1}, as measured.
+        first_step: batches before it takes part (R1's second RL stage: general data at the end only).
+
+    Raises:
+        ValueError: a weight or first step out of its range.
+    """
+
+    name: str
+    weight: float = 1.0
+    question_columns: tuple[str, ...] = ()
+    answer_column: str | None = None
+    need_answer: bool = True
+    pass_rates: Path | None = None
+    first_step: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ValueError(f"{self.name}: weight: got {self.weight}, wanted a number above 0; or leave it out")
+        if self.first_step < 0:
+            raise ValueError(f"{self.name}: first_step: got {self.first_step}, wanted 0 or more batches")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The prompts of a run: sources, what is filtered out, and the order.
+
+    Filters run in the order of the fields here. Each keeps rows by what they are, the duplicates' also by what stands
+    before them.
+
+    Args:
+        sources: mixed by their weights.
+        difficulty_column: a number, or text such as "Level 3", in every row. Without it the difficulty is 1 less the
+            measured pass rate, for sources that have one.
+        min_difficulty, max_difficulty: kept, both included; None is no bound.
+        pass_rate_above, pass_rate_below: measured rates kept, both excluded: by default, questions that the model
+            neither always nor never solves. Rows without a measured rate are dropped where their source has rates.
+        min_prompt_tokens, max_prompt_tokens: kept, both included; None is no bound.
+        duplicates: "drop" keeps the first of rows that ask the same, over all sources.
+        held_out: data to evaluate on; a training row that asks the same as one of its rows is contamination.
+        contamination: "drop" such rows, or "refuse" the data.
+        curriculum: None shuffles.
+
+    Questions are the same when they are after NFKC, case folding, and every run of white space made one space.
+
+    Raises:
+        ValueError: no sources, none from the first step on, or a range that nothing falls into.
+    """
+
+    sources: tuple[SourceConfig, ...]
+    difficulty_column: str | None = None
+    min_difficulty: float | None = None
+    max_difficulty: float | None = None
+    pass_rate_above: float = 0.0
+    pass_rate_below: float = 1.0
+    min_prompt_tokens: int | None = None
+    max_prompt_tokens: int | None = None
+    duplicates: Literal["drop", "keep"] = "drop"
+    held_out: tuple[SourceConfig, ...] = ()
+    contamination: Literal["drop", "refuse"] = "drop"
+    curriculum: Curriculum = None
+
+    def __post_init__(self) -> None:
+        if not self.sources or all(source.first_step for source in self.sources):
+            raise ValueError(f"sources: got {len(self.sources)}, wanted at least one with first_step 0")
+        if not self.pass_rate_above < self.pass_rate_below:
+            raise ValueError(
+                f"pass_rate_above {self.pass_rate_above}: wanted less than pass_rate_below, {self.pass_rate_below}"
+            )
+        for name in ("difficulty", "prompt_tokens"):
+            low, high = (asdict(self)[f"{end}_{name}"] for end in ("min", "max"))
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"min_{name}: got {low}, wanted at most max_{name}, {high}")
+
+
+class Example(NamedTuple):
+    """A row to ask.
+
+    Attributes:
+        question: the text; of messages, the content of the last one.
+        answer: the final answer, or None where the source has none.
+        messages: a chat as {"role", "content"} objects that ends with the user's, where the column holds one.
+        columns: for reward functions: `answer`, and every column but the question's as it is, None where the row has
+            none. All examples of a data set have the same columns.
+        source: which of the configuration's sources it is from.
+        row: its number there, from 0.
+    """
+
+    question: str
+    answer: str | None
+    messages: tuple[dict[str, str], ...] | None
+    columns: dict[str, Any]
+    source: int
+    row: int
+
+
+class Columns(NamedTuple):
+    """The columns of the question, and that of the answer if there is one."""
+
+    question: tuple[str, ...]
+    answer: str | None
+    need_answer: bool = True
+
+
+def columns_of(config: SourceConfig, source: Source) -> Columns:
+    """Which columns hold question and answer."""
+    there = source.columns()
+    question = config.question_columns or tuple(n for n in QUESTION_COLUMNS if n in there)[:1]
+    answer = config.answer_column or next((n for n in ANSWER_COLUMNS if n in there), None)
+    lacking = [name for name in (*question, *((answer,) if answer else ())) if name not in there]
+    if lacking:
+        raise ValueError(f"{source.name}: no column {lacking[0]!r}, wanted one of {', '.join(there)}")
+    if not question:
+        raise ValueError(
+            f"{source.name}: no question column ({', '.join(QUESTION_COLUMNS)}) among {', '.join(there)}; "
+            "name it in question_columns"
+        )
+    if answer is None and config.need_answer:
+        raise ValueError(
+            f"{source.name}: no answer column ({', '.join(ANSWER_COLUMNS)}) among {', '.join(there)}; "
+            "name it in answer_column, or set need_answer to False"
+        )
+    return Columns(question, answer, config.need_answer)
+
+
+def example_of(source: Source, number: int, row: int, columns: Columns) -> Example:
+    """A row as an example; ValueError names the place of one that is none."""
+    values = source[row]
+    where = source.where(row)
+    if taken := [name for name in _TAKEN_COLUMNS if name in values and name not in columns.question]:
+        raise ValueError(f"{where}: column {taken[0]!r} has the name of a reward function's parameter; rename it")
+    chat = values.get(columns.question[0]) if len(columns.question) == 1 else None
+    messages = _messages(chat, f"{where}: {columns.question[0]!r}") if isinstance(chat, list) else None
+    if messages is None:
+        question, answer = question_and_answer(values, columns, where)
+    else:
+        question, answer = messages[-1]["content"], _answer(values, columns, where)
+    others = {name: value for name, value in values.items() if name not in columns.question}
+    return Example(question, answer, messages, others | {"answer": answer}, number, row)
+
+
+def question_and_answer(values: Row, columns: Columns, where: str) -> tuple[str, str | None]:
+    """A row's question and final answer; ValueError names the place of a row without."""
+    question = " ".join(_text(values, name, where) for name in columns.question)
+    return question, _answer(values, columns, where)
+
+
+def _answer(values: Row, columns: Columns, where: str) -> str | None:
+    if columns.answer is None or (not columns.need_answer and values.get(columns.answer) is None):
+        return None
+    answer = _text(values, columns.answer, where).strip()
+    final = gsm8k_answer(answer) if "####" in answer else answer
+    if "\\boxed" in answer and "####" not in answer:
+        final = extract_answer(answer)
+    if not final:
+        raise ValueError(
+            f"{where}: {columns.answer!r}: got {values[columns.answer]!r}, wanted a final answer, "
+            "after '####' if it has one"
+        )
+    return final
+
+
+def _text(values: Row, name: str, where: str) -> str:
+    value = values.get(name)
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"{where}: {name!r}: got {value!r}, wanted text or a number")
+    text = str(value)
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"{where}: {name!r}: holds half a surrogate pair, which is no text; correct it")
+    return text
+
+
+def _messages(chat: list[Any], where: str) -> tuple[dict[str, str], ...]:
+    for message in chat:
+        if not isinstance(message, dict):
+            raise ValueError(f"{where}: got {message!r} in a chat, wanted objects with 'role' and 'content'")
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise ValueError(f"{where}: {key!r} of a message: got {message.get(key)!r}, wanted text")
+            _text(message, key, where)
+    if not chat or chat[-1]["role"] != "user":
+        raise ValueError(f"{where}: got a chat of {len(chat)} messages, wanted one that ends with the user's")
+    return tuple({"role": message["role"], "content": message["content"]} for message in chat)

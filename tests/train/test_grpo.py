@@ -1,0 +1,277 @@
+"""The GRPO stage: what its options do to a step, and that none of them breaks a resumed run."""
+
+import dataclasses
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from deepseek_jax.checkpoint.folder import Model
+from deepseek_jax.config import MLAConfig, preset
+from deepseek_jax.generate.engine import Generator
+from deepseek_jax.model.decoder import Decoder, abstract_weights, split
+from deepseek_jax.rewards.combine import combine
+from deepseek_jax.rl.loss import GRPOConfig
+from deepseek_jax.rl.rollout import Prompt
+from deepseek_jax.text.tokenizer import Tokenizer
+from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE
+from deepseek_jax.train.data import batches
+from deepseek_jax.train.grpo import GRPOTrainer, GRPOTraining, followed, run_grpo
+from deepseek_jax.train.metrics import MetricLog, read_metrics
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+TOKENIZER = Tokenizer.characters(ALPHABET, chat_template=TEMPLATE)
+CONFIG = dataclasses.replace(
+    preset("tiny"),
+    vocab_size=24,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+    attention=MLAConfig(q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
+    moe=dataclasses.replace(preset("tiny").moe, moe_intermediate_size=8, first_k_dense_replace=0),
+)
+SMALL = {"steps": 3, "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 9, "lr": 1e-3, "warmup": 1}
+
+
+@cache
+def model():
+    graphdef, _ = abstract_weights(CONFIG)
+    return Model(CONFIG, graphdef, jax.jit(lambda: split(Decoder(CONFIG, rngs=nnx.Rngs(0)))[1])())
+
+
+@cache
+def generator():
+    return Generator(CONFIG, model().graphdef)
+
+
+def digits(prompts, completions, completion_ids, **columns):
+    return [sum(ch.isdigit() for ch in c) / (1 + len(i)) for c, i in zip(completions, completion_ids, strict=True)]
+
+
+def prompts(count=6):
+    tokens = lambda text: TOKENIZER.chat([{"role": "user", "content": text}])
+    return [Prompt(t, tokens(t), {}) for t in (f"{n}+{n + 1}=?" for n in range(count))]
+
+
+def trainer(reward=digits, **changes):
+    return GRPOTrainer(
+        GRPOTraining(**SMALL | changes),
+        model(),
+        TOKENIZER,
+        generator(),
+        combine({"digits": reward}, {"digits": 1.0}),
+        width=32,
+        seed=3,
+    )
+
+
+def one_step(of: GRPOTrainer, number=0):
+    return of.step(of.first_state(), lambda: prompts(2), number)
+
+
+def flat(state) -> dict[str, np.ndarray]:
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def assert_close(first, second, atol):
+    for name, leaf in flat(first).items():
+        np.testing.assert_allclose(flat(second)[name], leaf, rtol=0, atol=atol, err_msg=name)
+
+
+# Adam divides by the gradient's own size, so that a gradient of rounding would move a weight by a whole step.
+SGD_LIKE = 2e-5
+
+
+def gradients(of: GRPOTrainer):
+    """First moments after one update from zero: a tenth of the clipped gradient."""
+    learned = one_step(of)
+    return flat(learned.state.train.moments), learned.metrics
+
+
+@cache
+def plain_gradients(loss_type="grpo"):
+    return gradients(trainer(loss=GRPOConfig(loss_type=loss_type, beta=0.1)))
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "changes"),
+    [("grpo", {"pack": True}), ("grpo", {"micro_batches": 4}), ("dapo", {"pack": True, "micro_batches": 2})],
+)
+def test_packing_and_micro_batches_change_no_gradient(loss_type, changes):
+    wanted, metrics = plain_gradients(loss_type)
+    found, others = gradients(trainer(loss=GRPOConfig(loss_type=loss_type, beta=0.1), **changes))
+    assert any(np.abs(g).max() > 1e-4 for g in wanted.values())
+    for name, leaf in wanted.items():
+        np.testing.assert_allclose(found[name], leaf, rtol=0, atol=SGD_LIKE, err_msg=name)
+    for name in ("loss", "kl", "entropy", "ratio", "reward", "router/balance_loss"):
+        assert others[name] == pytest.approx(metrics[name], abs=1e-5), name
+
+
+def test_metrics_have_the_names_that_dashboards_know():
+    wanted = {
+        *("reward", "reward_std", "frac_reward_zero_std", "rewards/digits/mean", "rewards/digits/std"),
+        *("kl", "entropy", "loss", "grad_norm", "learning_rate", "num_tokens"),
+        *("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"),
+        *("completions/mean_length", "completions/min_length", "completions/max_length", "completions/clipped_ratio"),
+        *("sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"),
+    }
+    assert wanted <= plain_gradients()[1].keys()
+
+
+def test_the_sampler_is_the_trainer():
+    """float32: log-probs within 1e-5, and the same experts for every token."""
+    metrics = one_step(trainer(record_routes=True)).metrics
+    assert metrics["sampling/sampling_logp_difference/max"] < 1e-5
+    assert metrics["sampling/experts_differ"] == 0.0
+
+
+def test_kept_routing_changes_nothing_on_policy_and_something_off_policy():
+    kept, free = (
+        one_step(trainer(keep_routing=k, record_routes=True, num_iterations=2, lr=0.1)) for k in (True, False)
+    )
+    first, second = (one_step(trainer(keep_routing=k)).state.train.weights for k in (True, False))
+    assert_close(first, second, 1e-6)
+    # The second pass meets weights far from the sampler's: the router would choose other experts, and is not asked.
+    assert kept.metrics["sampling/experts_differ"] > 0
+    assert any((a != flat(free.state.train.weights)[name]).any() for name, a in flat(kept.state.train.weights).items())
+
+
+def test_a_kept_sampling_mask_makes_a_truncated_sampler_on_policy():
+    metrics = one_step(trainer(top_p=0.8, keep_sampling_mask=True)).metrics
+    assert metrics["sampling/sampling_logp_difference/max"] < 1e-5
+    assert metrics["entropy"] < one_step(trainer()).metrics["entropy"] - 0.1  # of fewer tokens
+    with pytest.raises(ValueError, match="keep_sampling_mask: got False with top_p 0.8"):
+        GRPOTraining(top_p=0.8)
+
+
+def test_the_correction_for_the_sampler_is_one_where_sampler_and_trainer_are_the_same():
+    loss = GRPOConfig(beta=0.0, importance_sampling_clip_max=2.0)
+    learned = one_step(trainer(loss=loss))
+    for of in ("min", "mean", "max"):
+        assert learned.metrics[f"sampling/importance_sampling_ratio/{of}"] == pytest.approx(1, abs=1e-4)
+    assert learned.state.reference is None
+
+
+def test_cut_off_completions_do_not_count_when_masked():
+    everything = trainer(mask_truncated_completions=True, max_new_tokens=1, steps=1)
+    learned = one_step(everything)
+    finished = sum(c.finished for c in learned.rollout.completions)
+    assert finished < 8
+    batch = next(iter(everything.batches(learned.rollout, 0)))
+    assert batch.mask_BT.sum() == finished
+
+
+@pytest.mark.parametrize(
+    ("advantage", "scale", "wanted"),
+    [
+        ("group", "none", [[-0.25, 0.75, -0.25, -0.25], [0, 0, 0, 0]]),
+        ("group", "group", [[-0.4999, 1.4997, -0.4999, -0.4999], [0, 0, 0, 0]]),
+        ("rloo", "group", [[-1 / 3, 1, -1 / 3, -1 / 3], [0, 0, 0, 0]]),
+    ],
+)
+def test_advantages_by_hand(advantage, scale, wanted):
+    of = trainer(advantage=advantage, scale_rewards=scale)
+    found = of.advantages(np.array([[0, 1, 0, 0], [1, 1, 1, 1]], np.float32), 0)
+    np.testing.assert_allclose(found, wanted, atol=2e-4)
+
+
+def test_the_reference_follows_every_so_many_steps_and_as_far_as_told():
+    of = trainer(reference_every=2, reference_mixup=0.25, lr=1e-2)
+    state = of.first_state()
+    start = flat(state.reference)
+    state = of.step(state, lambda: prompts(2), 0).state
+    assert_close(state.reference, start_tree(), 0)
+    state = of.step(state, lambda: prompts(2), 1).state
+    now = flat(state.train.weights)
+    for name, leaf in flat(state.reference).items():
+        np.testing.assert_allclose(leaf, start[name] + 0.25 * (now[name] - start[name]), atol=1e-7, err_msg=name)
+    assert_close(followed(start_tree(), state.train.weights, 1.0), state.train.weights, 0)
+
+
+def test_an_adapter_learns_beside_weights_that_stay():
+    """And the sampler is the trainer with it, too."""
+    before = flat(start_tree())
+    of = trainer(lora_rank=2, lora_targets=("q_a_proj", "o_proj"), lr=1e-2, warmup=0, loss=GRPOConfig(beta=0.1))
+    first = one_step(of)
+    second = of.step(first.state, lambda: prompts(2), 1)
+    assert second.metrics["sampling/sampling_logp_difference/max"] < 1e-5
+    assert first.metrics["kl"] < 1e-8 < second.metrics["kl"]
+    policy = flat(of.policy(second.state))
+    moved = {name for name, leaf in before.items() if (policy[name] != leaf).any()}
+    assert moved and all(".q_a" in name.replace("['", ".") or ".o" in name.replace("['", ".") for name in moved)
+    for name, leaf in flat(start_tree()).items():
+        np.testing.assert_array_equal(leaf, before[name], err_msg=name)
+
+
+def start_tree():
+    return model().weights
+
+
+# --- a resumed stage --------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def run(folder, of: GRPOTrainer, *, until: int | None = None, seen: list | None = None):
+    """The stage; killed when the rewards of step `until` are asked for."""
+    asked = prompts()
+    data = batches(asked, size=2, seed=5)
+    inner, calls = of.step, []
+
+    def step(state, draw, number):
+        if number == until:
+            raise Killed
+
+        def noted():
+            drawn = draw()
+            calls.append((number, [p.text for p in drawn]))
+            return drawn
+
+        return inner(state, noted, number)
+
+    of.step = step
+    with MetricLog(folder) as log:
+        try:
+            return run_grpo(of, data, folder=folder, log=log).train.weights
+        except Killed:
+            return None
+        finally:
+            if seen is not None:
+                seen += calls
+
+
+def sometimes(prompts, completions, completion_ids, **columns):
+    """Equal rewards for every group of even questions, so that dynamic sampling draws again."""
+    return [len(i) * (int(p[0]) % 2) for p, i in zip(prompts, completion_ids, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampling_rounds": 3, "reference_every": 2, "reference_mixup": 0.5, "loss": GRPOConfig(beta=0.1)},
+        {"pack": True, "keep_routing": True, "updates_per_rollout": 2, "num_iterations": 2},
+    ],
+)
+def test_a_killed_stage_repeats_and_loses_no_prompt_and_ends_bit_identical(tmp_path, changes):
+    make = lambda: trainer(reward=sometimes, steps=5, save_every=2, **changes)
+    whole_seen, seen = [], []
+    whole = run(tmp_path / "whole", make(), seen=whole_seen)
+    for until in (1, 3, 4):
+        assert run(tmp_path / "broken", make(), until=until, seen=seen) is None
+    broken = run(tmp_path / "broken", make(), seen=seen)
+    for name, leaf in flat(whole).items():
+        assert flat(broken)[name].tobytes() == leaf.tobytes(), name
+    # Steps that were lost are done again on the very same prompts.
+    assert all(of in whole_seen for of in seen) and all(of in seen for of in whole_seen)
+    if "sampling_rounds" in changes:
+        assert len(whole_seen) > 5
+    timeless = lambda folder: [{k: v for k, v in row.items() if not k.endswith("time")} for row in read_metrics(folder)]
+    assert timeless(tmp_path / "broken") == timeless(tmp_path / "whole")
