@@ -15,42 +15,87 @@ import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from deepseek_jax import processes
+from deepseek_jax.checkpoint.adapters import save_adapter
 from deepseek_jax.checkpoint.files import write_whole
 from deepseek_jax.checkpoint.folder import Model, lay_out, load_model, save_hf
 from deepseek_jax.cli import run
 from deepseek_jax.config import preset
 from deepseek_jax.evals.accuracy import Accuracy, greedy_accuracy
-from deepseek_jax.generate.engine import Generator, SamplingConfig, bucket
+from deepseek_jax.generate.engine import Generator, bucket
 from deepseek_jax.model.decoder import Decoder, split
 from deepseek_jax.ops import metrics as ops_metrics
-from deepseek_jax.rewards.accuracy import accuracy_reward
-from deepseek_jax.rewards.combine import combine
-from deepseek_jax.rewards.format import format_reward
-from deepseek_jax.rewards.structure import structure_reward
-from deepseek_jax.rl.loss import GRPOConfig
-from deepseek_jax.rl.objective import grpo_objective, reference_logprobs
-from deepseek_jax.rl.rollout import Prompt, Roller, rollout_metrics
+from deepseek_jax.rewards.recipe import RewardConfig, Rewards, rewards
+from deepseek_jax.rl.rollout import Prompt
 from deepseek_jax.sharding import AXES, Layout, Remat, lanes_of, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE, draw_chains, trace
-from deepseek_jax.train.data import Question, batches, read_questions
-from deepseek_jax.train.loop import Stage, profiled_steps, run_stage
-from deepseek_jax.train.metrics import MetricLog, read_metrics
+from deepseek_jax.train.data import (
+    DataConfig,
+    EasyToHard,
+    Example,
+    SourceConfig,
+    batches,
+    open_prompts,
+    prompt_batches,
+)
+from deepseek_jax.train.grpo import GRPOTrainer, GRPOTraining, run_grpo
+from deepseek_jax.train.loop import Stage, run_stage
+from deepseek_jax.train.metrics import MetricLog, WandbConfig, read_metrics
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from deepseek_jax.train.report import write_report
+from deepseek_jax.train.samples import read_samples
 from deepseek_jax.train.sft import sft_batch, sft_objective
 from deepseek_jax.train.step import StepConfig, TrainState, init_state, make_train_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """Where questions come from that are not generated.
+
+    Args:
+        data: files (.jsonl, .jsonl.gz, .parquet), folders or patterns of such, or hub data sets (owner/name:config),
+            with a question and an answer in every row, as GSM8K has them.
+        held_out: the same, for the accuracies before and after; without it the first rows of `data` are held out.
+        pass_rates: JSON Lines of {"index", "pass_rate"} as measured; questions always or never solved are left out.
+        difficulty_column: of `data`; numbers, or text such as "Level 3".
+        min_difficulty: of the questions to train on.
+        max_difficulty: of the questions to train on.
+        max_prompt_tokens: longer questions are left out.
+        easy_to_hard: train from easy to hard questions, shuffled among so many neighbours; None shuffles all.
+    """
+
+    data: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
+    pass_rates: Path | None = None
+    difficulty_column: str | None = None
+    min_difficulty: float | None = None
+    max_difficulty: float | None = None
+    max_prompt_tokens: int | None = None
+    easy_to_hard: int | None = None
+
+    @property
+    def config(self) -> DataConfig:
+        """As the data's own settings."""
+        return DataConfig(
+            sources=tuple(SourceConfig(name=name, pass_rates=self.pass_rates) for name in self.data),
+            held_out=tuple(SourceConfig(name=name) for name in self.held_out),
+            difficulty_column=self.difficulty_column,
+            min_difficulty=self.min_difficulty,
+            max_difficulty=self.max_difficulty,
+            max_prompt_tokens=self.max_prompt_tokens,
+            curriculum=None if self.easy_to_hard is None else EasyToHard(window=self.easy_to_hard),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +107,7 @@ class Config:
         seed: of weights, data and sampling; the same seed gives the same run.
         quick: a short run for a first look and for CI: a smaller cold start, few steps, few questions.
         model: Hugging Face or converted folder to start from; without it a small model is made from nothing.
-        data: JSONL rows with `question` and `answer`; without it chains of arithmetic are generated.
+        questions: of the data; without any, chains of arithmetic are generated.
         prompt: what a given model is asked; {question} stands for the question.
         chat: put the prompt into the model's chat template, where it has one; base models want --no-chat.
         terms: numbers in a generated question.
@@ -76,26 +121,10 @@ class Config:
         cold_start_epochs: passes over them.
         cold_start_batch: examples an update.
         cold_start_lr: peak learning rate of the cold start.
-        steps: GRPO steps.
-        prompts_per_step: questions a step.
-        group_size: samples a question (R1: 16).
-        max_new_tokens: limit a sample.
-        temperature: of the samples.
-        lr: learning rate of GRPO.
-        warmup: GRPO steps over which the learning rate rises.
-        beta: weight of the KL term (R1-Zero: 0.001).
-        epsilon: clipping of the probability ratio.
-        epsilon_high: upper clipping; None is epsilon.
-        updates_per_rollout: parts of a rollout, an optimizer step each.
-        micro_batches: parts of an update, computed one after another to save memory.
-        reference_every: steps after which the policy becomes the reference (R1-Zero: 400).
-        balance_alpha: weight of the sequence-wise balance loss of the experts.
-        bias_gamma: speed of the router bias.
-        weight_accuracy: weight of the accuracy reward.
-        weight_format: weight of the <think>/<answer> format reward.
-        weight_structure: weight of the reasoning-structure score, which can be gamed (R1: 0).
-        eval_every: steps between evaluations on part of the held-out questions.
-        save_every: steps between checkpoints.
+        grpo: of the GRPO stage.
+        rewards: of the samples.
+        wandb_project: log to this project of Weights & Biases as well (pip install 'deepseek_jax[wandb]').
+        wandb_offline: keep its files in the run's folder, for `wandb sync`.
         control: "shuffled" hands every reward to a random sample of its group: nothing should be learnt.
         mesh_data: replicas of the model. The product of the five sizes of the mesh must be the number of devices of
             all processes; all 1 in one process is a run on its first device, however many there are.
@@ -105,14 +134,13 @@ class Config:
         mesh_tensor: parts of heads, inner widths and vocabulary.
         stacked: layers of one kind are one stack: a deep model compiles in the time of one layer.
         remat: what the backward pass works out again: nothing, whole layers, or all of a layer but its attention.
-        profile_steps: "A:B" traces the GRPO steps A to B, counted from 1, into profile/.
     """
 
     output: Path = Path("runs/r1_zero")
     seed: int = 0
     quick: bool = False
     model: Path | None = None
-    data: Path | None = None
+    questions: Questions = Questions()
     prompt: str = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
     chat: bool = True
     terms: int = 4
@@ -126,26 +154,10 @@ class Config:
     cold_start_epochs: int = 12
     cold_start_batch: int = 32
     cold_start_lr: float = 2e-3
-    steps: int = 60
-    prompts_per_step: int = 16
-    group_size: int = 16
-    max_new_tokens: int = 48
-    temperature: float = 1.0
-    lr: float = 2e-4
-    warmup: int = 5
-    beta: float = 0.001
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    updates_per_rollout: int = 1
-    micro_batches: int = 1
-    reference_every: int = 400
-    balance_alpha: float = 1e-4
-    bias_gamma: float = 1e-3
-    weight_accuracy: float = 1.0
-    weight_format: float = 0.3
-    weight_structure: float = 0.0
-    eval_every: int = 10
-    save_every: int = 20
+    grpo: GRPOTraining = field(default_factory=GRPOTraining)
+    rewards: RewardConfig = RewardConfig()
+    wandb_project: str | None = None
+    wandb_offline: bool = False
     control: Literal["none", "shuffled"] = "none"
     mesh_data: int = 1
     mesh_fsdp: int = 1
@@ -154,12 +166,12 @@ class Config:
     mesh_tensor: int = 1
     stacked: bool = False
     remat: Remat = "nothing"
-    profile_steps: str | None = None
 
 
-QUICK = {"cold_start_epochs": 4, "steps": 8, "eval_questions": 64, "eval_every": 4, "save_every": 4}
+QUICK = {"cold_start_epochs": 4, "eval_questions": 64}
+QUICK_GRPO = {"steps": 8, "eval_every": 4, "save_every": 4}
 # Where and how a run is computed: may change when it goes on.
-PLACE = {"remat", "profile_steps", *(f"mesh_{axis}" for axis in AXES)}
+PLACE = {"remat", "profile_steps", "wandb_project", "wandb_offline", *(f"mesh_{axis}" for axis in AXES)}
 
 
 class Setup(NamedTuple):
@@ -169,20 +181,28 @@ class Setup(NamedTuple):
     model: Model
     tokenizer: Tokenizer
     generator: Generator
-    train: list[Prompt]
+    prompts: grain.DatasetIterator
+    width: int
     held_out: list[Prompt]
     cold_start: list[tuple[list[int], list[int]]]
+    rewards: Rewards
 
 
 def main(config: Config) -> None:
     """Train by reinforcement learning with rule-based rewards; see the top of this file."""
     start = time.perf_counter()
     if config.quick:
-        config = dataclasses.replace(config, **QUICK)
+        config = dataclasses.replace(config, **QUICK, grpo=dataclasses.replace(config.grpo, **QUICK_GRPO))
     processes.on_main(lambda: check(config))
-    setup = prepare(config)
+    with rewards(config.rewards, max_new_tokens=config.grpo.max_new_tokens) as graded:
+        stages(config, prepare(config, graded), start)
+
+
+def stages(config: Config, setup: Setup, start: float) -> None:
+    """Cold start, GRPO, and the accuracies before and after it."""
     processes.on_main(lambda: write_json(config.output / "config.json", settings(config)))
-    log = MetricLog(config.output)
+    wandb = config.wandb_project and WandbConfig(project=config.wandb_project, offline=config.wandb_offline)
+    log = MetricLog(config.output, wandb=wandb or None)
     weights = cold_start(config, setup, log) if setup.cold_start else setup.model.weights
     before = evaluate_once(config, setup, weights, "before")
     print(f"accuracy before GRPO: {before['accuracy']:.1%} +- {before['stderr']:.1%}")
@@ -196,21 +216,10 @@ def main(config: Config) -> None:
 
 def check(config: Config) -> None:
     """Settings that cannot work, a folder with a finished run, or with an unfinished one of other settings."""
-    if config.group_size < 2:
-        raise ValueError(f"group_size: got {config.group_size}, wanted at least 2: a group of one learns nothing")
-    samples, parts = config.prompts_per_step * config.group_size, config.updates_per_rollout * config.micro_batches
-    if parts < 1 or samples % parts:
-        raise ValueError(
-            f"updates_per_rollout {config.updates_per_rollout} x micro_batches {config.micro_batches} "
-            f"does not divide the {samples} samples of a step"
-        )
     if "{question}" not in config.prompt:
         raise ValueError(f"prompt: got {config.prompt!r}, wanted {{question}} somewhere in it")
-    for name in ("steps", "prompts_per_step", "eval_questions", "eval_every", "save_every", "reference_every"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}: got {getattr(config, name)}, wanted at least 1")
-    if config.profile_steps is not None:
-        profiled_steps(config.profile_steps, config.steps)
+    if config.eval_questions < 1:
+        raise ValueError(f"eval_questions: got {config.eval_questions}, wanted at least 1")
     if (config.output / "summary.json").exists():
         raise ValueError(f"{config.output}: holds a finished run; choose another --output or remove it")
     path = config.output / "config.json"
@@ -224,7 +233,15 @@ def check(config: Config) -> None:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+    """All settings by the names of their options."""
+    return json.loads(json.dumps(_flat(dataclasses.asdict(config)), default=str))
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value) if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -247,7 +264,7 @@ def layout_of(config: Config) -> Layout:
     )
 
 
-def prepare(config: Config) -> Setup:
+def prepare(config: Config, graded: Rewards) -> Setup:
     """The model, its tokenizer, and questions split into training and held-out ones."""
     layout = layout_of(config)
     if config.model is None:
@@ -256,39 +273,68 @@ def prepare(config: Config) -> Setup:
     else:
         tokenizer = Tokenizer.from_folder(config.model)
         model = load_model(config.model, layout=layout)
-    questions = read_questions(config.data) if config.data else None
-    examples: list[tuple[list[int], list[int]]] = []
-    if questions is None:
-        chains = draw_chains(
-            config.train_questions + config.eval_questions,
-            terms=config.terms,
-            largest=config.largest,
-            operators=config.operators,
-            modulus=config.modulus,
-            seed=config.seed,
-        )
-        questions = [Question(s.question, s.answer) for s in chains]
-        if config.model is None:
-            shown = chains[config.eval_questions :][: config.cold_start_examples]
-            end = [tokenizer.eos_ids[0]]
-            worked = np.random.default_rng(config.seed).random(len(shown)) < config.cold_start_worked
-            examples = [
-                (ask(config, tokenizer, s.question), tokenizer.encode(trace(s, worked=w), add_bos=False) + end)
-                for s, w in zip(shown, worked, strict=True)
-            ]
-    if len(questions) < config.eval_questions + config.prompts_per_step:
-        raise ValueError(
-            f"{config.data}: got {len(questions)} rows, wanted at least {config.eval_questions} held-out ones and "
-            f"{config.prompts_per_step} to train on; lower --eval-questions"
-        )
-    prompts = [make_prompt(config, tokenizer, q) for q in questions]
-    generator = Generator(model.config, model.graphdef, layout=layout)
-    held_out, train = prompts[: config.eval_questions], prompts[config.eval_questions :]
-    parts = config.updates_per_rollout * config.micro_batches
-    layout.check_batch(config.prompts_per_step * config.group_size // parts, rollout_width(config, train))
+    asked = read if config.questions.data else generated
+    prompts, longest, held_out, examples = asked(config, tokenizer)
+    # whole multiples of 32 columns, so that what differs little compiles to the same
+    width = -(-(longest + config.grpo.max_new_tokens - 1) // 32) * 32
+    parts = config.grpo.updates_per_rollout * config.grpo.micro_batches
+    layout.check_batch(config.grpo.prompts_per_step * config.grpo.group_size // parts, width)
     if examples:
-        layout.check_batch(config.cold_start_batch // config.micro_batches, example_width(examples))
-    return Setup(layout, model, tokenizer, generator, train, held_out, examples)
+        layout.check_batch(config.cold_start_batch // config.grpo.micro_batches, example_width(examples))
+    generator = Generator(model.config, model.graphdef, layout=layout)
+    return Setup(layout, model, tokenizer, generator, prompts, width, held_out, examples, graded)
+
+
+class Asked(NamedTuple):
+    """Endless batches of prompts, the longest one's tokens, held-out prompts, and examples for the cold start."""
+
+    prompts: grain.DatasetIterator
+    longest: int
+    held_out: list[Prompt]
+    examples: list[tuple[list[int], list[int]]]
+
+
+def generated(config: Config, tokenizer: Tokenizer) -> Asked:
+    """Chains of arithmetic."""
+    chains = draw_chains(
+        config.train_questions + config.eval_questions,
+        terms=config.terms,
+        largest=config.largest,
+        operators=config.operators,
+        modulus=config.modulus,
+        seed=config.seed,
+    )
+    as_example = lambda chain: Example(chain.question, chain.answer, None, {"answer": chain.answer}, 0, 0)
+    prompts = [make_prompt(config, tokenizer, as_example(chain)) for chain in chains]
+    held_out, train = prompts[: config.eval_questions], prompts[config.eval_questions :]
+    examples: list[tuple[list[int], list[int]]] = []
+    if config.model is None:
+        shown = chains[config.eval_questions :][: config.cold_start_examples]
+        end = [tokenizer.eos_ids[0]]
+        worked = np.random.default_rng(config.seed).random(len(shown)) < config.cold_start_worked
+        examples = [
+            (ask(config, tokenizer, s.question), tokenizer.encode(trace(s, worked=w), add_bos=False) + end)
+            for s, w in zip(shown, worked, strict=True)
+        ]
+    drawn = batches(train, size=config.grpo.prompts_per_step, seed=config.seed)
+    return Asked(drawn, max(len(p.tokens) for p in train), held_out, examples)
+
+
+def read(config: Config, tokenizer: Tokenizer) -> Asked:
+    """Questions of data sets."""
+    of = config.questions
+    make = partial(make_prompt, config, tokenizer)
+    data = open_prompts(of.config, count_tokens=lambda example: len(make(example).tokens))
+    if of.held_out:
+        held_out = list(open_prompts(DataConfig(sources=of.config.held_out)))[: config.eval_questions]
+    else:
+        held_out, data = data.split(config.eval_questions)
+    if processes.is_main():
+        for line in data.report:
+            print(line)
+    longest = of.max_prompt_tokens or max(len(make(example).tokens) for example in data)
+    drawn = prompt_batches(data, size=config.grpo.prompts_per_step, seed=config.seed, make=make)
+    return Asked(drawn, longest, [make(example) for example in held_out], [])
 
 
 def small_model(config: Config, tokenizer: Tokenizer) -> Model:
@@ -298,11 +344,6 @@ def small_model(config: Config, tokenizer: Tokenizer) -> Model:
     )
     graphdef, weights = split(Decoder(architecture, rngs=nnx.Rngs(config.seed)))
     return Model(architecture, graphdef, weights)
-
-
-def rollout_width(config: Config, prompts: Sequence[Prompt]) -> int:
-    """Columns of a rollout's batch."""
-    return -(-(max(len(p.tokens) for p in prompts) + config.max_new_tokens - 1) // 32) * 32
 
 
 def example_width(examples: Sequence[tuple[list[int], list[int]]]) -> int:
@@ -317,11 +358,11 @@ def ask(config: Config, tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_bos=True)
 
 
-def make_prompt(config: Config, tokenizer: Tokenizer, question: Question) -> Prompt:
+def make_prompt(config: Config, tokenizer: Tokenizer, example: Example) -> Prompt:
     # not str.format, to which the braces of \boxed{} would be fields
-    text = config.prompt.replace("{question}", question.question) if config.model else question.question
-    tokens = ask(config, tokenizer, text)
-    return Prompt(tokenizer.decode(tokens, skip_special=False), tokens, {"answer": question.answer})
+    text = config.prompt.replace("{question}", example.question) if config.model else example.question
+    tokens = tokenizer.chat(list(example.messages)) if example.messages else ask(config, tokenizer, text)
+    return Prompt(tokenizer.decode(tokens, skip_special=False), tokens, example.columns)
 
 
 # --- the two stages ------------------------------------------------------------------------------
@@ -346,91 +387,33 @@ def cold_start(config: Config, setup: Setup, log: MetricLog) -> nnx.State:
     return run_stage(stage, state, data, step, folder=config.output, log=log).weights
 
 
-class Reinforced(NamedTuple):
-    """State of the GRPO stage: the policy's training, the reference model, and the tokens sampled so far."""
-
-    train: TrainState
-    reference: nnx.State
-    tokens: jax.Array
-
-
 def reinforce(config: Config, setup: Setup, weights: nnx.State, log: MetricLog) -> nnx.State:
-    """GRPO: sample a group for each question, reward, compare, update."""
-    adamw = OptimizerConfig(learning_rate=config.lr, warmup_steps=config.warmup)
-    updates = config.steps * config.updates_per_rollout
-    optimizer, rate = make_optimizer(adamw, updates), schedule(adamw, updates)
-    loss = GRPOConfig(epsilon=config.epsilon, epsilon_high=config.epsilon_high, beta=config.beta)
-    objective = partial(grpo_objective, config=loss, temperature=config.temperature)
-    update = make_train_step(setup.model.graphdef, objective, optimizer, step_config(config), setup.layout)
-    roll = roller(config, setup)
-
-    def step(state: Reinforced, prompts: list[Prompt], number: int) -> tuple[Reinforced, Mapping[str, float]]:
-        rollout = roll(state.train.weights, prompts, seed=config.seed, step=number)
-        batch = rollout.batch
-        if config.beta:
-            scored = reference_logprobs(setup.model.graphdef, state.reference, batch, temperature=config.temperature)
-            batch = batch._replace(ref_logprobs_BT=scored)
-        train, total = state.train, None
-        for part in range(config.updates_per_rollout):
-            rows = slice(part, None, config.updates_per_rollout)
-            train, metrics = update(train, jax.tree.map(lambda a, rows=rows: a[rows], batch))
-            total = metrics if total is None else ops_metrics.merge(total, metrics)
-        sampled = sum(len(p.tokens) for p in prompts) * config.group_size + sum(
-            len(c.tokens) for c in rollout.completions
-        )
-        reference = state.reference
-        if (number + 1) % config.reference_every == 0:
-            reference = jax.tree.map(jnp.copy, train.weights)
-        state = Reinforced(train, reference, state.tokens + sampled)
-        values = rollout_metrics(rollout, config.group_size) | ops_metrics.values(total)
-        last = (number + 1) * config.updates_per_rollout - 1
-        values |= {"learning_rate": float(rate(last)), "num_tokens": int(state.tokens)}
-        if (number + 1) % config.eval_every == 0:
-            values["eval/accuracy"] = evaluate(config, setup, train.weights, most=128).mean
-        return state, values
-
-    stage = Stage(
-        name="grpo",
-        steps=config.steps,
-        save_every=config.save_every,
-        shown={
-            "reward": "reward",
-            "rewards/accuracy/mean": "accuracy",
-            "completions/mean_length": "length",
-            "kl": "kl",
-            "entropy": "entropy",
-            "eval/accuracy": "held-out",
-        },
-        profile_steps=config.profile_steps,
+    """GRPO: sample a group for each question, reward, compare, update. An adapter is saved as PEFT has it."""
+    shuffled = partial(shuffle_rewards, seed=config.seed)
+    held_out = lambda weights: evaluate(config, setup, weights, most=128).mean
+    trainer = GRPOTrainer(
+        config.grpo,
+        setup.model._replace(weights=weights),
+        setup.tokenizer,
+        setup.generator,
+        setup.rewards.total,
+        width=setup.width,
+        seed=config.seed,
+        layout=setup.layout,
+        alter_rewards=shuffled if config.control == "shuffled" else None,
+        take_metrics=setup.rewards.take_metrics,
     )
-    data = batches(setup.train, size=config.prompts_per_step, seed=config.seed)
-    first = init_state(weights, optimizer, setup.layout)
-    state = Reinforced(first, jax.tree.map(jnp.copy, weights), jnp.int32(0))
-    return run_stage(stage, state, data, step, folder=config.output, log=log).train.weights
+    state = run_grpo(trainer, setup.prompts, folder=config.output, log=log, evaluate=held_out)
+    adapter = config.output / "adapter"
+    if trainer.lora is not None and not processes.on_main(adapter.exists):
+        base = None if config.model is None else str(config.model)
+        save_adapter(state.train.weights, trainer.lora, setup.model.config, adapter, base=base)
+    return trainer.policy(state)
 
 
 def step_config(config: Config) -> StepConfig:
-    return StepConfig(
-        micro_batches=config.micro_batches, balance_alpha=config.balance_alpha, bias_gamma=config.bias_gamma
-    )
-
-
-def roller(config: Config, setup: Setup) -> Roller:
-    """Sampling and rewards of a GRPO step."""
-    weights = {"accuracy": config.weight_accuracy, "format": config.weight_format, "structure": config.weight_structure}
-    functions = {"accuracy": accuracy_reward, "format": format_reward, "structure": structure_reward}
-    used = {name: weight for name, weight in weights.items() if weight}
-    return Roller(
-        generator=setup.generator,
-        tokenizer=setup.tokenizer,
-        sampling=SamplingConfig(
-            max_new_tokens=config.max_new_tokens, temperature=config.temperature, stop_ids=setup.tokenizer.eos_ids
-        ),
-        group_size=config.group_size,
-        reward=combine({name: functions[name] for name in used}, used),
-        width=rollout_width(config, setup.train),
-        alter_rewards=partial(shuffle_rewards, seed=config.seed) if config.control == "shuffled" else None,
-    )
+    of = config.grpo
+    return StepConfig(micro_batches=of.micro_batches, balance_alpha=of.balance_alpha, bias_gamma=of.bias_gamma)
 
 
 def shuffle_rewards(rewards_PG: np.ndarray, step: int, *, seed: int) -> np.ndarray:
@@ -448,8 +431,9 @@ def evaluate(config: Config, setup: Setup, weights: nnx.State, most: int | None 
         weights,
         setup.tokenizer,
         setup.held_out[:most],
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=config.grpo.max_new_tokens,
         stop_ids=setup.tokenizer.eos_ids,
+        grade=setup.rewards.accuracy,
     )
 
 
@@ -489,7 +473,8 @@ def report(config: Config, setup: Setup, before: dict[str, float], after: Accura
         {"prompt": p.text, "completion": c.text, "rewards": {"accuracy": s}, "answer": p.columns["answer"]}
         for p, c, s in zip(setup.held_out[:16], after.completions, after.scores, strict=False)
     ]
-    write_report(config.output, title="R1-Zero", summary=summary, rows=rows, samples=samples)
+    drawn = read_samples(config.output, steps=3)
+    write_report(config.output, title="R1-Zero", summary=summary, rows=rows, samples=samples, completions=drawn)
     write_json(config.output / "summary.json", summary)
     print(json.dumps(summary, indent=2))
     print(f"report: {config.output / 'report.html'}   model: {config.output / 'model'}")

@@ -20,6 +20,7 @@ from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.cli import run
 from deepseek_jax.config import preset
 from deepseek_jax.text.tokenizer import Tokenizer
+from deepseek_jax.train.grpo import GRPOTraining
 from deepseek_jax.train.metrics import read_metrics
 from experiments import r1_zero
 
@@ -121,9 +122,18 @@ def error_line(capsys) -> str:
     return error
 
 
-def test_a_group_of_one_is_refused(tmp_path, monkeypatch, capsys):
-    assert main(monkeypatch, *arguments(tmp_path / "run", group_size=1)) == 1
-    assert "group_size: got 1, wanted at least 2" in error_line(capsys)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group_size": 1}, "group_size: got 1, wanted at least 2"),
+        ({"updates_per_rollout": 3}, "updates_per_rollout 3 x micro_batches 1 does not divide the 4 samples of a step"),
+        ({"loss_type": "cispo"}, "epsilon_high: got None with cispo, wanted the largest ratio"),
+        ({"top_p": 0.9}, "keep_sampling_mask: got False with top_p 0.9"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tmp_path, monkeypatch, capsys, changes, message):
+    assert main(monkeypatch, *arguments(tmp_path / "run", **changes)) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()
 
 
@@ -133,7 +143,7 @@ def test_a_group_of_one_is_refused(tmp_path, monkeypatch, capsys):
         (None, "no such file"),
         ("", "the data set is empty"),
         ('{"question": "1+1=?", "answer": "2"}\n{"question": 3}\n', ":2: 'answer': got None"),
-        ('{"question": "1+1=?", "answer": "2"}\n', "got 1 rows, wanted at least"),
+        ('{"question": "1+1=?", "answer": "2"}\n', "got 1 rows, wanted at least one beyond the 8"),
     ],
 )
 def test_bad_data_is_refused_by_name(tmp_path, monkeypatch, capsys, text, message):
@@ -147,7 +157,7 @@ def test_bad_data_is_refused_by_name(tmp_path, monkeypatch, capsys, text, messag
 
 
 def test_another_setting_does_not_go_on_with_an_unfinished_run(tmp_path):
-    first, other = (r1_zero.Config(output=tmp_path / "run", lr=lr) for lr in (1e-4, 2e-4))
+    first, other = (r1_zero.Config(output=tmp_path / "run", grpo=GRPOTraining(lr=lr)) for lr in (1e-4, 2e-4))
     r1_zero.check(first)
     r1_zero.write_json(first.output / "config.json", r1_zero.settings(first))
     r1_zero.check(first)
@@ -166,7 +176,8 @@ def launch(folder: Path, cache: Path, *more: str) -> subprocess.Popen:
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, str(SCRIPT), *arguments(folder, steps=12, cold_start_epochs=12, eval_every=6)]
+    lengths = {"steps": 30, "cold_start_epochs": 16, "eval_every": 10, "sampling_rounds": 2}
+    command = [sys.executable, str(SCRIPT), *arguments(folder, **lengths)]
     with (folder.parent / f"{folder.name}.txt").open("ab") as output:
         return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
 
@@ -188,7 +199,7 @@ def kill_within(process: subprocess.Popen, folder: Path, stage: str, at_least: i
 
 
 def comparable(folder: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in ("time", "step_time")} for row in read_metrics(folder)]
+    return [{k: v for k, v in row.items() if not k.endswith("time")} for row in read_metrics(folder)]
 
 
 @pytest.mark.slow
@@ -197,8 +208,9 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path):
     assert launch(whole, cache).wait(timeout=600) == 0, (tmp_path / "whole.txt").read_text()
 
     chance = random.Random(0)
-    for stage, at_least in (("cold_start", 3), ("grpo", 3), ("grpo", 8)):
-        kill_within(launch(broken, cache), broken, stage, at_least, chance.uniform(0, 0.3))
+    moments = [("cold_start", n) for n in (0, 4, 9)] + [("grpo", n) for n in (0, 2, 5, 8, 11, 14, 17)]
+    for stage, at_least in moments:
+        kill_within(launch(broken, cache), broken, stage, at_least, chance.uniform(0, 0.5))
         assert not (broken / "summary.json").exists(), "it was over before the kill: kill earlier"
     assert launch(broken, cache).wait(timeout=600) == 0, (tmp_path / "broken.txt").read_text()
 

@@ -26,9 +26,9 @@ from deepseek_jax.checkpoint import names
 from deepseek_jax.generate.engine import Generator, SamplingConfig
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.stacks import stacked, unstacked
+from deepseek_jax.rl.batch import Batch
 from deepseek_jax.rl.loss import GRPOConfig
 from deepseek_jax.rl.objective import grpo_objective
-from deepseek_jax.rl.rollout import Batch
 from deepseek_jax.sharding import LOCAL, Layout, Remat, Transport, make_mesh
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.sft import SFTBatch, make_sft_objective
@@ -81,7 +81,7 @@ FACTORS = [
 ]
 rng = np.random.default_rng(0)
 TOKENS = rng.integers(0, 64, (B, T + 1)).astype(np.int32)
-ADVANTAGES = rng.normal(size=B).astype(np.float32)
+ADVANTAGES = np.broadcast_to(rng.normal(size=(B, 1)).astype(np.float32), (B, T))
 MASK = np.arange(T) < rng.integers(4, T + 1, (B, 1))
 
 

@@ -13,9 +13,9 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.generate.engine import Generator, SamplingConfig
 from deepseek_jax.model.cache import abstract_cache
 from deepseek_jax.model.decoder import abstract_weights
+from deepseek_jax.rl.batch import Batch
 from deepseek_jax.rl.loss import GRPOConfig
 from deepseek_jax.rl.objective import grpo_objective
-from deepseek_jax.rl.rollout import Batch
 from deepseek_jax.sharding import Layout
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.sft import SFTBatch, make_sft_objective
@@ -86,8 +86,7 @@ def lower_grpo(
 ) -> Program:
     """The update of GRPO on `batch` samples of `context` tokens, with log-probs of sampler and reference given."""
     objective = partial(grpo_objective, config=GRPOConfig(beta=0.001), temperature=1.0)
-    arrays = _of_tokens(batch, context, np.int32, np.int32, bool, np.float32, np.float32)
-    like = Batch(*arrays, np.zeros(batch, np.float32))
+    like = Batch(*_of_tokens(batch, context, np.int32, np.int32, bool, np.float32, np.float32, np.float32))
     return _lower_update(config, layout, dtype, objective, like, step, ("indexer", "mtp"))
 
 

@@ -3,42 +3,94 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.model.decoder import Decoder
 from deepseek_jax.model.scoring import Scored, score
-from deepseek_jax.ops.metrics import Metrics, masked_mean
+from deepseek_jax.ops.metrics import Mean, Metrics, Whole, masked_mean
+from deepseek_jax.rl.batch import Batch
 from deepseek_jax.rl.loss import GRPOConfig, grpo_loss
-from deepseek_jax.rl.rollout import Batch
 
 
 def grpo_objective(
-    model: Decoder, batch: Batch, samples: jax.Array, *, config: GRPOConfig, temperature: float
+    model: Decoder, batch: Batch, whole: Whole, *, config: GRPOConfig, temperature: float, keep_routing: bool = False
 ) -> tuple[jax.Array, Metrics, Scored]:
     """GRPO loss of a batch, or of a part of one.
 
     Args:
         model: the policy.
         batch: samples with the log-probs of sampler and reference, and advantages.
-        samples: size of the whole batch.
+        whole: of the whole batch.
         config: of the loss.
         temperature: the sampler's.
+        keep_routing: send every token through the experts that it went through when it was sampled (V3.2's keep
+            routing, arXiv 2512.02556 section 3.1); the batch must hold them.
     """
-    scored = score(model, batch.tokens_BT, batch.targets_BT, batch.mask_BT, temperature=temperature)
+    scored = scored_batch(model, batch, temperature=temperature, keep_routing=keep_routing)
     loss, metrics = grpo_loss(
         scored.logprobs_BT,
         batch.old_logprobs_BT,
         batch.ref_logprobs_BT,
-        batch.advantages_B,
+        batch.advantages_BT,
         batch.mask_BT,
         config,
-        samples=samples,
+        whole=whole,
+        segments_BT=batch.segments_BT,
+        per_row=batch.per_row,
+        entropy_BT=scored.entropy_BT,
+        sampler_logprobs_BT=batch.sampler_logprobs_BT,
     )
-    return loss, metrics | {"entropy": masked_mean(scored.entropy_BT, batch.mask_BT)}, scored
+    if batch.routes_BTLA is not None:
+        metrics["sampling/experts_differ"] = experts_differ(batch.routes_BTLA, scored.experts_BTLA, batch.mask_BT)
+    return loss, metrics, scored
 
 
-@partial(jax.jit, static_argnames=("graphdef", "temperature"))
-def reference_logprobs(graphdef: nnx.GraphDef, weights: nnx.State, batch: Batch, *, temperature: float) -> jax.Array:
-    """Log-probs [B, T] of the batch's targets under frozen weights."""
+def scored_batch(model: Decoder, batch: Batch, *, temperature: float, keep_routing: bool = False) -> Scored:
+    """What the model says of a batch, and of the tokens among which each was drawn."""
+    if keep_routing and batch.routes_BTLA is None:
+        raise ValueError("keep_routing: got a batch without routes, wanted one; record them while sampling")
+    return score(
+        model,
+        batch.tokens_BT,
+        batch.targets_BT,
+        batch.mask_BT,
+        temperature=temperature,
+        segments_BT=batch.segments_BT,
+        per_row=batch.per_row,
+        routes_BTLA=batch.routes_BTLA if keep_routing else None,
+        support_BTW=batch.support_BTW,
+    )
+
+
+def experts_differ(sampled_BTLA: jax.Array, chosen_BTLA: jax.Array, mask_BT: jax.Array) -> Mean:
+    """Share of the counted tokens of which some layer's router would choose other experts than the sampler's did."""
+    in_order = lambda experts: jnp.sort(experts.astype(jnp.int32), axis=-1)
+    other = jnp.any(in_order(sampled_BTLA) != in_order(chosen_BTLA), axis=(2, 3))
+    return masked_mean(other.astype(jnp.float32), mask_BT)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "temperature", "keep_routing", "micro_batches"))
+def frozen_logprobs(
+    graphdef: nnx.GraphDef,
+    weights: nnx.State,
+    batch: Batch,
+    *,
+    temperature: float,
+    keep_routing: bool = False,
+    micro_batches: int = 1,
+) -> jax.Array:
+    """Log-probs [B, T] of the batch's targets under weights that are not trained.
+
+    They are the reference model's, or the policy's own before an update.
+    """
     model = nnx.merge(graphdef, weights)
-    return score(model, batch.tokens_BT, batch.targets_BT, batch.mask_BT, temperature=temperature).logprobs_BT
+
+    def of_part(part: Batch) -> jax.Array:
+        rows = model.layout.rows(part)
+        return scored_batch(model, rows, temperature=temperature, keep_routing=keep_routing).logprobs_BT
+
+    if micro_batches == 1:
+        return of_part(batch)
+    parts = jax.tree.map(lambda a: a.reshape(micro_batches, -1, *a.shape[1:]), batch)
+    return jax.lax.map(of_part, parts).reshape(batch.mask_BT.shape)

@@ -1,18 +1,18 @@
-"""From prompts to a scored batch: sample a group for each prompt, reward it, compare it with its group."""
+"""From prompts to graded groups: sample a group for each prompt, and reward it while the next ones are sampled."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from deepseek_jax import processes
-from deepseek_jax.generate.engine import Generator, SamplingConfig, bucket
+from deepseek_jax.generate.engine import Generator, Record, SamplingConfig
 from deepseek_jax.generate.text import TextCompletion, complete, seeds_for
 from deepseek_jax.rewards.combine import CombinedReward
-from deepseek_jax.rl.advantage import group_advantages
+from deepseek_jax.rl.advantage import zero_variance
 from deepseek_jax.text.tokenizer import Tokenizer
 
 
@@ -24,29 +24,28 @@ class Prompt(NamedTuple):
     columns: Mapping[str, object]
 
 
-class Batch(NamedTuple):
-    """Samples for an update, padded on the right. Column t speaks of the token that position t predicts.
-
-    tokens_BT int32: prompt and completion, without the last token; targets_BT: the same one step on;
-    mask_BT: true where the target belongs to the completion; old_logprobs_BT: the sampler's; ref_logprobs_BT: the
-    reference model's (zeros until someone scores them); advantages_B.
-    """
-
-    tokens_BT: np.ndarray
-    targets_BT: np.ndarray
-    mask_BT: np.ndarray
-    old_logprobs_BT: np.ndarray
-    ref_logprobs_BT: np.ndarray
-    advantages_B: np.ndarray
-
-
 class Rollout(NamedTuple):
-    """A batch, its completions prompt by prompt, the weighted reward of each, and its parts by name."""
+    """P prompts, their P x G completions prompt by prompt, the weighted rewards [P, G], and their parts by name."""
 
-    batch: Batch
+    prompts: list[Prompt]
     completions: list[TextCompletion]
     rewards: np.ndarray
     parts: dict[str, list[float | None]]
+
+    def groups(self, chosen: Sequence[int]) -> "Rollout":
+        """The groups of these prompts, in this order."""
+        G = self.rewards.shape[1]
+        rows = [prompt * G + sample for prompt in chosen for sample in range(G)]
+        return Rollout(
+            [self.prompts[prompt] for prompt in chosen],
+            [self.completions[row] for row in rows],
+            self.rewards[list(chosen)],
+            {name: [values[row] for row in rows] for name, values in self.parts.items()},
+        )
+
+    def prompts_of_samples(self) -> list[Prompt]:
+        """The prompt of each completion."""
+        return [prompt for prompt in self.prompts for _ in range(self.rewards.shape[1])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +57,8 @@ class Roller:
         sampling: how completions are drawn.
         group_size: samples a prompt, at least 2.
         reward: texts and columns to a weighted sum.
-        width: columns of the batch; fixed, so that the update compiles once. None: the next power of two.
-        alter_rewards: applied to the rewards [P, G] before advantages (controls: shuffling them, say).
+        at_once: prompts sampled at a time; the groups before are graded meanwhile. None: all.
+        record: what sampling writes down for the trainer.
     """
 
     generator: Generator
@@ -67,85 +66,139 @@ class Roller:
     sampling: SamplingConfig
     group_size: int
     reward: CombinedReward
-    width: int | None = None
-    alter_rewards: Callable[[np.ndarray, int], np.ndarray] | None = None
+    at_once: int | None = None
+    record: Record = Record()
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
             raise ValueError(f"group_size: got {self.group_size}, wanted at least 2: a group of one learns nothing")
+        if self.at_once is not None and self.at_once < 1:
+            raise ValueError(f"at_once: got {self.at_once}, wanted at least 1 prompt, or None for all")
 
-    def __call__(self, weights: nnx.State, prompts: Sequence[Prompt], *, seed: int, step: int) -> Rollout:
-        """Sample, reward, and compare. The draws are a function of (seed, step, place of the prompt) alone.
+    def __call__(
+        self, weights: nnx.State, prompts: Sequence[Prompt], *, seed: int, step: int, first: int = 0
+    ) -> Rollout:
+        """Sample and reward. The draws are a function of (seed, step, place of the prompt) alone.
 
         In several processes all call it alike and get the same: all hold all completions, the main one grades them.
+
+        Args:
+            weights: of the sampler.
+            prompts: to answer.
+            seed, step: of the run.
+            first: place of the first prompt among those of the step.
         """
-        G = self.group_size
-        seeds = [s for place in range(len(prompts)) for s in seeds_for(seed, step, place, count=G)]
-        tokens = [p.tokens for p in prompts]
-        found = complete(self.generator, weights, self.tokenizer, tokens, self.sampling, seeds=seeds, samples=G)
-        repeated = [p for p in prompts for _ in range(G)]
-        # A grader may answer otherwise elsewhere (it has a clock, or a sandbox): one process grades for all.
-        totals, parts = processes.on_main(
-            lambda: self.reward(
-                prompts=[p.text for p in repeated],
-                completions=[c.text for c in found],
-                completion_ids=[c.tokens.tolist() for c in found],
-                **{name: [p.columns[name] for p in repeated] for name in prompts[0].columns},
-            )
+        size = self.at_once or len(prompts)
+        found: list[TextCompletion] = []
+        graded = []
+        with ThreadPoolExecutor(1) as grader:
+            for start in range(0, len(prompts), size):
+                part = prompts[start : start + size]
+                drawn = self._sampled(weights, part, seed, step, first + start)
+                found += drawn
+                # A grader may answer otherwise elsewhere (it has a clock, or a sandbox): one process grades for all.
+                if processes.is_main():
+                    graded.append(grader.submit(self._grade, part, drawn))
+            totals, parts = processes.on_main(lambda: _joined([answer.result() for answer in graded]))
+        rewards = np.asarray(totals, np.float32).reshape(len(prompts), self.group_size)
+        return Rollout(list(prompts), found, rewards, parts)
+
+    def _sampled(self, weights, prompts, seed, step, first) -> list[TextCompletion]:
+        seeds = [
+            s for place in range(len(prompts)) for s in seeds_for(seed, step, first + place, count=self.group_size)
+        ]
+        return complete(
+            self.generator,
+            weights,
+            self.tokenizer,
+            [p.tokens for p in prompts],
+            self.sampling,
+            seeds=seeds,
+            samples=self.group_size,
+            record=self.record,
         )
-        rewards = np.asarray(totals, np.float32).reshape(len(prompts), G)
-        used = rewards if self.alter_rewards is None else self.alter_rewards(rewards, step)
-        advantages = np.asarray(group_advantages(jnp.asarray(used)))
-        batch = make_batch([p.tokens for p in repeated], found, advantages.reshape(-1), width=self.width)
-        return Rollout(batch, found, rewards, parts)
+
+    def _grade(self, prompts, completions) -> tuple[list[float], dict[str, list[float | None]]]:
+        repeated = [p for p in prompts for _ in range(self.group_size)]
+        return self.reward(
+            prompts=[p.text for p in repeated],
+            completions=[c.text for c in completions],
+            completion_ids=[c.tokens.tolist() for c in completions],
+            **{name: [p.columns[name] for p in repeated] for name in prompts[0].columns},
+        )
 
 
-def make_batch(
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[TextCompletion],
-    advantages: np.ndarray,
+def _joined(graded) -> tuple[list[float], dict[str, list[float | None]]]:
+    totals = [total for of_part, _ in graded for total in of_part]
+    return totals, {name: [value for _, parts in graded for value in parts[name]] for name in graded[0][1]}
+
+
+def roll_informative(
+    roll: Roller,
+    weights: nnx.State,
+    draw: Callable[[], Sequence[Prompt]],
     *,
-    width: int | None = None,
-) -> Batch:
-    """Lay samples out for an update.
+    seed: int,
+    step: int,
+    rounds: int,
+) -> tuple[Rollout, Rollout]:
+    """Sample until enough groups have rewards that differ; a group whose rewards are all alike teaches nothing.
 
     Args:
-        prompts, completions: one of each a sample.
-        advantages: float32 [B].
-        width: columns; None takes the next power of two. ValueError when a sample is longer.
+        roll, weights, seed, step: as for a plain rollout.
+        draw: the next prompts.
+        rounds: at most so many times; what is then missing is filled with groups of equal rewards, in their order.
+
+    Returns:
+        Everything that was sampled, and of it as many groups as one draw has prompts: those that teach, first come
+        first. Groups beyond that number are not used.
+
+    Source: DAPO, arXiv 2503.14476 section 3.2 (dynamic sampling).
     """
-    longest = max(len(p) + len(c.tokens) for p, c in zip(prompts, completions, strict=True)) - 1
-    width = bucket(longest) if width is None else width
-    if longest > width:
-        raise ValueError(f"width: got {width}, wanted at least {longest}, the longest prompt and completion")
-    B = len(prompts)
-    tokens = np.zeros((B, width + 1), np.int32)
-    mask = np.zeros((B, width), bool)
-    old = np.zeros((B, width), np.float32)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        start, end = len(prompt), len(prompt) + len(completion.tokens)
-        tokens[row, :start] = prompt
-        tokens[row, start:end] = completion.tokens
-        mask[row, start - 1 : end - 1] = True
-        old[row, start - 1 : end - 1] = completion.logprobs
-    return Batch(tokens[:, :-1], tokens[:, 1:], mask, old, np.zeros_like(old), advantages.astype(np.float32))
+    parts = [roll(weights, draw(), seed=seed, step=step)]
+    wanted = len(parts[0].prompts)
+    while len(parts) < rounds and sum(int(np.sum(~zero_variance(p.rewards))) for p in parts) < wanted:
+        first = sum(len(p.prompts) for p in parts)
+        parts.append(roll(weights, draw(), seed=seed, step=step, first=first))
+    everything = joined(parts)
+    flat = np.asarray(zero_variance(everything.rewards))
+    chosen = sorted(range(len(flat)), key=lambda prompt: (bool(flat[prompt]), prompt))[:wanted]
+    return everything, everything.groups(sorted(chosen))
 
 
-def rollout_metrics(rollout: Rollout, group_size: int) -> dict[str, float]:
+def joined(parts: Sequence[Rollout]) -> Rollout:
+    """Several rollouts as one."""
+    return Rollout(
+        [prompt for p in parts for prompt in p.prompts],
+        [completion for p in parts for completion in p.completions],
+        np.concatenate([p.rewards for p in parts]),
+        {name: [value for p in parts for value in p.parts[name]] for name in parts[0].parts},
+    )
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     """What a dashboard shows of a rollout, under the names that TRL's users know."""
-    groups = rollout.rewards.reshape(-1, group_size)
-    lengths = [len(c.tokens) for c in rollout.completions]
-    spread = groups.std(axis=1, ddof=1)
+    groups = rollout.rewards
+    lengths = np.array([len(c.tokens) for c in rollout.completions])
+    finished = np.array([c.finished for c in rollout.completions])
     metrics = {
         "reward": groups.mean(),
-        "reward_std": spread.mean(),
-        "frac_reward_zero_std": (np.ptp(groups, axis=1) == 0).mean(),
-        "completions/mean_length": np.mean(lengths),
-        "completions/max_length": np.max(lengths),
-        "completions/clipped_ratio": np.mean([not c.finished for c in rollout.completions]),
+        "reward_std": groups.std(axis=1, ddof=1).mean(),
+        "frac_reward_zero_std": np.mean(zero_variance(groups)),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": 1 - finished.mean(),
     }
+    if finished.any():
+        ended = lengths[finished]
+        metrics |= {f"completions/{name}_terminated_length": f(ended) for name, f in _SPREAD.items()}
     for name, values in rollout.parts.items():
         applicable = [v for v in values if v is not None]
         if applicable:
             metrics[f"rewards/{name}/mean"] = np.mean(applicable)
+            metrics[f"rewards/{name}/std"] = np.std(applicable, ddof=1) if len(applicable) > 1 else 0.0
     return {name: float(value) for name, value in metrics.items()}
+
+
+_SPREAD = {"mean": np.mean, "min": np.min, "max": np.max}

@@ -9,12 +9,14 @@ from flax import nnx
 
 from deepseek_jax.config import MLAConfig, preset
 from deepseek_jax.generate.engine import Generator, SamplingConfig
-from deepseek_jax.generate.text import TextCompletion
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
+from deepseek_jax.ops.metrics import Whole
 from deepseek_jax.rewards.combine import combine
+from deepseek_jax.rl.advantage import group_advantages
+from deepseek_jax.rl.batch import make_batch
 from deepseek_jax.rl.loss import GRPOConfig
-from deepseek_jax.rl.objective import grpo_objective, reference_logprobs
-from deepseek_jax.rl.rollout import Prompt, Roller, make_batch, rollout_metrics
+from deepseek_jax.rl.objective import frozen_logprobs, grpo_objective
+from deepseek_jax.rl.rollout import Prompt, Roller, joined, roll_informative, rollout_metrics
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE
 
@@ -34,35 +36,6 @@ CONFIG = dataclasses.replace(
     attention=MLAConfig(q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
     moe=dataclasses.replace(preset("tiny").moe, moe_intermediate_size=8, first_k_dense_replace=0),
 )
-
-
-def completion(tokens, finished=True):
-    return TextCompletion("", np.array(tokens, np.int32), -np.arange(1, len(tokens) + 1, dtype=np.float32), finished)
-
-
-def test_mask_marks_exactly_the_completions_tokens():
-    batch = make_batch([[7], [5, 6]], [completion([8, 9]), completion([4])], np.array([1.0, -1.0]), width=4)
-    np.testing.assert_array_equal(batch.tokens_BT, [[7, 8, 9, 0], [5, 6, 4, 0]])
-    np.testing.assert_array_equal(batch.targets_BT, [[8, 9, 0, 0], [6, 4, 0, 0]])
-    np.testing.assert_array_equal(batch.mask_BT, [[1, 1, 0, 0], [0, 1, 0, 0]])
-    np.testing.assert_array_equal(batch.old_logprobs_BT, [[-1, -2, 0, 0], [0, -1, 0, 0]])
-    np.testing.assert_array_equal(batch.ref_logprobs_BT, np.zeros((2, 4)))
-    np.testing.assert_array_equal(batch.advantages_B, [1, -1])
-    assert batch.mask_BT.dtype == bool and batch.advantages_B.dtype == batch.old_logprobs_BT.dtype == np.float32
-
-
-def test_a_pad_token_inside_a_completion_counts():
-    """The mask is made from lengths: token 0 is padding here and may be a real token there."""
-    batch = make_batch([[7]], [completion([0, 0, 3])], np.zeros(1), width=5)
-    np.testing.assert_array_equal(batch.mask_BT, [[1, 1, 1, 0, 0]])
-
-
-def test_width_fits_exactly_or_is_refused():
-    sample = [[7, 7]], [completion([8, 9, 1])], np.zeros(1)
-    assert make_batch(*sample, width=4).mask_BT.tolist() == [[False, True, True, True]]
-    assert make_batch(*sample).tokens_BT.shape == (1, 16)
-    with pytest.raises(ValueError, match="width: got 3, wanted at least 4"):
-        make_batch(*sample, width=3)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +65,6 @@ def roll(model):
         sampling=SamplingConfig(max_new_tokens=9, temperature=0.7, stop_ids=TOKENIZER.eos_ids),
         group_size=G,
         reward=combine({"digits": digits}, {"digits": 2.0}),
-        width=32,
     )
 
 
@@ -101,9 +73,16 @@ def rollout(model, roll):
     return roll(model[1], prompts(), seed=1, step=2)
 
 
+def batch_of(rollout):
+    advantages = np.asarray(group_advantages(rollout.rewards)).ravel()
+    return make_batch([p.tokens for p in rollout.prompts_of_samples()], rollout.completions, advantages, width=32)
+
+
 def test_old_logprobs_are_the_trainers_at_the_samplers_temperature(model, rollout):
-    batch = rollout.batch
-    scored = np.asarray(reference_logprobs(model[0], model[1], batch, temperature=0.7))
+    batch = batch_of(rollout)
+    scored = np.asarray(frozen_logprobs(model[0], model[1], batch, temperature=0.7))
+    in_parts = frozen_logprobs(model[0], model[1], batch, temperature=0.7, micro_batches=4)
+    np.testing.assert_allclose(in_parts, scored, atol=1e-5)
     np.testing.assert_allclose(scored[batch.mask_BT], batch.old_logprobs_BT[batch.mask_BT], atol=1e-5)
     assert (batch.old_logprobs_BT[~batch.mask_BT] == 0).all()
     assert batch.mask_BT.sum() == sum(len(c.tokens) for c in rollout.completions)
@@ -112,14 +91,16 @@ def test_old_logprobs_are_the_trainers_at_the_samplers_temperature(model, rollou
 def test_on_policy_the_loss_is_zero_and_its_gradient_is_not(model, rollout):
     """Ratio 1, KL 0, and the advantages of a group sum to 0; within the rounding of sampler against trainer."""
     graphdef, weights = model
-    batch = rollout.batch._replace(ref_logprobs_BT=rollout.batch.old_logprobs_BT)
+    batch = batch_of(rollout)
+    batch = batch._replace(ref_logprobs_BT=batch.old_logprobs_BT)
+    whole = Whole(np.float32(2 * G), np.float32(batch.mask_BT.sum()))
     params, rest = nnx.split_state(weights, nnx.Param, ...)
 
     @jax.jit
     def gradient(params, batch):
         def loss(params):
             found = grpo_objective(
-                nnx.merge(graphdef, params, rest), batch, 2.0 * G, config=GRPOConfig(), temperature=0.7
+                nnx.merge(graphdef, params, rest), batch, whole, config=GRPOConfig(beta=0.04), temperature=0.7
             )
             return found[0], found[1]
 
@@ -140,11 +121,13 @@ def test_rewards_and_advantages_belong_to_their_samples(rollout):
     wanted = 2 * np.array(digits(None, texts, ids, answer=answers)).reshape(2, G)
     np.testing.assert_allclose(rollout.rewards, wanted, rtol=1e-6)
     centred = wanted - wanted.mean(axis=1, keepdims=True)
-    advantages = centred / (wanted.std(axis=1, ddof=1, keepdims=True) + 1e-4)
-    np.testing.assert_allclose(rollout.batch.advantages_B, advantages.ravel(), rtol=1e-4, atol=1e-5)
+    advantages = (centred / (wanted.std(axis=1, ddof=1, keepdims=True) + 1e-4)).ravel()
+    batch = batch_of(rollout)
     for row, (prompt, tokens) in enumerate(zip(np.repeat(np.arange(2), G), ids, strict=True)):
         text = prompts()[prompt].tokens + tokens
-        assert rollout.batch.tokens_BT[row, : len(text) - 1].tolist() == text[:-1]
+        assert batch.tokens_BT[row, : len(text) - 1].tolist() == text[:-1]
+        drawn = batch.advantages_BT[row][batch.mask_BT[row]]
+        np.testing.assert_allclose(drawn, advantages[row], rtol=1e-4, atol=1e-5)
 
 
 def test_draws_are_a_function_of_seed_step_and_place(model, roll, rollout):
@@ -156,19 +139,61 @@ def test_draws_are_a_function_of_seed_step_and_place(model, roll, rollout):
     assert texts(same)[:G] == texts(rollout)[:G] and texts(same)[G:] != texts(same)[:G]
 
 
-def test_altered_rewards_change_the_advantages_alone(model, roll, rollout):
-    seen = []
-    alter = lambda rewards, step: seen.append((rewards.copy(), step)) or rewards[:, ::-1]
-    altered = dataclasses.replace(roll, alter_rewards=alter)(model[1], prompts(), seed=1, step=2)
-    np.testing.assert_array_equal(altered.rewards, rollout.rewards)
-    np.testing.assert_array_equal(seen[0][0], rollout.rewards)
-    assert seen[0][1] == 2
-    flipped = rollout.batch.advantages_B.reshape(2, G)[:, ::-1].ravel()
-    np.testing.assert_allclose(altered.batch.advantages_B, flipped, rtol=1e-5)
+def test_grading_some_prompts_while_others_are_sampled_changes_nothing(model, roll, rollout):
+    apart = dataclasses.replace(roll, at_once=1)(model[1], prompts(), seed=1, step=2)
+    assert [c.tokens.tolist() for c in apart.completions] == [c.tokens.tolist() for c in rollout.completions]
+    np.testing.assert_array_equal(apart.rewards, rollout.rewards)
+    assert apart.parts == rollout.parts
+
+
+def test_groups_keep_what_belongs_together(rollout):
+    swapped = rollout.groups([1, 0])
+    assert [p.text for p in swapped.prompts] == [p.text for p in rollout.prompts][::-1]
+    assert swapped.completions == rollout.completions[G:] + rollout.completions[:G]
+    np.testing.assert_array_equal(swapped.rewards, rollout.rewards[::-1])
+    assert swapped.parts["digits"] == rollout.parts["digits"][G:] + rollout.parts["digits"][:G]
+    both = joined([rollout.groups([0]), rollout.groups([1])])
+    np.testing.assert_array_equal(both.rewards, rollout.rewards)
+    assert both.completions == rollout.completions and both.parts == rollout.parts
+
+
+class Rewarding:
+    """A stand-in for a sampler: rewards come from a list, draw by draw."""
+
+    def __init__(self, rollout, rewards):
+        self.rollout, self.rewards, self.places = rollout, list(rewards), []
+
+    def __call__(self, weights, prompts, *, seed, step, first=0):
+        self.places.append(first)
+        return self.rollout._replace(prompts=list(prompts), rewards=np.array(self.rewards.pop(0), np.float32))
+
+
+SAME, DIFFER = [1, 1, 1, 1], [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "rounds", "drawn", "used"),
+    [
+        ([[DIFFER, DIFFER]], 3, 1, [0, 1]),
+        ([[SAME, DIFFER], [DIFFER, SAME]], 3, 2, [1, 2]),
+        ([[SAME, SAME], [DIFFER, DIFFER]], 3, 2, [2, 3]),
+        ([[SAME, DIFFER], [SAME, SAME]], 2, 2, [0, 1]),
+        ([[SAME, SAME], [SAME, DIFFER]], 2, 2, [0, 3]),
+        ([[SAME, SAME]], 1, 1, [0, 1]),
+    ],
+)
+def test_groups_of_equal_rewards_are_sampled_again(rollout, rewards, rounds, drawn, used):
+    roll, numbers = Rewarding(rollout, rewards), iter(range(100))
+    draw = lambda: [Prompt(str(next(numbers)), [1], {}) for _ in range(2)]
+    everything, chosen = roll_informative(roll, None, draw, seed=0, step=0, rounds=rounds)
+    assert roll.places == [2 * number for number in range(drawn)]  # so that no noise is used twice
+    assert [p.text for p in everything.prompts] == [str(n) for n in range(2 * drawn)]
+    assert [p.text for p in chosen.prompts] == [str(n) for n in used]
+    assert chosen.rewards.shape == (2, G)
 
 
 def test_metrics_of_a_rollout(rollout):
-    metrics = rollout_metrics(rollout, G)
+    metrics = rollout_metrics(rollout)
     lengths = [len(c.tokens) for c in rollout.completions]
     assert metrics["reward"] == pytest.approx(rollout.rewards.mean(), rel=1e-6)
     assert metrics["reward_std"] == pytest.approx(rollout.rewards.std(axis=1, ddof=1).mean(), rel=1e-5)
@@ -176,11 +201,9 @@ def test_metrics_of_a_rollout(rollout):
     assert metrics["completions/mean_length"] == np.mean(lengths)
     assert metrics["completions/clipped_ratio"] == np.mean([not c.finished for c in rollout.completions])
     equal = rollout._replace(rewards=np.array([[1, 1, 1, 1], [0, 1, 0, 0]], np.float32))
-    assert rollout_metrics(equal, G)["frac_reward_zero_std"] == 0.5
+    assert rollout_metrics(equal)["frac_reward_zero_std"] == 0.5
 
 
-def test_a_group_of_one_and_a_narrow_batch_are_refused(model, roll):
+def test_a_group_of_one_is_refused(roll):
     with pytest.raises(ValueError, match="group_size: got 1, wanted at least 2"):
         dataclasses.replace(roll, group_size=1)
-    with pytest.raises(ValueError, match="width: got 4, wanted at least"):
-        dataclasses.replace(roll, width=4)(model[1], prompts(), seed=1, step=2)

@@ -1,0 +1,423 @@
+"""The GRPO stage: draw prompts, sample groups, grade, compare, update; and its settings."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from deepseek_jax import processes
+from deepseek_jax.checkpoint.adapters import new_adapter
+from deepseek_jax.checkpoint.folder import Model
+from deepseek_jax.generate.engine import Generator, Record, SamplingConfig
+from deepseek_jax.model.lora import ALL_LINEAR, LoRAConfig, merge
+from deepseek_jax.ops import metrics as ops_metrics
+from deepseek_jax.rewards.combine import CombinedReward
+from deepseek_jax.rl.advantage import (
+    group_advantages,
+    reinforce_advantages,
+    reinforce_baseline_advantages,
+    rloo_advantages,
+)
+from deepseek_jax.rl.batch import Batch, make_batch, pack
+from deepseek_jax.rl.loss import GRPOConfig
+from deepseek_jax.rl.objective import frozen_logprobs, grpo_objective
+from deepseek_jax.rl.rollout import Prompt, Roller, Rollout, roll_informative, rollout_metrics
+from deepseek_jax.sharding import LOCAL, Layout
+from deepseek_jax.text.tokenizer import Tokenizer
+from deepseek_jax.train.loop import Stage, run_stage
+from deepseek_jax.train.metrics import MetricLog, explain_first_loss
+from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
+from deepseek_jax.train.samples import SampleLog, sample_groups
+from deepseek_jax.train.step import StepConfig, TrainState, init_state, make_adapter_step, make_train_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOTraining:
+    """Settings of a GRPO stage.
+
+    Args:
+        steps: rollouts in all.
+        prompts_per_step: questions a step.
+        group_size: samples a question (R1: 16).
+        max_new_tokens: limit a sample.
+        temperature: of the samples; log-probs are taken at the same.
+        top_p: of the samples; below 1 wants keep_sampling_mask.
+        top_k: of the samples; above 0 wants keep_sampling_mask.
+        at_once: questions sampled at a time, while the answers to those before are graded; None is all of a step.
+        sampling_rounds: dynamic sampling: draw further questions, so many times in all, until enough groups have
+            rewards that differ (DAPO); 1 takes what comes.
+        loss: of the policy.
+        advantage: "group" compares with the group's mean, "rloo" with that of the others in it, "reinforce"
+            (REINFORCE++) with the batch's, "reinforce_baseline" with the group's, over the deviation of the batch.
+        scale_rewards: what "group" divides by: the deviation of the group (R1), of the batch, or none (V3.2).
+        mask_truncated_completions: samples that were cut off at max_new_tokens do not count.
+        lr: learning rate.
+        warmup: updates over which it rises.
+        updates_per_rollout: parts of a rollout, an optimizer step each (R1-Zero: 16).
+        num_iterations: passes over a rollout.
+        micro_batches: parts of an update, computed one after another to save memory.
+        pack: lay several short samples in one row.
+        reference_every: steps after which the reference model follows the policy (R1-Zero: 400).
+        reference_mixup: how far it follows: 1 replaces it, less is a moving average.
+        lora_rank: train an adapter of this rank beside the weights, which stay, as does the reference model, then
+            these weights, and the router biases; 0 trains the weights themselves.
+        lora_alpha: strength of the adapter, which counts alpha / rank times.
+        lora_targets: Hugging Face's names of the modules to adapt, or all-linear.
+        record_routes: note the experts of sampling, and report the share of tokens for which the trainer's differ.
+        keep_routing: the update goes through the experts of sampling (V3.2).
+        keep_sampling_mask: log-probs are those among the tokens that top-p and top-k left (V3.2).
+        balance_alpha: weight of the sequence-wise balance loss of the experts.
+        bias_gamma: speed of the router bias.
+        eval_every: steps between evaluations on part of the held-out questions.
+        save_every: steps between checkpoints.
+        samples_every: steps between entries in the table of samples.
+        profile_steps: "A:B" traces the steps A to B, counted from 1, into profile/.
+    """
+
+    steps: int = 60
+    prompts_per_step: int = 16
+    group_size: int = 16
+    max_new_tokens: int = 48
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    at_once: int | None = None
+    sampling_rounds: int = 1
+    loss: GRPOConfig = field(default_factory=lambda: GRPOConfig(beta=0.001))
+    advantage: Literal["group", "rloo", "reinforce", "reinforce_baseline"] = "group"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    mask_truncated_completions: bool = False
+    lr: float = 2e-4
+    warmup: int = 5
+    updates_per_rollout: int = 1
+    num_iterations: int = 1
+    micro_batches: int = 1
+    pack: bool = False
+    reference_every: int = 400
+    reference_mixup: float = 1.0
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    lora_targets: tuple[str, ...] = (ALL_LINEAR,)
+    record_routes: bool = False
+    keep_routing: bool = False
+    keep_sampling_mask: bool = False
+    balance_alpha: float = 1e-4
+    bias_gamma: float = 1e-3
+    eval_every: int = 10
+    save_every: int = 20
+    samples_every: int = 10
+    profile_steps: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise ValueError(f"group_size: got {self.group_size}, wanted at least 2: a group of one learns nothing")
+        for name in _COUNTS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+        samples, parts = self.prompts_per_step * self.group_size, self.updates_per_rollout * self.micro_batches
+        if samples % parts:
+            raise ValueError(
+                f"updates_per_rollout {self.updates_per_rollout} x micro_batches {self.micro_batches} "
+                f"does not divide the {samples} samples of a step"
+            )
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank: got {self.lora_rank}, wanted 0, for none, or more")
+        if not 0 < self.temperature:
+            raise ValueError(f"temperature: got {self.temperature}, wanted more than 0: groups must differ")
+        if not 0 < self.reference_mixup <= 1:
+            raise ValueError(f"reference_mixup: got {self.reference_mixup}, wanted more than 0, at most 1")
+        if (self.top_p < 1 or self.top_k > 0) and not self.keep_sampling_mask:
+            raise ValueError(
+                f"keep_sampling_mask: got False with top_p {self.top_p} and top_k {self.top_k}, wanted True: "
+                "the sampler's distribution would not be the trainer's"
+            )
+
+    @property
+    def lora(self) -> LoRAConfig | None:
+        """The adapter to train, if one is."""
+        if not self.lora_rank:
+            return None
+        targets = ALL_LINEAR if self.lora_targets == (ALL_LINEAR,) else self.lora_targets
+        return LoRAConfig(rank=self.lora_rank, alpha=self.lora_alpha, targets=targets)
+
+
+_COUNTS = (
+    *("steps", "prompts_per_step", "sampling_rounds", "updates_per_rollout", "num_iterations", "micro_batches"),
+    *("reference_every", "eval_every", "save_every", "samples_every"),
+)
+PER_ROW = 16
+"""Samples that a packed row holds at most."""
+
+
+class Reinforced(NamedTuple):
+    """State of the stage: the policy's training, the reference model, and the tokens sampled so far.
+
+    The reference is None where there is no KL, and where an adapter is trained: then it is what the run began with.
+    """
+
+    train: TrainState
+    reference: nnx.State | None
+    tokens: jax.Array
+
+
+class Learned(NamedTuple):
+    """One step's outcome: the state after it, the samples that it learned from, and the numbers of a dashboard.
+
+    The numbers are of everything that was sampled, also of groups that dynamic sampling left out.
+    """
+
+    state: Reinforced
+    rollout: Rollout
+    metrics: dict[str, float]
+
+
+class GRPOTrainer:
+    """GRPO on one model.
+
+    Args:
+        config: settings.
+        model: architecture and first weights, which become policy and reference.
+        tokenizer: of prompts and completions.
+        generator: the sampler.
+        reward: of texts and columns.
+        width: columns of an update's rows, at least the longest prompt and completion; fixed, so that it compiles once.
+        seed: of sampling.
+        layout: the one that the model was made with.
+        alter_rewards: (rewards [P, G], step) to those that advantages are made of (controls: shuffling them, say).
+        take_metrics: further numbers of a step, such as those of a grader.
+    """
+
+    def __init__(
+        self,
+        config: GRPOTraining,
+        model: Model,
+        tokenizer: Tokenizer,
+        generator: Generator,
+        reward: CombinedReward,
+        *,
+        width: int,
+        seed: int,
+        layout: Layout = LOCAL,
+        alter_rewards: Callable[[np.ndarray, int], np.ndarray] | None = None,
+        take_metrics: Callable[[], Mapping[str, float]] = dict,
+    ):
+        self.config, self.model, self.layout, self.lora = config, model, layout, config.lora
+        self.width, self.seed, self.alter, self.take_metrics = width, seed, alter_rewards, take_metrics
+        adamw = OptimizerConfig(learning_rate=config.lr, warmup_steps=config.warmup)
+        self.optimizer, self.rate = make_optimizer(adamw, self._updates), schedule(adamw, self._updates)
+        of_step = StepConfig(
+            micro_batches=config.micro_batches,
+            balance_alpha=config.balance_alpha,
+            bias_gamma=config.bias_gamma if self.lora is None else 0.0,
+        )
+        self.score = {"temperature": config.temperature, "keep_routing": config.keep_routing}
+        self._estimator = {
+            "group": partial(group_advantages, scale=config.scale_rewards),
+            "rloo": rloo_advantages,
+            "reinforce": reinforce_advantages,
+            "reinforce_baseline": reinforce_baseline_advantages,
+        }[config.advantage]
+        objective = partial(grpo_objective, config=config.loss, **self.score)
+        parts = model.graphdef, objective, self.optimizer, of_step
+        if self.lora is None:
+            self.update = make_train_step(*parts, layout)
+        else:
+            self.update = partial(make_adapter_step(*parts, self.lora, layout), frozen=model.weights)
+        self.roll = Roller(
+            generator=generator,
+            tokenizer=tokenizer,
+            sampling=SamplingConfig(
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                top_k=config.top_k,
+                stop_ids=tokenizer.eos_ids,
+            ),
+            group_size=config.group_size,
+            reward=reward,
+            at_once=config.at_once,
+            record=Record(routes=config.record_routes or config.keep_routing, support=config.keep_sampling_mask),
+        )
+
+    @property
+    def _updates(self) -> int:
+        return self.config.steps * self.config.updates_per_rollout * self.config.num_iterations
+
+    def first_state(self) -> Reinforced:
+        """Before the first step."""
+        weights = self.model.weights
+        if self.lora is not None:
+            adapter = new_adapter(self.model.config, self.lora, seed=self.seed, layout=self.layout)
+            return Reinforced(init_state(adapter, self.optimizer, self.layout), None, jnp.int32(0))
+        reference = jax.tree.map(jnp.copy, weights) if self.config.loss.beta else None
+        return Reinforced(init_state(weights, self.optimizer, self.layout), reference, jnp.int32(0))
+
+    def policy(self, state: Reinforced) -> nnx.State:
+        """The weights that sample: those that are trained, or the first ones with the adapter."""
+        trained = state.train.weights
+        return trained if self.lora is None else merge(self.model.weights, trained, self.lora)
+
+    def step(self, state: Reinforced, draw: Callable[[], Sequence[Prompt]], number: int) -> Learned:
+        """One step: rollout and updates. `draw` gives the next prompts, and is asked again by dynamic sampling."""
+        start = time.perf_counter()
+        everything, used = roll_informative(
+            self.roll,
+            self.policy(state),
+            draw,
+            seed=self.seed,
+            step=number,
+            rounds=self.config.sampling_rounds,
+        )
+        rolled = time.perf_counter()
+        train, found = self.learn(state, used, number)
+        sampled = sum(len(p.tokens) for p in everything.prompts_of_samples()) + sum(
+            len(c.tokens) for c in everything.completions
+        )
+        reference = self._followed(state.reference, train.weights, number)
+        state = Reinforced(train, reference, state.tokens + sampled)
+        values = rollout_metrics(everything) | ops_metrics.values(found) | self.take_metrics()
+        values |= {
+            "learning_rate": float(self.rate((number + 1) * (self._updates // self.config.steps) - 1)),
+            "num_tokens": int(state.tokens),
+            "sampling/rounds": len(everything.prompts) / len(used.prompts),
+            "rollout_time": rolled - start,
+            "update_time": time.perf_counter() - rolled,
+        }
+        return Learned(state, used, values)
+
+    def learn(self, state: Reinforced, rollout: Rollout, number: int) -> tuple[TrainState, ops_metrics.Metrics]:
+        """The updates that a rollout is good for."""
+        parts = [self._scored(batch, state) for batch in self.batches(rollout, number)]
+        train, total = state.train, None
+        for _ in range(self.config.num_iterations):
+            for batch in parts:
+                train, metrics = self.update(train, batch)
+                metrics = _of_one_update(metrics)
+                total = metrics if total is None else ops_metrics.merge(total, metrics)
+        return train, total
+
+    def batches(self, rollout: Rollout, number: int) -> Iterator[Batch]:
+        """The samples of a rollout with their advantages, a batch for each update of one pass."""
+        config = self.config
+        advantages = self.advantages(rollout.rewards, number).reshape(-1)
+        prompts = [p.tokens for p in rollout.prompts_of_samples()]
+        for part in range(config.updates_per_rollout):
+            of = slice(part, None, config.updates_per_rollout)
+            samples = prompts[of], rollout.completions[of], advantages[of]
+            options = {"width": self.width, "mask_truncated": config.mask_truncated_completions}
+            if config.pack:
+                yield pack(*samples, **options, per_row=PER_ROW, rows_of=self._rows_of(len(samples[0])))
+            else:
+                yield make_batch(*samples, **options)
+
+    def advantages(self, rewards_PG: np.ndarray, number: int) -> np.ndarray:
+        """[P, G] from rewards."""
+        used = jnp.asarray(rewards_PG if self.alter is None else self.alter(rewards_PG, number))
+        return np.asarray(self._estimator(used))
+
+    def _rows_of(self, samples: int) -> int:
+        """Rows come in at most eight numbers, each a compilation, and are divided by micro-batches and the mesh."""
+        whole = self.config.micro_batches * self.layout.parts("batch")
+        return -(-max(samples // 8, 1) // whole) * whole
+
+    def _scored(self, batch: Batch, state: Reinforced) -> Batch:
+        """With the log-probs of the reference, and the trainer's own where sampling is corrected for."""
+        frozen = partial(frozen_logprobs, self.model.graphdef, batch=batch, micro_batches=self.config.micro_batches)
+        if self.config.loss.corrects_sampler:
+            own = frozen(self.policy(state), **self.score)
+            batch = batch._replace(sampler_logprobs_BT=batch.old_logprobs_BT, old_logprobs_BT=own)
+        if self.config.loss.beta:
+            reference = self.model.weights if state.reference is None else state.reference
+            batch = batch._replace(ref_logprobs_BT=frozen(reference, temperature=self.config.temperature))
+        return batch
+
+    def _followed(self, reference: nnx.State | None, weights: nnx.State, number: int) -> nnx.State | None:
+        if reference is None or (number + 1) % self.config.reference_every:
+            return reference
+        return followed(reference, weights, self.config.reference_mixup)
+
+
+def _of_one_update(metrics: ops_metrics.Metrics) -> ops_metrics.Metrics:
+    """What added up over the parts of an update is averaged over updates."""
+    averaged = lambda metric: ops_metrics.Mean(metric.total, jnp.float32(1))
+    return {name: averaged(m) if isinstance(m, ops_metrics.Sum) else m for name, m in metrics.items()}
+
+
+@partial(jax.jit, static_argnames="share")
+def followed(reference: nnx.State, weights: nnx.State, share: float) -> nnx.State:
+    """The reference model moved by a share of its way to the policy."""
+    if share == 1:
+        return jax.tree.map(jnp.copy, weights)
+    return jax.tree.map(lambda old, new: (old + share * (new - old)).astype(old.dtype), reference, weights)
+
+
+def run_grpo(
+    trainer: GRPOTrainer,
+    prompts: grain.DatasetIterator,
+    *,
+    folder: Path,
+    log: MetricLog,
+    evaluate: Callable[[nnx.State], float] | None = None,
+) -> Reinforced:
+    """The whole stage; it goes on from its newest checkpoint if it has one.
+
+    Args:
+        trainer: of the model.
+        prompts: endless batches of prompts, `prompts_per_step` each.
+        folder: of the run.
+        log: of the run.
+        evaluate: accuracy of weights on held-out questions, for every `eval_every` steps.
+
+    Returns:
+        The state after the last step.
+    """
+    config = trainer.config
+    samples = SampleLog(folder, every=config.samples_every)
+    went_on = False
+
+    def step(state: Reinforced, first: list[Prompt], number: int) -> tuple[Reinforced, Mapping[str, float]]:
+        nonlocal went_on
+        if not went_on:
+            samples.truncate(_STAGE, number)
+            went_on = True
+        drawn = [first]
+        # What dynamic sampling draws beyond the first moves the iterator, and so is in the position that is saved.
+        learned = trainer.step(state, lambda: drawn.pop() if drawn else next(prompts), number)
+        values = learned.metrics
+        if evaluate is not None and (number + 1) % config.eval_every == 0:
+            values["eval/accuracy"] = evaluate(trainer.policy(learned.state))
+        if samples.wants(number + 1):
+            advantages = trainer.advantages(learned.rollout.rewards, number)
+            samples.write(number + 1, sample_groups(learned.rollout, advantages, prompts=_SHOWN), _STAGE)
+        if number == 0 and processes.is_main() and (explanation := explain_first_loss(values)):
+            print(explanation)
+        return learned.state, values
+
+    stage = Stage(
+        name=_STAGE,
+        steps=config.steps,
+        save_every=config.save_every,
+        shown=_BAR,
+        profile_steps=config.profile_steps,
+    )
+    return run_stage(stage, trainer.first_state(), prompts, step, folder=folder, log=log)
+
+
+_STAGE = "grpo"
+_SHOWN = 4  # prompts in an entry of the table of samples
+_BAR = {
+    "reward": "reward",
+    "rewards/accuracy/mean": "accuracy",
+    "completions/mean_length": "length",
+    "kl": "kl",
+    "entropy": "entropy",
+    "eval/accuracy": "held-out",
+}

@@ -1,0 +1,307 @@
+"""Cost of reinforcement learning beside a peer or a law, interleaved in one run, printed as Markdown."""
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.progress import track
+
+from deepseek_jax.checkpoint.folder import Model, load_model, save_hf
+from deepseek_jax.cli import run
+from deepseek_jax.config import preset
+from deepseek_jax.generate.engine import Generator
+from deepseek_jax.model.critic import critic_from
+from deepseek_jax.model.decoder import Decoder, split
+from deepseek_jax.ops.logprobs import logprobs_of_logits, token_logprobs
+from deepseek_jax.rewards.combine import combine
+from deepseek_jax.rl.batch import Batch
+from deepseek_jax.rl.loss import GRPOConfig
+from deepseek_jax.rl.objective import frozen_logprobs, grpo_objective
+from deepseek_jax.rl.ppo import (
+    PPOConfig,
+    critic_objective,
+    frozen_values,
+    ppo_targets,
+    ppo_update,
+    with_targets,
+)
+from deepseek_jax.rl.rollout import Prompt
+from deepseek_jax.text.tokenizer import Tokenizer
+from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE
+from deepseek_jax.train.grpo import GRPOTrainer, GRPOTraining
+from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
+from deepseek_jax.train.step import StepConfig, init_state, make_train_step
+
+GIB = 1 << 30
+
+
+def step(
+    model: Path | None = None,
+    /,
+    *,
+    prompts: int = 2,
+    group_size: int = 8,
+    tokens: int = 64,
+    rounds: int = 5,
+    kl: float = 0.0,
+) -> None:
+    """Seconds of a whole GRPO step (sampling, reward, update) beside TRL's GRPOTrainer on the same weights, float32.
+
+    Both draw exactly `tokens` tokens a sample, at temperature 1, and make one AdamW update without clipping the number
+    of passes. The steps are made in turn, one of each a round.
+
+    Args:
+        model: Hugging Face folder; without it a tiny DeepSeek-V3 is made (preset `tiny`).
+        prompts: questions a step.
+        group_size: samples a question.
+        tokens: new tokens a sample.
+        rounds: timed pairs; one pair before them is not counted.
+        kl: weight of the KL term; 0 spares both the reference model.
+    """
+    if find_spec("trl") is None:
+        raise ValueError("trl is not installed: pip install torch==2.13.0, then pip install -e '.[oracle]'")
+    with tempfile.TemporaryDirectory() as name:
+        folder = model or _tiny(Path(name) / "model")
+        texts = ["12+34=?", "5+6+7+8=?"] if model is None else ["A train leaves the", "Four friends share"]
+        texts = [texts[place % 2] for place in range(prompts)]
+        ours = _our_step(folder, texts, group_size, tokens, kl)
+        times = _beside_trl(folder, texts, group_size, tokens, kl, rounds, ours, Path(name))
+    _print_pair("step", times, ("deepseek_jax", "TRL"))
+
+
+def _our_step(folder: Path, texts: Sequence[str], group_size: int, tokens: int, kl: float) -> Callable[[], None]:
+    model, tokenizer = load_model(folder), Tokenizer.from_folder(folder)
+    config = GRPOTraining(
+        steps=100,
+        prompts_per_step=len(texts),
+        group_size=group_size,
+        max_new_tokens=tokens,
+        loss=GRPOConfig(beta=kl),
+        lr=1e-6,
+        balance_alpha=0.0,
+        bias_gamma=0.0,
+    )
+    asked = [Prompt(text, tokenizer.encode(text, add_bos=False), {}) for text in texts]
+    width = -(-(max(len(p.tokens) for p in asked) + tokens) // 16) * 16
+    reward = combine({"vowels": _vowels}, {"vowels": 1.0})
+    trainer = GRPOTrainer(
+        config, model, tokenizer, Generator(model.config, model.graphdef), reward, width=width, seed=0
+    )
+    endless = dataclasses.replace(trainer.roll.sampling, stop_ids=())
+    trainer.roll = dataclasses.replace(trainer.roll, sampling=endless)
+    held = [trainer.first_state()]
+
+    def one() -> None:
+        learned = trainer.step(held[0], lambda: asked, 0)
+        assert all(len(c.tokens) == tokens for c in learned.rollout.completions)
+        held[0] = jax.block_until_ready(learned.state)
+
+    return one
+
+
+def _vowels(prompts, completions, completion_ids, **columns) -> list[float]:
+    """A reward that costs nothing and differs within a group."""
+    return [sum(letter in "aeiou13579" for letter in text) / (1 + len(text)) for text in completions]
+
+
+def _beside_trl(folder, texts, group_size, tokens, kl, rounds, ours, scratch) -> list[tuple[float, float]]:
+    """Pairs of seconds, ours and TRL's; our step is made after each of TRL's."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from trl import GRPOConfig as TheirConfig
+    from trl import GRPOTrainer as TheirTrainer
+
+    own = Tokenizer.from_folder(folder)
+    end = own.decode([own.eos_ids[0]], skip_special=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token=end, pad_token=end)
+    config = TheirConfig(
+        output_dir=str(scratch / "trl"),
+        per_device_train_batch_size=len(texts) * group_size,
+        num_generations=group_size,
+        max_completion_length=tokens,
+        max_steps=rounds + 1,
+        learning_rate=1e-6,
+        beta=kl,
+        loss_type="grpo",
+        temperature=1.0,
+        generation_kwargs={"min_new_tokens": tokens},
+        gradient_checkpointing=False,
+        max_grad_norm=1.0,
+        bf16=False,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        shuffle_dataset=False,
+    )
+    pairs: list[tuple[float, float]] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            theirs = time.perf_counter() - self.start
+            pairs.append((_seconds(ours), theirs))
+
+    trainer = TheirTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        reward_funcs=lambda completions, **_: _vowels(None, completions, None),
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": list(texts) * (rounds + 1)}),
+        processing_class=tokenizer,
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    return pairs[1:]
+
+
+def _tiny(folder: Path) -> Path:
+    tokenizer = Tokenizer.characters(ALPHABET, chat_template=TEMPLATE)
+    config = dataclasses.replace(
+        preset("tiny"), vocab_size=32, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_ids[0]
+    )
+    graphdef, weights = split(Decoder(config, rngs=nnx.Rngs(0)))
+    save_hf(Model(config, graphdef, weights), folder, tokenizer=tokenizer.files)
+    return folder
+
+
+def logprobs(
+    *, batch: int = 4, tokens: int = 2048, vocabulary: int = 129_280, hidden: int = 16, rounds: int = 0
+) -> None:
+    """Peak memory of log-probs and their gradient, chunked as in training beside all logits at once, and the values.
+
+    Memory is what the compiled program asks for beyond its arguments and results.
+
+    Args:
+        batch: sequences.
+        tokens: positions of each.
+        vocabulary: size.
+        hidden: width of the states.
+        rounds: timed rounds of both; 0 times none.
+    """
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(batch, tokens, hidden)), jnp.float32)
+    head = jnp.asarray(rng.normal(size=(hidden, vocabulary)) / hidden**0.5, jnp.float32)
+    targets = jnp.asarray(rng.integers(0, vocabulary, (batch, tokens)), jnp.int32)
+
+    def at_once(x, head, targets):
+        return logprobs_of_logits((x @ head).astype(jnp.float32), targets)
+
+    def of(function):
+        def loss(x, head):
+            logp, entropy = function(x, head, targets)
+            return jnp.mean(logp) + 0.01 * jnp.mean(entropy), (logp, entropy)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)).lower(x, head).compile()
+
+    compiled = {"chunked": of(token_logprobs), "all at once": of(at_once)}
+    found, memory = {}, {}
+    for name, program in compiled.items():
+        memory[name] = program.memory_analysis().temp_size_in_bytes
+        found[name] = jax.device_get(program(x, head))
+    (one, in_chunks), (other, whole) = found["chunked"], found["all at once"]
+    compare = lambda a, b: [float((np.abs(p - q) / np.abs(q).max()).max()) for p, q in zip(a, b, strict=True)]
+    print("| | peak memory, GiB |\n|---|---|")
+    for name, size in memory.items():
+        print(f"| {name} | {size / GIB:.3f} |")
+    print(
+        f"\nratio {memory['chunked'] / memory['all at once']:.3f}; largest differences, over the largest value: "
+        "log-probs {:.1e}, entropies {:.1e}, gradients {:.1e} and {:.1e}".format(
+            *compare(one[1], other[1]), *compare(in_chunks, whole)
+        )
+    )
+    if rounds:
+        calls = [partial(lambda p: jax.block_until_ready(p(x, head)), p) for p in compiled.values()]
+        _print_pair("log-probs and gradient", _pairs(calls, rounds), tuple(compiled))
+
+
+def cost(*, samples: int = 16, tokens: int = 64, vocabulary: int = 4096, rounds: int = 7) -> None:
+    """Seconds of a GRPO update beside a PPO update on the same samples: what the critic costs. Sampling is left out.
+
+    Both score the samples with the reference model and make one AdamW step of the policy; PPO also values them, works
+    out its targets, and makes one step of the critic, a second model of the policy's size.
+
+    Args:
+        samples: of an update.
+        tokens: of a sample.
+        vocabulary: of the model, else preset `tiny`.
+        rounds: timed pairs; one pair before them is not counted.
+    """
+    config = dataclasses.replace(preset("tiny"), vocab_size=vocabulary)
+    graphdef, weights = split(Decoder(config, rngs=nnx.Rngs(0)))
+    critic_graphdef, critic_weights = critic_from(config, weights)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-5, warmup_steps=1), 1000)
+    ppo = PPOConfig(ppo_epochs=1)
+    batch, rewards_B = _random_batch(samples, tokens, vocabulary)
+    objective = lambda **loss: partial(grpo_objective, config=GRPOConfig(**loss), temperature=1.0)
+    grpo_step = make_train_step(graphdef, objective(beta=0.04), optimizer, StepConfig())
+    policy_step = make_train_step(graphdef, objective(loss_type="dapo", beta=0.0), optimizer, StepConfig())
+    critic_step = make_train_step(critic_graphdef, partial(critic_objective, config=ppo), optimizer, StepConfig())
+    first = lambda: init_state(weights, optimizer)
+    held: dict[str, Any] = {"grpo": first(), "ppo": (first(), init_state(critic_weights, optimizer))}
+
+    def grpo() -> None:
+        reference = frozen_logprobs(graphdef, weights, batch, temperature=1.0)
+        held["grpo"] = jax.block_until_ready(grpo_step(held["grpo"], batch._replace(ref_logprobs_BT=reference))[0])
+
+    def with_critic() -> None:
+        policy, critic = held["ppo"]
+        reference = frozen_logprobs(graphdef, weights, batch, temperature=1.0)
+        values = frozen_values(critic_graphdef, critic.weights, batch.tokens_BT, batch.mask_BT)
+        targets, _ = ppo_targets(rewards_B, batch.old_logprobs_BT, reference, values, batch.mask_BT, config=ppo)
+        steps = {"policy_step": policy_step, "critic_step": critic_step, "config": ppo}
+        updated = ppo_update(policy, critic, *with_targets(batch, values, targets), **steps)
+        held["ppo"] = jax.block_until_ready(updated[:2])
+
+    _print_pair("update", _pairs([grpo, with_critic], rounds), ("GRPO", "PPO"))
+
+
+def _random_batch(samples: int, tokens: int, vocabulary: int) -> tuple[Batch, np.ndarray]:
+    """Prompts of an eighth of the tokens, advantages of either sign."""
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(0, vocabulary, (samples, tokens + 1), dtype=np.int32)
+    mask = np.broadcast_to(np.arange(tokens) >= tokens // 8, (samples, tokens))
+    rewards_B = rng.normal(size=samples).astype(np.float32)
+    old = np.full((samples, tokens), -np.log(vocabulary), np.float32)
+    advantages = np.broadcast_to(rewards_B[:, None], mask.shape)
+    return Batch(drawn[:, :-1], drawn[:, 1:], mask, old, old, advantages), rewards_B
+
+
+def _pairs(calls: Sequence[Callable[[], object]], rounds: int) -> list[tuple[float, ...]]:
+    """Seconds of each, all in turn a round; a call of each before them is not counted."""
+    for call in calls:
+        call()
+    bar = track(range(rounds), description="rounds", transient=True, console=Console(stderr=True))
+    return [tuple(_seconds(call) for call in calls) for _ in bar]
+
+
+def _print_pair(what: str, pairs: Sequence[tuple[float, float]], names: tuple[str, str]) -> None:
+    ratios = [second / first for first, second in pairs]
+    mine, other = (statistics.median(side) for side in zip(*pairs, strict=True))
+    print(f"| {what} | {names[0]}, s | {names[1]}, s | ratio, median (min to max) |\n|---|---|---|---|")
+    spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    print(f"| | {mine:.3f} | {other:.3f} | {spread} |", flush=True)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    run({"step": step, "cost": cost, "logprobs": logprobs})
