@@ -12,6 +12,10 @@ from safetensors.numpy import load_file
 
 from deepseek_jax import processes
 from deepseek_jax.config import ModelConfig, preset
+from deepseek_jax.rewards.combine import combine
+from deepseek_jax.rewards.recipe import Rewards
+from deepseek_jax.rl.loss import GRPOConfig
+from deepseek_jax.train.grpo import GRPOTraining
 from deepseek_jax.train.metrics import MetricLog, read_metrics
 from experiments import r1_zero
 from tests.checkpoint.folders import QWEN2
@@ -26,15 +30,9 @@ SMALL = r1_zero.Config(
     cold_start_examples=16,
     cold_start_epochs=2,
     cold_start_batch=16,
-    steps=2,
-    prompts_per_step=2,
-    group_size=4,
-    max_new_tokens=8,
-    eval_every=2,
-    save_every=2,
+    grpo=GRPOTraining(steps=2, prompts_per_step=2, group_size=4, max_new_tokens=8, eval_every=2, save_every=2),
 )
 MESH = {"mesh_fsdp": 2, "mesh_expert": 2, "mesh_tensor": 2}
-TIMES = ("time", "step_time")
 
 
 def shallow(name: str) -> ModelConfig:
@@ -44,7 +42,7 @@ def shallow(name: str) -> ModelConfig:
 
 
 def rows(folder: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(folder)]
+    return [{k: v for k, v in row.items() if not k.endswith("time")} for row in read_metrics(folder)]
 
 
 def assert_close(found: list[dict], wanted: list[dict], tolerance: float) -> None:
@@ -82,10 +80,12 @@ def one_with_experts_is_reinforced(folder: Path, /) -> None:
 def reinforced(folder: Path, architecture: ModelConfig, mesh: dict[str, int]) -> None:
     """By two GRPO steps on one device, and on a mesh of eight."""
     r1_zero.preset = lambda name: architecture
-    r1_zero.accuracy_reward = by_length_and_first_token
+    reward = combine({"accuracy": by_length_and_first_token}, {"accuracy": 1.0})
+    graded = Rewards(reward, by_length_and_first_token, dict)
+    grpo = dataclasses.replace(SMALL.grpo, loss=GRPOConfig(beta=0.1), warmup=1, eval_every=3)
     for name, sizes in (("one", {}), ("mesh", mesh)):
-        config = dataclasses.replace(SMALL, output=folder / name, beta=0.1, warmup=1, eval_every=3, **sizes)
-        setup = r1_zero.prepare(config)
+        config = dataclasses.replace(SMALL, output=folder / name, grpo=grpo, **sizes)
+        setup = r1_zero.prepare(config, graded)
         assert len(jax.tree.leaves(setup.model.weights)[0].sharding.device_set) == (8 if sizes else 1)
         with MetricLog(config.output) as log:
             r1_zero.reinforce(config, setup, setup.model.weights, log)
