@@ -26,16 +26,16 @@ import numpy as np
 from flax import nnx
 
 from deepseek_jax import processes
-from deepseek_jax.checkpoint.adapters import save_adapter
+from deepseek_jax.checkpoint.adapters import adapted_paths, save_adapter
 from deepseek_jax.checkpoint.files import write_whole
 from deepseek_jax.checkpoint.folder import Model, lay_out, load_model, save_hf
 from deepseek_jax.cli import run
-from deepseek_jax.config import preset
+from deepseek_jax.config import ModelConfig, preset
 from deepseek_jax.evals.accuracy import Accuracy, greedy_accuracy
 from deepseek_jax.generate.engine import Generator, bucket
 from deepseek_jax.model.decoder import Decoder, split
 from deepseek_jax.ops import metrics as ops_metrics
-from deepseek_jax.rewards.recipe import RewardConfig, Rewards, rewards
+from deepseek_jax.rewards.recipe import RewardConfig, Rewards, check_columns, rewards
 from deepseek_jax.rl.rollout import Prompt
 from deepseek_jax.sharding import AXES, Layout, Remat, lanes_of, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
@@ -56,7 +56,7 @@ from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer, schedu
 from deepseek_jax.train.report import write_report
 from deepseek_jax.train.samples import read_samples
 from deepseek_jax.train.sft import sft_batch, sft_objective
-from deepseek_jax.train.step import StepConfig, TrainState, init_state, make_train_step
+from deepseek_jax.train.step import TrainState, init_state, make_train_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +84,19 @@ class Questions:
     max_prompt_tokens: int | None = None
     easy_to_hard: int | None = None
 
-    @property
-    def config(self) -> DataConfig:
-        """As the data's own settings."""
+    def __post_init__(self) -> None:
+        if self.pass_rates is not None and len(self.data) != 1:
+            raise ValueError(f"pass_rates: got rates by row with {len(self.data)} data sets, wanted one --data")
+        given = [name for name, value in vars(self).items() if value and name != "data"]
+        if given and not self.data:
+            raise ValueError(f"{given[0]}: got a setting for data, but no --data; give both, or neither")
+
+    def config(self, *, need_answer: bool) -> DataConfig:
+        """As the data's own settings. Where programs are graded by hidden tests, no answers are needed."""
+        source = partial(SourceConfig, need_answer=need_answer)
         return DataConfig(
-            sources=tuple(SourceConfig(name=name, pass_rates=self.pass_rates) for name in self.data),
-            held_out=tuple(SourceConfig(name=name) for name in self.held_out),
+            sources=tuple(source(name=name, pass_rates=self.pass_rates) for name in self.data),
+            held_out=tuple(source(name=name) for name in self.held_out),
             difficulty_column=self.difficulty_column,
             min_difficulty=self.min_difficulty,
             max_difficulty=self.max_difficulty,
@@ -277,12 +284,27 @@ def prepare(config: Config, graded: Rewards) -> Setup:
     prompts, longest, held_out, examples = asked(config, tokenizer)
     # whole multiples of 32 columns, so that what differs little compiles to the same
     width = -(-(longest + config.grpo.max_new_tokens - 1) // 32) * 32
+    check_model(config, model.config, longest)
     parts = config.grpo.updates_per_rollout * config.grpo.micro_batches
     layout.check_batch(config.grpo.prompts_per_step * config.grpo.group_size // parts, width)
     if examples:
         layout.check_batch(config.cold_start_batch // config.grpo.micro_batches, example_width(examples))
     generator = Generator(model.config, model.graphdef, layout=layout)
     return Setup(layout, model, tokenizer, generator, prompts, width, held_out, examples, graded)
+
+
+def check_model(config: Config, architecture: ModelConfig, longest: int) -> None:
+    """Refuse what this model cannot do, before anything is trained."""
+    context = architecture.max_position_embeddings
+    if longest + config.grpo.max_new_tokens > context:
+        raise ValueError(
+            f"max_new_tokens: got {config.grpo.max_new_tokens} after prompts of up to {longest} tokens, wanted at most "
+            f"the model's context of {context} for both; lower it, or give --max-prompt-tokens"
+        )
+    if (config.grpo.record_routes or config.grpo.keep_routing) and architecture.moe is None:
+        raise ValueError("keep_routing, record_routes: got True for a model without experts, wanted False")
+    if config.grpo.lora is not None:
+        adapted_paths(architecture, config.grpo.lora)
 
 
 class Asked(NamedTuple):
@@ -322,17 +344,19 @@ def generated(config: Config, tokenizer: Tokenizer) -> Asked:
 
 def read(config: Config, tokenizer: Tokenizer) -> Asked:
     """Questions of data sets."""
-    of = config.questions
+    of = config.questions.config(need_answer=config.rewards.accuracy != "code")
     make = partial(make_prompt, config, tokenizer)
-    data = open_prompts(of.config, count_tokens=lambda example: len(make(example).tokens))
+    data = open_prompts(of, count_tokens=lambda example: len(make(example).tokens))
     if of.held_out:
-        held_out = list(open_prompts(DataConfig(sources=of.config.held_out)))[: config.eval_questions]
+        held_out = list(open_prompts(DataConfig(sources=of.held_out)))[: config.eval_questions]
     else:
         held_out, data = data.split(config.eval_questions)
     if processes.is_main():
         for line in data.report:
             print(line)
-    longest = of.max_prompt_tokens or max(len(make(example).tokens) for example in data)
+    for example in data:
+        check_columns(config.rewards, example.columns)
+    longest = max(len(make(example).tokens) for example in data)
     drawn = prompt_batches(data, size=config.grpo.prompts_per_step, seed=config.seed, make=make)
     return Asked(drawn, longest, [make(example) for example in held_out], [])
 
@@ -373,7 +397,7 @@ def cold_start(config: Config, setup: Setup, log: MetricLog) -> nnx.State:
     steps = config.cold_start_epochs * len(setup.cold_start) // config.cold_start_batch
     adamw = OptimizerConfig(learning_rate=config.cold_start_lr, warmup_steps=20, final_ratio=0.1, weight_decay=0.1)
     optimizer = make_optimizer(adamw, steps)
-    update = make_train_step(setup.model.graphdef, sft_objective, optimizer, step_config(config), setup.layout)
+    update = make_train_step(setup.model.graphdef, sft_objective, optimizer, config.grpo.step_config, setup.layout)
     width = example_width(setup.cold_start)
 
     def step(state: TrainState, examples: Sequence, number: int) -> tuple[TrainState, Mapping[str, float]]:
@@ -409,11 +433,6 @@ def reinforce(config: Config, setup: Setup, weights: nnx.State, log: MetricLog) 
         base = None if config.model is None else str(config.model)
         save_adapter(state.train.weights, trainer.lora, setup.model.config, adapter, base=base)
     return trainer.policy(state)
-
-
-def step_config(config: Config) -> StepConfig:
-    of = config.grpo
-    return StepConfig(micro_batches=of.micro_batches, balance_alpha=of.balance_alpha, bias_gamma=of.bias_gamma)
 
 
 def shuffle_rewards(rewards_PG: np.ndarray, step: int, *, seed: int) -> np.ndarray:
@@ -470,7 +489,7 @@ def report(config: Config, setup: Setup, before: dict[str, float], after: Accura
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(setup.model.weights)),
     }
     samples = [
-        {"prompt": p.text, "completion": c.text, "rewards": {"accuracy": s}, "answer": p.columns["answer"]}
+        {"prompt": p.text, "completion": c.text, "rewards": {"accuracy": s}, "answer": p.columns.get("answer")}
         for p, c, s in zip(setup.held_out[:16], after.completions, after.scores, strict=False)
     ]
     drawn = read_samples(config.output, steps=3)

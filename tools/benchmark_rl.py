@@ -58,8 +58,8 @@ def step(
 ) -> None:
     """Seconds of a whole GRPO step (sampling, reward, update) beside TRL's GRPOTrainer on the same weights, float32.
 
-    Both draw exactly `tokens` tokens a sample, at temperature 1, and make one AdamW update without clipping the number
-    of passes. The steps are made in turn, one of each a round.
+    Both draw exactly `tokens` tokens a sample, at temperature 1, and make one AdamW update, the gradient clipped at
+    norm 1. The steps are made in turn, TRL's first.
 
     Args:
         model: Hugging Face folder; without it a tiny DeepSeek-V3 is made (preset `tiny`).

@@ -63,7 +63,7 @@ def steps(python: str, *, fix: bool, skip_tests: bool) -> list[Step]:
 
 def fast_tests(python: str) -> Step:
     """The tests that run by default, less the layering, which has a step of its own."""
-    return Step(name="fast tests", command=[python, "-m", "pytest", "-q", f"--ignore={LAYERING}"])
+    return Step(name="fast tests", command=[python, "-m", "pytest", "-q", "-n", "auto", f"--ignore={LAYERING}"])
 
 
 def run(step: Step) -> Outcome:

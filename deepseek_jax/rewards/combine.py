@@ -2,10 +2,10 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 _LOG = logging.getLogger(__name__)
 _LOGGED_CHARS = 500
@@ -27,17 +27,11 @@ class RewardError(RuntimeError):
     """A reward function raised; the message names the function and the row, the cause is what it raised."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Factory:
-    """A reward function that is still to be made, for `combine`: plain data where a closure would not be.
+class _Scored(NamedTuple):
+    """A function's scores, and the rows for which it raised; those have None too."""
 
-    Args:
-      make: makes the function from the settings, as `language_reward` does.
-      settings: its keyword arguments.
-    """
-
-    make: Callable[..., RewardFunction]
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    scores: list[float | None]
+    raised: frozenset[int]
 
 
 def check_strings(name: str, prompts: Sequence[str], completions: Sequence[str]) -> None:
@@ -72,7 +66,8 @@ class CombinedReward:
     Args:
       functions: reward functions by name.
       weights: one finite weight for each name.
-      on_error: what becomes of a row for which a function raises: "raise" ends the run, "none" makes its score None.
+      on_error: what becomes of a row for which a function raises: "raise" ends the run, "none" makes that score None
+        and the row's total NaN.
     """
 
     functions: Mapping[str, RewardFunction]
@@ -92,13 +87,43 @@ class CombinedReward:
 
         Returns:
           (total, parts): the weighted sum over the functions that apply to each row, and each function's own
-          unweighted scores by its name.
+          unweighted scores by its name, None where it does not apply or raised. A total is NaN, not known, where a
+          function raised that has a weight, or that was the only one to apply.
 
         Raises:
           ValueError: an argument or a function's result has the wrong number of rows, a score is not a finite
             number or None, or no function applies to a row.
           RewardError: a function raised, and on_error is "raise".
         """
+        found = self._all(prompts, completions, completion_ids, columns)
+        totals = [self._total(row, found) for row in range(len(completions))]
+        return totals, {name: scored.scores for name, scored in found.items()}
+
+    def parts(
+        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
+    ) -> dict[str, list[float | None]]:
+        """Scores the rows with every function, without the sum: rows to which none applies are no mistake here.
+
+        Args:
+          prompts, completions, completion_ids, **columns: as for the call.
+
+        Returns:
+          Each function's unweighted scores by its name, None where it does not apply or raised.
+
+        Raises:
+          ValueError: as for the call, but for rows to which no function applies.
+          RewardError: a function raised, and on_error is "raise".
+        """
+        found = self._all(prompts, completions, completion_ids, columns)
+        return {name: scored.scores for name, scored in found.items()}
+
+    def _all(
+        self,
+        prompts: list[str],
+        completions: list[str],
+        completion_ids: list[list[int]],
+        columns: Mapping[str, Any],
+    ) -> dict[str, _Scored]:
         check_strings("rewards", prompts, completions)
         for name, column in {"completion_ids": completion_ids, **columns}.items():
             if len(column) != len(completions):
@@ -106,11 +131,10 @@ class CombinedReward:
                     f"rewards: {name}: got {len(column)} rows, wanted {len(completions)}, one a completion;"
                     " repeat the column as the prompts are"
                 )
-        parts = {
+        return {
             name: self._scores(name, function, prompts, completions, completion_ids, columns)
             for name, function in self.functions.items()
         }
-        return [self._total(row, parts) for row in range(len(completions))], parts
 
     def _scores(
         self,
@@ -120,13 +144,13 @@ class CombinedReward:
         completions: list[str],
         completion_ids: list[list[int]],
         columns: Mapping[str, Any],
-    ) -> list[float | None]:
+    ) -> _Scored:
         try:
             scores = function(prompts, completions, completion_ids, **columns)
         except Exception as error:
             _LOG.error("reward function %r raised %r for a batch of %d rows", name, error, len(completions))
             # Row by row, so that the one at fault is named and the others keep their scores.
-            scores = [
+            rows = [
                 self._score(name, function, row, (prompts, completions, completion_ids), columns)
                 for row in range(len(completions))
             ]
@@ -135,7 +159,9 @@ class CombinedReward:
                     f"reward function {name!r}: raised {type(error).__name__}: {error}, for the batch of"
                     f" {len(completions)} rows though for none of them alone; make it independent of the batch"
                 ) from error
-        return _checked(name, scores, len(completions))
+            scores = [score for scored in rows for score in scored.scores]
+            return _Scored(scores, frozenset(row for row, scored in enumerate(rows) if scored.raised))
+        return _Scored(_checked(name, scores, len(completions)), frozenset())
 
     def _score(
         self,
@@ -144,7 +170,8 @@ class CombinedReward:
         row: int,
         arguments: tuple[Sequence[Any], ...],
         columns: Mapping[str, Any],
-    ) -> float | None:
+    ) -> _Scored:
+        """The function's word on this row alone."""
         prompts, completions, ids = ([argument[row]] for argument in arguments)
         try:
             scores = function(prompts, completions, ids, **{key: [column[row]] for key, column in columns.items()})
@@ -157,25 +184,28 @@ class CombinedReward:
                 _cut(completions[0]),
             )
             if self.on_error == "none":
-                return None
+                return _Scored([None], frozenset([0]))
             raise RewardError(
                 f"reward function {name!r}: row {row}: raised {type(error).__name__}: {error};"
                 " see the log for the sample, mend the function, or count such rows as None with on_error='none'"
             ) from error
-        return _checked(name, scores, 1)[0]
+        return _Scored(_checked(name, scores, 1), frozenset())
 
-    def _total(self, row: int, parts: Mapping[str, list[float | None]]) -> float:
-        applying = {name: scores[row] for name, scores in parts.items() if scores[row] is not None}
+    def _total(self, row: int, found: Mapping[str, _Scored]) -> float:
+        applying = {name: scored.scores[row] for name, scored in found.items() if scored.scores[row] is not None}
+        raised = [name for name, scored in found.items() if row in scored.raised]
+        if raised and (not applying or any(self.weights[name] for name in raised)):
+            return math.nan
         if not applying:
             raise ValueError(
-                f"rewards: row {row}: got None from every function ({', '.join(parts)}), wanted a score"
+                f"rewards: row {row}: got None from every function ({', '.join(found)}), wanted a score"
                 " from one at least; add a function that applies to every row, or leave the row out"
             )
         return math.fsum(self.weights[name] * score for name, score in applying.items())
 
 
 def combine(
-    functions: Mapping[str, RewardFunction | Factory],
+    functions: Mapping[str, RewardFunction],
     weights: Mapping[str, float],
     *,
     on_error: Literal["raise", "none"] = "raise",
@@ -183,11 +213,12 @@ def combine(
     """Makes one reward of several.
 
     Args:
-      functions: reward functions, or factories of them, by the names under which their parts are reported.
+      functions: reward functions by the names under which their parts are reported.
       weights: a finite weight for each of the same names; 0 reports a part that does not count.
       on_error: a function that raises is called again row by row, and the rows at fault are logged with their prompt,
-        their completion and the exception. "raise" then ends the run with a RewardError, "none" makes those rows'
-        scores None. They are never 0: an error is not a wrong answer.
+        their completion and the exception. "raise" then ends the run with a RewardError. "none" makes those scores
+        None and, where the function has a weight, the rows' totals NaN, which whoever uses them must leave out: what
+        is not known is not 0, an error is not a wrong answer.
 
     Returns:
       A callable with the functions' signature that returns (total, parts).
@@ -209,8 +240,7 @@ def combine(
             raise ValueError(f"combine: weights[{name!r}]: got {weight!r}, wanted a finite number; correct it")
     if on_error not in ("raise", "none"):
         raise ValueError(f"combine: on_error: got {on_error!r}, wanted 'raise' or 'none'; choose one")
-    made = {name: f.make(**f.settings) if isinstance(f, Factory) else f for name, f in functions.items()}
-    return CombinedReward(functions=made, weights=dict(weights), on_error=on_error)
+    return CombinedReward(functions=dict(functions), weights=dict(weights), on_error=on_error)
 
 
 def _cut(text: str) -> str:

@@ -11,26 +11,35 @@ from deepseek_jax.rewards.combine import RewardFunction, check_strings
 from deepseek_jax.rewards.pool import PoolConfig, WorkerPool
 
 _REMEMBERED = 4096
+_QUOTED_CHARS = 80
 
 
 class Verdict(NamedTuple):
     """The grader's word on an answer.
 
     Attributes:
-      right: whether it is the right one.
-      how: "exact", decided without algebra; "algebra"; or why algebra gave no verdict, so that the answer counts as
-        wrong: "timeout", "memory", "died" (see `pool.Outcome`) or "error".
+      right: whether it is the right one; False without a verdict.
+      how: "exact", decided without algebra; "algebra"; "timeout" or "memory", an answer that algebra cannot take, which
+        counts as wrong; "died" or "error", the grader's own failure, which says nothing of the answer (see
+        `pool.Outcome`).
+      reason: why there was no verdict, else "".
     """
 
     right: bool
     how: Literal["exact", "algebra", "timeout", "memory", "died", "error"]
+    reason: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the grader failed, so that nobody knows if the answer is right."""
+        return self.how in ("died", "error")
 
 
 class MathGrader:
     """Compares final answers with the right ones; use it as a context manager around the whole run.
 
     Worker processes start with the first answer that needs algebra, and are never inherited by or shared with anything
-    else. Equal pairs are graded once, and algebra's verdicts are remembered for the next batches.
+    else. Equal pairs are graded once, and algebra's verdicts and failures are remembered for the next batches.
 
     Args:
       config: number of workers and their limits.
@@ -54,11 +63,13 @@ class MathGrader:
         """Ends the worker processes."""
         self._pool.close()
 
-    def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+    def grade(self, pairs: Sequence[tuple[str, str]], *, counted: bool = True) -> list[Verdict]:
         """Grades a step's answers together, on all workers.
 
         Args:
           pairs: (answer, right answer), as strings.
+          counted: whether `take_metrics` counts them. Several pairs of which one failed never count: their rows are
+            asked for again one by one (see `combine.CombinedReward`), and count then.
 
         Returns:
           One verdict a pair, in order.
@@ -69,23 +80,26 @@ class MathGrader:
         """
         verdicts = {pair: self._remembered.get(pair) or _exactly(*pair) for pair in pairs}
         undecided = [pair for pair, verdict in verdicts.items() if verdict is None]
+        restarts = self._pool.restarts
         outcomes = self._pool.map([list(pair) for pair in undecided]) if undecided else []
-        if len(self._remembered) + len(undecided) > _REMEMBERED:
+        if undecided and len(self._remembered) + len(undecided) > _REMEMBERED:
             self._remembered.clear()
         for pair, (kind, value) in zip(undecided, outcomes, strict=True):
-            verdicts[pair] = Verdict(value, "algebra") if kind == "done" else Verdict(False, kind)
-            # A death may be the machine's doing; the rest would end as it did.
-            if kind != "died":
-                self._remembered[pair] = verdicts[pair]
+            verdicts[pair] = Verdict(value, "algebra") if kind == "done" else Verdict(False, kind, value)
+            self._remembered[pair] = verdicts[pair]
         found = [verdicts[pair] for pair in pairs]
-        self._counts.update(verdict.how for verdict in found)
+        if counted:
+            self._restarts += self._pool.restarts - restarts
+            if len(found) == 1 or not any(verdict.failed for verdict in found):
+                self._counts.update(verdict.how for verdict in found)
         return found
 
     def take_metrics(self) -> dict[str, float]:
-        """Counts since the last call: `grader/answers`, the sum of `grader/exact`, `grader/algebra`,
-        `grader/timeouts`, `grader/memory`, `grader/deaths` and `grader/errors`; `grader/restarts` of workers."""
+        """Counts since the last call, of the answers that count: `grader/answers`, the sum of `grader/exact`,
+        `grader/algebra`, `grader/timeouts`, `grader/memory`, `grader/deaths` and `grader/errors`; `grader/restarts` of
+        workers, which depends on what is remembered and so may differ in a run that goes on after a stop."""
         counts, self._counts = self._counts, Counter()
-        restarts, self._restarts = self._pool.restarts - self._restarts, self._pool.restarts
+        restarts, self._restarts = self._restarts, 0
         return {
             "grader/answers": float(counts.total()),
             "grader/exact": float(counts["exact"]),
@@ -98,7 +112,9 @@ class MathGrader:
         }
 
 
-def math_reward(grader: MathGrader, *, extraction: Extraction = "strict", unclosed_box: bool = False) -> RewardFunction:
+def math_reward(
+    grader: MathGrader, *, extraction: Extraction = "strict", unclosed_box: bool = False, counted: bool = True
+) -> RewardFunction:
     r"""Makes the accuracy reward: 1.0 where the completion's final answer is the row's, else 0.0.
 
     Strict and lenient accuracy are two functions, so that both are reported; give the lenient one weight 0.
@@ -107,10 +123,12 @@ def math_reward(grader: MathGrader, *, extraction: Extraction = "strict", unclos
       grader: compares the answers; it must stay open as long as the function is used.
       extraction: "strict" takes a `\boxed{}` or `<answer>` tags, "lenient" also "the answer is" or the last number.
       unclosed_box: whether a box that is never closed may hold the answer.
+      counted: whether the grader's metrics count these answers; False for evaluations, which are not of a step.
 
     Returns:
       A reward function that needs a column `answer` (string, or None where there is none: the score is then None).
-      It raises ValueError where the numbers of rows differ or something is not a string.
+      An answer that takes too much time or memory is wrong. It raises ValueError where the numbers of rows differ or
+      something is not a string, and RuntimeError where the grader failed: it raised, or its worker died twice.
 
     Raises:
       ValueError: an unknown extraction.
@@ -137,7 +155,12 @@ def math_reward(grader: MathGrader, *, extraction: Extraction = "strict", unclos
                 found = answer_of(prompt, completion, extraction, unclosed_box=unclosed_box)
                 if found is not None:
                     pairs[row] = (found, right)
-        for row, verdict in zip(pairs, grader.grade(list(pairs.values())), strict=True):
+        for row, verdict in zip(pairs, grader.grade(list(pairs.values()), counted=counted), strict=True):
+            if verdict.failed:
+                found, right = (text[:_QUOTED_CHARS] for text in pairs[row])
+                raise RuntimeError(
+                    f"math_reward: row {row}: no verdict on {found!r} beside {right!r}: {verdict.how}, {verdict.reason}"
+                )
             scores[row] = float(verdict.right)
         return scores
 

@@ -65,7 +65,7 @@ class Outcome(NamedTuple):
 
     Attributes:
       kind: "done"; "timeout", the worker was killed for one of its time limits; "memory", it reached its memory limit;
-        "died", its process ended by itself; "error", the function raised.
+        "died", its process ended by itself or was killed from outside, twice; "error", the function raised.
       value: the function's result where done, else a short reason.
     """
 
@@ -77,6 +77,7 @@ class WorkerPool:
     """Runs a function of JSON values on worker processes; use it as a context manager.
 
     Workers start with the first task. One that hangs, dies or runs out of memory is replaced while the others go on.
+    A task whose worker died is given to another one, once: the death may be the machine's doing.
     No process outlives the pool: closing it, an interrupted call and the interpreter's exit kill them, and should this
     process be killed itself, an idle worker ends with its pipe and a busy one by its processor time.
 
@@ -144,6 +145,7 @@ class WorkerPool:
 
     def _map(self, tasks: Sequence[Any]) -> list[Outcome]:
         outcomes: dict[int, Outcome] = {}
+        died: set[int] = set()
         waiting = deque(range(len(tasks)))
         while len(outcomes) < len(tasks):
             self._replace_the_dead()
@@ -156,7 +158,11 @@ class WorkerPool:
                 task = worker.task
                 outcome = worker.outcome()
                 if outcome is not None and task is not None:
-                    outcomes[task] = outcome
+                    if outcome.kind == "died" and task not in died:
+                        died.add(task)
+                        waiting.appendleft(task)
+                    else:
+                        outcomes[task] = outcome
                 if worker.ended:
                     self._drop([worker])
                     self.restarts += 1
@@ -217,7 +223,8 @@ class _Worker:
 
     def outcome(self) -> Outcome | None:
         """Reads what has come, without waiting; the outcome of the worker's task once it is known."""
-        if self.seconds_left() <= 0:
+        # In this order: an answer that is there counts, however long this process was stopped before it looked.
+        if self.seconds_left() <= 0 and not self._heard():
             return self._late()
         chunk = os.read(self.process.stdout.fileno(), 65536)
         if not chunk:
@@ -235,6 +242,11 @@ class _Worker:
         self.task = None
         self.ended = kind == "memory"
         return Outcome(kind, value)
+
+    def _heard(self) -> bool:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            return bool(selector.select(0))
 
     def _late(self) -> Outcome:
         if not self.ready:

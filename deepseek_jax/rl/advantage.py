@@ -65,7 +65,7 @@ def reinforce_advantages(
 ) -> Float[Array, "P G"]:
     """(reward - mean of the batch) / (std of the batch + epsilon): REINFORCE++, to which the batch is one group.
 
-    Args, Raises: as of `group_advantages`; groups of one will do here.
+    Args, Raises: as of `group_advantages`, but that groups of one will do for this function.
 
     Source: arXiv 2501.03262.
 
@@ -89,6 +89,19 @@ def reinforce_baseline_advantages(
     # Every group's differences sum to 0, and so do the batch's.
     deviation = jnp.std(centred, ddof=1)
     return centred / jnp.where(centred == 0, 1.0, deviation + epsilon)
+
+
+def known_rewards(rewards_PG: Float[Array, "P G"]) -> Float[Array, "P G"]:
+    """Rewards with those that are not known, NaN, at the mean of the known ones of their group.
+
+    Such a sample's advantage is 0 wherever a group's mean is the baseline, and the others' means are what they would be
+    without it. A group of which nothing is known gets zeros, and so teaches nothing.
+    """
+    rewards = _two_axes(rewards_PG)
+    known = ~jnp.isnan(rewards)
+    count = jnp.maximum(jnp.sum(known, axis=1, keepdims=True), 1)
+    mean = jnp.sum(jnp.where(known, rewards, 0), axis=1, keepdims=True) / count
+    return jnp.where(known, rewards, mean)
 
 
 def zero_variance(rewards_PG: Float[Array, "P G"], *, tolerance: float = 1e-6) -> Bool[Array, "P"]:

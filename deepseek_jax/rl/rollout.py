@@ -1,7 +1,7 @@
 """From prompts to graded groups: sample a group for each prompt, and reward it while the next ones are sampled."""
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from deepseek_jax import processes
 from deepseek_jax.generate.engine import Generator, Record, SamplingConfig
 from deepseek_jax.generate.text import TextCompletion, complete, seeds_for
 from deepseek_jax.rewards.combine import CombinedReward
-from deepseek_jax.rl.advantage import zero_variance
+from deepseek_jax.rl.advantage import known_rewards, zero_variance
 from deepseek_jax.text.tokenizer import Tokenizer
 
 
@@ -25,7 +25,10 @@ class Prompt(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """P prompts, their P x G completions prompt by prompt, the weighted rewards [P, G], and their parts by name."""
+    """P prompts, their P x G completions prompt by prompt, the weighted rewards [P, G], and their parts by name.
+
+    A reward that is not known, because a function raised and may, is NaN.
+    """
 
     prompts: list[Prompt]
     completions: list[TextCompletion]
@@ -98,8 +101,9 @@ class Roller:
                 found += drawn
                 # A grader may answer otherwise elsewhere (it has a clock, or a sandbox): one process grades for all.
                 if processes.is_main():
+                    _raise_early(graded)
                     graded.append(grader.submit(self._grade, part, drawn))
-            totals, parts = processes.on_main(lambda: _joined([answer.result() for answer in graded]))
+            totals, parts = processes.on_main(lambda: _of_all([answer.result() for answer in graded]))
         rewards = np.asarray(totals, np.float32).reshape(len(prompts), self.group_size)
         return Rollout(list(prompts), found, rewards, parts)
 
@@ -128,9 +132,16 @@ class Roller:
         )
 
 
-def _joined(graded) -> tuple[list[float], dict[str, list[float | None]]]:
+def _of_all(graded) -> tuple[list[float], dict[str, list[float | None]]]:
     totals = [total for of_part, _ in graded for total in of_part]
     return totals, {name: [value for _, parts in graded for value in parts[name]] for name in graded[0][1]}
+
+
+def _raise_early(graded: Sequence[Future]) -> None:
+    """What grading has raised so far, before more is sampled; of several processes all raise together, at the end."""
+    for answer in graded if processes.count() == 1 else ():
+        if answer.done():
+            answer.result()
 
 
 def roll_informative(
@@ -157,13 +168,17 @@ def roll_informative(
     """
     parts = [roll(weights, draw(), seed=seed, step=step)]
     wanted = len(parts[0].prompts)
-    while len(parts) < rounds and sum(int(np.sum(~zero_variance(p.rewards))) for p in parts) < wanted:
+    while len(parts) < rounds and sum(int(np.sum(~_flat(p.rewards))) for p in parts) < wanted:
         first = sum(len(p.prompts) for p in parts)
         parts.append(roll(weights, draw(), seed=seed, step=step, first=first))
     everything = joined(parts)
-    flat = np.asarray(zero_variance(everything.rewards))
+    flat = _flat(everything.rewards)
     chosen = sorted(range(len(flat)), key=lambda prompt: (bool(flat[prompt]), prompt))[:wanted]
     return everything, everything.groups(sorted(chosen))
+
+
+def _flat(rewards_PG: np.ndarray) -> np.ndarray:
+    return np.asarray(zero_variance(known_rewards(rewards_PG)))
 
 
 def joined(parts: Sequence[Rollout]) -> Rollout:
@@ -178,13 +193,13 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     """What a dashboard shows of a rollout, under the names that TRL's users know."""
-    groups = rollout.rewards
+    groups, known = rollout.rewards, np.asarray(known_rewards(rollout.rewards))
     lengths = np.array([len(c.tokens) for c in rollout.completions])
     finished = np.array([c.finished for c in rollout.completions])
     metrics = {
-        "reward": groups.mean(),
-        "reward_std": groups.std(axis=1, ddof=1).mean(),
-        "frac_reward_zero_std": np.mean(zero_variance(groups)),
+        "reward": np.nanmean(groups),
+        "reward_std": known.std(axis=1, ddof=1).mean(),
+        "frac_reward_zero_std": np.mean(zero_variance(known)),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
@@ -16,10 +15,9 @@ from deepseek_jax.train.examples import (
     Example,
     SourceConfig,
     example_of,
-    question_and_answer,
 )
 from deepseek_jax.train.filters import Dropped, asked_by, filtered, survey
-from deepseek_jax.train.sources import Source, open_source
+from deepseek_jax.train.sources import Source
 
 __all__ = [
     "DataConfig",
@@ -28,43 +26,15 @@ __all__ = [
     "Example",
     "PromptBatches",
     "PromptData",
-    "Question",
     "SourceConfig",
     "Staged",
     "batches",
     "open_prompts",
     "prompt_batches",
-    "read_questions",
 ]
 
 
-# --- the simple way ------------------------------------------------------------------------------
-
-
-class Question(NamedTuple):
-    """A question, and its final answer as a grader wants it."""
-
-    question: str
-    answer: str
-
-
-def read_questions(path: Path) -> list[Question]:
-    """Questions from a file with `question` and `answer` in every row, as GSM8K has them.
-
-    An answer with a `####` mark is cut down to what follows it, one with a box to what the last box holds.
-
-    Args:
-        path: JSON Lines, packed by gzip or not, or Parquet.
-
-    Raises:
-        ValueError: no such file, no rows, or a row that is not such an object; the message names file and line.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; wanted JSONL rows with 'question' and 'answer'")
-    source = open_source(str(path))
-    columns = Columns(("question",), "answer")
-    return [Question(*question_and_answer(source[i], columns, source.where(i))) for i in range(len(source))]
+# --- rows in memory ------------------------------------------------------------------------------
 
 
 def batches(rows: Sequence[Any], *, size: int, seed: int) -> grain.DatasetIterator:

@@ -1,5 +1,6 @@
 """The GRPO stage: draw prompts, sample groups, grade, compare, update; and its settings."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +19,12 @@ from deepseek_jax.checkpoint.adapters import new_adapter
 from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.generate.engine import Generator, Record, SamplingConfig
 from deepseek_jax.model.lora import ALL_LINEAR, LoRAConfig, merge
+from deepseek_jax.model.scoring import check_routes
 from deepseek_jax.ops import metrics as ops_metrics
 from deepseek_jax.rewards.combine import CombinedReward
 from deepseek_jax.rl.advantage import (
     group_advantages,
+    known_rewards,
     reinforce_advantages,
     reinforce_baseline_advantages,
     rloo_advantages,
@@ -32,7 +35,7 @@ from deepseek_jax.rl.objective import frozen_logprobs, grpo_objective
 from deepseek_jax.rl.rollout import Prompt, Roller, Rollout, roll_informative, rollout_metrics
 from deepseek_jax.sharding import LOCAL, Layout
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.loop import Stage, run_stage
+from deepseek_jax.train.loop import Stage, profiled_steps, run_stage
 from deepseek_jax.train.metrics import MetricLog, explain_first_loss
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from deepseek_jax.train.samples import SampleLog, sample_groups
@@ -51,7 +54,8 @@ class GRPOTraining:
         temperature: of the samples; log-probs are taken at the same.
         top_p: of the samples; below 1 wants keep_sampling_mask.
         top_k: of the samples; above 0 wants keep_sampling_mask.
-        at_once: questions sampled at a time, while the answers to those before are graded; None is all of a step.
+        at_once: questions sampled at a time, while the answers to those before are graded; None samples all of a step,
+            then grades.
         sampling_rounds: dynamic sampling: draw further questions, so many times in all, until enough groups have
             rewards that differ (DAPO); 1 takes what comes.
         loss: of the policy.
@@ -73,7 +77,8 @@ class GRPOTraining:
         lora_targets: Hugging Face's names of the modules to adapt, or all-linear.
         record_routes: note the experts of sampling, and report the share of tokens for which the trainer's differ.
         keep_routing: the update goes through the experts of sampling (V3.2).
-        keep_sampling_mask: log-probs are those among the tokens that top-p and top-k left (V3.2).
+        keep_sampling_mask: log-probs are those among the tokens that top-p and top-k left (V3.2), the reference
+            model's too: the KL does not see what lies outside them.
         balance_alpha: weight of the sequence-wise balance loss of the experts.
         bias_gamma: speed of the router bias.
         eval_every: steps between evaluations on part of the held-out questions.
@@ -117,6 +122,14 @@ class GRPOTraining:
     profile_steps: str | None = None
 
     def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_combinations()
+        # each refuses what it cannot work with, here rather than after hours of a run
+        _ = self.sampling(()), self.adamw, self.lora, self.step_config
+        if self.profile_steps is not None:
+            profiled_steps(self.profile_steps, self.steps)
+
+    def _check_numbers(self) -> None:
         if self.group_size < 2:
             raise ValueError(f"group_size: got {self.group_size}, wanted at least 2: a group of one learns nothing")
         for name in _COUNTS:
@@ -134,11 +147,56 @@ class GRPOTraining:
             raise ValueError(f"temperature: got {self.temperature}, wanted more than 0: groups must differ")
         if not 0 < self.reference_mixup <= 1:
             raise ValueError(f"reference_mixup: got {self.reference_mixup}, wanted more than 0, at most 1")
+        if self.at_once is not None and self.at_once < 1:
+            raise ValueError(f"at_once: got {self.at_once}, wanted at least 1 question, or None for all")
+
+    def _check_combinations(self) -> None:
+        if self.advantage not in _ADVANTAGES:
+            raise ValueError(f"advantage: got {self.advantage!r}, wanted one of {', '.join(_ADVANTAGES)}")
+        if self.scale_rewards != "group" and self.advantage != "group":
+            raise ValueError(
+                f"scale_rewards: got {self.scale_rewards!r} with advantage {self.advantage!r}, which has a scale of "
+                "its own; leave it out"
+            )
+        if self.sampling_rounds > 1 and self.advantage == "reinforce":
+            raise ValueError(
+                f"sampling_rounds: got {self.sampling_rounds} with advantage 'reinforce', wanted 1: compared with the "
+                "batch, groups of equal rewards teach too"
+            )
+        if self.loss.loss_type == "dr_grpo" and self.loss.max_completion_length != self.max_new_tokens:
+            raise ValueError(
+                f"max_completion_length: got {self.loss.max_completion_length}, wanted max_new_tokens, "
+                f"{self.max_new_tokens}, which dr_grpo divides by"
+            )
         if (self.top_p < 1 or self.top_k > 0) and not self.keep_sampling_mask:
             raise ValueError(
                 f"keep_sampling_mask: got False with top_p {self.top_p} and top_k {self.top_k}, wanted True: "
                 "the sampler's distribution would not be the trainer's"
             )
+
+    def sampling(self, stop_ids: tuple[int, ...]) -> SamplingConfig:
+        """How completions are drawn that end with one of these tokens."""
+        return SamplingConfig(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            stop_ids=stop_ids,
+        )
+
+    @property
+    def adamw(self) -> OptimizerConfig:
+        """The optimizer's settings."""
+        return OptimizerConfig(learning_rate=self.lr, warmup_steps=self.warmup)
+
+    @property
+    def step_config(self) -> StepConfig:
+        """How a batch becomes an update."""
+        return StepConfig(
+            micro_batches=self.micro_batches,
+            balance_alpha=self.balance_alpha,
+            bias_gamma=0.0 if self.lora_rank else self.bias_gamma,
+        )
 
     @property
     def lora(self) -> LoRAConfig | None:
@@ -149,6 +207,12 @@ class GRPOTraining:
         return LoRAConfig(rank=self.lora_rank, alpha=self.lora_alpha, targets=targets)
 
 
+_ADVANTAGES = {
+    "group": group_advantages,
+    "rloo": rloo_advantages,
+    "reinforce": reinforce_advantages,
+    "reinforce_baseline": reinforce_baseline_advantages,
+}
 _COUNTS = (
     *("steps", "prompts_per_step", "sampling_rounds", "updates_per_rollout", "num_iterations", "micro_batches"),
     *("reference_every", "eval_every", "save_every", "samples_every"),
@@ -158,7 +222,7 @@ PER_ROW = 16
 
 
 class Reinforced(NamedTuple):
-    """State of the stage: the policy's training, the reference model, and the tokens sampled so far.
+    """State of the stage: the policy's training, the reference model, and the tokens sampled so far (`_counted`).
 
     The reference is None where there is no KL, and where an adapter is trained: then it is what the run began with.
     """
@@ -211,22 +275,13 @@ class GRPOTrainer:
     ):
         self.config, self.model, self.layout, self.lora = config, model, layout, config.lora
         self.width, self.seed, self.alter, self.take_metrics = width, seed, alter_rewards, take_metrics
-        adamw = OptimizerConfig(learning_rate=config.lr, warmup_steps=config.warmup)
-        self.optimizer, self.rate = make_optimizer(adamw, self._updates), schedule(adamw, self._updates)
-        of_step = StepConfig(
-            micro_batches=config.micro_batches,
-            balance_alpha=config.balance_alpha,
-            bias_gamma=config.bias_gamma if self.lora is None else 0.0,
-        )
+        self.optimizer = make_optimizer(config.adamw, self._updates)
+        self.rate = schedule(config.adamw, self._updates)
         self.score = {"temperature": config.temperature, "keep_routing": config.keep_routing}
-        self._estimator = {
-            "group": partial(group_advantages, scale=config.scale_rewards),
-            "rloo": rloo_advantages,
-            "reinforce": reinforce_advantages,
-            "reinforce_baseline": reinforce_baseline_advantages,
-        }[config.advantage]
+        scaled = {"scale": config.scale_rewards} if config.advantage == "group" else {}
+        self._estimator = partial(_ADVANTAGES[config.advantage], **scaled)
         objective = partial(grpo_objective, config=config.loss, **self.score)
-        parts = model.graphdef, objective, self.optimizer, of_step
+        parts = model.graphdef, objective, self.optimizer, config.step_config
         if self.lora is None:
             self.update = make_train_step(*parts, layout)
         else:
@@ -234,13 +289,7 @@ class GRPOTrainer:
         self.roll = Roller(
             generator=generator,
             tokenizer=tokenizer,
-            sampling=SamplingConfig(
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                top_p=config.top_p,
-                top_k=config.top_k,
-                stop_ids=tokenizer.eos_ids,
-            ),
+            sampling=config.sampling(tokenizer.eos_ids),
             group_size=config.group_size,
             reward=reward,
             at_once=config.at_once,
@@ -256,9 +305,9 @@ class GRPOTrainer:
         weights = self.model.weights
         if self.lora is not None:
             adapter = new_adapter(self.model.config, self.lora, seed=self.seed, layout=self.layout)
-            return Reinforced(init_state(adapter, self.optimizer, self.layout), None, jnp.int32(0))
+            return Reinforced(init_state(adapter, self.optimizer, self.layout), None, _counted(0))
         reference = jax.tree.map(jnp.copy, weights) if self.config.loss.beta else None
-        return Reinforced(init_state(weights, self.optimizer, self.layout), reference, jnp.int32(0))
+        return Reinforced(init_state(weights, self.optimizer, self.layout), reference, _counted(0))
 
     def policy(self, state: Reinforced) -> nnx.State:
         """The weights that sample: those that are trained, or the first ones with the adapter."""
@@ -278,15 +327,17 @@ class GRPOTrainer:
         )
         rolled = time.perf_counter()
         train, found = self.learn(state, used, number)
-        sampled = sum(len(p.tokens) for p in everything.prompts_of_samples()) + sum(
-            len(c.tokens) for c in everything.completions
+        tokens = (
+            total_tokens(state.tokens)
+            + sum(len(p.tokens) for p in everything.prompts_of_samples())
+            + sum(len(c.tokens) for c in everything.completions)
         )
         reference = self._followed(state.reference, train.weights, number)
-        state = Reinforced(train, reference, state.tokens + sampled)
+        state = Reinforced(train, reference, _counted(tokens))
         values = rollout_metrics(everything) | ops_metrics.values(found) | self.take_metrics()
         values |= {
             "learning_rate": float(self.rate((number + 1) * (self._updates // self.config.steps) - 1)),
-            "num_tokens": int(state.tokens),
+            "num_tokens": tokens,
             "sampling/rounds": len(everything.prompts) / len(used.prompts),
             "rollout_time": rolled - start,
             "update_time": time.perf_counter() - rolled,
@@ -294,21 +345,29 @@ class GRPOTrainer:
         return Learned(state, used, values)
 
     def learn(self, state: Reinforced, rollout: Rollout, number: int) -> tuple[TrainState, ops_metrics.Metrics]:
-        """The updates that a rollout is good for."""
-        parts = [self._scored(batch, state) for batch in self.batches(rollout, number)]
-        train, total = state.train, None
+        """The updates that a rollout is good for, and their metrics.
+
+        Those that compare sampler and trainer are of the first update: later ones meet weights that have moved.
+        """
+        policy = self.policy(state) if self.config.loss.corrects_sampler else None
+        parts = [self._scored(batch, state.reference, policy) for batch in self.batches(rollout, number)]
+        train, first, total = state.train, {}, None
         for _ in range(self.config.num_iterations):
             for batch in parts:
                 train, metrics = self.update(train, batch)
                 metrics = _of_one_update(metrics)
+                first = first or {name: metrics[name] for name in metrics if name.startswith(_OF_SAMPLING)}
                 total = metrics if total is None else ops_metrics.merge(total, metrics)
-        return train, total
+        return train, total | first
 
     def batches(self, rollout: Rollout, number: int) -> Iterator[Batch]:
         """The samples of a rollout with their advantages, a batch for each update of one pass."""
         config = self.config
         advantages = self.advantages(rollout.rewards, number).reshape(-1)
         prompts = [p.tokens for p in rollout.prompts_of_samples()]
+        for completion in rollout.completions:
+            if completion.routes is not None:
+                check_routes(completion.routes, self.model.config)
         for part in range(config.updates_per_rollout):
             of = slice(part, None, config.updates_per_rollout)
             samples = prompts[of], rollout.completions[of], advantages[of]
@@ -319,23 +378,24 @@ class GRPOTrainer:
                 yield make_batch(*samples, **options)
 
     def advantages(self, rewards_PG: np.ndarray, number: int) -> np.ndarray:
-        """[P, G] from rewards."""
-        used = jnp.asarray(rewards_PG if self.alter is None else self.alter(rewards_PG, number))
-        return np.asarray(self._estimator(used))
+        """[P, G] from rewards; 0 where the reward is not known."""
+        known = np.asarray(known_rewards(rewards_PG))
+        return np.asarray(self._estimator(jnp.asarray(known if self.alter is None else self.alter(known, number))))
 
     def _rows_of(self, samples: int) -> int:
         """Rows come in at most eight numbers, each a compilation, and are divided by micro-batches and the mesh."""
         whole = self.config.micro_batches * self.layout.parts("batch")
-        return -(-max(samples // 8, 1) // whole) * whole
+        eighth = math.ceil(samples / 8)
+        return math.ceil(eighth / whole) * whole
 
-    def _scored(self, batch: Batch, state: Reinforced) -> Batch:
-        """With the log-probs of the reference, and the trainer's own where sampling is corrected for."""
+    def _scored(self, batch: Batch, reference: nnx.State | None, policy: nnx.State | None) -> Batch:
+        """With the log-probs of the reference, and of the policy where sampling is corrected for."""
         frozen = partial(frozen_logprobs, self.model.graphdef, batch=batch, micro_batches=self.config.micro_batches)
-        if self.config.loss.corrects_sampler:
-            own = frozen(self.policy(state), **self.score)
+        if policy is not None:
+            own = frozen(policy, **self.score)
             batch = batch._replace(sampler_logprobs_BT=batch.old_logprobs_BT, old_logprobs_BT=own)
         if self.config.loss.beta:
-            reference = self.model.weights if state.reference is None else state.reference
+            reference = self.model.weights if reference is None else reference
             batch = batch._replace(ref_logprobs_BT=frozen(reference, temperature=self.config.temperature))
         return batch
 
@@ -343,6 +403,21 @@ class GRPOTrainer:
         if reference is None or (number + 1) % self.config.reference_every:
             return reference
         return followed(reference, weights, self.config.reference_mixup)
+
+
+_OF_SAMPLING = ("sampling/sampling_logp_difference/", "sampling/experts_differ")
+_UNIT = 2**30
+
+
+def _counted(tokens: int) -> jax.Array:
+    """A number of tokens as int32 [2], units of 2**30 and the rest: a run samples more than one int32 holds."""
+    return jnp.asarray(divmod(tokens, _UNIT), jnp.int32)
+
+
+def total_tokens(counted: jax.Array) -> int:
+    """The number again."""
+    units, rest = np.asarray(counted).tolist()
+    return units * _UNIT + rest
 
 
 def _of_one_update(metrics: ops_metrics.Metrics) -> ops_metrics.Metrics:

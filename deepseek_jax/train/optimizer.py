@@ -32,6 +32,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate: got {self.learning_rate}, wanted more than 0")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps: got {self.warmup_steps}, wanted 0 or more")
         if not self.clip_norm > 0:
             raise ValueError(f"clip_norm: got {self.clip_norm}, wanted more than 0")
 

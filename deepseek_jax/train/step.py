@@ -14,7 +14,7 @@ from deepseek_jax.model.decoder import Decoder
 from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.model.lora import LoRAConfig, adapted
 from deepseek_jax.model.scoring import Scored
-from deepseek_jax.ops.metrics import Max, Mean, Metrics, Whole, merge
+from deepseek_jax.ops.metrics import Mean, Metrics, Whole, merge
 from deepseek_jax.ops.routing import updated_bias
 from deepseek_jax.sharding import LOCAL, Layout
 
@@ -151,7 +151,7 @@ def _stepped(
 
     gradient, (metrics, load_LE) = _accumulate(part_gradient, batch, config.micro_batches)
     metrics["loss"] = Mean(metrics["loss"].total, jnp.float32(1))
-    metrics["grad_norm"] = Max(optax.tree.norm(gradient))
+    metrics["grad_norm"] = Mean(optax.tree.norm(gradient), jnp.float32(1))
     updates, moments = optimizer.update(gradient, state.moments, params)
     params = optax.apply_updates(params, updates)
     if config.bias_gamma:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from deepseek_jax.rl.advantage import (
     group_advantages,
+    known_rewards,
     reinforce_advantages,
     reinforce_baseline_advantages,
     rloo_advantages,
@@ -151,3 +152,11 @@ def test_reinforce_takes_groups_of_one_but_no_batch_of_one():
 def test_another_scale_is_refused(scale):
     with pytest.raises(ValueError, match="^scale: got .*, wanted 'group', 'batch' or 'none'"):
         group_advantages(jnp.zeros((2, 2)), scale=scale)
+
+
+def test_a_reward_that_is_not_known_teaches_nothing_and_moves_no_mean():
+    rewards = np.array([[1, np.nan, 0, 0.5], [np.nan] * 4, [1, 2, 3, 4]], np.float32)
+    known = np.asarray(known_rewards(rewards))
+    np.testing.assert_array_equal(known, [[1, 0.5, 0, 0.5], [0] * 4, [1, 2, 3, 4]])
+    advantages = np.asarray(group_advantages(known, scale="none"))
+    np.testing.assert_allclose(advantages, [[0.5, 0, -0.5, 0], [0] * 4, [-1.5, -0.5, 0.5, 1.5]], atol=1e-6)

@@ -11,13 +11,11 @@ from deepseek_jax import processes
 from deepseek_jax.train.data import (
     DataConfig,
     EasyToHard,
-    Question,
     SourceConfig,
     Staged,
     batches,
     open_prompts,
     prompt_batches,
-    read_questions,
 )
 
 
@@ -25,6 +23,10 @@ def write(folder: Path, *lines: str) -> Path:
     path = folder / "rows.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def read(path: Path) -> list[tuple[str, str | None]]:
+    return [(e.question, e.answer) for e in open_prompts(DataConfig(sources=(SourceConfig(name=str(path)),)))]
 
 
 def test_gsm8k_rows_are_cut_down_to_their_final_answer(tmp_path):
@@ -36,10 +38,10 @@ def test_gsm8k_rows_are_cut_down_to_their_final_answer(tmp_path):
         json.dumps({"question": "And in dollars – π?", "answer": " 1,080 ", "level": 3}, ensure_ascii=False),
         json.dumps({"question": "As a number?", "answer": 7}),
     )
-    assert read_questions(path) == [
-        Question("How many clips?", "72"),
-        Question("And in dollars – π?", "1,080"),
-        Question("As a number?", "7"),
+    assert read(path) == [
+        ("How many clips?", "72"),
+        ("And in dollars – π?", "1,080"),
+        ("As a number?", "7"),
     ]
 
 
@@ -54,7 +56,7 @@ GOOD = '{"question": "1+1=?", "answer": "2"}'
         ('{"answer": "2"}', "'question': got None"),
         ('{"question": "1+1=?"}', "'answer': got None"),
         ('{"question": "1+1=?", "answer": null}', "'answer': got None"),
-        ('{"question": ["1"], "answer": "2"}', r"'question': got \['1'\]"),
+        ('{"question": ["1"], "answer": "2"}', "'question': got '1' in a chat"),
         ('{"question": "1+1=?", "answer": "it is ####  "}', "'answer': got 'it is ####  '"),
         ('{"question": "1+1=?", "answer": " "}', "'answer': got ' ', wanted a final answer"),
         ("[" * 100_000, "not JSON"),
@@ -63,7 +65,7 @@ GOOD = '{"question": "1+1=?", "answer": "2"}'
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, message):
     path = write(tmp_path, GOOD, "", line, GOOD)
     with pytest.raises(ValueError, match=message) as error:
-        read_questions(path)
+        read(path)
     assert str(error.value).startswith(f"{path}:3: ")
 
 
@@ -71,7 +73,7 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(GOOD.encode() + b"\n\xff\xfe\x00\n")
     with pytest.raises(ValueError, match="rows.jsonl:2: not JSON: 'utf-8'"):
-        read_questions(path)
+        read(path)
 
 
 @pytest.mark.parametrize("text", ["", "\n\n  \n"])
@@ -79,12 +81,12 @@ def test_an_empty_data_set_is_refused(tmp_path, text):
     path = tmp_path / "rows.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=f"{path}: the data set is empty"):
-        read_questions(path)
+        read(path)
 
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="nothing.jsonl: no such file"):
-        read_questions(tmp_path / "nothing.jsonl")
+        read(tmp_path / "nothing.jsonl")
 
 
 def test_a_data_set_smaller_than_a_batch_is_refused():
@@ -118,7 +120,7 @@ def test_the_order_is_a_function_of_the_seed():
 
 @pytest.mark.parametrize("done", [0, 1, 2, 5, 7])
 def test_a_saved_position_gives_the_same_batches_that_would_have_followed(done):
-    rows = [Question(str(i), str(i)) for i in range(10)]
+    rows = [(i, str(i)) for i in range(10)]
     iterator = batches(rows, size=4, seed=3)
     take(iterator, done)
     position = json.loads(json.dumps(iterator.get_state()))  # as a checkpoint keeps it

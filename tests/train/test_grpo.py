@@ -18,8 +18,9 @@ from deepseek_jax.rl.rollout import Prompt
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.train.data import batches
-from deepseek_jax.train.grpo import GRPOTrainer, GRPOTraining, followed, run_grpo
+from deepseek_jax.train.grpo import GRPOTrainer, GRPOTraining, _counted, followed, run_grpo, total_tokens
 from deepseek_jax.train.metrics import MetricLog, read_metrics
+from deepseek_jax.train.samples import read_samples
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -89,8 +90,10 @@ SGD_LIKE = 2e-5
 
 
 def gradients(of: GRPOTrainer):
-    """First moments after one update from zero: a tenth of the clipped gradient."""
-    learned = one_step(of)
+    """First moments after one update from zero, a tenth of the clipped gradient, with a reference far away."""
+    state = of.first_state()
+    apart = state._replace(reference=jax.tree.map(lambda w: 1.1 * w, state.reference))
+    learned = of.step(apart, lambda: prompts(2), 0)
     return flat(learned.state.train.moments), learned.metrics
 
 
@@ -109,8 +112,10 @@ def test_packing_and_micro_batches_change_no_gradient(loss_type, changes):
     assert any(np.abs(g).max() > 1e-4 for g in wanted.values())
     for name, leaf in wanted.items():
         np.testing.assert_allclose(found[name], leaf, rtol=0, atol=SGD_LIKE, err_msg=name)
-    for name in ("loss", "kl", "entropy", "ratio", "reward", "router/balance_loss"):
-        assert others[name] == pytest.approx(metrics[name], abs=1e-5), name
+    # The moments are of a gradient clipped to norm 1, and would not show a wrong scale: these do.
+    assert abs(metrics["loss"]) > 1e-3 and metrics["kl"] > 1e-2 and metrics["grad_norm"] > 1
+    for name in ("loss", "policy_loss", "kl", "grad_norm", "entropy", "ratio", "reward", "router/balance_loss"):
+        assert others[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6), name
 
 
 def test_metrics_have_the_names_that_dashboards_know():
@@ -132,14 +137,16 @@ def test_the_sampler_is_the_trainer():
 
 
 def test_kept_routing_changes_nothing_on_policy_and_something_off_policy():
-    kept, free = (
-        one_step(trainer(keep_routing=k, record_routes=True, num_iterations=2, lr=0.1)) for k in (True, False)
-    )
-    first, second = (one_step(trainer(keep_routing=k)).state.train.weights for k in (True, False))
-    assert_close(first, second, 1e-6)
-    # The second pass meets weights far from the sampler's: the router would choose other experts, and is not asked.
-    assert kept.metrics["sampling/experts_differ"] > 0
-    assert any((a != flat(free.state.train.weights)[name]).any() for name, a in flat(kept.state.train.weights).items())
+    kept, free = (trainer(keep_routing=k, record_routes=True, lr=0.1, warmup=0) for k in (True, False))
+    first, rollout = kept.first_state(), one_step(kept).rollout
+    on_policy = [of.learn(of.first_state(), rollout, 0)[0] for of in (kept, free)]
+    assert_close(on_policy[0].weights, on_policy[1].weights, 1e-6)
+    # Now the weights are far from the sampler's: the router would choose other experts, and is not asked.
+    moved = lambda: first._replace(train=jax.tree.map(np.array, on_policy[0]))
+    further = [of.learn(moved(), rollout, 1) for of in (kept, free)]
+    assert further[0][1]["sampling/experts_differ"].value() > 0
+    kept_weights, free_weights = (flat(train.weights) for train, _ in further)
+    assert any((leaf != free_weights[name]).any() for name, leaf in kept_weights.items())
 
 
 def test_a_kept_sampling_mask_makes_a_truncated_sampler_on_policy():
@@ -152,10 +159,17 @@ def test_a_kept_sampling_mask_makes_a_truncated_sampler_on_policy():
 
 def test_the_correction_for_the_sampler_is_one_where_sampler_and_trainer_are_the_same():
     loss = GRPOConfig(beta=0.0, importance_sampling_clip_max=2.0)
-    learned = one_step(trainer(loss=loss))
-    for of in ("min", "mean", "max"):
-        assert learned.metrics[f"sampling/importance_sampling_ratio/{of}"] == pytest.approx(1, abs=1e-4)
+    of = trainer(loss=loss)
+    learned = one_step(of)
+    for name in ("min", "mean", "max"):
+        assert learned.metrics[f"sampling/importance_sampling_ratio/{name}"] == pytest.approx(1, abs=1e-4)
     assert learned.state.reference is None
+    # A sampler that said 0.3 nats more than the trainer: the weight is trainer over sampler, not the inverse.
+    drawn = learned.rollout
+    off = drawn._replace(completions=[c._replace(logprobs=c.logprobs + 0.3) for c in drawn.completions])
+    _, metrics = of.learn(of.first_state(), off, 0)
+    assert metrics["sampling/importance_sampling_ratio/mean"].value() == pytest.approx(np.exp(-0.3), abs=1e-4)
+    assert metrics["sampling/sampling_logp_difference/mean"].value() == pytest.approx(0.3, abs=1e-4)
 
 
 def test_cut_off_completions_do_not_count_when_masked():
@@ -179,6 +193,44 @@ def test_advantages_by_hand(advantage, scale, wanted):
     of = trainer(advantage=advantage, scale_rewards=scale)
     found = of.advantages(np.array([[0, 1, 0, 0], [1, 1, 1, 1]], np.float32), 0)
     np.testing.assert_allclose(found, wanted, atol=2e-4)
+
+
+def test_what_compares_sampler_and_trainer_is_of_the_first_update():
+    """Later updates of a rollout meet weights that have moved, which says nothing of the sampler."""
+    metrics = one_step(trainer(record_routes=True, num_iterations=3, updates_per_rollout=2, lr=0.1, warmup=0)).metrics
+    assert metrics["sampling/sampling_logp_difference/max"] < 1e-5 and metrics["sampling/experts_differ"] == 0.0
+    assert metrics["ratio"] != pytest.approx(1, abs=1e-2)
+
+
+def test_more_tokens_than_an_int32_holds():
+    of = trainer()
+    state = of.first_state()._replace(tokens=_counted(2**31 - 10))
+    after = of.step(state, lambda: prompts(2), 0)
+    assert after.metrics["num_tokens"] == total_tokens(after.state.tokens) > 2**31
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"at_once": 0}, "at_once: got 0"),
+        ({"lr": -1.0}, "learning_rate: got -1"),
+        ({"warmup": -3}, "warmup_steps: got -3"),
+        ({"top_k": -3, "keep_sampling_mask": True}, "top_k: got -3"),
+        ({"max_new_tokens": 0}, "max_new_tokens: got 0"),
+        ({"profile_steps": "50:99"}, "profile_steps: got '50:99'"),
+        ({"lora_rank": 2, "lora_alpha": -1.0}, "alpha: got -1"),
+        ({"advantage": "foo"}, "advantage: got 'foo'"),
+        ({"advantage": "rloo", "scale_rewards": "none"}, "scale_rewards: got 'none' with advantage 'rloo'"),
+        ({"advantage": "reinforce", "sampling_rounds": 2}, "sampling_rounds: got 2 with advantage 'reinforce'"),
+        (
+            {"loss": GRPOConfig(loss_type="dr_grpo", max_completion_length=4096)},
+            "max_completion_length: got 4096, wanted max_new_tokens, 9",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_once(changes, message):
+    with pytest.raises(ValueError, match=message):
+        GRPOTraining(**SMALL | changes)
 
 
 def test_the_reference_follows_every_so_many_steps_and_as_far_as_told():
@@ -261,7 +313,7 @@ def sometimes(prompts, completions, completion_ids, **columns):
     ],
 )
 def test_a_killed_stage_repeats_and_loses_no_prompt_and_ends_bit_identical(tmp_path, changes):
-    make = lambda: trainer(reward=sometimes, steps=5, save_every=2, **changes)
+    make = lambda: trainer(reward=sometimes, steps=5, save_every=2, samples_every=1, **changes)
     whole_seen, seen = [], []
     whole = run(tmp_path / "whole", make(), seen=whole_seen)
     for until in (1, 3, 4):
@@ -273,5 +325,7 @@ def test_a_killed_stage_repeats_and_loses_no_prompt_and_ends_bit_identical(tmp_p
     assert all(of in whole_seen for of in seen) and all(of in seen for of in whole_seen)
     if "sampling_rounds" in changes:
         assert len(whole_seen) > 5
+    assert len(read_samples(tmp_path / "whole")) == 5
+    assert read_samples(tmp_path / "broken") == read_samples(tmp_path / "whole")
     timeless = lambda folder: [{k: v for k, v in row.items() if not k.endswith("time")} for row in read_metrics(folder)]
     assert timeless(tmp_path / "broken") == timeless(tmp_path / "whole")
