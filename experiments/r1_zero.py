@@ -354,8 +354,9 @@ def read(config: Config, tokenizer: Tokenizer) -> Asked:
     if processes.is_main():
         for line in data.report:
             print(line)
-    for example in data:
-        check_columns(config.rewards, example.columns)
+    for examples in (held_out, data):
+        for example in examples:
+            check_columns(config.rewards, example.columns)
     longest = max(len(make(example).tokens) for example in data)
     drawn = prompt_batches(data, size=config.grpo.prompts_per_step, seed=config.seed, make=make)
     return Asked(drawn, longest, [make(example) for example in held_out], [])

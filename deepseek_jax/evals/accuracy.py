@@ -10,18 +10,22 @@ from deepseek_jax import processes
 from deepseek_jax.generate.engine import Generator, SamplingConfig
 from deepseek_jax.generate.text import TextCompletion, complete
 from deepseek_jax.rewards.accuracy import accuracy_reward
-from deepseek_jax.rewards.combine import RewardFunction
+from deepseek_jax.rewards.combine import CombinedReward, combine
 from deepseek_jax.rl.rollout import Prompt
 from deepseek_jax.text.tokenizer import Tokenizer
 
+_EXACT = combine({"accuracy": accuracy_reward}, {"accuracy": 1.0})
+
 
 class Accuracy(NamedTuple):
-    """Share of right answers, its standard error, and each completion with its score."""
+    """Share of right answers among those graded, its standard error, each completion with its score, and how many were
+    graded: those whose score is not None."""
 
     mean: float
     stderr: float
     completions: list[TextCompletion]
-    scores: list[float]
+    scores: list[float | None]
+    graded: int
 
 
 def greedy_accuracy(
@@ -32,28 +36,44 @@ def greedy_accuracy(
     *,
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
-    grade: RewardFunction = accuracy_reward,
+    grade: CombinedReward = _EXACT,
     batch: int = 128,
 ) -> Accuracy:
     """Answer every prompt at temperature 0 and grade the final answers.
 
     Args:
         prompts: with an `answer` column, or what `grade` wants.
-        grade: 1 for a right answer, 0 for a wrong one. In several processes the main one grades.
+        grade: its part "accuracy" is 1 for a right answer, 0 for a wrong one, and None for what is left out: a prompt
+            to which it does not apply, or for which it raised under on_error="none". In several processes the main one
+            grades.
         batch: prompts at a time.
+
+    Raises:
+        ValueError: no prompts, a `grade` without that part, or no answer that could be graded.
+        RewardError: it raised, under on_error="raise".
     """
+    if not prompts:
+        raise ValueError("greedy_accuracy: prompts: got none, wanted at least one; hold some questions out")
+    if "accuracy" not in grade.functions:
+        raise ValueError(f"greedy_accuracy: grade: got {', '.join(grade.functions)}, wanted 'accuracy'; name it so")
     sampling = SamplingConfig(max_new_tokens=max_new_tokens, temperature=0.0, stop_ids=stop_ids)
     found: list[TextCompletion] = []
     for start in range(0, len(prompts), batch):
         part = [p.tokens for p in prompts[start : start + batch]]
         found += complete(generator, weights, tokenizer, part, sampling, seeds=[0] * len(part))
     scores = processes.on_main(
-        lambda: grade(
+        lambda: grade.parts(
             prompts=[p.text for p in prompts],
             completions=[c.text for c in found],
             completion_ids=[c.tokens.tolist() for c in found],
             **{name: [p.columns[name] for p in prompts] for name in prompts[0].columns},
-        )
+        )["accuracy"]
     )
-    mean = sum(scores) / len(scores)
-    return Accuracy(mean, math.sqrt(mean * (1 - mean) / len(scores)), found, scores)
+    known = [score for score in scores if score is not None]
+    if not known:
+        raise ValueError(
+            f"greedy_accuracy: got None for all {len(scores)} answers, wanted a score for one at least;"
+            " see the log for rewards that raised, or give prompts with right answers"
+        )
+    mean = sum(known) / len(known)
+    return Accuracy(mean, math.sqrt(mean * (1 - mean) / len(known)), found, scores, len(known))

@@ -52,7 +52,7 @@ def choice_reward(*, letters: str = "ABCDE", extraction: Extraction = "strict") 
             if right is None:
                 scores.append(None)
                 continue
-            options = _options(row, right, letters.upper(), choices[row] if choices else None)
+            options = _options(f"[{row}]", right, letters.upper(), choices[row] if choices else None)
             found = answer_of(prompts[row], completions[row], extraction)
             scores.append(float(found is not None and _chosen(found, options) == right.upper()))
         return scores
@@ -60,16 +60,36 @@ def choice_reward(*, letters: str = "ABCDE", extraction: Extraction = "strict") 
     return reward
 
 
-def _options(row: int, right: str, letters: str, texts: list[str] | None) -> dict[str, str]:
+def check_choice(answer: str, choices: list[str] | None, *, letters: str = "ABCDE") -> None:
+    """Refuses a row that `choice_reward` could not grade.
+
+    Args:
+      answer: the right letter.
+      choices: the options' texts in order, or None.
+      letters: as for `choice_reward`.
+
+    Raises:
+      ValueError: the answer is not one of the row's letters, or the texts are not a list of as many strings at most.
+    """
+    _options("", answer, letters.upper(), choices)
+
+
+def _options(where: str, right: str, letters: str, texts: list[str] | None) -> dict[str, str]:
     """The row's options by letter; "" where their texts are not given."""
+    if texts is not None and not (isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)):
+        raise ValueError(
+            f"choice_reward: choices{where}: got {repr(texts)[:80]}, wanted a list of strings or None;"
+            " convert the column"
+        )
     if texts is not None and not 1 <= len(texts) <= len(letters):
         raise ValueError(
-            f"choice_reward: choices[{row}]: got {len(texts)} options, wanted 1 to {len(letters)}; give more letters"
+            f"choice_reward: choices{where}: got {len(texts)} options, wanted 1 to {len(letters)}; give more letters"
         )
     options = dict.fromkeys(letters, "") if texts is None else dict(zip(letters, map(_plain, texts), strict=False))
     if right.upper() not in options:
         raise ValueError(
-            f"choice_reward: answer[{row}]: got {right!r}, wanted one of {', '.join(options)}; give the option's letter"
+            f"choice_reward: answer{where}: got {right[:80]!r}, wanted one of {', '.join(options)};"
+            " give the option's letter, or more letters"
         )
     return options
 

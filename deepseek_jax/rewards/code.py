@@ -199,6 +199,9 @@ def extract_program(prompt: str, completion: str) -> str | None:
     return program
 
 
+_TEXTS = ("setup", "test", "entry_point")
+
+
 def parse_tests(row: Any) -> list[InputOutput] | Assertions | None:
     """Reads a row of the `tests` column.
 
@@ -217,7 +220,7 @@ def parse_tests(row: Any) -> list[InputOutput] | Assertions | None:
     if isinstance(row, str):
         try:
             row = json.loads(row)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"code_reward: tests: got {row[:80]!r}, wanted JSON ({error}); correct the row") from None
     if row is None or (isinstance(row, list | tuple) and not row):
         return None
@@ -225,6 +228,10 @@ def parse_tests(row: Any) -> list[InputOutput] | Assertions | None:
         return Assertions(tests=tuple(row))
     if isinstance(row, list | tuple) and all(isinstance(test, Mapping) for test in row):
         return [_input_output(test) for test in row]
+    if isinstance(row, Mapping) and not all(isinstance(row.get(name, ""), str) for name in _TEXTS):
+        raise ValueError(
+            f"code_reward: tests: got {repr(row)[:120]}, wanted text in {', '.join(_TEXTS)}; correct the row"
+        )
     if isinstance(row, Mapping) and set(row) <= {"asserts", "setup"} and _strings(row.get("asserts")):
         return Assertions(tests=tuple(row["asserts"]), setup=row.get("setup", "")) if row["asserts"] else None
     if isinstance(row, Mapping) and {"test", "entry_point"} <= set(row) <= {"test", "entry_point", "setup"}:

@@ -68,8 +68,7 @@ class MathGrader:
 
         Args:
           pairs: (answer, right answer), as strings.
-          counted: whether `take_metrics` counts them. Several pairs of which one failed never count: their rows are
-            asked for again one by one (see `combine.CombinedReward`), and count then.
+          counted: whether `take_metrics` counts them, and the restarts that they cost. Where one failed, none counts.
 
         Returns:
           One verdict a pair, in order.
@@ -90,9 +89,13 @@ class MathGrader:
         found = [verdicts[pair] for pair in pairs]
         if counted:
             self._restarts += self._pool.restarts - restarts
-            if len(found) == 1 or not any(verdict.failed for verdict in found):
+            if not any(verdict.failed for verdict in found):
                 self._counts.update(verdict.how for verdict in found)
         return found
+
+    def count_failed(self, verdict: Verdict) -> None:
+        """Counts an answer that could not be graded, for `take_metrics`."""
+        self._counts[verdict.how] += 1
 
     def take_metrics(self) -> dict[str, float]:
         """Counts since the last call, of the answers that count: `grader/answers`, the sum of `grader/exact`,
@@ -157,6 +160,9 @@ def math_reward(
                     pairs[row] = (found, right)
         for row, verdict in zip(pairs, grader.grade(list(pairs.values()), counted=counted), strict=True):
             if verdict.failed:
+                # The rows of a batch are asked for again one by one (`combine.CombinedReward`), and count then.
+                if counted and len(completions) == 1:
+                    grader.count_failed(verdict)
                 found, right = (text[:_QUOTED_CHARS] for text in pairs[row])
                 raise RuntimeError(
                     f"math_reward: row {row}: no verdict on {found!r} beside {right!r}: {verdict.how}, {verdict.reason}"

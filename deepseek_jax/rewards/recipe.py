@@ -1,19 +1,21 @@
 """The rewards of a run by their weights, and what they need open while it lasts."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from deepseek_jax.rewards.accuracy import accuracy_reward
-from deepseek_jax.rewards.choice import choice_reward
-from deepseek_jax.rewards.code import CodeReward
+from deepseek_jax import processes
+from deepseek_jax.rewards.accuracy import accuracy_reward, check_answers
+from deepseek_jax.rewards.choice import check_choice, choice_reward
+from deepseek_jax.rewards.code import CodeReward, parse_tests
 from deepseek_jax.rewards.combine import CombinedReward, RewardFunction, combine
 from deepseek_jax.rewards.format import format_reward, soft_format_reward
 from deepseek_jax.rewards.language import language_reward
 from deepseek_jax.rewards.lengths import length_penalty, repetition_penalty_reward
 from deepseek_jax.rewards.math import MathGrader, math_reward
+from deepseek_jax.rewards.sandbox import available
 from deepseek_jax.rewards.structure import structure_reward
 
 
@@ -25,6 +27,7 @@ class RewardConfig:
         accuracy: how answers are compared: "exact" as numbers and text, "math" by computer algebra as well, in
             processes that can be killed, "choice" as letters of multiple choice, "code" by running the program against
             the hidden tests of the column `tests`.
+        choices: letters of the options, in order, for "choice".
         weight_accuracy: of the right answer.
         weight_format: of the exact <think>/<answer> format.
         weight_soft_format: of its cosine form, which rewards parts of it (the design documents: 0.3).
@@ -34,12 +37,13 @@ class RewardConfig:
         weight_repetition: of the penalty for repeated words, from -1 to 0.
         weight_overlong: of DAPO's penalty for the last `overlong_cache` tokens before the limit, from -1 to 0.
         overlong_cache: tokens over which that penalty grows.
-        reward_error: a reward that raises is logged with its sample and ends the run ("raise"), or does not count for
-            that sample ("none"); it is never 0.
+        reward_error: a reward that raises is logged with its sample and ends the run ("raise"), or leaves that
+            sample's weighted sum unknown, NaN ("none"); neither it nor the sum is ever 0 for that.
         allow_unsandboxed: run programs of the model even where they cannot be isolated. Do not.
     """
 
     accuracy: Literal["exact", "math", "choice", "code"] = "exact"
+    choices: str = "ABCDE"
     weight_accuracy: float = 1.0
     weight_format: float = 0.3
     weight_soft_format: float = 0.0
@@ -63,31 +67,35 @@ class RewardConfig:
 class Rewards(NamedTuple):
     """A run's rewards.
 
-    total: the weighted sum. accuracy: that part of it by itself, for evaluations. take_metrics: what graders counted
-    since it was last called, by the names of dashboards.
+    total: the weighted sum. accuracy: that part of it by itself, for evaluations, whose answers `take_metrics` does not
+    count. take_metrics: what graders counted since it was last called, by the names of dashboards.
     """
 
     total: CombinedReward
-    accuracy: RewardFunction
+    accuracy: CombinedReward
     take_metrics: Callable[[], dict[str, float]]
 
 
 @contextmanager
 def rewards(config: RewardConfig, *, max_new_tokens: int) -> Iterator[Rewards]:
-    """The rewards that have a weight, summed up; graders' processes end with the block.
+    """The rewards that have a weight, summed up; graders' processes end with the block. All processes call it alike.
 
     Args:
         config: which.
         max_new_tokens: the sampler's limit, which the penalty for overlong answers leads up to.
 
     Raises:
-        ValueError: no reward has a weight, an unknown language, or a cache that is longer than the limit.
+        ValueError: no reward has a weight, an unknown language, a cache that is longer than the limit, choices that are
+            not different letters, or programs to run where they cannot be isolated, without leave.
     """
+    if config.accuracy == "code" and not config.allow_unsandboxed:
+        reason = processes.on_main(available)
+        if reason is not None:
+            raise ValueError(f"accuracy: got 'code', but {reason}; or run programs unprotected: allow_unsandboxed")
     with MathGrader() as grader:  # starts no process before the first answer that needs one
         functions: dict[str, RewardFunction] = {}
-        accuracy = _accuracy(config, grader)
         if config.weight_accuracy:
-            functions["accuracy"] = accuracy
+            functions["accuracy"] = _accuracy(config, grader, counted=True)
         if config.weight_format:
             functions["format"] = format_reward
         if config.weight_soft_format:
@@ -104,14 +112,46 @@ def rewards(config: RewardConfig, *, max_new_tokens: int) -> Iterator[Rewards]:
             raise ValueError("weight_accuracy: got 0, and no other reward has a weight; wanted one at least")
         weights = {name: vars(config)[f"weight_{name}"] for name in functions}
         take_metrics = grader.take_metrics if config.accuracy == "math" else dict
-        yield Rewards(combine(functions, weights, on_error=config.reward_error), accuracy, take_metrics)
+        alone = combine(
+            {"accuracy": _accuracy(config, grader, counted=False)}, {"accuracy": 1.0}, on_error=config.reward_error
+        )
+        yield Rewards(combine(functions, weights, on_error=config.reward_error), alone, take_metrics)
 
 
-def _accuracy(config: RewardConfig, grader: MathGrader) -> RewardFunction:
+def check_columns(config: RewardConfig, columns: Mapping[str, object]) -> None:
+    """Refuses an example that the accuracy could not grade, before a run comes to it. Runs nothing.
+
+    Args:
+        config: which accuracy, and whether another reward has a weight.
+        columns: one row's, by name.
+
+    Raises:
+        ValueError: the column `answer` (for "code": `tests`) is missing or is not what the accuracy reads, or there is
+            nothing in it and no other reward has a weight.
+    """
+    name = "tests" if config.accuracy == "code" else "answer"
+    if name not in columns:
+        raise ValueError(
+            f"{name}: got columns {', '.join(columns) or 'none'}, wanted {name!r} for accuracy {config.accuracy!r};"
+            " name the column so, or choose another accuracy"
+        )
+    wanted = columns[name]
+    if config.accuracy == "code":
+        wanted = parse_tests(wanted)
+    else:
+        check_answers("accuracy", [wanted], 1)
+    if config.accuracy == "choice" and wanted is not None:
+        check_choice(wanted, columns.get("choices"), letters=config.choices)
+    others = (weight for key, weight in vars(config).items() if key.startswith("weight_") and key != "weight_accuracy")
+    if wanted is None and not any(others):
+        raise ValueError(f"{name}: got none, wanted some where accuracy is the only reward; leave the row out")
+
+
+def _accuracy(config: RewardConfig, grader: MathGrader, *, counted: bool) -> RewardFunction:
     if config.accuracy == "math":
-        return math_reward(grader)
+        return math_reward(grader, counted=counted)
     if config.accuracy == "choice":
-        return choice_reward()
+        return choice_reward(letters=config.choices)
     if config.accuracy == "code":
         return CodeReward(allow_unsandboxed=config.allow_unsandboxed)
     return accuracy_reward

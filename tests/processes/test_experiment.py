@@ -81,7 +81,7 @@ def reinforced(folder: Path, architecture: ModelConfig, mesh: dict[str, int]) ->
     """By two GRPO steps on one device, and on a mesh of eight."""
     r1_zero.preset = lambda name: architecture
     reward = combine({"accuracy": by_length_and_first_token}, {"accuracy": 1.0})
-    graded = Rewards(reward, by_length_and_first_token, dict)
+    graded = Rewards(reward, reward, dict)
     grpo = dataclasses.replace(SMALL.grpo, loss=GRPOConfig(beta=0.1), warmup=1, eval_every=3)
     for name, sizes in (("one", {}), ("mesh", mesh)):
         config = dataclasses.replace(SMALL, output=folder / name, grpo=grpo, **sizes)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from deepseek_jax.rewards.choice import choice_reward
+from deepseek_jax.rewards.choice import check_choice, choice_reward
 
 CITIES = ["London", "Paris", "A city in Spain", "Rome"]
 
@@ -83,3 +83,16 @@ def test_bad_arguments_are_named():
         score("B", right="E")
     with pytest.raises(ValueError, match=r"choices\[0\]: got 6 options, wanted 1 to 5"):
         score("B", choices=["x"] * 6)
+    with pytest.raises(ValueError, match=r"choices\[0\]: got 'abcd', wanted a list of strings"):
+        score("B", choices="abcd")
+    with pytest.raises(ValueError, match=r"choices\[0\]: got \[1, 2\], wanted a list of strings"):
+        score("B", choices=[1, 2])
+
+
+def test_a_row_is_checked_as_it_is_graded():
+    check_choice("b", CITIES)
+    check_choice("F", None, letters="ABCDEF")
+    with pytest.raises(ValueError, match="answer: got 'E', wanted one of A, B, C, D"):
+        check_choice("E", CITIES)
+    with pytest.raises(ValueError, match="choices: got 4 options, wanted 1 to 2"):
+        check_choice("A", CITIES, letters="AB")

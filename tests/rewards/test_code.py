@@ -303,7 +303,8 @@ def test_rows_of_each_shape():
     "row",
     [7, {}, "not json", "7", [1], [{"input": "x"}], [{"input": 1, "output": "x"}], ["assert ("], {"asserts": "x"},
      {"test": "def check(candidate): pass"}, [{"input": "", "output": "", "testtype": "functional"}], ["x", {}],
-     {"asserts": ["assert 1"], "setup": "import ("}],
+     {"asserts": ["assert 1"], "setup": "import ("}, "[" * 100_000, {"asserts": ["assert 1"], "setup": 3},
+     {"test": 1, "entry_point": "f"}, {"test": "def check(c): pass", "entry_point": None}],
 )  # fmt: skip
 def test_malformed_rows_are_refused_in_one_line(row: object):
     with pytest.raises(ValueError, match="^code_reward: tests: [^\n]*$"):

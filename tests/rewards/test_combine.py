@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_jax.rewards.accuracy import accuracy_reward
-from deepseek_jax.rewards.combine import Factory, RewardError, combine
+from deepseek_jax.rewards.combine import RewardError, combine
 from deepseek_jax.rewards.format import format_reward
-from deepseek_jax.rewards.lengths import length_penalty
 
 SCORES = st.lists(st.none() | st.floats(-10, 10), min_size=3, max_size=3)
 
@@ -131,7 +130,24 @@ def test_a_function_that_raises_ends_the_run_and_names_the_row():
 def test_a_function_that_raises_costs_only_its_rows_where_told_so():
     total, parts = scored(["good", "bad", "good"], "none")
     assert parts == {"picky": [1.0, None, 1.0], "base": [0.5] * 3}
-    assert total == [1.5, 0.5, 1.5]
+    assert total == [1.5, pytest.approx(math.nan, nan_ok=True), 1.5]
+
+
+def test_a_function_without_weight_that_raises_leaves_the_total_known():
+    functions = {"picky": picky, "base": fixed([0.5])}
+    reward = combine(functions, {"picky": 0.0, "base": 1.0}, on_error="none")
+    assert reward([""], ["bad"], [[1]]) == ([0.5], {"picky": [None], "base": [0.5]})
+
+
+def test_the_parts_alone_may_all_be_none():
+    reward = combine({"picky": picky, "none": lambda p, c, i, **k: [None] * len(c)}, {"picky": 1.0, "none": 1.0})
+    assert reward.parts([""], ["good"], [[1]]) == {"picky": [1.0], "none": [None]}
+    none = combine({"none": fixed([None])}, {"none": 1.0})
+    assert none.parts([""], ["c"], [[1]]) == {"none": [None]}
+    with pytest.raises(ValueError, match="row 0: got None from every function"):
+        none([""], ["c"], [[1]])
+    with pytest.raises(ValueError, match="answer: got 2 rows, wanted 1"):
+        none.parts([""], ["c"], [[1]], answer=["4", "4"])
 
 
 @pytest.mark.parametrize("on_error", ["raise", "none"])
@@ -149,9 +165,13 @@ def test_the_sample_is_logged(caplog, on_error):
     assert len(message) < 1_000
 
 
-def test_a_row_that_only_a_failing_function_scores_is_refused_not_zero():
-    with pytest.raises(ValueError, match="row 0: got None from every function"):
-        scored(["bad"], "none", {"picky": picky})
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_row_that_only_a_failing_function_scores_is_not_known(weight):
+    functions = {"picky": picky, "elsewhere": lambda p, c, i, **k: [None] * len(c)}
+    reward = combine(functions, {"picky": weight, "elsewhere": 1.0}, on_error="none")
+    total, parts = reward([""] * 2, ["bad", "good"], [[1]] * 2)
+    assert math.isnan(total[0]) and total[1] == weight
+    assert parts == {"picky": [None, 1.0], "elsewhere": [None, None]}
 
 
 def test_a_failure_of_the_batch_alone_is_named():
@@ -171,16 +191,6 @@ def test_an_interrupt_is_no_error_of_a_function():
 
     with pytest.raises(KeyboardInterrupt):
         scored(["a"], "none", {"interrupted": interrupted})
-
-
-def test_factories_are_made_with_their_settings():
-    functions = {"long": Factory(make=length_penalty, settings={"max_length": 4, "cache": 2}), "format": format_reward}
-    reward = combine(functions, {"long": 1.0, "format": 0.3})
-    total, parts = reward([""] * 2, ["a", "b"], [[1, 2], [1, 2, 3]])
-    assert parts == {"long": [0.0, -0.5], "format": [0.0, 0.0]}
-    assert total == [0.0, -0.5]
-    with pytest.raises(ValueError, match="cache 5 and max_length 4"):
-        combine({"long": Factory(make=length_penalty, settings={"max_length": 4, "cache": 5})}, {"long": 1.0})
 
 
 def test_an_unknown_policy_is_named():

@@ -1,10 +1,13 @@
 """Which rewards a run's settings make, and that nothing of them stays behind."""
 
+import json
+import math
 import subprocess
 
 import pytest
 
-from deepseek_jax.rewards.recipe import RewardConfig, rewards
+from deepseek_jax.rewards import recipe
+from deepseek_jax.rewards.recipe import RewardConfig, check_columns, rewards
 
 RIGHT = "<think>two and two</think><answer>\\boxed{4}</answer>"
 
@@ -45,8 +48,11 @@ def test_every_reward_by_its_weight():
 def test_algebra_grades_in_processes_that_end():
     config = RewardConfig(accuracy="math", weight_format=0.0)
     answers = ["\\boxed{x^2+2x+1}", "\\boxed{(x+1)^2}", "\\boxed{x^2+1}"]
+    rows = (["?"] * 3, answers, [[1]] * 3)
     with rewards(config, max_new_tokens=8) as made:
-        assert made.accuracy(["?"] * 3, answers, [[1]] * 3, answer=["(x+1)^2"] * 3) == [1.0, 1.0, 0.0]
+        assert made.accuracy(*rows, answer=["(x+1)^2"] * 3) == ([1.0, 1.0, 0.0], {"accuracy": [1.0, 1.0, 0.0]})
+        assert set(made.take_metrics().values()) == {0.0}  # an evaluation is not of the step
+        assert made.total(*rows, answer=["(x+1)^2"] * 3)[0] == [1.0, 1.0, 0.0]
         counts = made.take_metrics()
     assert (counts["grader/answers"], counts["grader/exact"], counts["grader/algebra"]) == (3, 1, 2)
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
@@ -56,6 +62,75 @@ def test_algebra_grades_in_processes_that_end():
 def test_choices():
     totals, _ = score(RewardConfig(accuracy="choice", weight_format=0.0), "\\boxed{B}", "\\boxed{A}", answer=["B", "B"])
     assert totals == [1.0, 0.0]
+    config = RewardConfig(accuracy="choice", choices="ABCDEFGHIJ", weight_format=0.0)
+    assert score(config, "\\boxed{J}", "\\boxed{A}", answer=["J", "J"])[0] == [1.0, 0.0]
+
+
+def test_an_evaluation_follows_reward_error():
+    columns = {
+        "prompts": ["?"] * 2,
+        "completions": ["\\boxed{B}"] * 2,
+        "completion_ids": [[1]] * 2,
+        "answer": ["B", "Z"],
+    }
+    with rewards(RewardConfig(accuracy="choice", reward_error="none"), max_new_tokens=8) as made:
+        assert made.accuracy.parts(**columns) == {"accuracy": [1.0, None]}
+        totals, parts = made.total(**columns)
+        assert totals[0] == 1.0 and math.isnan(totals[1]) and parts["format"] == [0.0, 0.0]
+    with rewards(RewardConfig(accuracy="choice"), max_new_tokens=8) as made, pytest.raises(RuntimeError, match="row 1"):
+        made.accuracy.parts(**columns)
+
+
+def test_programs_that_cannot_be_isolated_are_refused_at_the_start(monkeypatch):
+    monkeypatch.setattr(recipe, "available", lambda: "no namespaces here")
+    with pytest.raises(ValueError, match="no namespaces here; or .* allow_unsandboxed"):
+        score(RewardConfig(accuracy="code"), "", tests=[None])
+    config = RewardConfig(accuracy="code", allow_unsandboxed=True)
+    assert score(config, "", tests=[None]) == ([0.0], {"accuracy": [None], "format": [0.0]})
+    assert score(RewardConfig(), RIGHT)[0] == [1.3]
+
+
+ALONE = {"weight_format": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "columns"),
+    [
+        ({}, {"answer": "4"}),
+        ({}, {"answer": None}),
+        (ALONE, {"answer": "4", "level": 3}),
+        ({"accuracy": "math"}, {"answer": "x^2"}),
+        ({"accuracy": "choice"}, {"answer": "e"}),
+        ({"accuracy": "choice"}, {"answer": "B", "choices": ["x", "y"]}),
+        ({"accuracy": "choice", "choices": "ABCDEF"}, {"answer": "F", "choices": None}),
+        ({"accuracy": "code"}, {"tests": json.dumps([{"input": "1", "output": "2"}])}),
+        ({"accuracy": "code"}, {"tests": None}),
+        ({"accuracy": "code", **ALONE}, {"tests": ["assert f(1) == 2"], "answer": None}),
+    ],
+)
+def test_columns_that_can_be_graded(settings, columns):
+    check_columns(RewardConfig(**settings), columns)
+
+
+@pytest.mark.parametrize(
+    ("settings", "columns", "message"),
+    [
+        ({}, {}, "answer: got columns none, wanted 'answer' for accuracy 'exact'"),
+        ({"accuracy": "code"}, {"answer": "4"}, "tests: got columns answer, wanted 'tests' for accuracy 'code'"),
+        ({"accuracy": "math"}, {"answer": 4}, "answer: got int 4, wanted a string or None"),
+        (ALONE, {"answer": None}, "answer: got none, wanted some where accuracy is the only reward"),
+        ({"accuracy": "code", **ALONE}, {"tests": []}, "tests: got none, wanted some"),
+        ({"accuracy": "code"}, {"tests": "no JSON"}, "tests: got 'no JSON', wanted JSON"),
+        ({"accuracy": "code"}, {"tests": ["assert ("]}, "is not Python"),
+        ({"accuracy": "choice"}, {"answer": "F"}, "answer: got 'F', wanted one of A, B, C, D, E"),
+        ({"accuracy": "choice"}, {"answer": "C", "choices": ["x", "y"]}, "answer: got 'C', wanted one of A, B;"),
+        ({"accuracy": "choice"}, {"answer": "A", "choices": "xy"}, "choices: got 'xy', wanted a list of strings"),
+    ],
+)
+def test_columns_that_cannot_be_graded_are_refused(settings, columns, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        check_columns(RewardConfig(**settings), columns)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +139,7 @@ def test_choices():
         ({"weight_overlong": 1.0}, "overlong_cache: got 0, wanted at least 1"),
         ({"weight_format": float("nan")}, "weight_format: got nan, wanted a finite number"),
         ({"weight_accuracy": 0.0, "weight_format": 0.0}, "weight_accuracy: got 0, and no other reward"),
+        ({"accuracy": "choice", "choices": "AA"}, "letters: got 'AA', wanted different letters"),
         ({"weight_language": 1.0, "language": "xx"}, "language: got 'xx'"),
     ],
 )
