@@ -55,6 +55,7 @@ def step(
     tokens: int = 64,
     rounds: int = 5,
     kl: float = 0.0,
+    experts: int | None = None,
 ) -> None:
     """Seconds of a whole GRPO step (sampling, reward, update) beside TRL's GRPOTrainer on the same weights, float32.
 
@@ -68,11 +69,13 @@ def step(
         tokens: new tokens a sample.
         rounds: timed pairs; one pair before them is not counted.
         kl: weight of the KL term; 0 spares both the reference model.
+        experts: routed experts of the tiny model, 8 of them a token in 8 groups, as in R1 with its 256; None is the
+            preset.
     """
     if find_spec("trl") is None:
         raise ValueError("trl is not installed: pip install torch==2.13.0, then pip install -e '.[oracle]'")
     with tempfile.TemporaryDirectory() as name:
-        folder = model or _tiny(Path(name) / "model")
+        folder = model or _tiny(Path(name) / "model", experts)
         texts = ["12+34=?", "5+6+7+8=?"] if model is None else ["A train leaves the", "Four friends share"]
         texts = [texts[place % 2] for place in range(prompts)]
         ours = _our_step(folder, texts, group_size, tokens, kl)
@@ -93,7 +96,7 @@ def _our_step(folder: Path, texts: Sequence[str], group_size: int, tokens: int, 
         bias_gamma=0.0,
     )
     asked = [Prompt(text, tokenizer.encode(text, add_bos=False), {}) for text in texts]
-    width = -(-(max(len(p.tokens) for p in asked) + tokens) // 16) * 16
+    width = max(len(p.tokens) for p in asked) + tokens - 1
     reward = combine({"vowels": _vowels}, {"vowels": 1.0})
     trainer = GRPOTrainer(
         config, model, tokenizer, Generator(model.config, model.graphdef), reward, width=width, seed=0
@@ -169,11 +172,14 @@ def _beside_trl(folder, texts, group_size, tokens, kl, rounds, ours, scratch) ->
     return pairs[1:]
 
 
-def _tiny(folder: Path) -> Path:
+def _tiny(folder: Path, experts: int | None) -> Path:
     tokenizer = Tokenizer.characters(ALPHABET, chat_template=TEMPLATE)
     config = dataclasses.replace(
         preset("tiny"), vocab_size=32, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_ids[0]
     )
+    if experts is not None:
+        like_r1 = {"n_routed_experts": experts, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4}
+        config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, **like_r1))
     graphdef, weights = split(Decoder(config, rngs=nnx.Rngs(0)))
     save_hf(Model(config, graphdef, weights), folder, tokenizer=tokenizer.files)
     return folder
