@@ -328,6 +328,8 @@ def generated(config: Config, tokenizer: Tokenizer) -> Asked:
     )
     as_example = lambda chain: Example(chain.question, chain.answer, None, {"answer": chain.answer}, 0, 0)
     prompts = [make_prompt(config, tokenizer, as_example(chain)) for chain in chains]
+    for prompt in prompts:
+        check_columns(config.rewards, prompt.columns)
     held_out, train = prompts[: config.eval_questions], prompts[config.eval_questions :]
     examples: list[tuple[list[int], list[int]]] = []
     if config.model is None:
