@@ -185,7 +185,8 @@ def test_closing_leaves_no_process():
 
 
 SCRIPT = """
-import os, sys, threading, time
+import os, signal, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 from deepseek_jax.rewards.pool import PoolConfig, WorkerPool
 pool = WorkerPool("tests.rewards.pool_tasks:act", PoolConfig(workers=2, cpu_seconds=0.5))
 pool.map([["nap", 0.2]] * 2)
@@ -217,7 +218,15 @@ def test_no_process_outlives_the_interpreter(ending, sent):
     assert gone(pids)
 
 
-def test_an_interrupted_call_leaves_no_stale_reply():
+@pytest.fixture
+def interruptible():
+    """What a shell starts in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_call_leaves_no_stale_reply(interruptible):
     with WorkerPool(TARGET, QUICK) as pool:
         pool.map([["echo", 0]] * 2)
         timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
