@@ -400,7 +400,9 @@ def cold_start(config: Config, setup: Setup, log: MetricLog) -> nnx.State:
     steps = config.cold_start_epochs * len(setup.cold_start) // config.cold_start_batch
     adamw = OptimizerConfig(learning_rate=config.cold_start_lr, warmup_steps=20, final_ratio=0.1, weight_decay=0.1)
     optimizer = make_optimizer(adamw, steps)
-    update = make_train_step(setup.model.graphdef, sft_objective, optimizer, config.grpo.step_config, setup.layout)
+    # the weights themselves are trained here, whatever GRPO trains: biases move
+    of_step = dataclasses.replace(config.grpo.step_config, bias_gamma=config.grpo.bias_gamma)
+    update = make_train_step(setup.model.graphdef, sft_objective, optimizer, of_step, setup.layout)
     width = example_width(setup.cold_start)
 
     def step(state: TrainState, examples: Sequence, number: int) -> tuple[TrainState, Mapping[str, float]]:
