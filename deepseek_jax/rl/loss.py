@@ -202,7 +202,7 @@ def grpo_loss(
     logprobs_BT: Float[Array, "B T"],
     old_logprobs_BT: Float[Array, "B T"],
     ref_logprobs_BT: Float[Array, "B T"],
-    advantages_BT: Float[Array, "B T"],
+    advantages_BT: Float[Array, "B T"] | Float[Array, "B"],
     mask_BT: Bool[Array, "B T"],
     config: GRPOConfig,
     *,
@@ -222,7 +222,7 @@ def grpo_loss(
         logprobs_BT: of the sampled tokens under the policy, nats, float32.
         old_logprobs_BT: under the policy before this rollout's updates.
         ref_logprobs_BT: under the reference model; not looked at when beta is 0.
-        advantages_BT: of each token; GRPO's is the sample's at all of its tokens.
+        advantages_BT: of each token, or [B], of each row's one sample, for all of its tokens.
         mask_BT: true at completion tokens. A sample without any adds 0 and is still one of `whole.samples`.
         config: the variant.
         whole: samples and tokens of the whole batch when this is a part of it. None: these arrays are all.
@@ -250,6 +250,8 @@ def grpo_loss(
     Source: see `GRPOConfig`. With loss_type "grpo" on the first update after a rollout the ratio is 1 and the
     advantages of a group sum to 0: a loss near 0 is right, its gradient is not 0.
     """
+    if advantages_BT.ndim == 1 and segments_BT is None and len(advantages_BT) == len(logprobs_BT):
+        advantages_BT = jnp.broadcast_to(advantages_BT[:, None], logprobs_BT.shape)
     arrays = {
         "old_logprobs": old_logprobs_BT,
         "ref_logprobs": ref_logprobs_BT,

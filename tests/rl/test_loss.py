@@ -376,6 +376,18 @@ def test_an_exact_sampler_is_not_corrected(name):
     assert moved == pytest.approx(max(np.abs(s.logprobs - s.old).max() for s in samples(6)), rel=1e-6)
 
 
+def test_an_advantage_a_sample_is_one_at_each_of_its_tokens():
+    rng = np.random.default_rng(0)
+    new, old, ref = (jnp.asarray(-rng.exponential(1.5, (B, T)), jnp.float32) for _ in range(3))
+    of_samples = jnp.asarray(rng.normal(size=B), jnp.float32)
+    mask = jnp.asarray(np.arange(T) < rng.integers(1, T + 1, B)[:, None])
+    of_tokens = jnp.broadcast_to(of_samples[:, None], (B, T))
+    losses = [grpo_loss(new, old, ref, a, mask, GRPOConfig())[0] for a in (of_samples, of_tokens)]
+    assert losses[0] == losses[1] != 0
+    with pytest.raises(ValueError, match=r"advantages: got shape \[6\]"):  # of packed rows it would be no one's
+        grpo_loss(new, old, ref, of_samples, mask, GRPOConfig(), segments_BT=mask.astype(jnp.int32), per_row=1)
+
+
 def test_known_values():
     """One token of ratio 5, by hand."""
 
@@ -470,7 +482,7 @@ def test_bad_settings_are_refused_by_name(bad):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"advantages_BT": (B,)}, r"advantages: got shape \[6\], wanted \[6, 7\]"),
+        ({"advantages_BT": (B + 1,)}, r"advantages: got shape \[7\], wanted \[6, 7\]"),
         ({"sampler_logprobs_BT": (B, 1)}, r"sampler_logprobs: got shape \[6, 1\], wanted \[6, 7\]"),
         ({"mask_BT": (B, T + 1)}, r"mask: got shape \[6, 8\], wanted \[6, 7\]"),
         ({"per_row": 2}, "per_row: got 2, wanted 1"),
