@@ -116,6 +116,29 @@ def test_a_finished_folder_is_left_alone(finished, monkeypatch, capsys):
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_new_tokens": 250}, "max_new_tokens: got 250 after prompts of up to"),  # the model's context is 256
+        ({"lora_rank": 2, "lora_targets": "q_praj"}, "targets: got 'q_praj'"),
+        ({"accuracy": "choice"}, "choice_reward: answer: got"),
+    ],
+)
+def test_what_the_model_or_the_grader_cannot_do_is_refused_before_training(
+    tmp_path, monkeypatch, capsys, changes, message
+):
+    assert main(monkeypatch, *arguments(tmp_path / "run", **changes)) == 1
+    assert message in error_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_of_data_without_data_or_for_several_sets_are_refused():
+    with pytest.raises(ValueError, match="held_out: got a setting for data, but no --data"):
+        r1_zero.Questions(held_out=("a.jsonl",))
+    with pytest.raises(ValueError, match="pass_rates: got rates by row with 2 data sets, wanted one"):
+        r1_zero.Questions(data=("a.jsonl", "b.jsonl"), pass_rates=Path("rates.jsonl"))
+
+
 def error_line(capsys) -> str:
     error = capsys.readouterr().err
     assert error.count("\n") == 1, error
