@@ -26,11 +26,11 @@ import numpy as np
 from flax import nnx
 
 from deepseek_jax import processes
-from deepseek_jax.checkpoint.adapters import adapted_paths, save_adapter
+from deepseek_jax.checkpoint.adapters import save_adapter
 from deepseek_jax.checkpoint.files import write_whole
 from deepseek_jax.checkpoint.folder import Model, lay_out, load_model, save_hf
 from deepseek_jax.cli import run
-from deepseek_jax.config import ModelConfig, preset
+from deepseek_jax.config import preset
 from deepseek_jax.evals.accuracy import Accuracy, greedy_accuracy
 from deepseek_jax.generate.engine import Generator, bucket
 from deepseek_jax.model.decoder import Decoder, split
@@ -284,27 +284,13 @@ def prepare(config: Config, graded: Rewards) -> Setup:
     prompts, longest, held_out, examples = asked(config, tokenizer)
     # whole multiples of 32 columns, so that what differs little compiles to the same
     width = -(-(longest + config.grpo.max_new_tokens - 1) // 32) * 32
-    check_model(config, model.config, longest)
+    config.grpo.check_model(model.config, longest)
     parts = config.grpo.updates_per_rollout * config.grpo.micro_batches
     layout.check_batch(config.grpo.prompts_per_step * config.grpo.group_size // parts, width)
     if examples:
         layout.check_batch(config.cold_start_batch // config.grpo.micro_batches, example_width(examples))
     generator = Generator(model.config, model.graphdef, layout=layout)
     return Setup(layout, model, tokenizer, generator, prompts, width, held_out, examples, graded)
-
-
-def check_model(config: Config, architecture: ModelConfig, longest: int) -> None:
-    """Refuse what this model cannot do, before anything is trained."""
-    context = architecture.max_position_embeddings
-    if longest + config.grpo.max_new_tokens > context:
-        raise ValueError(
-            f"max_new_tokens: got {config.grpo.max_new_tokens} after prompts of up to {longest} tokens, wanted at most "
-            f"the model's context of {context} for both; lower it, or give --max-prompt-tokens"
-        )
-    if (config.grpo.record_routes or config.grpo.keep_routing) and architecture.moe is None:
-        raise ValueError("keep_routing, record_routes: got True for a model without experts, wanted False")
-    if config.grpo.lora is not None:
-        adapted_paths(architecture, config.grpo.lora)
 
 
 class Asked(NamedTuple):

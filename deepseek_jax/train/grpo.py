@@ -15,8 +15,9 @@ import numpy as np
 from flax import nnx
 
 from deepseek_jax import processes
-from deepseek_jax.checkpoint.adapters import new_adapter
+from deepseek_jax.checkpoint.adapters import adapted_paths, new_adapter
 from deepseek_jax.checkpoint.folder import Model
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.generate.engine import Generator, Record, SamplingConfig
 from deepseek_jax.model.lora import ALL_LINEAR, LoRAConfig, merge
 from deepseek_jax.model.scoring import check_routes
@@ -173,6 +174,28 @@ class GRPOTraining:
                 f"keep_sampling_mask: got False with top_p {self.top_p} and top_k {self.top_k}, wanted True: "
                 "the sampler's distribution would not be the trainer's"
             )
+
+    def check_model(self, architecture: ModelConfig, longest: int) -> None:
+        """Refuse what a model cannot do, before anything is trained.
+
+        Args:
+            architecture: of the model.
+            longest: tokens of the longest prompt.
+
+        Raises:
+            ValueError: prompts and completions do not fit its context, it has no experts to record, or no such module
+                to adapt.
+        """
+        context = architecture.max_position_embeddings
+        if longest + self.max_new_tokens > context:
+            raise ValueError(
+                f"max_new_tokens: got {self.max_new_tokens} after prompts of up to {longest} tokens, wanted at most "
+                f"the model's context of {context} for both; lower it, or leave long prompts out"
+            )
+        if (self.record_routes or self.keep_routing) and architecture.moe is None:
+            raise ValueError("keep_routing, record_routes: got True for a model without experts, wanted False")
+        if self.lora is not None:
+            adapted_paths(architecture, self.lora)
 
     def sampling(self, stop_ids: tuple[int, ...]) -> SamplingConfig:
         """How completions are drawn that end with one of these tokens."""
