@@ -21,7 +21,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.cache import Cache, abstract_cache, empty_cache
 from deepseek_jax.model.decoder import Hidden, experts_of
 from deepseek_jax.ops import sampling as ops
-from deepseek_jax.ops.logprobs import logprobs_of_logits, to_bits, within
+from deepseek_jax.ops.logprobs import logprobs_of_logits, project, to_bits, within
 from deepseek_jax.sharding import LOCAL, Layout
 
 
@@ -144,7 +144,7 @@ class Generator:
     Args:
         config: the model's.
         graphdef: static part of the module, from `model.decoder.split`.
-        dtype: of the cache.
+        dtype: of the cache; None takes that of the weights, as their activations have it.
         layout: the one that the module was made with.
     """
 
@@ -153,7 +153,7 @@ class Generator:
         config: ModelConfig,
         graphdef: nnx.GraphDef,
         *,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: jnp.dtype | None = None,
         layout: Layout = LOCAL,
     ):
         self.config, self.graphdef, self.dtype, self.layout = config, graphdef, dtype, layout
@@ -271,7 +271,7 @@ class Generator:
     def _prefill(self, weights, tokens_PT, length_P, seeds_B, limits_B, knobs, *, samples, slots, modes, room):
         """Prompts into the cache, the cache repeated for every sample, and the first token drawn; and their routes."""
         model = nnx.merge(self.graphdef, weights)
-        hidden, cache = model.prefill(tokens_PT, self._empty(tokens_PT.shape[0], slots))
+        hidden, cache = model.prefill(tokens_PT, self._empty(tokens_PT.shape[0], slots, model.embed.dtype))
         last_P1D = jnp.take_along_axis(hidden.x_BTD, (length_P - 1)[:, None, None], axis=1)
         logits_PV = self.layout.constrain(model.logits(last_P1D)[:, 0], "batch", None)
         each = partial(jnp.repeat, repeats=samples, axis=0)
@@ -325,15 +325,15 @@ class Generator:
     def _routes_dtype(self) -> jnp.dtype:
         return jnp.int16 if self.config.moe.n_routed_experts <= 2**15 else jnp.int32
 
-    def _empty(self, rows: int, slots: int) -> Cache:
-        return empty_cache(self.config, rows, slots, self.dtype, self.layout)
+    def _empty(self, rows: int, slots: int, of_weights: jnp.dtype) -> Cache:
+        return empty_cache(self.config, rows, slots, self.dtype or of_weights, self.layout)
 
     def _laid(self, state: _State) -> _State:
         """A state with what the host reads on every device, and cache and record cut as decoding reads the cache."""
         if self.layout.mesh is None:
             return state
-        slots = state.cache[0][0].shape[-2]
-        like = abstract_cache(self.config, state.token_B.shape[0], slots, self.dtype, self.layout)
+        one = state.cache[0][0]
+        like = abstract_cache(self.config, state.token_B.shape[0], one.shape[-2], one.dtype, self.layout)
         cache = jax.tree.map(lambda a, of: jax.lax.with_sharding_constraint(a, of.sharding), state.cache, like)
         by_sequence = lambda a: self.layout.constrain(a, "cache_batch", *(None,) * (a.ndim - 1))
         seen, record = jax.tree.map(by_sequence, (state.seen_BV, state.record))
@@ -349,7 +349,7 @@ class Generator:
         def body(state: _State) -> _State:
             # the token that was drawn last lies one before the position that comes next
             hidden, cache = model.extend(state.token_B[:, None], state.position_B[:, None] - 1, state.cache)
-            logits_BV = (hidden.x_BTD[:, 0] @ head_DV).astype(jnp.float32)
+            logits_BV = project(hidden.x_BTD[:, 0], head_DV)
             # each chip its part of the vocabulary for its group, then the whole vocabulary of its own sequences
             logits_BV = self.layout.constrain(logits_BV, "batch", "vocab")
             logits_BV = self.layout.constrain(logits_BV, "cache_batch", None)

@@ -17,6 +17,7 @@ from deepseek_jax.model.cache import Cache, stack_sizes
 from deepseek_jax.model.layers import ATTENTION, Maker, MoE, Rotary, RouterStats
 from deepseek_jax.model.mtp import MTP, ahead
 from deepseek_jax.ops.attention import positions_within
+from deepseek_jax.ops.logprobs import project
 from deepseek_jax.ops.norm import rms_norm
 from deepseek_jax.ops.rope import angles
 from deepseek_jax.parallel.embedding import sharded_lookup
@@ -152,7 +153,7 @@ class Decoder(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V] from states after the final norm."""
-        return (x_BTD @ self.head_DV()).astype(jnp.float32)
+        return project(x_BTD, self.head_DV())
 
     def head_DV(self) -> jax.Array:
         return self.embed[...].T if self.config.tie_word_embeddings else self.head[...]

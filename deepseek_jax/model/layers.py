@@ -133,7 +133,7 @@ class MoE(nnx.Module):
         B, T, D = x_BTD.shape
         moe = self.config
         own = self.layout.constrain(x_BTD, *(("cache_batch", None) if T == 1 else ("batch", "tokens")), None)
-        logits = own.astype(jnp.float32) @ self.router[...].astype(jnp.float32)
+        logits = routing.logits_of(own, self.router[...])
         scores_BTE = routing.scores_of(logits, moe)
         bias = None if self.bias is None else self.bias[...]
         by_row, by_token = lambda of: of.reshape(B * T, -1), lambda of: of.reshape(B, T, -1)

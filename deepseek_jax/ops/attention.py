@@ -162,7 +162,7 @@ def in_blocks(
 
 def _span(attend_rows, queries, start: int, end: int, rows: int, shards: int):
     """The queries from `start` to `end`, block by block, over the keys before `end`."""
-    length = end - start
+    length, rows = end - start, max(rows, shards)  # a block has at least one row of every shard
     queries = jax.tree.map(lambda q: q[:, start:end], queries)
     count = next(n for n in range(1, length // shards + 1) if length % (shards * n) == 0 and length // n <= rows)
     size = length // (shards * count)  # of a block's share of one shard

@@ -99,14 +99,14 @@ def _forward(lhs, rhs, sizes):
 def _backward(saved, d_out):
     lhs, rhs, sizes = saved
     d_lhs = tiled_matmul(d_out, jnp.swapaxes(rhs, 1, 2), sizes)
-    return d_lhs, _tiled_outer(lhs, d_out, sizes, rhs.shape), None
+    return d_lhs, _tiled_outer(lhs, d_out, sizes, rhs.shape).astype(rhs.dtype), None
 
 
 tiled_matmul.defvjp(_forward, _backward)
 
 
 def _tiled_outer(lhs, d_out, sizes, shape):
-    """d rhs: for each group the product lhs^T d_out over its own rows only."""
+    """d rhs in float32: for each group the product lhs^T d_out over its own rows only."""
     block = _block_rows(lhs.shape[0], shape[0])
     lhs, d_out = (jnp.pad(a, ((0, block), (0, 0))) for a in (lhs, d_out))
 
@@ -115,10 +115,10 @@ def _tiled_outer(lhs, d_out, sizes, shape):
         mine = (jnp.arange(block) < left)[:, None]
         a = jax.lax.dynamic_slice_in_dim(lhs, row, block)
         b = jnp.where(mine, jax.lax.dynamic_slice_in_dim(d_out, row, block), 0)
-        return total.at[group].add(a.T @ b)
+        return total.at[group].add(jnp.matmul(a.T, b, preferred_element_type=jnp.float32))
 
     locate, tiles = _tiles(sizes, block)
-    return jax.lax.fori_loop(0, tiles, body, jnp.zeros(shape, lhs.dtype))
+    return jax.lax.fori_loop(0, tiles, body, jnp.zeros(shape, jnp.float32))
 
 
 def _tiles(sizes, block):

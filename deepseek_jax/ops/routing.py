@@ -7,6 +7,14 @@ from jaxtyping import Array, Bool, Float, Int
 from deepseek_jax.config import MoEConfig
 
 
+def logits_of(x: Float[Array, "*B D"], router: Float[Array, "D E"]) -> Float[Array, "*B E"]:
+    """Router logits in float32 of any dtypes, multiplied in float32 too.
+
+    A product's default precision is bfloat16 on TPU and TF32 on GPU, in which other experts would be chosen.
+    """
+    return jnp.matmul(x.astype(jnp.float32), router.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+
+
 def scores_of(logits: Float[Array, "*B E"], moe: MoEConfig) -> Float[Array, "*B E"]:
     """Affinity of each expert: sigmoid for V3, softmax for V2."""
     return jax.nn.sigmoid(logits) if moe.topk_method == "noaux_tc" else jax.nn.softmax(logits, axis=-1)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from deepseek_jax.ops.logprobs import has_bits, in_chunks, positions_at_once, within
+from deepseek_jax.ops.logprobs import has_bits, in_chunks, positions_at_once, project, within
 from deepseek_jax.sharding import Layout
 
 
@@ -40,7 +40,7 @@ def sharded_logprobs(
 
         def of_chunk(hidden_btD, given):
             tokens_bt, words = given
-            logits = (hidden_btD @ head).astype(jnp.float32) / temperature
+            logits = project(hidden_btD, head) / temperature
             kept = logits if words is None else within(logits, has_bits(words, first, head.shape[1]))
             return _of_cut_logits(kept, tokens_bt - first)
 

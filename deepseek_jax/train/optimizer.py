@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import jax
 import optax
+from flax import nnx
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +64,9 @@ def make_optimizer(
         untrained: modules that the objective gives no gradient: weight decay alone would shrink them to nothing.
             V3.2's indexer never has one; leave "mtp" out where the objective runs the MTP modules.
     """
+    is_weight = lambda leaf: isinstance(leaf, nnx.Variable)
     names = lambda path: {key.key for key in path if isinstance(key, jax.tree_util.DictKey)}
-    decays = lambda path, p: p.ndim >= 2 and names(path).isdisjoint(untrained)
+    decays = lambda path, leaf: _is_matrix(leaf) and names(path).isdisjoint(untrained)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -72,6 +74,11 @@ def make_optimizer(
             b1=config.b1,
             b2=config.b2,
             weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree_util.tree_map_with_path(decays, params),
+            mask=lambda params: jax.tree_util.tree_map_with_path(decays, params, is_leaf=is_weight),
         ),
     )
+
+
+def _is_matrix(weight: nnx.Variable) -> bool:
+    """By its logical axes: a norm's scale stays one where its layers are a stack."""
+    return sum(axis != "layer" for axis in weight.get_metadata()["axes"]) >= 2

@@ -99,7 +99,9 @@ def test_many_equal_keys_share_attention_evenly():
 
 
 @pytest.mark.parametrize(
-    "length, rows, shards", [(16, 16, 1), (16, 2, 1), (16, 1, 1), (12, 5, 1), (16, 4, 4), (12, 3, 2)]
+    "length, rows, shards",
+    # the last two: fewer rows at a time than parts, of which a block takes one each all the same
+    [(16, 16, 1), (16, 2, 1), (16, 1, 1), (12, 5, 1), (16, 4, 4), (12, 3, 2), (16, 1, 4), (16, 3, 8)],
 )
 def test_blocks_equal_all_queries_at_once(length, rows, shards):
     """In value and gradient: eight segments and one, blocks that divide them and not, and parts on several devices."""
