@@ -34,6 +34,7 @@ from deepseek_jax.config import preset
 from deepseek_jax.evals.accuracy import Accuracy, greedy_accuracy
 from deepseek_jax.generate.engine import Generator, bucket
 from deepseek_jax.model.decoder import Decoder, split
+from deepseek_jax.model.precision import computed, dtype_of
 from deepseek_jax.ops import metrics as ops_metrics
 from deepseek_jax.rewards.recipe import RewardConfig, Rewards, check_columns, rewards
 from deepseek_jax.rl.rollout import Prompt
@@ -279,7 +280,9 @@ def prepare(config: Config, graded: Rewards) -> Setup:
         model = lay_out(small_model(config, tokenizer), layout)
     else:
         tokenizer = Tokenizer.from_folder(config.model)
-        model = load_model(config.model, layout=layout)
+        # what an adapter leaves as it is needs no float32
+        dtype = dtype_of(config.grpo.dtype if config.grpo.lora_rank else "float32")
+        model = load_model(config.model, dtype=dtype, layout=layout)
     asked = read if config.questions.data else generated
     prompts, longest, held_out, examples = asked(config, tokenizer)
     # whole multiples of 32 columns, so that what differs little compiles to the same
@@ -384,7 +387,13 @@ def make_prompt(config: Config, tokenizer: Tokenizer, example: Example) -> Promp
 def cold_start(config: Config, setup: Setup, log: MetricLog) -> nnx.State:
     """Supervised epochs over worked examples: the form of an answer, and some skill to reinforce."""
     steps = config.cold_start_epochs * len(setup.cold_start) // config.cold_start_batch
-    adamw = OptimizerConfig(learning_rate=config.cold_start_lr, warmup_steps=20, final_ratio=0.1, weight_decay=0.1)
+    adamw = OptimizerConfig(
+        learning_rate=config.cold_start_lr,
+        warmup_steps=20,
+        final_ratio=0.1,
+        weight_decay=0.1,
+        moments=config.grpo.moments,
+    )
     optimizer = make_optimizer(adamw, steps)
     # the weights themselves are trained here, whatever GRPO trains: biases move
     of_step = dataclasses.replace(config.grpo.step_config, bias_gamma=config.grpo.bias_gamma)
@@ -423,7 +432,7 @@ def reinforce(config: Config, setup: Setup, weights: nnx.State, log: MetricLog) 
     if trainer.lora is not None and not processes.on_main(adapter.exists):
         base = None if config.model is None else str(config.model)
         save_adapter(state.train.weights, trainer.lora, setup.model.config, adapter, base=base)
-    return trainer.policy(state)
+    return trainer.trained(state)
 
 
 def shuffle_rewards(rewards_PG: np.ndarray, step: int, *, seed: int) -> np.ndarray:
@@ -438,7 +447,7 @@ def evaluate(config: Config, setup: Setup, weights: nnx.State, most: int | None 
     """Greedy accuracy on the held-out questions, or on the first `most` of them."""
     return greedy_accuracy(
         setup.generator,
-        weights,
+        computed(weights, dtype_of(config.grpo.dtype)),
         setup.tokenizer,
         setup.held_out[:most],
         max_new_tokens=config.grpo.max_new_tokens,

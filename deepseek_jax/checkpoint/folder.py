@@ -102,13 +102,6 @@ def _read_by_layer(opened: Opened, dtype: jnp.dtype | None, layout: Layout) -> n
     return names.unflat(arrays, abstract)
 
 
-def cast(weights: nnx.State, dtype: jnp.dtype) -> nnx.State:
-    """All weights in one dtype, router biases excepted."""
-    is_variable = lambda x: isinstance(x, nnx.Variable)
-    to = lambda leaf: leaf.replace(leaf[...].astype(jnp.float32 if isinstance(leaf, RouterBias) else dtype))
-    return jax.tree.map(to, weights, is_leaf=is_variable)
-
-
 def _key(array: Array) -> str:
     """The key of the weight that an array is, or is the scale of."""
     return names.key(array.path[:-1] if array.path[-1] == "scale" else array.path)

@@ -20,6 +20,7 @@ from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.generate.engine import Generator, Record, SamplingConfig
 from deepseek_jax.model.lora import ALL_LINEAR, LoRAConfig, merge
+from deepseek_jax.model.precision import Precision, cast, computed, dtype_of
 from deepseek_jax.model.scoring import check_routes
 from deepseek_jax.ops import metrics as ops_metrics
 from deepseek_jax.rewards.combine import CombinedReward
@@ -82,6 +83,9 @@ class GRPOTraining:
             model's too: the KL does not see what lies outside them.
         balance_alpha: weight of the sequence-wise balance loss of the experts.
         bias_gamma: speed of the router bias.
+        dtype: what samples, scores and gradients are computed in; "auto" is bfloat16 on accelerators and float32 on
+            the CPU. What is trained is float32 all the same, and so are router, softmax, norms, logits and loss.
+        moments: what the optimizer's are kept in; bfloat16 halves them (DeepSeek-V3), each rounded to 8 bits.
         eval_every: steps between evaluations on part of the held-out questions.
         save_every: steps between checkpoints.
         samples_every: steps between entries in the table of samples.
@@ -117,6 +121,8 @@ class GRPOTraining:
     keep_sampling_mask: bool = False
     balance_alpha: float = 1e-4
     bias_gamma: float = 1e-3
+    dtype: Precision = "auto"
+    moments: Literal["float32", "bfloat16"] = "float32"
     eval_every: int = 10
     save_every: int = 20
     samples_every: int = 10
@@ -210,7 +216,7 @@ class GRPOTraining:
     @property
     def adamw(self) -> OptimizerConfig:
         """The optimizer's settings."""
-        return OptimizerConfig(learning_rate=self.lr, warmup_steps=self.warmup)
+        return OptimizerConfig(learning_rate=self.lr, warmup_steps=self.warmup, moments=self.moments)
 
     @property
     def step_config(self) -> StepConfig:
@@ -219,6 +225,7 @@ class GRPOTraining:
             micro_batches=self.micro_batches,
             balance_alpha=self.balance_alpha,
             bias_gamma=0.0 if self.lora_rank else self.bias_gamma,
+            dtype=dtype_of(self.dtype).name,
         )
 
     @property
@@ -297,18 +304,20 @@ class GRPOTrainer:
         take_metrics: Callable[[], Mapping[str, float]] = dict,
     ):
         self.config, self.model, self.layout, self.lora = config, model, layout, config.lora
+        self._dtype = jnp.dtype(config.step_config.dtype)
         self.width, self.seed, self.alter, self.take_metrics = width, seed, alter_rewards, take_metrics
         self.optimizer = make_optimizer(config.adamw, self._updates)
         self.rate = schedule(config.adamw, self._updates)
         self.score = {"temperature": config.temperature, "keep_routing": config.keep_routing}
         scaled = {"scale": config.scale_rewards} if config.advantage == "group" else {}
         self._estimator = partial(_ADVANTAGES[config.advantage], **scaled)
+        self.frozen = None if self.lora is None else computed(model.weights, self._dtype)
         objective = partial(grpo_objective, config=config.loss, **self.score)
         parts = model.graphdef, objective, self.optimizer, config.step_config
         if self.lora is None:
             self.update = make_train_step(*parts, layout)
         else:
-            self.update = partial(make_adapter_step(*parts, self.lora, layout), frozen=model.weights)
+            self.update = partial(make_adapter_step(*parts, self.lora, layout), frozen=self.frozen)
         self.roll = Roller(
             generator=generator,
             tokenizer=tokenizer,
@@ -329,13 +338,17 @@ class GRPOTrainer:
         if self.lora is not None:
             adapter = new_adapter(self.model.config, self.lora, seed=self.seed, layout=self.layout)
             return Reinforced(init_state(adapter, self.optimizer, self.layout), None, _counted(0))
-        reference = jax.tree.map(jnp.copy, weights) if self.config.loss.beta else None
+        reference = self._followed(weights, weights) if self.config.loss.beta else None
         return Reinforced(init_state(weights, self.optimizer, self.layout), reference, _counted(0))
 
-    def policy(self, state: Reinforced) -> nnx.State:
-        """The weights that sample: those that are trained, or the first ones with the adapter."""
+    def trained(self, state: Reinforced) -> nnx.State:
+        """What a run is for: the weights that are trained, in float32, or the frozen ones with the adapter."""
         trained = state.train.weights
-        return trained if self.lora is None else merge(self.model.weights, trained, self.lora)
+        return trained if self.lora is None else merge(self.frozen, trained, self.lora)
+
+    def policy(self, state: Reinforced) -> nnx.State:
+        """The weights that sample: the trained ones as they are computed in."""
+        return computed(self.trained(state), self._dtype)
 
     def step(self, state: Reinforced, draw: Callable[[], Sequence[Prompt]], number: int) -> Learned:
         """One step: rollout and updates. `draw` gives the next prompts, and is asked again by dynamic sampling."""
@@ -355,7 +368,9 @@ class GRPOTrainer:
             + sum(len(p.tokens) for p in everything.prompts_of_samples())
             + sum(len(c.tokens) for c in everything.completions)
         )
-        reference = self._followed(state.reference, train.weights, number)
+        reference = state.reference
+        if reference is not None and (number + 1) % self.config.reference_every == 0:
+            reference = self._followed(reference, train.weights)
         state = Reinforced(train, reference, _counted(tokens))
         values = rollout_metrics(everything) | ops_metrics.values(found) | self.take_metrics()
         values |= {
@@ -418,14 +433,14 @@ class GRPOTrainer:
             own = frozen(policy, **self.score)
             batch = batch._replace(sampler_logprobs_BT=batch.old_logprobs_BT, old_logprobs_BT=own)
         if self.config.loss.beta:
-            reference = self.model.weights if reference is None else reference
+            reference = self.frozen if reference is None else computed(reference, self._dtype)
             batch = batch._replace(ref_logprobs_BT=frozen(reference, temperature=self.config.temperature))
         return batch
 
-    def _followed(self, reference: nnx.State | None, weights: nnx.State, number: int) -> nnx.State | None:
-        if reference is None or (number + 1) % self.config.reference_every:
-            return reference
-        return followed(reference, weights, self.config.reference_mixup)
+    def _followed(self, reference: nnx.State, weights: nnx.State) -> nnx.State:
+        """As computed in, and in float32 where it is a moving average, whose steps are small."""
+        share = self.config.reference_mixup
+        return followed(reference, weights, share, self._dtype if share == 1 else jnp.dtype(jnp.float32))
 
 
 _OF_SAMPLING = ("sampling/sampling_logp_difference/", "sampling/experts_differ")
@@ -449,12 +464,12 @@ def _of_one_update(metrics: ops_metrics.Metrics) -> ops_metrics.Metrics:
     return {name: averaged(m) if isinstance(m, ops_metrics.Sum) else m for name, m in metrics.items()}
 
 
-@partial(jax.jit, static_argnames="share")
-def followed(reference: nnx.State, weights: nnx.State, share: float) -> nnx.State:
-    """The reference model moved by a share of its way to the policy."""
+@partial(jax.jit, static_argnames=("share", "dtype"))
+def followed(reference: nnx.State, weights: nnx.State, share: float, dtype: jnp.dtype) -> nnx.State:
+    """The reference model moved by a share of its way to the policy, in arrays of its own."""
     if share == 1:
-        return jax.tree.map(jnp.copy, weights)
-    return jax.tree.map(lambda old, new: (old + share * (new - old)).astype(old.dtype), reference, weights)
+        return jax.tree.map(jnp.copy, cast(weights, dtype))
+    return cast(jax.tree.map(lambda old, new: old + share * (new - old), reference, weights), dtype)
 
 
 def run_grpo(

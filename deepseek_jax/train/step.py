@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -13,6 +12,7 @@ from flax import nnx
 from deepseek_jax.model.decoder import Decoder
 from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.model.lora import LoRAConfig, adapted
+from deepseek_jax.model.precision import cast
 from deepseek_jax.model.scoring import Scored
 from deepseek_jax.ops.metrics import Mean, Metrics, Whole, merge
 from deepseek_jax.ops.routing import updated_bias
@@ -58,11 +58,15 @@ class StepConfig:
             kept until the end, so their number changes nothing but rounding.
         balance_alpha: weight of the sequence-wise balance loss (DeepSeek-V3: 1e-4).
         bias_gamma: speed of the router bias (DeepSeek-V3: 1e-3, then 0).
+        dtype: what the model computes in, "float32" or "bfloat16". The weights of the state, gradients, and their sums
+            over micro-batches have the dtype of the state all the same: float32 masters learn from updates that are
+            far below a bfloat16's last bit. An adapter's model computes in the dtype of the frozen weights.
     """
 
     micro_batches: int = 1
     balance_alpha: float = 0.0
     bias_gamma: float = 0.0
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.micro_batches < 1:
@@ -91,7 +95,8 @@ def make_train_step(
     """The jitted step; its state is donated. `layout` is the one that the module of `graphdef` was made with."""
 
     def step(state: TrainState, batch: MaskedBatch) -> tuple[TrainState, Metrics]:
-        return _stepped(state, batch, partial(nnx.merge, graphdef), objective, optimizer, config, layout)
+        model = lambda weights: nnx.merge(graphdef, cast(weights, jnp.dtype(config.dtype)))
+        return _stepped(state, batch, model, objective, optimizer, config, layout)
 
     return jax.jit(step, donate_argnames="state")
 

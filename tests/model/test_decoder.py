@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 
 from deepseek_jax.checkpoint import names
-from deepseek_jax.checkpoint.folder import cast
 from deepseek_jax.config import (
     GQAConfig,
     IndexerConfig,
@@ -26,6 +25,7 @@ from deepseek_jax.config import (
 )
 from deepseek_jax.model.cache import empty_cache
 from deepseek_jax.model.decoder import abstract_weights
+from deepseek_jax.model.precision import cast
 from deepseek_jax.ops import rope
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
