@@ -39,6 +39,8 @@ _LAYER = {
     "attention.q_bias": "self_attn.q_proj.bias",
     "attention.k_bias": "self_attn.k_proj.bias",
     "attention.v_bias": "self_attn.v_proj.bias",
+    "attention.q_head_norm": "self_attn.q_norm.weight",
+    "attention.k_head_norm": "self_attn.k_norm.weight",
     "mlp.gate": "mlp.gate_proj.weight",
     "mlp.up": "mlp.up_proj.weight",
     "mlp.down": "mlp.down_proj.weight",

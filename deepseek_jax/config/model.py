@@ -60,6 +60,19 @@ class YarnConfig(RopeConfig):
         _check_numbers(self, "factor", "beta_fast", "beta_slow", above=0)
         _check_wholes(self, "original_max_position_embeddings")
         _check_numbers(self, "mscale", "mscale_all_dim")
+        for name in ("mscale", "mscale_all_dim"):
+            if not 0 <= getattr(self, name) <= 100:  # published ones lie between 0 and 1
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted a number from 0 to 100")
+
+    @property
+    def amplitude(self) -> float:
+        """What cos and sin are multiplied by: mscale's temperature over mscale_all_dim's, 1 for R1.
+
+        Where either is 0, that of mscale 1. Source: transformers modeling_rope_utils.py, yarn.
+        """
+        if self.mscale and self.mscale_all_dim:
+            return yarn_mscale(self.factor, self.mscale) / yarn_mscale(self.factor, self.mscale_all_dim)
+        return yarn_mscale(self.factor, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,14 +138,19 @@ class MLAConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GQAConfig:
-    """Grouped-query attention of the distilled models; `qkv_bias` is Qwen2's."""
+    """Grouped-query attention of the distilled models.
+
+    `qkv_bias` is Qwen2's; `qk_norm`, an RMS norm of each head's query and key before they are rotated, is Qwen3's.
+    """
 
     num_key_value_heads: int
     head_dim: int
     qkv_bias: bool
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         _check_wholes(self, "num_key_value_heads", "head_dim")
+        _check_flags(self, "qkv_bias", "qk_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +227,7 @@ class FP8Config:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder: DeepSeek V2/V3/R1/V3.2 (MLA, mostly MoE layers) or a dense Qwen2 or Llama.
+    """A decoder: DeepSeek V2/V3/R1/V3.2 or Kimi K2 (MLA, mostly MoE layers), or a dense Qwen2, Qwen3 or Llama.
 
     Names are those of the papers and of config.json. `moe` None means that every layer is dense;
     `num_nextn_predict_layers` counts the multi-token-prediction modules after the last layer; `quantization` None
@@ -217,7 +235,7 @@ class ModelConfig:
     Raises ValueError where numbers contradict each other.
     """
 
-    model_type: Literal["deepseek_v3", "deepseek_v32", "deepseek_v2", "qwen2", "llama"]
+    model_type: Literal["deepseek_v3", "deepseek_v32", "deepseek_v2", "kimi_k2", "qwen2", "qwen3", "llama"]
     vocab_size: int
     hidden_size: int
     intermediate_size: int

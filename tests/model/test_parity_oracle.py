@@ -20,6 +20,7 @@ from tools import make_golden
 pytestmark = pytest.mark.oracle
 
 TOLERANCE = 5e-5  # float32, logits of magnitude 4
+ATTN_FACTOR = 0.8782488562869419  # of R1-0528-Qwen3-8B, which transformers passes over
 CASES = {
     "v3": lambda rng: make_golden.deepseek_v3(rng),
     "v3-groups-yarn": lambda rng: make_golden.deepseek_v3(
@@ -35,8 +36,18 @@ CASES = {
     "v2-yarn-two-mscales": lambda rng: make_golden.deepseek_v2(rng, rope_parameters=make_golden.yarn(0.5, mscale=1.0)),
     "qwen2": lambda rng: make_golden.qwen2(rng, tie_word_embeddings=False),
     "qwen2-tied": lambda rng: make_golden.qwen2(rng, tie_word_embeddings=True),
+    "qwen2-yarn": lambda rng: make_golden.qwen2(
+        rng, tie_word_embeddings=False, rope_parameters=make_golden.short_yarn()
+    ),
+    "qwen3": lambda rng: make_golden.qwen3(rng, tie_word_embeddings=False, rms_norm_eps=1e-3),
+    "qwen3-tied": lambda rng: make_golden.qwen3(rng, tie_word_embeddings=True),
+    "qwen3-yarn": lambda rng: make_golden.qwen3(rng, rope_parameters=make_golden.short_yarn(attn_factor=ATTN_FACTOR)),
+    "kimi-k2": lambda rng: make_golden.kimi_k2(rng),
     "llama3": lambda rng: make_golden.llama(rng, tie_word_embeddings=False),
     "llama3-tied": lambda rng: make_golden.llama(rng, tie_word_embeddings=True),
+    "llama-yarn-of-its-own-length": lambda rng: make_golden.llama(
+        rng, max_position_embeddings=64, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+    ),
 }
 
 
@@ -60,9 +71,14 @@ def case(request, tmp_path_factory):
         wanted = model(torch.from_numpy(tokens)).logits.numpy()
     saved, converted, exported = folder / "saved", folder / "converted", folder / "exported"
     model.save_pretrained(saved, max_shard_size="60KB")
+    if name in make_golden.OWN_NAMES:
+        values = json.loads((saved / "config.json").read_text())
+        (saved / "config.json").write_text(json.dumps(values | {"model_type": make_golden.OWN_NAMES[name]}))
     convert_hf(open_folder(saved), converted)
     export_hf(open_folder(converted), exported)
-    return SimpleNamespace(saved=saved, converted=converted, exported=exported, tokens=tokens, wanted=wanted)
+    return SimpleNamespace(
+        config=config, saved=saved, converted=converted, exported=exported, tokens=tokens, wanted=wanted
+    )
 
 
 def test_logits_equal_transformers(case):
@@ -116,7 +132,7 @@ def test_transformers_loads_the_export_to_the_same_logits(case):
     from transformers import AutoModelForCausalLM
 
     load = AutoModelForCausalLM.from_pretrained
-    model, report = load(case.exported, dtype=torch.float32, output_loading_info=True)
+    model, report = load(case.exported, config=case.config, dtype=torch.float32, output_loading_info=True)
     assert not any(report.values()), report
     with torch.no_grad():
         again = model.eval()(torch.from_numpy(case.tokens)).logits.numpy()
