@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek_jax.config.keys import Reader, shown
+from deepseek_jax.config.keys import Reader
 from deepseek_jax.config.model import (
     FP8Config,
     GQAConfig,
@@ -12,6 +12,7 @@ from deepseek_jax.config.model import (
     ModelConfig,
     MoEConfig,
     check_whole,
+    shown,
 )
 from deepseek_jax.config.rope_hf import read_rope, write_rope_scaling
 
@@ -37,7 +38,7 @@ def _read_moe(reader: Reader, model_type: str) -> MoEConfig:
     scoring = reader.take("scoring_func", "sigmoid" if v3 else "softmax")
     wanted = "sigmoid" if method == "noaux_tc" else "softmax"
     if scoring != wanted:
-        raise ValueError(f"scoring_func: got {scoring!r}, wanted {wanted!r} with topk_method {method!r}")
+        raise ValueError(f"scoring_func: got {shown(scoring)}, wanted {wanted!r} with topk_method {shown(method)}")
     normalise = reader.take("norm_topk_prob")
     if normalise and not v3:
         raise ValueError("norm_topk_prob: got true, wanted false; DeepSeek V2 does not renormalise")
@@ -131,6 +132,10 @@ def from_hf(values: Mapping[str, Any]) -> ModelConfig:
         return _from_hf(Reader(values))
     except ValueError as problem:
         raise ValueError(f"config.json: {problem}") from None
+    except RecursionError:  # from showing or comparing a value
+        raise ValueError(
+            "config.json: a value is nested too deeply, wanted lists and objects of plain values"
+        ) from None
 
 
 def _from_hf(reader: Reader) -> ModelConfig:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from deepseek_jax.config.model import shown
+
 # Keys at whose every value the forward pass is the same.
 _IGNORED = {
     # who made the file, for what, and which program is to read it
@@ -52,12 +54,6 @@ _HARMLESS: dict[str, tuple[tuple[Any, ...], str]] = {
     "pruned_heads": (({}, None), "no head is left out here"),
     "per_layer_config": ((None, {}), "layers of one kind are alike here"),
 }
-
-
-def shown(value: Any) -> str:
-    """A value of the file, short enough for a message."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:80] + "..."
 
 
 class Reader:

@@ -8,9 +8,15 @@ from typing import Any, Literal
 LARGEST = 2**31 - 1  # of any whole number in a configuration: what an int32 index reaches
 
 
+def shown(value: Any) -> str:
+    """A value of a file, short enough for a message."""
+    text = repr(value)
+    return text if len(text) <= 500 else text[:500] + "..."
+
+
 def check_whole(name: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
-        raise ValueError(f"{name}: got {value!r}, wanted a whole number from {least} to {LARGEST}")
+        raise ValueError(f"{name}: got {shown(value)}, wanted a whole number from {least} to {LARGEST}")
     return value
 
 
@@ -25,13 +31,13 @@ def _check_numbers(owner: Any, *names: str, above: float | None = None) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         if not number or (above is not None and value <= above):
             bound = "" if above is None else f" above {above:g}"
-            raise ValueError(f"{name}: got {value!r}, wanted a finite number{bound}")
+            raise ValueError(f"{name}: got {shown(value)}, wanted a finite number{bound}")
 
 
 def _check_flags(owner: Any, *names: str) -> None:
     for name in names:
         if not isinstance(getattr(owner, name), bool):
-            raise ValueError(f"{name}: got {getattr(owner, name)!r}, wanted true or false")
+            raise ValueError(f"{name}: got {shown(getattr(owner, name))}, wanted true or false")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +188,7 @@ class MoEConfig:
         _check_flags(self, "norm_topk_prob")
         if self.topk_method not in ("noaux_tc", "greedy", "group_limited_greedy"):
             raise ValueError(
-                f"topk_method: got {self.topk_method!r}, wanted 'noaux_tc', 'greedy' or 'group_limited_greedy'"
+                f"topk_method: got {shown(self.topk_method)}, wanted 'noaux_tc', 'greedy' or 'group_limited_greedy'"
             )
         if self.n_routed_experts % self.n_group:
             raise ValueError(f"n_routed_experts {self.n_routed_experts} is not divisible by n_group {self.n_group}")
@@ -218,11 +224,11 @@ class FP8Config:
     def __post_init__(self) -> None:
         size = self.weight_block_size
         if not isinstance(size, tuple) or len(size) != 2:
-            raise ValueError(f"weight_block_size: got {size!r}, wanted rows and columns of a block")
+            raise ValueError(f"weight_block_size: got {shown(size)}, wanted rows and columns of a block")
         for number in size:
             check_whole("weight_block_size", number)
         if self.scale_fmt not in (None, "ue8m0"):
-            raise ValueError(f"scale_fmt: got {self.scale_fmt!r}, wanted 'ue8m0' or nothing")
+            raise ValueError(f"scale_fmt: got {shown(self.scale_fmt)}, wanted 'ue8m0' or nothing")
 
 
 @dataclass(frozen=True, kw_only=True)

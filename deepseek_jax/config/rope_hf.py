@@ -5,8 +5,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from deepseek_jax.config.keys import Reader, check_harmless, shown
-from deepseek_jax.config.model import Llama3RopeConfig, RopeConfig, YarnConfig, yarn_mscale
+from deepseek_jax.config.keys import Reader, check_harmless
+from deepseek_jax.config.model import Llama3RopeConfig, RopeConfig, YarnConfig, shown, yarn_mscale
 
 _KINDS = {"default": RopeConfig, "yarn": YarnConfig, "llama3": Llama3RopeConfig}
 # What transformers' modeling_rope_utils.py takes for keys that are left out. mscale_all_dim 0 means that cos and sin
@@ -47,7 +47,8 @@ def read_rope(reader: Reader, longest: int) -> RopeConfig:
 def _merged(reader: Reader) -> dict[str, Any]:
     """All that the file says of rope. Two places may say the same thing, but not two things."""
     found: dict[str, Any] = {}
-    of_top = {name: reader.take(name) for name in ("rope_theta", _ORIGINAL) if name in reader.values}
+    of_top = {name: reader.take(name, None) for name in ("rope_theta", _ORIGINAL)}
+    of_top = {name: value for name, value in of_top.items() if value is not None}
     for name, values in (
         ("config.json", of_top),
         *((name, reader.or_null(name, {})) for name in ("rope_scaling", "rope_parameters")),

@@ -264,9 +264,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no weights": (remove_weights, ("no model.safetensors and no model.safetensors.index.json",)),
     "unknown architecture": (
         edit_config(model_type="nonesuch"),
-        (
-            "config.json: model_type: got 'nonesuch', wanted deepseek_v3, deepseek_v32, deepseek_v2, kimi_k2, qwen2, qwen3 or llama",
-        ),
+        ("config.json: model_type: got 'nonesuch', wanted deepseek_v3,", "kimi_k2, qwen2, qwen3 or llama"),
     ),
     "unknown key": (edit_config(hyper_factor=3), ("config.json: unknown key 'hyper_factor'",)),
     "wrong type": (edit_config(hidden_size="16"), ("config.json: hidden_size: got '16', wanted a whole number",)),
