@@ -24,8 +24,10 @@ from deepseek_jax.cli import run
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.decoder import abstract_weights
 from tests.checkpoint.folders import (
+    KIMI,
     LLAMA_TIED,
     QWEN2,
+    QWEN3,
     R1,
     SMALL_BLOCKS,
     V2,
@@ -72,6 +74,10 @@ def assert_same(got: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> No
         (V3, "float16", 1),
         (QWEN2, "float32", 4),
         (QWEN2, "bfloat16", 1),
+        (QWEN3, "float32", 1),
+        (QWEN3, "bfloat16", 4),
+        (KIMI, None, 4),
+        (KIMI, "bfloat16", 1),
         (LLAMA_TIED, "float16", 4),
         (LLAMA_TIED, "bfloat16", 1),
     ],
@@ -89,7 +95,7 @@ def test_converting_and_exporting_gives_back_the_very_files(config, dtype, shard
     assert load_config(converted) == config
 
 
-@pytest.mark.parametrize("config", [V3, LLAMA_TIED], ids=lambda config: config.model_type)
+@pytest.mark.parametrize("config", [V3, QWEN3, LLAMA_TIED], ids=lambda config: config.model_type)
 def test_saving_a_loaded_model_gives_back_every_tensor(config, tmp_path: Path):
     tensors = random_folder(tmp_path / "hf", config, "bfloat16", 4)
     save_hf(load_model(tmp_path / "hf", dtype=None), tmp_path / "saved")
