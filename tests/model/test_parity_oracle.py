@@ -1,5 +1,6 @@
 """Live comparison with transformers, over random tiny checkpoints that transformers itself saves."""
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -14,6 +15,7 @@ from flax import nnx
 from deepseek_jax.checkpoint.convert import convert_hf, export_hf
 from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.checkpoint.opened import load_config, open_folder
+from deepseek_jax.generate.engine import Generator, SamplingConfig
 from deepseek_jax.model.cache import empty_cache
 from tools import make_golden
 
@@ -137,6 +139,33 @@ def test_transformers_loads_the_export_to_the_same_logits(case):
     with torch.no_grad():
         again = model.eval()(torch.from_numpy(case.tokens)).logits.numpy()
     np.testing.assert_array_equal(again, case.wanted)
+
+
+@pytest.mark.parametrize("name", ["qwen3-yarn", "kimi-k2"])
+def test_greedy_generation_is_that_of_transformers(name, tmp_path: Path):
+    """A folder as it is saved, prompts of several lengths, the engine's prefill and decode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = CASES[name](random.Random(name))
+    config.initializer_range = 0.3  # far from uniform predictions
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path)
+    prompts = [[5, 9, 11, 3, 2, 40, 17], [7], [1, 2, 3, 4]]
+    wanted = []
+    for prompt in prompts:
+        text = list(prompt)
+        for _ in range(12):
+            with torch.no_grad():
+                text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
+        wanted.append(text[len(prompt) :])
+    assert len({token for text in wanted for token in text}) > 5  # the comparison says something
+    ours, graphdef, weights = load_model(tmp_path)
+    generate = Generator(dataclasses.replace(ours, eos_token_id=None), graphdef)
+    settings = SamplingConfig(max_new_tokens=12, temperature=0.0)
+    found = generate(weights, prompts, settings, seeds=[0, 1, 2], samples=1)
+    assert [completion.tokens.tolist() for completion in found] == wanted
 
 
 def hub_spelling(values: dict) -> dict:
