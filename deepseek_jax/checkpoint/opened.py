@@ -43,7 +43,7 @@ class Opened(NamedTuple):
         values = files.read_json(self.folder / "config.json")
         values.pop("quantization_config", None)
         for key in ("dtype", "torch_dtype"):
-            if key in values and self.to != "fp8":
+            if key in values and not self.to.startswith("fp8"):
                 values[key] = self.to
         if self.config.quantization is not None:
             values["quantization_config"] = write_quantization(self.config.quantization)

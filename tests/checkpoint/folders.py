@@ -95,8 +95,8 @@ def random_folder(
         biased = row.name.endswith("e_score_correction_bias")
         kind = DTYPES[row.dtype] if dtype is None else np.dtype(np.float32 if biased else dtype)
         tensors[row.name] = random_values(rng, row.shape, kind, positive=row.name.endswith(names.SCALE))
-        if row.copy:
-            tensors[row.name] = tensors["model.embed_tokens.weight" if row.path[-1] == "embed" else "lm_head.weight"]
+        if row.copy_of:
+            tensors[row.name] = tensors["lm_head.weight" if row.copy_of == ("head",) else "model.embed_tokens.weight"]
     write_folder(folder, tensors, shards)
     return tensors
 

@@ -414,7 +414,7 @@ def test_fp8_weights_are_computed_with_unpacked(config, tmp_path: Path):
         exact, rounded = ({key: np.asarray(value) for key, value in weights.items()} for weights in loaded)
         assert "mtp.0.layer.mlp.experts.gate" in exact
         for row in names.tensors(config, abstract_weights(config)[1]):
-            if row.copy:
+            if row.copy_of:
                 continue
             wanted = dequantised(tensors, row.name, config.quantization.weight_block_size)
             wanted = wanted.T if row.transposed else wanted

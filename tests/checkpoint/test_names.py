@@ -147,7 +147,7 @@ def test_the_table_covers_every_weight_once(r1):
     """Each of our arrays is either one tensor of the file or as many as it has experts, in order."""
     experts, copies = {}, []
     for row in names.tensors(preset("r1-671b"), r1):
-        if row.copy:
+        if row.copy_of:
             copies.append((row.name, row.path))
         else:
             experts.setdefault(row.path, []).append(row.expert)
