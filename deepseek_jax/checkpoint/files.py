@@ -33,7 +33,7 @@ _ALL = slice(None)
 def read_json(path: Path) -> dict:
     """A JSON object from a file; ValueError names the file."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(_absent(path))
     content = path.read_bytes()
     refuse_lfs_pointer(path, content)
     try:
@@ -43,6 +43,11 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: got a JSON {type(value).__name__}, wanted an object")
     return value
+
+
+def _absent(path: Path) -> str:
+    """What to say of a path where there is no file to read, but perhaps a folder, a pipe, or a link to nothing."""
+    return f"{path}: {'is there, but is no file' if os.path.lexists(path) else 'no such file'}"
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -74,7 +79,7 @@ class TensorFolder:
         self._file_of: dict[str, Path] = {}
         for file, names in self._listing().items():
             if not file.is_file():
-                raise ValueError(f"{file}: missing; the index places {len(names or ()) or 'some'} tensors there")
+                raise ValueError(_absent(file) + (f"; the index places {len(names)} tensors there" if names else ""))
             header = self.headers[file.name] = read_header(file)
             lost = set(names or ()) - header.entries.keys()
             if lost:
@@ -88,7 +93,7 @@ class TensorFolder:
 
     def _listing(self) -> dict[Path, list[str] | None]:
         index = self.folder / INDEX
-        if index.is_file():
+        if os.path.lexists(index):
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{index}: weight_map: wanted an object of tensor names and files")
@@ -97,7 +102,7 @@ class TensorFolder:
                 if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
                     raise ValueError(f"{index}: tensor {name!r}: file {file!r} lies outside the folder")
                 listing.setdefault(self.folder / file, []).append(name)
-        elif (self.folder / SINGLE).is_file():
+        elif os.path.lexists(self.folder / SINGLE):
             listing = {self.folder / SINGLE: None}
         else:
             raise ValueError(f"{self.folder}: no {SINGLE} and no {INDEX}; pickled .bin weights are not read")

@@ -172,7 +172,19 @@ def _from_hf(reader: Reader) -> ModelConfig:
         quantization=_read_quantization(reader),
     )
     reader.finish()
+    _check_tokens(config)
     return config
+
+
+def _check_tokens(config: ModelConfig) -> None:
+    """A token that is not in the vocabulary is never drawn: nothing would end, and what is fed in its place is another.
+
+    Only a file's tokens are held to this; one may make a smaller model of a preset.
+    """
+    for name, tokens in (("bos_token_id", (config.bos_token_id,)), ("eos_token_id", config.eos_token_ids)):
+        for token in tokens:
+            if token is not None and token >= config.vocab_size:
+                raise ValueError(f"{name}: got {token}, wanted less than the vocab_size of {config.vocab_size}")
 
 
 def _read_mtp(reader: Reader) -> int:

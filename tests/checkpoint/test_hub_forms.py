@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from deepseek_jax.checkpoint.folder import load_model, save_hf
 from deepseek_jax.checkpoint.headers import NAMES, make_header
 from deepseek_jax.checkpoint.opened import open_folder
 from deepseek_jax.checkpoint.summary import of_folder
-from deepseek_jax.config import FP8Config
+from deepseek_jax.config import FP8Config, from_hf, to_hf
+from deepseek_jax.generate.engine import Generator, SamplingConfig
 from tests.checkpoint import folders
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -236,3 +238,40 @@ def test_other_files_beside_the_weights_change_nothing(name, shards, tmp_path):
     (tmp_path / "hf" / name).write_bytes(b"anything")
     with warnings.catch_warnings(action="error"):
         same(loaded(tmp_path / "hf"), wanted)
+
+
+@pytest.mark.parametrize("name", ["config.json", files.INDEX, files.SINGLE, "model-00001-of-00002.safetensors"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "dangling", "device", "circle"])
+def test_what_is_no_file_is_not_read(name, kind, tmp_path):
+    """A pipe would be waited for, and a device read for ever; an index that cannot be read is not passed over."""
+    folders.random_folder(tmp_path / "hf", folders.QWEN2, "float32", shards=1 if name == files.SINGLE else 2)
+    path = tmp_path / "hf" / name
+    path.unlink()
+    targets = {"dangling": "nowhere", "device": "/dev/zero", "circle": path.name}
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(targets[kind])
+    with pytest.raises(ValueError, match=f"{name}: is there, but is no file"):
+        open_folder(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("changes", [{"eos_token_id": 24}, {"eos_token_id": [2, 10**9]}, {"bos_token_id": 10**6}])
+def test_a_token_outside_the_vocabulary_is_refused(changes):
+    values = to_hf(dataclasses.replace(folders.QWEN2, vocab_size=24))
+    from_hf(values | {"eos_token_id": [2, 23]})
+    ((name, _),) = changes.items()
+    with pytest.raises(ValueError, match=f"{name}: got .*, wanted less than the vocab_size of 24"):
+        from_hf(values | changes)
+
+
+def test_numbers_that_cannot_be_computed_with_are_no_completion(tmp_path):
+    """They are finite, and converted as they are; the logits are not."""
+    tensors = folders.random_folder(tmp_path / "hf", folders.LLAMA_TIED, "float32")
+    tensors[EMBED][7:] = 3e38
+    save_file(tensors, tmp_path / "hf" / files.SINGLE)
+    config, graphdef, weights = load_model(tmp_path / "hf")
+    with pytest.raises(ValueError, match="completion 0: the model's logits are no finite numbers"):
+        Generator(config, graphdef)(weights, [[3, 4]], SamplingConfig(max_new_tokens=2), seeds=[0])
