@@ -157,7 +157,7 @@ def test_what_we_do_not_compute_is_refused(name, key, value):
         ({"rope_type": ["yarn"]}, "rope type: got ['yarn']"),
         ("yarn", "rope_scaling: got 'yarn', wanted an object or null"),
         ([1], "rope_scaling: got [1], wanted an object or null"),
-        ({"rope_type": "yarn", "factor": 4.0}, "'beta_fast'"),
+        ({"rope_type": "yarn", "original_max_position_embeddings": 4096}, "'factor'"),
         ({"rope_type": "default", "factor": 4.0}, "'factor'"),
         ({"rope_type": "llama3", "theta": 1.0}, "theta"),
     ],

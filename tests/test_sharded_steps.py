@@ -67,7 +67,9 @@ GQA = dataclasses.replace(
     vocab_size=64,
     num_attention_heads=8,
     num_hidden_layers=2,
-    attention=dataclasses.replace(QWEN2.attention, num_key_value_heads=8, head_dim=8),
+    attention=dataclasses.replace(
+        QWEN2.attention, num_key_value_heads=8, head_dim=8, qk_norm=True
+    ),  # and Qwen3's norms
 )
 CONFIGS = {"mla": MLA, "sparse": SPARSE, "gqa": GQA}
 FACTORS = [

@@ -78,6 +78,7 @@ SERVE = {name: tuple(None if axis == F else axis for axis in cut) for name, cut 
 }
 TABLES = {"train": TRAIN, "serve": SERVE}
 WHOLE = {"norm", "shift", "bias", "q_norm", "kv_norm", "attention_norm", "mlp_norm", "token_norm", "hidden_norm"}
+WHOLE |= {"q_head_norm", "k_head_norm"}
 
 
 # Ranks and index heads that eight ways divide.
@@ -135,7 +136,7 @@ def sizes_that_do_not_multiply_to_the_devices_are_refused(folders: Path) -> None
 def every_weight_is_cut_by_the_table(folders: Path) -> None:
     """Of every architecture, and of the published sizes on the meshes that they divide."""
     meshes = [sizes for sizes, _ in LAYOUTS.values()] + [{"data": 4, "tensor": 2}, {"fsdp": 8}, {"context": 8}]
-    published = preset("r1-671b"), preset("v3.2-671b"), preset("distill-llama-8b")
+    published = map(preset, ("r1-671b", "v3.2-671b", "kimi-k2", "distill-llama-8b", "distill-qwen3-8b"))
     for config in (V3, R1, EVEN_V32, QWEN2, *published):
         weights = [(names.key(path), leaf) for path, leaf in nnx.to_flat_state(abstract_weights(config)[1])]
         assert {"embed", "head", "layers.1.attention.o"} <= {key for key, _ in weights}

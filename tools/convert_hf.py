@@ -16,7 +16,8 @@ def main(source: Path, target: Path, /, *, to: Format = "stored", verify: bool =
     Args:
         source: Hugging Face folder with config.json and model*.safetensors.
         target: folder to make; it must not exist, and it appears only when it is whole.
-        to: format of the weights: as stored, unpacked to bfloat16 or float32, or packed as FP8.
+        to: format of the weights: as stored, unpacked to bfloat16 or float32, or packed as FP8; fp8-ue8m0 packs with
+            powers of two as scales, as V3.1 has them.
         verify: read the new folder again and hold every tensor against the checksum of what went in.
     """
     opened = open_folder(source, to=to)

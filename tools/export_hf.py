@@ -15,7 +15,8 @@ def main(source: Path, target: Path, /, *, to: Format = "stored") -> None:
     Args:
         source: converted folder, as convert_hf.py writes it (a Hugging Face folder is taken too).
         target: folder to make; it must not exist, and it appears only when it is whole.
-        to: format of the weights: as stored, unpacked to bfloat16 or float32, or packed as FP8.
+        to: format of the weights: as stored, unpacked to bfloat16 or float32, or packed as FP8; fp8-ue8m0 packs with
+            powers of two as scales, as V3.1 has them.
     """
     opened = open_folder(source, to=to)
     with Progress(opened.nbytes, "export", unit="bytes") as progress:

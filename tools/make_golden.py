@@ -92,11 +92,30 @@ def deepseek_v2(rng: random.Random, **fixed: Any):
     return DeepseekV2Config(**drawn | fixed)
 
 
+def kimi_k2(rng: random.Random, **fixed: Any):
+    """Kimi K2: DeepSeek V3 without groups, and with a ramp of YaRN that starts and ends at the same number of turns.
+
+    transformers has no class of its own for it; see `OWN_NAMES`.
+    """
+    rope = yarn(1.0) | {"rope_theta": 5e4, "factor": 32.0, "beta_fast": 1.0}
+    own = {"n_group": 1, "topk_group": 1, "n_routed_experts": 12, "n_shared_experts": 1, "first_k_dense_replace": 1}
+    own |= {"routed_scaling_factor": 2.827, "norm_topk_prob": True, "q_lora_rank": 24, "rope_parameters": rope}
+    return deepseek_v3(rng, **own | fixed)
+
+
 def qwen2(rng: random.Random, **fixed: Any):
     """The Qwen distills' family."""
     from transformers import Qwen2Config
 
     return Qwen2Config(**_grouped_attention(rng) | {"rope_parameters": plain_rope(rng.choice([1e4, 1e6]))} | fixed)
+
+
+def qwen3(rng: random.Random, **fixed: Any):
+    """The family of R1-0528-Qwen3-8B: normed queries and keys, heads as wide as they like, and no biases."""
+    from transformers import Qwen3Config
+
+    drawn = {"head_dim": rng.choice([8, 16, 24]), "rope_parameters": plain_rope(rng.choice([1e4, 1e6]))}
+    return Qwen3Config(**_grouped_attention(rng) | drawn | fixed)
 
 
 def llama(rng: random.Random, **fixed: Any):
@@ -117,6 +136,12 @@ def yarn(mscale_all_dim: float, mscale: float | None = None) -> dict[str, Any]:
     mscale = mscale_all_dim if mscale is None else mscale
     kind = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 256}
     return kind | {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": mscale, "mscale_all_dim": mscale_all_dim}
+
+
+def short_yarn(**further: Any) -> dict[str, Any]:
+    """YaRN as Qwen's model cards give it, without what transformers fills in."""
+    kind = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+    return kind | further
 
 
 def _latent_attention(rng: random.Random) -> dict[str, Any]:
@@ -179,7 +204,16 @@ GOLDENS: dict[str, Callable[[random.Random], Any]] = {
         rng, index_topk=6, qk_rope_head_dim=8, index_head_dim=24, n_group=4, topk_group=2, n_routed_experts=16,
         num_experts_per_tok=4, first_k_dense_replace=1, rope_parameters=yarn(1.0),
     ),
+    # with the key of R1-0528-Qwen3-8B that transformers passes over
+    "qwen3-yarn": lambda rng: qwen3(
+        rng, head_dim=16, num_key_value_heads=2, rms_norm_eps=1e-3, tie_word_embeddings=False,
+        rope_parameters=short_yarn(attn_factor=0.8782488562869419),
+    ),
+    "kimi-k2": lambda rng: kimi_k2(rng, num_experts_per_tok=4, rms_norm_eps=1e-3),
 }  # fmt: skip
+
+# Families that transformers has under another one's model_type, and what the hub calls them.
+OWN_NAMES = {"kimi-k2": "kimi_k2"}
 
 # --- weights that both sides make ----------------------------------------------------------------
 
@@ -222,11 +256,11 @@ def main(target: Path = GOLDEN) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for seed, (name, build) in enumerate(GOLDENS.items()):
         file = target / f"{name}.npz"
-        np.savez_compressed(file, **_golden(build(random.Random(seed)), seed))
+        np.savez_compressed(file, **_golden(build(random.Random(seed)), seed, OWN_NAMES.get(name)))
         print(f"{file}: {file.stat().st_size} bytes")
 
 
-def _golden(config: Any, seed: int) -> dict[str, np.ndarray]:
+def _golden(config: Any, seed: int, own_name: str | None) -> dict[str, np.ndarray]:
     import tempfile
 
     import torch
@@ -236,9 +270,10 @@ def _golden(config: Any, seed: int) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as scratch:
         config.save_pretrained(scratch)
         values = json.loads((Path(scratch) / "config.json").read_text(encoding="utf-8"))
+        values |= {"model_type": own_name} if own_name else {}
         write_folder(Path(scratch) / "model", values, seed)
         load = transformers.AutoModelForCausalLM.from_pretrained
-        model, report = load(Path(scratch) / "model", dtype=torch.float32, output_loading_info=True)
+        model, report = load(Path(scratch) / "model", config=config, dtype=torch.float32, output_loading_info=True)
         unfilled = [problem for problem in report.values() if problem]
         assert not unfilled, f"transformers and the names table disagree: {unfilled}"
         with torch.no_grad():

@@ -4,15 +4,16 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from deepseek_jax import processes
-from deepseek_jax.checkpoint.headers import DTYPES, Entry, Header, read_header
+from deepseek_jax.checkpoint.headers import DTYPES, Entry, Header, read_header, refuse_lfs_pointer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -23,20 +24,30 @@ SIDECARS = (
     *("tokenizer.model", "LICENSE"),
 )
 _EXPONENT = {"F32": (np.uint32, 0x7F800000), "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80)}
+_NAN = {"F8_E4M3": (b"\x7f", b"\xff"), "F8_E8M0": (b"\xff",)}
+# What `save_pretrained` calls the files of a model. Others, such as consolidated.safetensors, are no part of it.
+_OF_MODEL = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _ALL = slice(None)
 
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file; ValueError names the file."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(_absent(path))
+    content = path.read_bytes()
+    refuse_lfs_pointer(path, content)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as problem:
         raise ValueError(f"{path}: not JSON: {problem}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: got a JSON {type(value).__name__}, wanted an object")
     return value
+
+
+def _absent(path: Path) -> str:
+    """What to say of a path where there is no file to read, but perhaps a folder, a pipe, or a link to nothing."""
+    return f"{path}: {'is there, but is no file' if os.path.lexists(path) else 'no such file'}"
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -68,7 +79,7 @@ class TensorFolder:
         self._file_of: dict[str, Path] = {}
         for file, names in self._listing().items():
             if not file.is_file():
-                raise ValueError(f"{file}: missing; the index places {len(names or ()) or 'some'} tensors there")
+                raise ValueError(_absent(file) + (f"; the index places {len(names)} tensors there" if names else ""))
             header = self.headers[file.name] = read_header(file)
             lost = set(names or ()) - header.entries.keys()
             if lost:
@@ -82,7 +93,7 @@ class TensorFolder:
 
     def _listing(self) -> dict[Path, list[str] | None]:
         index = self.folder / INDEX
-        if index.is_file():
+        if os.path.lexists(index):
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{index}: weight_map: wanted an object of tensor names and files")
@@ -91,10 +102,19 @@ class TensorFolder:
                 if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
                     raise ValueError(f"{index}: tensor {name!r}: file {file!r} lies outside the folder")
                 listing.setdefault(self.folder / file, []).append(name)
-            return listing
-        if (self.folder / SINGLE).is_file():
-            return {self.folder / SINGLE: None}
-        raise ValueError(f"{self.folder}: no {SINGLE} and no {INDEX}; pickled .bin weights are not read")
+        elif os.path.lexists(self.folder / SINGLE):
+            listing = {self.folder / SINGLE: None}
+        else:
+            raise ValueError(f"{self.folder}: no {SINGLE} and no {INDEX}; pickled .bin weights are not read")
+        self._refuse_others(listing)
+        return listing
+
+    def _refuse_others(self, listing: Collection[Path]) -> None:
+        """Weights of another save in the same folder: which of the two are meant, nobody can tell."""
+        there = (path for path in self.folder.iterdir() if _OF_MODEL.fullmatch(path.name))
+        if others := sorted(set(there) - set(listing)):
+            why = f"{INDEX} does not name it" if INDEX in os.listdir(self.folder) else f"{SINGLE} is there as well"
+            raise ValueError(f"{others[0]}: {why}; remove the weights that are not meant, or the index")
 
     def where(self, name: str) -> str:
         """The file that holds a tensor, for messages."""
@@ -147,8 +167,8 @@ def _close_all(descriptors: tuple[int, ...]) -> None:
 
 
 def _finite(raw: bytes, dtype: str) -> bool:
-    if dtype == "F8_E4M3":  # no infinities, and two codes for NaN; finding a byte runs at the memory's speed
-        return b"\x7f" not in raw and b"\xff" not in raw
+    if dtype in _NAN:  # no infinities, and few codes for NaN; finding a byte runs at the memory's speed
+        return not any(code in raw for code in _NAN[dtype])
     bits, exponent = _EXPONENT[dtype]
     return not np.any((np.frombuffer(raw, bits) & exponent) == exponent)
 

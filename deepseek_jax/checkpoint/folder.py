@@ -95,7 +95,7 @@ def _read_by_layer(opened: Opened, dtype: jnp.dtype | None, layout: Layout) -> n
     place = {key: _placed(leaf) for key, leaf in leaves.items()}
     arrays: dict[str, jax.Array] = {}
     with ThreadPoolExecutor(THREADS) as pool:
-        for unit in units([array for array in opened.arrays if not array.copy]).values():
+        for unit in units([array for array in opened.arrays if array.copy_of is None]).values():
             raw = dict(zip(unit, pool.map(lambda a: _read(opened.source, a, place[_key(a)]), unit), strict=True))
             computed_in = lambda array: _computed_in(leaves[_key(array)], array, dtype)
             arrays |= _settled(raw, place, opened.config, computed_in)
@@ -165,7 +165,10 @@ def _settler(plan: tuple[tuple[bool, jnp.dtype], ...], block: tuple[int, int] | 
     def settle(pairs):
         values = []
         for (value, scale), (transposed, dtype) in zip(pairs, plan, strict=True):
-            value = value.astype(dtype) if scale is None else dequantize(value, scale, block, dtype)
+            if scale is None:
+                value = value.astype(dtype)
+            else:
+                value = dequantize(value, scale.astype(jnp.float32), block, dtype)
             values.append(jnp.swapaxes(value, -1, -2) if transposed else value)
         return tuple(values)
 
@@ -173,18 +176,24 @@ def _settler(plan: tuple[tuple[bool, jnp.dtype], ...], block: tuple[int, int] | 
 
 
 def _check_copies(opened: Opened) -> None:
-    """The MTP module shares the main model's embedding and head; say so if the folder's copies are others."""
+    """What repeats another weight must: a tied head the embedding; of an MTP module it is said if it does not."""
     by_path = {array.path: array for array in opened.arrays}
     for array in opened.arrays:
-        if not array.copy or jax.process_index() != 0:
+        if array.copy_of is None or jax.process_index() != 0:
             continue
-        main = by_path.get(array.path[2:], by_path[("embed",)])
-        if not _same(opened.source, main.tensors[0].name, array.tensors[0].name):
-            warnings.warn(
-                f"{opened.source.folder}: {array.tensors[0].name} is not the copy of {main.tensors[0].name} that it is "
-                "in DeepSeek's checkpoints; the MTP module in memory shares the latter",
-                stacklevel=3,
+        copy, main = array.tensors[0].name, by_path[array.copy_of].tensors[0].name
+        if _same(opened.source, main, copy):
+            continue
+        if array.path == ("head",):
+            raise ValueError(
+                f"{opened.source.where(copy)}: tensor {copy!r} is not equal to {main!r}, though config.json says that "
+                "they are tied; set tie_word_embeddings to false there if the head is meant, or remove the tensor"
             )
+        warnings.warn(
+            f"{opened.source.folder}: {copy} is not the copy of {main} that it is in DeepSeek's checkpoints; the MTP "
+            "module in memory shares the latter",
+            stacklevel=3,
+        )
 
 
 def _same(source: Source, one: str, other: str) -> bool:
@@ -268,7 +277,7 @@ class _InMemory:
 
     def _key(self, tensor: names.Tensor) -> str:
         """The key of the weight that a tensor is, or is a copy of; a tied head is the embedding."""
-        key = names.key(tensor.path[2:] if tensor.copy else tensor.path)
+        key = names.key(tensor.copy_of or tensor.path)
         return key if key in self._held else "embed"
 
     def where(self, name: str) -> str:

@@ -22,12 +22,15 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
+SCALES = ("F32", "BF16", "F8_E8M0")  # what FP8 weights' scales come in; the last, powers of two, is nothing else's
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
-_BYTES |= {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1}
+_BYTES |= {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1}
 _BYTES |= {"U16": 2, "I16": 2, "U32": 4, "I32": 4, "F64": 8, "U64": 8, "I64": 8, "C64": 8}
 _HALVES = re.compile("[\ud800-\udfff]")
+_LFS = b"version https://git-lfs.github.com/spec/"
 LONGEST = 100_000_000  # bytes of a header, the library's own bound
 
 
@@ -61,11 +64,22 @@ def read_header(file: Path) -> Header:
     size = file.stat().st_size
     with file.open("rb") as stream:
         raw = stream.read(8)
+        refuse_lfs_pointer(file, raw + stream.read(len(_LFS)))
+        stream.seek(len(raw))
         length = struct.unpack("<Q", raw)[0] if len(raw) == 8 else 0
         if not 2 <= length <= min(LONGEST, size - 8):
             raise _broken(file, f"{size} bytes, and a header of {length} by the first 8")
         raw += stream.read(length)
     return parse_header(raw, size, file)
+
+
+def refuse_lfs_pointer(file: Path, start: bytes) -> None:
+    """ValueError for a file that begins as what Git leaves in place of a large one that was not fetched."""
+    if start.startswith(_LFS):
+        raise ValueError(
+            f"{file}: is a Git LFS pointer, a note in place of the file; fetch the files with `git lfs pull`, or "
+            "download the folder again"
+        )
 
 
 def parse_header(raw: bytes, size: int | None, file: Path) -> Header:

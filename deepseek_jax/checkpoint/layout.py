@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from deepseek_jax.checkpoint import names
-from deepseek_jax.checkpoint.headers import DTYPES, Entry
+from deepseek_jax.checkpoint.headers import DTYPES, SCALES, Entry
 from deepseek_jax.config import ModelConfig
 
 PIECE = 8 << 20  # bytes that are read and written at once, where a tensor can be cut
@@ -53,8 +53,8 @@ class Array:
         return self.tensors[0].transposed
 
     @property
-    def copy(self) -> bool:
-        return self.tensors[0].copy
+    def copy_of(self) -> names.Path | None:
+        return self.tensors[0].copy_of
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -119,10 +119,13 @@ def differences(source: Source, config: ModelConfig, table: list[names.Tensor]) 
 
 
 def _stored(source: Source, config: ModelConfig, table: list[names.Tensor]) -> Iterator[names.Tensor]:
-    """The table as this checkpoint should have it: with scales beside the tensors that are FP8 in it."""
-    for tensor in table:
-        yield tensor
+    """The table as this checkpoint should have it: with the copies that it holds, and scales beside FP8 tensors."""
+    head = names.tied_head(config, table)
+    for tensor in table if head is None else [*table, head]:
         entry = source.entries.get(tensor.name)
+        if entry is None and tensor.copy_of is not None:
+            continue
+        yield tensor
         if entry is not None and entry.dtype == "F8_E4M3" and len(tensor.shape) == 2:
             if config.quantization is None:
                 raise ValueError(
@@ -140,7 +143,10 @@ def _check_entry(source: Source, tensor: names.Tensor) -> None:
             f"wanted {list(tensor.shape)} by config.json"
         )
     scale, matrix = tensor.path[-1] == "scale", len(tensor.shape) == 2
-    allowed = ("F32",) if scale else ("F32", "F16", "BF16", "F8_E4M3") if matrix else ("F32", "F16", "BF16")
+    if scale:
+        allowed: tuple[str, ...] = SCALES
+    else:
+        allowed = ("F32", "F16", "BF16", "F8_E4M3") if matrix else ("F32", "F16", "BF16")
     if entry.dtype not in allowed:
         place = f"{source.where(tensor.name)}: tensor {tensor.name!r}"
         raise ValueError(f"{place}: got dtype {entry.dtype}, wanted {' or '.join(allowed)}")

@@ -39,6 +39,8 @@ _LAYER = {
     "attention.q_bias": "self_attn.q_proj.bias",
     "attention.k_bias": "self_attn.k_proj.bias",
     "attention.v_bias": "self_attn.v_proj.bias",
+    "attention.q_head_norm": "self_attn.q_norm.weight",
+    "attention.k_head_norm": "self_attn.k_norm.weight",
     "mlp.gate": "mlp.gate_proj.weight",
     "mlp.up": "mlp.up_proj.weight",
     "mlp.down": "mlp.down_proj.weight",
@@ -75,8 +77,8 @@ class Tensor:
     """One tensor of a Hugging Face checkpoint and where it lies in ours.
 
     `shape` and `dtype` are the file's, dtype as safetensors spells it. `transposed`: the file holds [out, in], we hold
-    [in, out]. `expert`: the row of our stacked array that this tensor is, or None. `copy`: the model in memory has
-    no weight of its own for it, but shares the main model's weight of the path without its first two steps.
+    [in, out]. `expert`: the row of our stacked array that this tensor is, or None. `copy_of`: the path of the weight
+    that this one repeats; the model in memory has no weight of its own for it, and a folder may lack it.
     """
 
     name: str
@@ -85,7 +87,7 @@ class Tensor:
     dtype: str
     transposed: bool
     expert: int | None
-    copy: bool = False
+    copy_of: Path | None = None
 
     def scale(self, block: tuple[int, int]) -> "Tensor":
         """The scales of this tensor where it is stored in FP8; they lie beside it as `.scale`."""
@@ -111,8 +113,19 @@ def tensors(config: ModelConfig, abstract: nnx.State) -> list[Tensor]:
             # a tied head has no weight of its own, and is the embedding as the file has it
             source = (name,) if (name,) in shapes else ("embed",)
             shape = shapes[source] if name == source[0] else shapes[source][::-1]
-            found += _tensors_of(config, ("mtp", depth, name), shape)
+            found += _tensors_of(config, ("mtp", depth, name), shape, source)
     return found
+
+
+def tied_head(config: ModelConfig, table: list[Tensor]) -> Tensor | None:
+    """The head that a checkpoint of tied weights may store although it is the embedding; None where nothing is tied.
+
+    PEFT, and DeepSpeed's conversion, write it. An export does not.
+    """
+    if not config.tie_word_embeddings:
+        return None
+    (embed,) = (tensor for tensor in table if tensor.path == ("embed",))
+    return dataclasses.replace(embed, name=_MODEL["head"], path=("head",), copy_of=embed.path)
 
 
 def packed(config: ModelConfig) -> ModelConfig:
@@ -141,7 +154,9 @@ def published(config: ModelConfig, abstract: nnx.State) -> list[Tensor]:
     return found
 
 
-def _tensors_of(config: ModelConfig, path: Path, shape: tuple[int, ...]) -> Iterator[Tensor]:
+def _tensors_of(
+    config: ModelConfig, path: Path, shape: tuple[int, ...], copy_of: Path | None = None
+) -> Iterator[Tensor]:
     template = _template(config, path)
     stacked = "{}" in template
     of_one = shape[1:] if stacked else shape
@@ -155,7 +170,7 @@ def _tensors_of(config: ModelConfig, path: Path, shape: tuple[int, ...]) -> Iter
             dtype=_dtype(config, path, in_file),
             transposed=transposed,
             expert=expert,
-            copy=path[0] == "mtp" and path[-1] in _COPIES,
+            copy_of=copy_of,
         )
 
 

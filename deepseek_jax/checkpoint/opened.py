@@ -7,6 +7,7 @@ from typing import NamedTuple
 from deepseek_jax.checkpoint import files, names
 from deepseek_jax.checkpoint.files import TensorFolder
 from deepseek_jax.checkpoint.layout import Array, Source, arrays
+from deepseek_jax.checkpoint.quantised import refuse_other_quantisation
 from deepseek_jax.checkpoint.recast import Format, recast
 from deepseek_jax.checkpoint.shelves import ConvertedFolder, is_converted
 from deepseek_jax.config import ModelConfig, from_hf
@@ -42,7 +43,7 @@ class Opened(NamedTuple):
         values = files.read_json(self.folder / "config.json")
         values.pop("quantization_config", None)
         for key in ("dtype", "torch_dtype"):
-            if key in values and self.to != "fp8":
+            if key in values and not self.to.startswith("fp8"):
                 values[key] = self.to
         if self.config.quantization is not None:
             values["quantization_config"] = write_quantization(self.config.quantization)
@@ -54,6 +55,7 @@ def load_config(folder: Path) -> ModelConfig:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; wanted a Hugging Face or converted model folder")
     values = files.read_json(folder / "config.json")
+    refuse_other_quantisation(folder)
     try:
         return from_hf(values)
     except ValueError as problem:

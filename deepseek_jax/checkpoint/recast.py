@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.checkpoint.headers import DTYPES, Entry
+from deepseek_jax.checkpoint.headers import DTYPES, NAMES, Entry
 from deepseek_jax.checkpoint.layout import PIECE, Source
 from deepseek_jax.checkpoint.names import SCALE, Tensor
 from deepseek_jax.config import FP8Config, ModelConfig
 from deepseek_jax.ops.fp8 import LARGEST, blocks, dequantize, quantize
 
-Format = Literal["stored", "bfloat16", "float32", "fp8"]
+Format = Literal["stored", "bfloat16", "float32", "fp8", "fp8-ue8m0"]
 _ALL = slice(None)
 _LARGEST_SCALE = np.finfo(np.float32).max / LARGEST  # beyond it the largest code unpacks to infinity
 
@@ -28,20 +28,27 @@ def recast(source: Source, config: ModelConfig, table: list[Tensor], to: Format)
         config: of the checkpoint.
         table: of `names.tensors` for FP8 (as the published checkpoints choose): which matrices "fp8" packs.
         to: "stored" leaves everything; "float32" unpacks FP8 and casts the rest; "bfloat16" does so but leaves what is
-            float32 by nature (router biases, V3.2's norms); "fp8" packs what is not packed yet.
+            float32 by nature (router biases, V3.2's norms); "fp8" packs what is not packed yet, with the kind of scales
+            that the checkpoint has; "fp8-ue8m0" does so with powers of two as scales, as V3.1 has them, in float32.
 
     Raises:
-        ValueError: on reading a part, where it has numbers too large for the format.
+        ValueError: "fp8-ue8m0" of a checkpoint with other scales; and on reading a part, where it has numbers too large
+            for the format.
     """
     if to == "stored":
         return source, config
-    if to == "fp8":
-        quantization = config.quantization or FP8Config()
+    if to in ("fp8", "fp8-ue8m0"):
+        quantization = config.quantization or FP8Config(scale_fmt="ue8m0" if to == "fp8-ue8m0" else None)
+        if to == "fp8-ue8m0" and quantization.scale_fmt != "ue8m0":
+            raise ValueError(
+                f"{source.folder}: got FP8 weights with other scales than ue8m0; write it --to bfloat16 first, and "
+                "that --to fp8-ue8m0"
+            )
         packed = {tensor.name for tensor in table if tensor.dtype == "F8_E4M3"}
         return Packed(source, quantization, packed), dataclasses.replace(config, quantization=quantization)
     block = (config.quantization or FP8Config()).weight_block_size
     kept = {tensor.name for tensor in table if tensor.dtype == "F32"} if to == "bfloat16" else set()
-    dtype = {"bfloat16": "BF16", "float32": "F32"}[to]
+    dtype = NAMES[jnp.dtype(to)]
     return Unpacked(source, block, dtype, kept), dataclasses.replace(config, quantization=None)
 
 
@@ -60,9 +67,8 @@ class Unpacked:
             return self._finite(name, self._source.read(name, rows, columns).astype(target))
         wide_rows, wide_columns, crop = _widened(self._source.entries[name], rows, columns, self._block)
         weight = self._source.read(name, wide_rows, wide_columns)
-        scale = self._source.read(
-            name + SCALE, _per_block(wide_rows, self._block[0]), _per_block(wide_columns, self._block[1])
-        )
+        of_blocks = map(_per_block, (wide_rows, wide_columns), self._block)
+        scale = self._source.read(name + SCALE, *of_blocks).astype(np.float32)
         with _on_host():
             return self._finite(name, np.asarray(_unpack(weight, scale, self._block, target))[crop])
 

@@ -21,7 +21,8 @@ from deepseek_jax.checkpoint.layout import Array
 
 WEIGHTS = "weights"
 MANIFEST = "manifest.json"
-_ZARR = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
+_ZARR = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "uint8"}
+_KEPT_AS = {"F8_E8M0": np.dtype(np.uint8)}  # TensorStore has no such number; its code is kept
 _ALL = slice(None)
 # Files are synced once a unit, not once a write; chunks are read and written whole, so caching them buys nothing.
 _CONTEXT = {"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}}
@@ -60,7 +61,8 @@ class NewShelf:
 
     def write(self, array: Array, index: tuple[slice, ...], value: np.ndarray) -> None:
         """Write one piece, given as the file holds it; safe from several threads."""
-        self._stores[array.key][index].write(value).result()
+        kept = _KEPT_AS.get(array.dtype)
+        self._stores[array.key][index].write(value if kept is None else value.view(kept)).result()
 
     def close(self) -> None:
         sync(self._partial)
@@ -135,9 +137,9 @@ class ConvertedFolder:
         except ValueError as problem:
             raise ValueError(f"{folder}: array {array.key!r} cannot be read ({problem!s:.200})") from None
         wanted = tuple(array.shape[axis] for axis in _order(array))
-        held = f"{store.dtype.numpy_dtype}{list(store.shape)}"
-        if held != f"{DTYPES[array.dtype]}{list(wanted)}":
-            raise ValueError(f"{folder}: array {array.key!r}: got {held}, wanted {DTYPES[array.dtype]}{list(wanted)}")
+        held, dtype = f"{store.dtype.numpy_dtype}{list(store.shape)}", _KEPT_AS.get(array.dtype, DTYPES[array.dtype])
+        if held != f"{dtype}{list(wanted)}":
+            raise ValueError(f"{folder}: array {array.key!r}: got {held}, wanted {dtype}{list(wanted)}")
         return store.transpose(_order(array))
 
     def where(self, name: str) -> str:
@@ -149,7 +151,7 @@ class ConvertedFolder:
         axes = (rows, columns)[: len(array.tensors[0].shape)]
         index = axes if expert is None else (expert, *axes)
         try:
-            return self._stores[array.unit, array.key][index].read(order="C").result()
+            return self._stores[array.unit, array.key][index].read(order="C").result().view(DTYPES[array.dtype])
         except ValueError as problem:
             raise ValueError(f"{self.where(name)}: tensor {name!r} cannot be read ({problem!s:.200})") from None
 

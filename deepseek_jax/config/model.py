@@ -8,9 +8,15 @@ from typing import Any, Literal
 LARGEST = 2**31 - 1  # of any whole number in a configuration: what an int32 index reaches
 
 
+def shown(value: Any) -> str:
+    """A value of a file, short enough for a message."""
+    text = repr(value)
+    return text if len(text) <= 500 else text[:500] + "..."
+
+
 def check_whole(name: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
-        raise ValueError(f"{name}: got {value!r}, wanted a whole number from {least} to {LARGEST}")
+        raise ValueError(f"{name}: got {shown(value)}, wanted a whole number from {least} to {LARGEST}")
     return value
 
 
@@ -25,13 +31,13 @@ def _check_numbers(owner: Any, *names: str, above: float | None = None) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         if not number or (above is not None and value <= above):
             bound = "" if above is None else f" above {above:g}"
-            raise ValueError(f"{name}: got {value!r}, wanted a finite number{bound}")
+            raise ValueError(f"{name}: got {shown(value)}, wanted a finite number{bound}")
 
 
 def _check_flags(owner: Any, *names: str) -> None:
     for name in names:
         if not isinstance(getattr(owner, name), bool):
-            raise ValueError(f"{name}: got {getattr(owner, name)!r}, wanted true or false")
+            raise ValueError(f"{name}: got {shown(getattr(owner, name))}, wanted true or false")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +66,19 @@ class YarnConfig(RopeConfig):
         _check_numbers(self, "factor", "beta_fast", "beta_slow", above=0)
         _check_wholes(self, "original_max_position_embeddings")
         _check_numbers(self, "mscale", "mscale_all_dim")
+        for name in ("mscale", "mscale_all_dim"):
+            if not 0 <= getattr(self, name) <= 100:  # published ones lie between 0 and 1
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted a number from 0 to 100")
+
+    @property
+    def amplitude(self) -> float:
+        """What cos and sin are multiplied by: mscale's temperature over mscale_all_dim's, 1 for R1.
+
+        Where either is 0, that of mscale 1. Source: transformers modeling_rope_utils.py, yarn.
+        """
+        if self.mscale and self.mscale_all_dim:
+            return yarn_mscale(self.factor, self.mscale) / yarn_mscale(self.factor, self.mscale_all_dim)
+        return yarn_mscale(self.factor, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,14 +144,19 @@ class MLAConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GQAConfig:
-    """Grouped-query attention of the distilled models; `qkv_bias` is Qwen2's."""
+    """Grouped-query attention of the distilled models.
+
+    `qkv_bias` is Qwen2's; `qk_norm`, an RMS norm of each head's query and key before they are rotated, is Qwen3's.
+    """
 
     num_key_value_heads: int
     head_dim: int
     qkv_bias: bool
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         _check_wholes(self, "num_key_value_heads", "head_dim")
+        _check_flags(self, "qkv_bias", "qk_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +188,7 @@ class MoEConfig:
         _check_flags(self, "norm_topk_prob")
         if self.topk_method not in ("noaux_tc", "greedy", "group_limited_greedy"):
             raise ValueError(
-                f"topk_method: got {self.topk_method!r}, wanted 'noaux_tc', 'greedy' or 'group_limited_greedy'"
+                f"topk_method: got {shown(self.topk_method)}, wanted 'noaux_tc', 'greedy' or 'group_limited_greedy'"
             )
         if self.n_routed_experts % self.n_group:
             raise ValueError(f"n_routed_experts {self.n_routed_experts} is not divisible by n_group {self.n_group}")
@@ -200,16 +224,16 @@ class FP8Config:
     def __post_init__(self) -> None:
         size = self.weight_block_size
         if not isinstance(size, tuple) or len(size) != 2:
-            raise ValueError(f"weight_block_size: got {size!r}, wanted rows and columns of a block")
+            raise ValueError(f"weight_block_size: got {shown(size)}, wanted rows and columns of a block")
         for number in size:
             check_whole("weight_block_size", number)
         if self.scale_fmt not in (None, "ue8m0"):
-            raise ValueError(f"scale_fmt: got {self.scale_fmt!r}, wanted 'ue8m0' or nothing")
+            raise ValueError(f"scale_fmt: got {shown(self.scale_fmt)}, wanted 'ue8m0' or nothing")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder: DeepSeek V2/V3/R1/V3.2 (MLA, mostly MoE layers) or a dense Qwen2 or Llama.
+    """A decoder: DeepSeek V2/V3/R1/V3.2 or Kimi K2 (MLA, mostly MoE layers), or a dense Qwen2, Qwen3 or Llama.
 
     Names are those of the papers and of config.json. `moe` None means that every layer is dense;
     `num_nextn_predict_layers` counts the multi-token-prediction modules after the last layer; `quantization` None
@@ -217,7 +241,7 @@ class ModelConfig:
     Raises ValueError where numbers contradict each other.
     """
 
-    model_type: Literal["deepseek_v3", "deepseek_v32", "deepseek_v2", "qwen2", "llama"]
+    model_type: Literal["deepseek_v3", "deepseek_v32", "deepseek_v2", "kimi_k2", "qwen2", "qwen3", "llama"]
     vocab_size: int
     hidden_size: int
     intermediate_size: int

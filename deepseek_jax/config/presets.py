@@ -72,6 +72,30 @@ def _yarn(mscale: float) -> YarnConfig:
     )
 
 
+def _kimi_k2() -> ModelConfig:
+    """DeepSeek V3's architecture with more experts in one group, half the heads and one dense layer."""
+    r1 = _r1_671b()
+    return dataclasses.replace(
+        r1,
+        model_type="kimi_k2",
+        vocab_size=163840,
+        num_attention_heads=64,
+        max_position_embeddings=131072,
+        bos_token_id=163584,
+        eos_token_id=163585,
+        rope=dataclasses.replace(r1.rope, theta=50000.0, factor=32.0, beta_fast=1.0),
+        moe=dataclasses.replace(
+            r1.moe,
+            n_routed_experts=384,
+            first_k_dense_replace=1,
+            n_group=1,
+            topk_group=1,
+            routed_scaling_factor=2.827,
+        ),
+        num_nextn_predict_layers=0,
+    )
+
+
 def _v2_lite() -> ModelConfig:
     return ModelConfig(
         model_type="deepseek_v2",
@@ -123,7 +147,34 @@ def _distill_qwen(hidden, intermediate, layers, heads, kv_heads, eps, theta, voc
     )
 
 
-def _distill_llama(hidden, intermediate, layers, heads) -> ModelConfig:
+def _distill_qwen3_8b() -> ModelConfig:
+    return ModelConfig(
+        model_type="qwen3",
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+        bos_token_id=151643,
+        eos_token_id=151645,
+        attention=GQAConfig(num_key_value_heads=8, head_dim=128, qkv_bias=False, qk_norm=True),
+        rope=YarnConfig(
+            theta=1e6,
+            factor=4.0,
+            beta_fast=32.0,
+            beta_slow=1.0,
+            original_max_position_embeddings=32768,
+            mscale=1.0,
+            mscale_all_dim=0.0,
+        ),
+        moe=None,
+    )
+
+
+def _distill_llama(hidden, intermediate, layers, heads, eos) -> ModelConfig:
     return ModelConfig(
         model_type="llama",
         vocab_size=128256,
@@ -135,7 +186,7 @@ def _distill_llama(hidden, intermediate, layers, heads) -> ModelConfig:
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
         bos_token_id=128000,
-        eos_token_id=128001,
+        eos_token_id=eos,
         attention=GQAConfig(num_key_value_heads=8, head_dim=hidden // heads, qkv_bias=False),
         rope=Llama3RopeConfig(
             theta=5e5,
@@ -184,12 +235,14 @@ _PRESETS = {
     "r1-671b": _r1_671b,
     "v3.2-671b": _v3_2_671b,
     "v2-lite": _v2_lite,
+    "kimi-k2": _kimi_k2,
     "distill-qwen-1.5b": lambda: _distill_qwen(1536, 8960, 28, 12, 2, 1e-6, 1e4, 151936),
     "distill-qwen-7b": lambda: _distill_qwen(3584, 18944, 28, 28, 4, 1e-6, 1e4, 152064),
     "distill-qwen-14b": lambda: _distill_qwen(5120, 13824, 48, 40, 8, 1e-5, 1e6, 152064),
     "distill-qwen-32b": lambda: _distill_qwen(5120, 27648, 64, 40, 8, 1e-5, 1e6, 152064),
-    "distill-llama-8b": lambda: _distill_llama(4096, 14336, 32, 32),
-    "distill-llama-70b": lambda: _distill_llama(8192, 28672, 80, 64),
+    "distill-qwen3-8b": _distill_qwen3_8b,
+    "distill-llama-8b": lambda: _distill_llama(4096, 14336, 32, 32, 128001),
+    "distill-llama-70b": lambda: _distill_llama(8192, 28672, 80, 64, (128001, 128008, 128009)),
     "tiny": _tiny,
 }
 PRESETS: tuple[str, ...] = tuple(_PRESETS)

@@ -410,6 +410,11 @@ def _completions(state: _State, limits: np.ndarray, stop_ids: tuple[int, ...]) -
     for row, limit in enumerate(limits.tolist()):
         stops = np.flatnonzero(np.isin(tokens[row, :limit], stop_ids))
         length = int(stops[0]) + 1 if stops.size else limit
+        if not np.all(np.isfinite(logprobs[row, :length])):
+            raise ValueError(
+                f"completion {row}: the model's logits are no finite numbers; its weights are damaged, or too large to "
+                "compute with"
+            )
         kept = None if support is None else support[row, :length]
         found.append(Completion(tokens[row, :length], logprobs[row, :length], bool(stops.size), support=kept))
     return found

@@ -326,7 +326,7 @@ class LatentAttention(nnx.Module):
 
 
 class GroupedAttention(nnx.Module):
-    """Grouped-query attention of Qwen2 and Llama."""
+    """Grouped-query attention of Qwen2, Qwen3 and Llama."""
 
     def __init__(self, config: ModelConfig, make: Maker):
         a: GQAConfig = config.attention
@@ -341,6 +341,10 @@ class GroupedAttention(nnx.Module):
             self.q_bias = make.shift(N * K, "heads")
             self.k_bias = make.shift(G * K, "kv_heads")
             self.v_bias = make.shift(G * K, "kv_heads")
+        self.norm_eps = config.rms_norm_eps if a.qk_norm else None
+        if a.qk_norm:
+            self.q_head_norm = make.scale(K, None)
+            self.k_head_norm = make.scale(K, None)
 
     def __call__(self, x_BTD: jax.Array, rotary: Rotary) -> tuple[jax.Array, KVCache]:
         lay = self.layout.constrain
@@ -373,8 +377,11 @@ class GroupedAttention(nnx.Module):
         q, k, v = x @ self.q, x @ self.k, x @ self.v
         if self.qkv_bias:
             q, k, v = q + self.q_bias, k + self.k_bias, v + self.v_bias
-        q = rotate_half(q.reshape(B, T, N, K), rotary.cos_BTr, rotary.sin_BTr)
-        k = rotate_half(k.reshape(B, T, G, K), rotary.cos_BTr, rotary.sin_BTr)
+        q, k = q.reshape(B, T, N, K), k.reshape(B, T, G, K)
+        if self.norm_eps is not None:  # each head by itself, with one weight for all
+            q = rms_norm(q, self.q_head_norm[...], self.norm_eps)
+            k = rms_norm(k, self.k_head_norm[...], self.norm_eps)
+        q, k = (rotate_half(part, rotary.cos_BTr, rotary.sin_BTr) for part in (q, k))
         return q, KVCache(k.swapaxes(1, 2), v.reshape(B, T, G, K).swapaxes(1, 2))
 
     def _output(self, out_BTNH):

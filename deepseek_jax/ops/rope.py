@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from deepseek_jax.config import Llama3RopeConfig, RopeConfig, YarnConfig, yarn_mscale
+from deepseek_jax.config import Llama3RopeConfig, RopeConfig, YarnConfig
 
 
 def frequencies(rope: RopeConfig, width: int) -> np.ndarray:
@@ -53,12 +53,8 @@ def _llama3(rope: Llama3RopeConfig, plain: np.ndarray) -> np.ndarray:
 
 
 def amplitude(rope: RopeConfig) -> float:
-    """What cos and sin are multiplied by: YaRN's mscale over mscale_all_dim (1.0 for R1), else 1."""
-    if not isinstance(rope, YarnConfig):
-        return 1.0
-    if rope.mscale and rope.mscale_all_dim:
-        return yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
-    return yarn_mscale(rope.factor, 1.0)
+    """What cos and sin are multiplied by: YaRN's amplitude, else 1."""
+    return rope.amplitude if isinstance(rope, YarnConfig) else 1.0
 
 
 def angles(
@@ -83,7 +79,7 @@ def rotate_interleaved(
 def rotate_half(
     x: Float[Array, "B T N R"], cos: Float[Array, "B T r"], sin: Float[Array, "B T r"]
 ) -> Float[Array, "B T N R"]:
-    """Rotate the pairs (i, i + R/2) of Qwen2 and Llama."""
+    """Rotate the pairs (i, i + R/2) of Qwen and Llama."""
     first, second = jnp.split(x, 2, axis=-1)
     return _rotate(first, second, cos, sin, x.dtype)
 

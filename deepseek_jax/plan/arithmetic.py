@@ -90,6 +90,8 @@ def _attention(config: ModelConfig, layers: int) -> list[Weight]:
         if a.qkv_bias:
             found.append(_vector("attention", N * K, layers, "heads"))
             found.append(_vector("attention", G * K, 2 * layers, "kv_heads"))
+        if a.qk_norm:
+            found.append(_vector("norms", K, 2 * layers))
         return found
     Q, C, R = a.q_lora_rank, a.kv_lora_rank, a.qk_rope_head_dim
     queries, values = N * (a.qk_nope_head_dim + R), N * a.v_head_dim

@@ -27,6 +27,11 @@ QWEN2 = dataclasses.replace(
     rope=RopeConfig(theta=1e4),
     moe=None,
 )
+QWEN3 = dataclasses.replace(
+    QWEN2,
+    model_type="qwen3",
+    attention=GQAConfig(num_key_value_heads=2, head_dim=6, qkv_bias=False, qk_norm=True),  # 4 heads of 6 beside 16
+)
 LLAMA_TIED = dataclasses.replace(
     QWEN2,
     model_type="llama",
@@ -44,6 +49,13 @@ R1 = dataclasses.replace(
 )
 SMALL_BLOCKS = dataclasses.replace(
     V3, num_nextn_predict_layers=2, quantization=FP8Config(weight_block_size=(5, 7), scale_fmt="ue8m0")
+)
+KIMI = dataclasses.replace(
+    V3,
+    model_type="kimi_k2",
+    attention=MLAConfig(q_lora_rank=12, kv_lora_rank=20, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
+    moe=dataclasses.replace(V3.moe, n_routed_experts=6, n_group=1, topk_group=1, routed_scaling_factor=2.827),
+    quantization=FP8Config(weight_block_size=(16, 8)),
 )
 V32 = dataclasses.replace(
     R1,
@@ -83,8 +95,8 @@ def random_folder(
         biased = row.name.endswith("e_score_correction_bias")
         kind = DTYPES[row.dtype] if dtype is None else np.dtype(np.float32 if biased else dtype)
         tensors[row.name] = random_values(rng, row.shape, kind, positive=row.name.endswith(names.SCALE))
-        if row.copy:
-            tensors[row.name] = tensors["model.embed_tokens.weight" if row.path[-1] == "embed" else "lm_head.weight"]
+        if row.copy_of:
+            tensors[row.name] = tensors["lm_head.weight" if row.copy_of == ("head",) else "model.embed_tokens.weight"]
     write_folder(folder, tensors, shards)
     return tensors
 

@@ -17,14 +17,14 @@ from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.lora import LoRAConfig, merge
 from deepseek_jax.sharding import LOCAL, Layout
-from tests.checkpoint.folders import LLAMA_TIED, QWEN2, R1, V2, V3, V32, random_folder
+from tests.checkpoint.folders import KIMI, LLAMA_TIED, QWEN2, QWEN3, R1, V2, V3, V32, random_folder
 from tools import merge_lora
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 STACKED = Layout(stacked=True)
 ALL = LoRAConfig(rank=3, alpha=6, targets="all-linear")
-MODELS = {"v3": V3, "v2": V2, "v32": V32, "qwen2": QWEN2, "llama-tied": LLAMA_TIED}
+MODELS = {"v3": V3, "v2": V2, "v32": V32, "kimi": KIMI, "qwen2": QWEN2, "qwen3": QWEN3, "llama-tied": LLAMA_TIED}
 
 
 def trained(config: ModelConfig, lora: LoRAConfig, dtype=jnp.float32, layout=LOCAL) -> nnx.State:
@@ -144,6 +144,8 @@ def test_routed_experts_that_peft_could_not_read_are_not_written(tmp_path, targe
     ("config", "targets", "wanted"),
     [
         (QWEN2, ("q_proj",), ["layers.0.attention.q", "layers.1.attention.q"]),
+        (QWEN3, ("self_attn.k_proj",), ["layers.0.attention.k", "layers.1.attention.k"]),
+        (KIMI, ("q_b_proj",), ["layers.0.attention.q_b", "layers.1.attention.q_b"]),
         (V3, ("kv_a_proj_with_mqa",), ["layers.0.attention.kv_a", "layers.1.attention.kv_a"]),
         (V3, ("mlp.gate_proj",), ["layers.0.mlp.gate"]),
         (V3, ("shared_experts.gate_proj",), ["layers.1.mlp.shared.gate"]),
@@ -161,12 +163,12 @@ def test_a_target_is_the_end_of_a_modules_name(config, targets, wanted):
     assert sorted(map(names.key, found)) == sorted(wanted)
 
 
-@pytest.mark.parametrize("config", [R1, V32, QWEN2])
+@pytest.mark.parametrize("config", [R1, V32, KIMI, QWEN2, QWEN3])
 def test_all_linear_is_every_projection_of_the_layers(config):
     found = {names.key(path) for path in adapted_paths(config, ALL)}
     assert not any("router" in key or "indexer" in key or "norm" in key or "mtp" in key for key in found)
-    attention = 4 if config is QWEN2 else 5
-    mlp = {R1: 9, V32: 9, QWEN2: 6}[config]  # a dense layer, and a layer of shared and of routed experts
+    attention = 5 if config.moe else 4
+    mlp = 9 if config.moe else 6  # a dense layer, and a layer of shared and of routed experts
     assert len(found) == 2 * attention + mlp
 
 
@@ -178,6 +180,7 @@ def test_all_linear_is_every_projection_of_the_layers(config):
             (V3, of)
             for of in ("gate", "mlp.gate", "q_proj", "k_proj", "gate_up_proj", "eh_proj", "e_score_correction_bias")
         ),
+        *((QWEN3, of) for of in ("q_norm", "k_norm", "self_attn.q_norm")),
         *((V32, of) for of in ("wq_b", "indexer.wk", "weights_proj")),
     ],
 )

@@ -20,10 +20,12 @@ pytestmark = pytest.mark.oracle
 TOLERANCE = 5e-5  # float32, logits of magnitude 1 and more
 MODELS = {
     "qwen2": lambda rng: make_golden.qwen2(rng, tie_word_embeddings=False),
+    "qwen3": lambda rng: make_golden.qwen3(rng, tie_word_embeddings=False),
     "v3": lambda rng: make_golden.deepseek_v3(rng, q_lora_rank=24, first_k_dense_replace=1),
     "v2": lambda rng: make_golden.deepseek_v2(rng, q_lora_rank=None, first_k_dense_replace=1),
     "v32": lambda rng: make_golden.deepseek_v32(rng, first_k_dense_replace=1),
 }
+DENSE = ("qwen2", "qwen3")
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -66,7 +68,7 @@ def test_peft_computes_the_same_from_our_folder(case, tmp_path, targets, rslora)
     """Without a warning of a tensor that is missing or left over; and the merged folder says it a third time."""
     from peft import PeftModel
 
-    if case.name == "qwen2" and isinstance(targets, tuple):
+    if case.name in DENSE and isinstance(targets, tuple):
         targets = tuple(target for target in targets if "experts" not in target)
     lora = LoRAConfig(rank=3, alpha=6, targets=targets, rslora=rslora)
     config = load_model(case.model).config
@@ -93,8 +95,8 @@ def test_we_compute_the_same_from_pefts_folder(case, tmp_path, rslora):
     """Attention, and where no experts are in the way all linear layers, with PEFT's own spelling of them."""
     import peft
 
-    targets = "all-linear" if case.name == "qwen2" else ["o_proj", "kv_b_proj"]
-    parameters = None if case.name == "qwen2" else ["shared_experts.up_proj.weight"]
+    targets = "all-linear" if case.name in DENSE else ["o_proj", "kv_b_proj"]
+    parameters = None if case.name in DENSE else ["shared_experts.up_proj.weight"]
     settings = peft.LoraConfig(
         r=4,
         lora_alpha=8,

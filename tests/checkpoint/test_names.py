@@ -73,6 +73,8 @@ def test_r1_has_the_published_number_of_parameters(r1):
         ("distill-qwen-1.5b", 1_777_088_000, 339),
         ("distill-qwen-7b", 7_615_616_512, 339),
         ("distill-llama-8b", 8_030_261_248, 291),
+        ("distill-qwen3-8b", 8_190_735_360, 399),
+        ("kimi-k2", 1_026_408_232_448, 3 + 12 + 60 * (11 + 3 * 385)),
     ],
 )
 def test_other_models_have_the_published_number_of_parameters(name, parameters, tensors):
@@ -145,7 +147,7 @@ def test_the_table_covers_every_weight_once(r1):
     """Each of our arrays is either one tensor of the file or as many as it has experts, in order."""
     experts, copies = {}, []
     for row in names.tensors(preset("r1-671b"), r1):
-        if row.copy:
+        if row.copy_of:
             copies.append((row.name, row.path))
         else:
             experts.setdefault(row.path, []).append(row.expert)

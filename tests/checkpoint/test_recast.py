@@ -23,8 +23,10 @@ from deepseek_jax.checkpoint.recast import Packed, Unpacked
 from deepseek_jax.config import FP8Config
 from deepseek_jax.model.decoder import abstract_weights
 from tests.checkpoint.folders import (
+    KIMI,
     LLAMA_TIED,
     QWEN2,
+    QWEN3,
     R1,
     SMALL_BLOCKS,
     V3,
@@ -227,11 +229,13 @@ FOLDERS = {
     "v3.2 unpacked": (V32, "bfloat16"),  # with norms in bfloat16 too
     "v3": (V3, "bfloat16"),
     "qwen2": (QWEN2, "float16"),
+    "qwen3": (QWEN3, "bfloat16"),
+    "kimi": (KIMI, None),
     "llama": (LLAMA_TIED, "bfloat16"),
 }
 RECAST = [("small blocks", "bfloat16"), ("small blocks", "float32"), ("small blocks", "fp8")]
 RECAST += [("v3.2", "bfloat16"), ("v3.2 unpacked", "float32"), ("v3", "float32"), ("v3", "fp8"), ("qwen2", "bfloat16")]
-RECAST += [("qwen2", "fp8"), ("llama", "fp8")]
+RECAST += [("qwen2", "fp8"), ("llama", "fp8"), ("qwen3", "fp8"), ("kimi", "bfloat16")]
 
 
 class Case(NamedTuple):

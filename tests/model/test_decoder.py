@@ -79,6 +79,13 @@ QWEN2 = dataclasses.replace(
     rope=RopeConfig(theta=1e4),
     moe=None,
 )
+QWEN3 = dataclasses.replace(
+    QWEN2,
+    model_type="qwen3",
+    rms_norm_eps=1e-3,
+    attention=GQAConfig(num_key_value_heads=2, head_dim=12, qkv_bias=False, qk_norm=True),
+    rope=dataclasses.replace(V3.rope, mscale_all_dim=0.0),
+)
 LLAMA = dataclasses.replace(
     QWEN2,
     model_type="llama",
@@ -105,7 +112,7 @@ def random_weights(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return graphdef, names.unflat(arrays, abstract)
 
 
-@pytest.fixture(scope="module", params=[V3, V32, QWEN2, LLAMA], ids=lambda config: config.model_type)
+@pytest.fixture(scope="module", params=[V3, V32, QWEN2, QWEN3, LLAMA], ids=lambda config: config.model_type)
 def model(request):
     """A random model, its compiled functions, and the logits of a full forward pass over random tokens."""
     config = request.param

@@ -1,5 +1,6 @@
 """Live comparison with transformers, over random tiny checkpoints that transformers itself saves."""
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -14,12 +15,14 @@ from flax import nnx
 from deepseek_jax.checkpoint.convert import convert_hf, export_hf
 from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.checkpoint.opened import load_config, open_folder
+from deepseek_jax.generate.engine import Generator, SamplingConfig
 from deepseek_jax.model.cache import empty_cache
 from tools import make_golden
 
 pytestmark = pytest.mark.oracle
 
 TOLERANCE = 5e-5  # float32, logits of magnitude 4
+ATTN_FACTOR = 0.8782488562869419  # of R1-0528-Qwen3-8B, which transformers passes over
 CASES = {
     "v3": lambda rng: make_golden.deepseek_v3(rng),
     "v3-groups-yarn": lambda rng: make_golden.deepseek_v3(
@@ -35,8 +38,18 @@ CASES = {
     "v2-yarn-two-mscales": lambda rng: make_golden.deepseek_v2(rng, rope_parameters=make_golden.yarn(0.5, mscale=1.0)),
     "qwen2": lambda rng: make_golden.qwen2(rng, tie_word_embeddings=False),
     "qwen2-tied": lambda rng: make_golden.qwen2(rng, tie_word_embeddings=True),
+    "qwen2-yarn": lambda rng: make_golden.qwen2(
+        rng, tie_word_embeddings=False, rope_parameters=make_golden.short_yarn()
+    ),
+    "qwen3": lambda rng: make_golden.qwen3(rng, tie_word_embeddings=False, rms_norm_eps=1e-3),
+    "qwen3-tied": lambda rng: make_golden.qwen3(rng, tie_word_embeddings=True),
+    "qwen3-yarn": lambda rng: make_golden.qwen3(rng, rope_parameters=make_golden.short_yarn(attn_factor=ATTN_FACTOR)),
+    "kimi-k2": lambda rng: make_golden.kimi_k2(rng),
     "llama3": lambda rng: make_golden.llama(rng, tie_word_embeddings=False),
     "llama3-tied": lambda rng: make_golden.llama(rng, tie_word_embeddings=True),
+    "llama-yarn-of-its-own-length": lambda rng: make_golden.llama(
+        rng, max_position_embeddings=64, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+    ),
 }
 
 
@@ -60,9 +73,14 @@ def case(request, tmp_path_factory):
         wanted = model(torch.from_numpy(tokens)).logits.numpy()
     saved, converted, exported = folder / "saved", folder / "converted", folder / "exported"
     model.save_pretrained(saved, max_shard_size="60KB")
+    if name in make_golden.OWN_NAMES:
+        values = json.loads((saved / "config.json").read_text())
+        (saved / "config.json").write_text(json.dumps(values | {"model_type": make_golden.OWN_NAMES[name]}))
     convert_hf(open_folder(saved), converted)
     export_hf(open_folder(converted), exported)
-    return SimpleNamespace(saved=saved, converted=converted, exported=exported, tokens=tokens, wanted=wanted)
+    return SimpleNamespace(
+        config=config, saved=saved, converted=converted, exported=exported, tokens=tokens, wanted=wanted
+    )
 
 
 def test_logits_equal_transformers(case):
@@ -116,11 +134,38 @@ def test_transformers_loads_the_export_to_the_same_logits(case):
     from transformers import AutoModelForCausalLM
 
     load = AutoModelForCausalLM.from_pretrained
-    model, report = load(case.exported, dtype=torch.float32, output_loading_info=True)
+    model, report = load(case.exported, config=case.config, dtype=torch.float32, output_loading_info=True)
     assert not any(report.values()), report
     with torch.no_grad():
         again = model.eval()(torch.from_numpy(case.tokens)).logits.numpy()
     np.testing.assert_array_equal(again, case.wanted)
+
+
+@pytest.mark.parametrize("name", ["qwen3-yarn", "kimi-k2"])
+def test_greedy_generation_is_that_of_transformers(name, tmp_path: Path):
+    """A folder as it is saved, prompts of several lengths, the engine's prefill and decode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = CASES[name](random.Random(name))
+    config.initializer_range = 0.3  # far from uniform predictions
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path)
+    prompts = [[5, 9, 11, 3, 2, 40, 17], [7], [1, 2, 3, 4]]
+    wanted = []
+    for prompt in prompts:
+        text = list(prompt)
+        for _ in range(12):
+            with torch.no_grad():
+                text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
+        wanted.append(text[len(prompt) :])
+    assert len({token for text in wanted for token in text}) > 5  # the comparison says something
+    ours, graphdef, weights = load_model(tmp_path)
+    generate = Generator(dataclasses.replace(ours, eos_token_id=None), graphdef)
+    settings = SamplingConfig(max_new_tokens=12, temperature=0.0)
+    found = generate(weights, prompts, settings, seeds=[0, 1, 2], samples=1)
+    assert [completion.tokens.tolist() for completion in found] == wanted
 
 
 def hub_spelling(values: dict) -> dict:

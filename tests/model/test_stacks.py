@@ -15,7 +15,7 @@ from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.scoring import score_ahead
 from deepseek_jax.model.stacks import stacked, unstacked
 from deepseek_jax.sharding import LOCAL, Layout
-from tests.checkpoint.folders import QWEN2, V3
+from tests.checkpoint.folders import QWEN3, V3
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -28,7 +28,7 @@ INDEXER = dataclasses.replace(MLA.attention, indexer=IndexerConfig(index_n_heads
 CONFIGS = {
     "mla": MLA,
     "indexer": dataclasses.replace(MLA, model_type="deepseek_v32", attention=INDEXER, num_nextn_predict_layers=0),
-    "gqa": dataclasses.replace(QWEN2, num_hidden_layers=3),
+    "gqa": dataclasses.replace(QWEN3, num_hidden_layers=3),  # whose norms of heads are stacked too
 }
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 60, (B, T + 1)), jnp.int32)
 
@@ -80,7 +80,7 @@ def test_stacks_decode_as_layers_do(config, weights, layout):
 
 def test_stacks_learn_as_layers_do(config, weights):
     """Scores, routing and gradients, whatever the backward pass works out again."""
-    remat = {"deepseek_v3": "all_but_attention", "deepseek_v32": "layers", "qwen2": "nothing"}[config.model_type]
+    remat = {"deepseek_v3": "all_but_attention", "deepseek_v32": "layers", "qwen3": "nothing"}[config.model_type]
 
     def run(layout):
         graphdef, lies = of_layout(config, weights, layout)

@@ -38,6 +38,7 @@ MODELS = {
     "tiny with an indexer": tiny(indexer=True),
     "tiny tied": tiny(tie_word_embeddings=True, moe=None),
     "tiny grouped": tiny(attention=GROUPED, moe=None),
+    "tiny with normed heads": tiny(attention=dataclasses.replace(GROUPED, qkv_bias=False, qk_norm=True), moe=None),
 }
 every_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys())
 
@@ -78,6 +79,19 @@ def test_the_published_sizes():
         plan.active_parameters(preset("distill-qwen-7b"))
         == plan.parameters(preset("distill-qwen-7b")).main - (152064 - 1) * 3584
     )
+
+
+def test_the_sizes_of_kimi_k2_and_of_qwen3():
+    """Kimi K2: a trillion parameters, of which a token uses 32 billion; R1's cache, whatever the heads."""
+    kimi, qwen3 = preset("kimi-k2"), preset("distill-qwen3-8b")
+    assert plan.parameters(kimi).main == 1_026_408_232_448 - 60 * 384  # router biases are not trained
+    assert plan.parameters(kimi).routed_experts == 60 * 384 * 3 * 7168 * 2048 and plan.parameters(kimi).mtp == 0
+    assert round(plan.active_parameters(kimi) / 1e9) == 32
+    assert plan.cache_bytes_per_token(kimi) == plan.cache_bytes_per_token(R1) == 70_272
+    assert plan.parameters(qwen3).main == 8_190_735_360
+    assert plan.cache_bytes_per_token(qwen3) == 2 * 36 * 8 * 128 * 2
+    by_hand = 36 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288 + 2 * 4096 + 2 * 128)
+    assert plan.parameters(qwen3).main == by_hand + 2 * 151936 * 4096 + 4096
 
 
 @every_model

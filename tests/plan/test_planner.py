@@ -183,7 +183,9 @@ def test_training_memory_grows_with_batch_and_context(name, doublings, context):
 
 
 @pytest.mark.parametrize("workload", WORKLOADS[:2])
-@pytest.mark.parametrize("name", ["r1-671b", "v3.2-671b", "v2-lite", "distill-qwen-7b", "distill-llama-70b"])
+@pytest.mark.parametrize(
+    "name", ["r1-671b", "v3.2-671b", "kimi-k2", "v2-lite", "distill-qwen3-8b", "distill-llama-70b"]
+)
 def test_more_chips_never_need_more_memory_each(name, workload):
     config, batch, length = preset(name), 512, 4096
 
@@ -248,10 +250,12 @@ def test_grpo_keeps_what_both_phases_need():
 
 def test_what_24_gb_hold():
     found = {each.model: each for each in planner.advise_all(24 * GB, context=4096)}
-    assert found["distill-qwen-7b"].dtype == found["distill-llama-8b"].dtype == "bf16"
+    assert (
+        found["distill-qwen-7b"].dtype == found["distill-llama-8b"].dtype == found["distill-qwen3-8b"].dtype == "bf16"
+    )
     assert found["distill-qwen-14b"].dtype == "fp8"
     assert found["distill-qwen-32b"].dtype == "int4"
-    assert not found.keys() & {"r1-671b", "v3.2-671b", "distill-llama-70b", "tiny"}
+    assert not found.keys() & {"r1-671b", "v3.2-671b", "kimi-k2", "distill-llama-70b", "tiny"}
     assert planner.advise_all(10**9, context=4096) == []
 
 
@@ -273,7 +277,7 @@ def test_the_guides_rules():
     names = {name: planner.rule_of_thumb(preset(name)) for name in PRESETS}
     assert names["distill-qwen-1.5b"] == "4 GB" and names["distill-qwen-7b"] == "8-16 GB"
     assert names["distill-qwen-32b"] == "24-48 GB" and names["distill-llama-70b"] == "48 GB"
-    assert names["r1-671b"] == "400-480 GB in 4 bits" and names["distill-qwen-14b"] is None
+    assert names["r1-671b"] == "400-480 GB in 4 bits" and names["kimi-k2"] is None and names["distill-qwen-14b"] is None
     assert [planner.thumb_tensor_parallel(n * GB) for n in (4, 24, 80, 192, 640)] == [1, 1, 3, 8, 8]
     # the arithmetic bears the guide out where it speaks of 4 bits
     assert 340 * GB < arithmetic.weight_bytes(R1, "int4") < 400 * GB

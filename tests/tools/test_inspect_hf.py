@@ -20,7 +20,7 @@ from deepseek_jax.checkpoint.opened import open_folder
 from deepseek_jax.checkpoint.summary import Summary, of_folder, of_preset
 from deepseek_jax.config import PRESETS, preset, to_hf
 from deepseek_jax.model.decoder import abstract_weights
-from tests.checkpoint.folders import LLAMA_TIED, QWEN2, R1, V2, V32, random_folder, write_folder
+from tests.checkpoint.folders import KIMI, LLAMA_TIED, QWEN2, QWEN3, R1, V2, V32, random_folder, write_folder
 from tools.inspect_hf import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,8 +44,10 @@ def inspect(command_line):
         (V2, "float32", 4),
         (QWEN2, "float16", 1),
         (LLAMA_TIED, "bfloat16", 1),
+        (QWEN3, "bfloat16", 4),
+        (KIMI, None, 1),
     ],
-    ids=["r1", "v3.2", "r1 unpacked", "v2", "qwen2", "llama"],
+    ids=["r1", "v3.2", "r1 unpacked", "v2", "qwen2", "llama", "qwen3", "kimi"],
 )
 def test_the_figures_are_those_of_the_files_and_of_the_converted_folder(config, dtype, shards, inspect, tmp_path: Path):
     tensors = random_folder(tmp_path / "hf", config, dtype, shards)
