@@ -239,6 +239,13 @@ def tree(seed, scale=1.0):
     return {"matrix": rng.normal(size=(3, 4)) * scale, "norm": rng.normal(size=4) * scale}
 
 
+AXES = {"matrix": ("embed", "mlp"), "norm": (None,)}
+
+
+def as_weights(tree):
+    return nnx.State({k: nnx.Param(jnp.asarray(a, jnp.float32), axes=AXES[k]) for k, a in tree.items()})
+
+
 def adamw_twin(params, gradients, config, rates):
     """Clipped AdamW in float64, decay for matrices only. Source: arXiv 1711.05101 algorithm 2."""
     m = {k: np.zeros_like(v) for k, v in params.items()}
@@ -261,23 +268,23 @@ def test_adamw_equals_a_numpy_twin(scale):
     assert (config.b1, config.b2, config.clip_norm) == (0.9, 0.95, 1.0)
     optimizer = make_optimizer(config, 6)
     gradients = [tree(seed, scale) for seed in (1, 2, 3)]
-    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree(0))
+    params = as_weights(tree(0))
     moments = optimizer.init(params)
     for gradient in gradients:
-        updates, moments = optimizer.update(jax.tree.map(jnp.float32, gradient), moments, params)
+        updates, moments = optimizer.update(as_weights(gradient), moments, params)
         params = optax.apply_updates(params, updates)
     wanted = adamw_twin(tree(0), gradients, config, [float(schedule(config, 6)(n)) for n in range(3)])
     for name, value in wanted.items():
-        np.testing.assert_allclose(params[name], value, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(params[name][...], value, rtol=1e-4, atol=1e-6)
 
 
 def test_weight_decay_reaches_matrices_only():
     config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5)
     optimizer = make_optimizer(config, 10)
-    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree(0))
+    params = as_weights(tree(0))
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
-    np.testing.assert_allclose(updates["matrix"], -0.05 * params["matrix"], rtol=1e-5)
-    np.testing.assert_array_equal(updates["norm"], np.zeros(4))
+    np.testing.assert_allclose(updates["matrix"][...], -0.05 * params["matrix"][...], rtol=1e-5)
+    np.testing.assert_array_equal(updates["norm"][...], np.zeros(4))
 
 
 def test_schedule_rises_in_a_line_and_falls_in_a_cosine():
