@@ -29,7 +29,9 @@ _LEAD = re.compile(
     r"|\\approx(?![A-Za-z])|(?:approximately|about|roughly|approx\.?)(?![A-Za-z]))\s*",
     re.IGNORECASE,
 )
-_TITLE = re.compile(r"([A-Za-z]{3,}[A-Za-z '-]*):\s+(.+)")
+_TITLE = re.compile(r"([A-Za-z]{3,}[A-Za-z '-]*?)(?::\s+|\s+(?:is|equals)\s+)(.+)")
+_OPTION = re.compile(r"(?:option|choice)\s+(?=[(\[]?[A-J][)\]]?$)", re.IGNORECASE)
+_NOON = re.compile(r"(?<=[0-9] )([ap])\.\s?m\.?", re.IGNORECASE)
 _AND_A_HALF = re.compile(r"([0-9])\s+and\s+(?:a|one|1)[ -]+half(?![A-Za-z])")
 _PERCENT_WORD = re.compile(r"\s*(?:percent|per cent|percentage points?|pct|процент[а-я]*)$", re.IGNORECASE)
 _ORDINAL = re.compile(r"(?<=[0-9])\s*\^\s*\{\s*(st|nd|rd|th)\s*\}")
@@ -41,7 +43,7 @@ _CASES = re.compile(
 _BUILDER = re.compile(r"\\\{\s*(\w)(?:\s*\\in\s*\\mathbb\{R\})?\s*[|:]\s*(.*\1.*)\\\}")
 _LOOSE_SPACE = re.compile(r"(?<![0-9]) | (?![0-9])")
 _CHOICE = re.compile(r"([(\[]?)\s*([A-Ja-j])\s*([)\]]?)\.?")
-_CHOSEN = re.compile(r"\(\s*([A-J])\s*\)[\s:.]*(\S.*)")
+_CHOSEN = re.compile(r"(?:\(\s*([A-J])\s*\)|([A-J])[.):])\s+(\S.*)")
 
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{[A-Za-z*]+\}(?:\{[lcr|]*\})?")
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
@@ -144,6 +146,8 @@ def _match(answer: str, gold: str, algebra: Algebra, depth: int) -> bool:
     chosen = _choice_matches(answer, gold)
     if chosen is not None:
         return chosen
+    if (lettered := _CHOSEN.fullmatch(answer)) and not _CHOSEN.fullmatch(gold):
+        answer = lettered[3]
     answer, gold = unwrapped(answer), unwrapped(gold)
     if not answer or not gold or not_finite(answer) or not_finite(gold):
         return False
@@ -198,6 +202,9 @@ def _by_structure(answer: str, gold: str, algebra: Algebra, depth: int) -> bool 
 def _by_algebra(answer: str, gold: str, algebra: Algebra) -> bool:
     if _differ_in_case(answer, gold) or _dropped(answer) != _dropped(gold):
         return False
+    # An equation is no expression, though its right side may be; an inequality may be an interval.
+    if ("=" in answer) != ("=" in gold) and not (_ORDER.search(answer) or _ORDER.search(gold)):
+        return False
     return algebra(_without_primes(answer), _without_primes(gold))
 
 
@@ -239,6 +246,7 @@ def _prepared(text: str) -> str:
         text = ", ".join(row.strip(" ,;") for row in match[1].split("\\\\") if row.strip(" ,;"))
     if (match := _BUILDER.fullmatch(text)) and (_ORDER.search(match[2]) or "=" in match[2]):
         text = match[2].strip()
+    text = _NOON.sub(r"\1m", _OPTION.sub("", text))
     text = _ORDINAL.sub(r" \1", _AND_A_HALF.sub(r"\1 1/2", text))
     # Of inequalities, both hold or one does.
     text = _CONJUNCTION.sub(_joined if _ORDER.search(text) else ", ", text).strip(", ")
@@ -259,7 +267,8 @@ def _choice_matches(answer: str, gold: str) -> bool | None:
     a, g = _CHOICE.fullmatch(answer), _CHOICE.fullmatch(gold)
     if a and g and (a[1] or a[3] or g[1] or g[3]):
         return a[2].casefold() == g[2].casefold()
-    return None
+    chosen = _CHOSEN.fullmatch(answer)
+    return (chosen[1] or chosen[2]) == g[2].upper() if chosen and g else None
 
 
 def _is_ratio(text: str) -> bool:

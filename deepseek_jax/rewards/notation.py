@@ -39,6 +39,12 @@ _CHARACTERS = {
 }  # fmt: skip
 
 
+def _squared_units() -> dict[str, str]:
+    """㎝ as cm, ㎡ as m^2."""
+    units = {chr(code): unicodedata.normalize("NFKC", chr(code)) for code in range(0x3380, 0x33E0)}
+    return {sign: " " + re.sub("([a-z])([23])", r"\1^\2", name) for sign, name in units.items() if name.isascii()}
+
+
 def _fractions() -> dict[str, str]:
     found = {}
     for code in (0xBC, 0xBD, 0xBE, *range(0x2150, 0x215F)):
@@ -57,6 +63,7 @@ _SYMBOLS = str.maketrans(
     }
     | {character: plain for character, plain in _CHARACTERS.items() if len(character) == 1}
     | _fractions()
+    | _squared_units()
 )
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋", "0123456789+-")
@@ -70,12 +77,14 @@ _FONTS = (
     " mathop mathord mathrel"
 )
 _FONT = "|".join(sorted(_FONTS.split(), key=len, reverse=True))
-_FONT_GROUP = re.compile(rf"\\(?:{_FONT})\*?\s*\{{([^{{}}]*)\}}")
+_FONT_GROUP = re.compile(rf"\\(?:{_FONT})\*?\s*\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}")
 _FONT_NAME = re.compile(rf"\\(?:{_FONT})(?![A-Za-z])\*?")
 _COLOURED = re.compile(r"\\(?:textcolor|colorbox)\s*\{[^{}]*\}\s*\{([^{}]*)\}")
 _WITH_ARGUMENT = re.compile(
     r"\\(?:textcolor|colorbox|color|bbox|hspace|vspace|phantom)\*?\s*(?:\[[^\[\]{}]*\]|\{[^{}]*\})"
 )
+_ANGLE = re.compile(r"\\ang\s*\{([0-9.]+)\}")
+_POINTED = re.compile(r"\\(left|right)\s*([<>])")
 _OPERATOR = re.compile(r"\\operatorname\*?\s*\{\s*([A-Za-z]+)\s*\}")
 _QUANTITY = re.compile(r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _DECLARATIONS = (
@@ -107,6 +116,7 @@ _SCRIPT = re.compile(r"([\^_])\s*\{\s*([0-9A-Za-z])\s*\}(?![0-9A-Za-z])")
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _PLAIN_ROOT = re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)")
 _PLAIN_NAME = re.compile(r"(?<![\\A-Za-z])(sqrt|pi|sin|cos|tan|log|ln|infty)(?![A-Za-z])")
+_QUOTES = (("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"), ('"', '"'), ("'", "'"), ("“", "”"))
 _EMPTY_GROUP = re.compile(r"(?<![A-Za-z}\]^_\\])\{\s*\}")
 
 
@@ -150,7 +160,7 @@ def canonical(text: str) -> str:
       those that print the same. Single spaces.
     """
     text = _OLD_MATRIX.sub(r"\\begin{\1matrix}\2\\end{\1matrix}", plain(" ".join(text.split())))
-    if "\\" in text:
+    if "\\" in text or "~" in text:
         text = _without_fonts(text)
         text = _SAME_COMMAND.sub(_same_command, text)
         text = _PRIME.sub(lambda match: match[1] or match[2], text)
@@ -166,14 +176,15 @@ def trim(text: str) -> str:
     A dollar sign that is money becomes `DOLLAR`.
     """
     text = text.replace("{,}", ",").replace("\\$", DOLLAR).strip()
-    for opened, closed in (("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`")):
+    for opened, closed in _QUOTES:
         if text.startswith(opened) and text.endswith(closed) and len(text) > len(opened + closed):
             text = text[len(opened) : -len(closed)].strip()
     text = text.replace("$", DOLLAR if text.count("$") == 1 else "").strip()
-    return text.removesuffix("\\\\").removesuffix("\\").strip().removesuffix(".").strip()
+    return text.removesuffix("\\\\").removesuffix("\\").strip(" ,;").removesuffix("?").removesuffix(".").strip()
 
 
 def _without_fonts(text: str) -> str:
+    text = _POINTED.sub(lambda match: "(" if match[2] == "<" else ")", _ANGLE.sub(r"\1^\\circ", text))
     text = _OPERATOR.sub(r"\\\1 ", _COLOURED.sub(r" \1 ", _QUANTITY.sub(r"\1 \2", text)))
     text = _NO_SPACE.sub("", _WITH_ARGUMENT.sub(" ", text))
     text = _DECLARATION.sub("", text)

@@ -44,7 +44,13 @@ _WORDS = (
     {word: Fraction(10**power) for word, power in _SCALES.items()}
     | {word + "s": Fraction(10 ** _SCALES[word]) for word in "hundred thousand million billion trillion".split()}
     | {"dozen": Fraction(12), "dozens": Fraction(12), "score": Fraction(20), "打": Fraction(12)}
-    | {"half": Fraction(1, 2), "halves": Fraction(1, 2), "percent": Fraction(1, 100), "pct": Fraction(1, 100)}
+    | {
+        "tens": Fraction(10),
+        "half": Fraction(1, 2),
+        "halves": Fraction(1, 2),
+        "percent": Fraction(1, 100),
+        "pct": Fraction(1, 100),
+    }
 )
 _PARTS = (
     "third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split(),
@@ -55,8 +61,8 @@ for _size, _word in [*enumerate(_PARTS[0], 3), *zip((10**2, 10**3, 10**6, 10**9)
 _POWERS = {"squared": 2, "cubed": 3}
 # Quarters are coins as well, and time; three of them are a fraction, as one is.
 _QUARTERS = re.compile(r"([+-]?\s*[13])[\s-]+quarters?", re.IGNORECASE)
-# Other scripts write no space before the word.
-_WITH_WORD = re.compile(r"(.*\S)[\s-]+([^\W\d_]+)\.?|(.*[0-9}%)])((?=[^\x00-\x7f])[^\W\d_]+)\.?")
+# Other scripts write no space before the word, and some people do not either.
+_WITH_WORD = re.compile(r"(.*\S)[\s-]+([^\W\d_]+)\.?|(.*[0-9}%)])((?=[^\x00-\x7f])[^\W\d_]+|[A-Za-z]{5,})\.?")
 
 
 class Number(NamedTuple):
@@ -107,6 +113,9 @@ def _value(text: str, words: int) -> Fraction | None:
         percent = text.removesuffix("%").removesuffix("\\").rstrip()
         value = _value(percent, 0) if not percent.endswith("%") else None
         return None if value is None else value / 100
+    if text.endswith("‰"):
+        value = _decimal(text[:-1].rstrip())
+        return None if value is None else value / 1000
     for read in (_decimal, _quotient, _mixed, _repeating, _power_of_ten, _points_between, _bracketed):
         value = read(text)
         if value is not None:

@@ -22,10 +22,11 @@ _MONEY_WORDS = {"k": "thousand", "m": "million", "mn": "million", "b": "billion"
 _POWER = r"\s*\^\s*(?:\{\s*-?\s*[1-9]\s*\}|-?[1-9])"
 _WORD = rf"[^\W\d_]+\.?(?:{_POWER})?"
 _WITH_WORDS = re.compile(
-    rf"(.*?[0-9A-Za-z)}}%.])(?:\s+|(?<=[0-9)}}%.])(?=[^\x00-\x7f]))({_WORD}(?:\s*(?:/|\\cdot|\*|\s|-)\s*{_WORD}){{0,5}})"
+    rf"(.*?[0-9A-Za-z)}}%.])(?:\s+|-(?=[a-z]{{4}})|(?<=[0-9)}}%.])(?=[^\x00-\x7f]))({_WORD}(?:\s*(?:/|\\cdot|\*|\s|-)\s*{_WORD}){{0,5}})"
 )
 _ATTACHED = re.compile(r"(.*[0-9])([A-Za-z]{2,}(?:/[A-Za-z]+)?(?:" + _POWER + r")?)")
 _TOKEN = re.compile(rf"/|([^\W\d_]+)\.?({_POWER})?")
+_SIGN = re.compile(r"(?<=[0-9] )\\(?:Omega|mu\s+(?=[A-Za-z]))")
 _RATE = re.compile(r"\\frac\s*\{\s*([^\W\d_]+)\s*\}\s*\{\s*([^\W\d_]+(?:\^\d)?)\s*\}$")
 
 _SHORT_UNITS = frozenset(
@@ -80,12 +81,14 @@ def measured(text: str) -> Measured:
     """
     if match := _DEGREES.fullmatch(text):
         return Measured(match[1], "deg" + match[2].casefold())
-    if match := _BASE.fullmatch(text):
+    if (match := _BASE.fullmatch(text)) and _is_in_base(match[1], int(match[2] or match[3])):
         return Measured(match[1], f"base {match[2] or match[3]}")
     if match := _MONEY_BEFORE.fullmatch(text):
         return _money(match[1] + match[3], _CURRENCIES[match[2]])
     if match := _MONEY_AFTER.fullmatch(text):
         return _money(match[1], _CURRENCIES[match[2]])
+    if "\\" in text:
+        text = _SIGN.sub(lambda sign: "ohm" if "Omega" in sign[0] else "u", text)
     text = _RATE.sub(r" \1/\2", text) if "\\frac" in text else text
     match = _WITH_WORDS.fullmatch(text) or _ATTACHED.fullmatch(text)
     if match is None or not re.search(r"[0-9\\]", match[1]):
@@ -109,7 +112,15 @@ def _worded(text: str, value: str, words: str) -> Measured:
     tokens = [(match[0], match[1] or "", match[2] or "") for match in _TOKEN.finditer(words)]
     while tokens and scales_number(tokens[0][1]):
         value += " " + tokens.pop(0)[1]
-    if not tokens or not all(_is_unit(word, variables) for token, word, _ in tokens if token != "/"):
+    names = [word for token, word, _ in tokens if token != "/"]
+    units = [_is_unit(word, variables) for word in names]
+    # Beside a longer word a short one is a word as well: red apples, cups of tea.
+    known = (
+        any(units) and all(unit or _may_be_word(n) for unit, n in zip(units, names, strict=True))
+        if len(names) > 1 and not variables
+        else all(units)
+    )
+    if not tokens or not known:
         return Measured(value if not tokens else text, "")
     return Measured(value, _product(tokens))
 
@@ -121,6 +132,17 @@ def _is_unit(word: str, variables: bool) -> bool:
     if folded in _SHORT_UNITS or word in _SI_LETTERS:
         return not variables
     return len(word) > 3 and folded not in _NO_UNITS
+
+
+def _may_be_word(word: str) -> bool:
+    folded = word.casefold()
+    return folded not in _NO_UNITS and (len(word) > 2 or folded in _SHORT_UNITS)
+
+
+def _is_in_base(digits: str, base: int) -> bool:
+    """101 is a number in base 2; x and A are names with an index."""
+    written = digits.isdigit() or (len(digits) > 1 and digits.isupper())
+    return written and all(int(digit, 36) < base for digit in digits)
 
 
 def _product(tokens: list[tuple[str, str, str]]) -> str:
