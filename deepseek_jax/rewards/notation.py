@@ -180,7 +180,7 @@ def trim(text: str) -> str:
         if text.startswith(opened) and text.endswith(closed) and len(text) > len(opened + closed):
             text = text[len(opened) : -len(closed)].strip()
     text = text.replace("$", DOLLAR if text.count("$") == 1 else "").strip()
-    return text.removesuffix("\\\\").removesuffix("\\").strip(" ,;").removesuffix("?").removesuffix(".").strip()
+    return text.removesuffix("\\\\").removesuffix("\\").strip(" ,;").removesuffix(".").strip()
 
 
 def _without_fonts(text: str) -> str:

@@ -22,7 +22,7 @@ _MONEY_WORDS = {"k": "thousand", "m": "million", "mn": "million", "b": "billion"
 _POWER = r"\s*\^\s*(?:\{\s*-?\s*[1-9]\s*\}|-?[1-9])"
 _WORD = rf"[^\W\d_]+\.?(?:{_POWER})?"
 _WITH_WORDS = re.compile(
-    rf"(.*?[0-9A-Za-z)}}%.])(?:\s+|-(?=[a-z]{{4}})|(?<=[0-9)}}%.])(?=[^\x00-\x7f]))({_WORD}(?:\s*(?:/|\\cdot|\*|\s|-)\s*{_WORD}){{0,5}})"
+    rf"(.*?[0-9A-Za-z)}}%.])(?:\s*-(?=[a-z]{{4}})|\s+|(?<=[0-9)}}%.])(?=[^\x00-\x7f]))({_WORD}(?:\s*(?:/|\\cdot|\*|\s|-)\s*{_WORD}){{0,5}})"
 )
 _ATTACHED = re.compile(r"(.*[0-9])([A-Za-z]{2,}(?:/[A-Za-z]+)?(?:" + _POWER + r")?)")
 _TOKEN = re.compile(rf"/|([^\W\d_]+)\.?({_POWER})?")
@@ -115,11 +115,9 @@ def _worded(text: str, value: str, words: str) -> Measured:
     names = [word for token, word, _ in tokens if token != "/"]
     units = [_is_unit(word, variables) for word in names]
     # Beside a longer word a short one is a word as well: red apples, cups of tea.
-    known = (
-        any(units) and all(unit or _may_be_word(n) for unit, n in zip(units, names, strict=True))
-        if len(names) > 1 and not variables
-        else all(units)
-    )
+    known = all(units)
+    if len(names) > 1 and not variables:
+        known = any(units) and all(unit or _may_be_word(name) for unit, name in zip(units, names, strict=True))
     if not tokens or not known:
         return Measured(value if not tokens else text, "")
     return Measured(value, _product(tokens))
