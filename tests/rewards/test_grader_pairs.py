@@ -53,7 +53,7 @@ def test_every_verdict_is_right():
 
 @pytest.mark.slow
 def test_math_verify_alone_gets_fewer_right():
-    """Its own defaults: LaTeX and expressions, in a box as a model writes it; run with -s to see the share of a kind."""
+    """Its own defaults: LaTeX and expressions, in a box as a model writes it; run with -s to see the shares."""
     tasks = [[rf"$\boxed{{{answer}}}$", f"${gold}$"] for _, answer, gold, _ in PAIRS]
     with WorkerPool("tests.rewards.pool_tasks:math_verify_alone", PoolConfig(workers=2)) as pool:
         verdicts = [outcome.kind == "done" and bool(outcome.value) for outcome in pool.map(tasks)]
