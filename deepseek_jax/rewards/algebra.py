@@ -1,6 +1,7 @@
 """What the workers of `rewards.math` run: equality by computer algebra, through math-verify. Slow to import."""
 
 import logging
+import re
 from functools import lru_cache
 
 from latex2sympy2_extended import NormalizationConfig
@@ -18,6 +19,8 @@ _NORMALIZATION = NormalizationConfig(
 _LATEX = (LatexExtractionConfig(boxed_match_priority=0, normalization_config=_NORMALIZATION),)
 _PARSED = 4096
 _DIGITS = 20
+# Powers of numbers and brackets, negative and long powers, long numbers.
+_MAY_BE_SMALL = re.compile(r"[0-9)}]\s*\^|\^\s*\{?\s*(?:-|[0-9]{2})|0\.000|[0-9]{6}")
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
@@ -38,7 +41,9 @@ def algebra_equal(answer: str, gold: str) -> bool:
     Source: huggingface/math-verify 0.9.
     """
     right, got = _parsed(gold), _parsed(answer)
-    return verify(right, got, timeout_seconds=None, allow_set_relation_comp=True) and not _apart(got, right)
+    if not verify(right, got, timeout_seconds=None, allow_set_relation_comp=True):
+        return False
+    return not (_MAY_BE_SMALL.search(answer) or _MAY_BE_SMALL.search(gold)) or not _apart(got, right)
 
 
 def _apart(got: list, right: list) -> bool:

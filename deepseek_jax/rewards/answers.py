@@ -24,6 +24,9 @@ _MAX_DEPTH = 4
 _REMEMBERED = 4096
 
 _SIMPLE = re.compile(r"-?[0-9]{1,15}")
+_DECIMAL = re.compile(r"-?[0-9][0-9,]*(?:\.[0-9]+)?")
+# Without two letters in a row and a command that leads or encloses, there is nothing to prepare.
+_WORD = re.compile(r"[^\W\d_]{2}|[A-Za-z]\.|[|:\\%]")
 _LEAD = re.compile(
     r"(?:(?:so\s+|thus,?\s+)?(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is\b\s*:?|\s*:)"
     r"|\\approx(?![A-Za-z])|(?:approximately|about|roughly|approx\.?)(?![A-Za-z]))\s*",
@@ -239,7 +242,11 @@ def _unions_match(got: list[str], right: list[str], algebra: Algebra, depth: int
 @lru_cache(maxsize=_REMEMBERED)
 def _prepared(text: str) -> str:
     """An answer as `_match` takes it: canonical, without what leads to it, conjunctions as commas."""
+    if _DECIMAL.fullmatch(text):
+        return text
     text = canonical(text)
+    if not _WORD.search(text):
+        return text
     text = _LEAD.sub("", text, count=1) if _LEAD.match(text) else text
     text = _TITLE.sub(r"\1 = \2", text, count=1) if _TITLE.fullmatch(text) else text
     if match := _CASES.fullmatch(text):
