@@ -1,12 +1,15 @@
 """What the workers of `rewards.math` run: equality by computer algebra, through math-verify. Slow to import."""
 
 import logging
+import re
 from functools import lru_cache
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
+from sympy import Expr, Rational
 
 from deepseek_jax.rewards.answers import answers_match
+from deepseek_jax.rewards.numbers import TOLERANCE
 
 # Units are `answers_match`'s: math-verify would strip the last letter of `2 \pi r h` as one.
 _NORMALIZATION = NormalizationConfig(
@@ -15,6 +18,9 @@ _NORMALIZATION = NormalizationConfig(
 # Only LaTeX: what math-verify reads as a plain expression goes through Python's `eval`.
 _LATEX = (LatexExtractionConfig(boxed_match_priority=0, normalization_config=_NORMALIZATION),)
 _PARSED = 4096
+_DIGITS = 20
+# Powers of numbers and brackets, negative and long powers, long numbers.
+_MAY_BE_SMALL = re.compile(r"[0-9)}]\s*\^|\^\s*\{?\s*(?:-|[0-9]{2})|0\.000|[0-9]{6}")
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
@@ -29,11 +35,27 @@ def algebra_equal(answer: str, gold: str) -> bool:
       gold: the right answer; the order matters to equations.
 
     Returns:
-      Whether math-verify takes them for the same; False where either cannot be parsed.
+      Whether math-verify takes them for the same; False where either cannot be parsed, and where two expressions have
+      values that differ by more than 1e-6 of them: math-verify takes small numbers for zero.
 
     Source: huggingface/math-verify 0.9.
     """
-    return verify(_parsed(gold), _parsed(answer), timeout_seconds=None, allow_set_relation_comp=True)
+    right, got = _parsed(gold), _parsed(answer)
+    if not verify(right, got, timeout_seconds=None, allow_set_relation_comp=True):
+        return False
+    return not (_MAY_BE_SMALL.search(answer) or _MAY_BE_SMALL.search(gold)) or not _apart(got, right)
+
+
+def _apart(got: list, right: list) -> bool:
+    """Whether the first expressions have values, at one point of their variables, that are not the same."""
+    if not (got and right and isinstance(got[0], Expr) and isinstance(right[0], Expr)):
+        return False
+    variables = sorted(got[0].free_symbols | right[0].free_symbols, key=str)
+    point = {name: Rational(17 + 2 * place, 13) for place, name in enumerate(variables)}
+    x, y = (expression.subs(point).evalf(_DIGITS) for expression in (got[0], right[0]))
+    if not (x.is_number and y.is_number and x.is_finite and y.is_finite):
+        return False
+    return bool(abs(x - y) > float(TOLERANCE) * max(abs(x), abs(y)))
 
 
 def grade(pair: list[str]) -> bool:

@@ -2,14 +2,17 @@
 
 import re
 
-from deepseek_jax.rewards.accuracy import Extraction, answer_of, check_answers
+from deepseek_jax.rewards.accuracy import check_answers
 from deepseek_jax.rewards.answers import MAX_CHARS
 from deepseek_jax.rewards.combine import RewardFunction, check_strings
+from deepseek_jax.rewards.extraction import Extraction, answer_of
+from deepseek_jax.rewards.notation import MAX_NESTING, canonical, nesting
 
-_WRAPPER = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _LEAD = re.compile(
     r"^(?:the\s+)?(?:(?:correct|final|best)\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s+", re.IGNORECASE
 )
+# A letter, and either nothing after it or a mark and the option's text.
+_NAMED = re.compile(r"([(\[]?)\s*([a-z])\s*(?:([)\].:,;]+)\s*(.*))?", re.DOTALL)
 
 
 def choice_reward(*, letters: str = "ABCDE", extraction: Extraction = "strict") -> RewardFunction:
@@ -17,16 +20,17 @@ def choice_reward(*, letters: str = "ABCDE", extraction: Extraction = "strict") 
 
     The answer is a letter (`B`, `b`, `(B)`, `B.`, `**B**`, `\text{(B)}`, "option B"), a letter with its option
     (`B) Paris`), or the option's text, whatever its case. A letter that begins a word chooses nothing, two letters
-    choose nothing, and neither does a letter with the text of another option.
+    choose nothing, and neither does a letter with the text of another option. Where the options' texts are not known,
+    any text may stand after a letter and a mark, if it names no second letter.
 
     Args:
       letters: names of the options, in order.
       extraction: where the answer is looked for, as in `rewards.math.math_reward`.
 
     Returns:
-      A reward function that needs a column `answer` (the right letter, or None: the score is then None) and takes a
-      column `choices` (a list of texts, one an option, or None). It raises ValueError where a right answer is not one
-      of the row's letters or something has the wrong form.
+      A reward function that needs a column `answer` (the right letter, also as `(B)` or `B.`, or None: the score is
+      then None) and takes a column `choices` (a list of texts, one an option, or None). It raises ValueError where a
+      right answer is not one of the row's letters or something has the wrong form.
 
     Raises:
       ValueError: a letter that is no letter or there twice.
@@ -54,7 +58,7 @@ def choice_reward(*, letters: str = "ABCDE", extraction: Extraction = "strict") 
                 continue
             options = _options(f"[{row}]", right, letters.upper(), choices[row] if choices else None)
             found = answer_of(prompts[row], completions[row], extraction)
-            scores.append(float(found is not None and _chosen(found, options) == right.upper()))
+            scores.append(float(found is not None and _chosen(found, options) == _letter(right)))
         return scores
 
     return reward
@@ -86,12 +90,18 @@ def _options(where: str, right: str, letters: str, texts: list[str] | None) -> d
             f"choice_reward: choices{where}: got {len(texts)} options, wanted 1 to {len(letters)}; give more letters"
         )
     options = dict.fromkeys(letters, "") if texts is None else dict(zip(letters, map(_plain, texts), strict=False))
-    if right.upper() not in options:
+    if _letter(right) not in options:
         raise ValueError(
             f"choice_reward: answer{where}: got {right[:80]!r}, wanted one of {', '.join(options)};"
             " give the option's letter, or more letters"
         )
     return options
+
+
+def _letter(right: str) -> str:
+    """The letter of a right answer, however it is marked; the answer itself where it is none."""
+    match = _NAMED.fullmatch(_plain(right))
+    return match[2].upper() if match and not match[4] and (match[3] or not match[1]) else right.upper()
 
 
 def _chosen(answer: str, options: dict[str, str]) -> str | None:
@@ -102,15 +112,29 @@ def _chosen(answer: str, options: dict[str, str]) -> str | None:
     named = [letter for letter, option in options.items() if option and option == text]
     if named:
         return named[0] if len(named) == 1 else None
-    text = _LEAD.sub("", text)
-    # A letter, and either nothing after it or a mark and the option's text.
-    match = re.fullmatch(r"([(\[]?)([a-z])(?:([)\].:,]+)\s*(.*))?", text, re.DOTALL)
+    match = _NAMED.fullmatch(_LEAD.sub("", text))
     if match is None or match[2].upper() not in options or (match[1] and not match[3]):
         return None
     letter, rest = match[2].upper(), (match[4] or "").strip()
-    return letter if not rest or rest == options[letter] else None
+    if not rest or rest == options[letter]:
+        return letter
+    unknown = not any(options.values())
+    return letter if unknown and "," not in match[3] and not _names_another(rest, options) else None
+
+
+def _names_another(rest: str, options: dict[str, str]) -> bool:
+    """Whether a second letter is named: alone, in brackets, or after a conjunction; "a city" names none."""
+    letter = f"[{''.join(options).lower()}]"
+    return (
+        re.search(
+            rf"^[(\[]?{letter}(?:[)\].:,;]|\s*$|\s+(?:is|or|and)\b)|[(\[]{letter}[)\]]|\b{letter}\)"
+            rf"|(?:^|\s)(?:and|or|not|but|nor|also)\s+(?:option\s+)?[(\[]?{letter}(?:[)\].:,;]|\s*$)|^(?:and|or|not|nor)\b",
+            rest,
+        )
+        is not None
+    )
 
 
 def _plain(text: str) -> str:
-    text = _WRAPPER.sub(r"\1", text).replace("*", "").replace("$", "")
-    return " ".join(text.split()).casefold().removesuffix(".").strip()
+    text = canonical(text) if len(text) <= MAX_CHARS and nesting(text) <= MAX_NESTING else text
+    return " ".join(text.replace("*", "").split()).casefold().removesuffix(".").strip()

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Literal, NamedTuple
 
-from deepseek_jax.rewards.accuracy import Extraction, answer_of, check_answers
-from deepseek_jax.rewards.answers import answers_match
+from deepseek_jax.rewards.accuracy import check_answers
+from deepseek_jax.rewards.answers import answers_match, without_percent
 from deepseek_jax.rewards.combine import RewardFunction, check_strings
+from deepseek_jax.rewards.extraction import Extraction, answer_of
 from deepseek_jax.rewards.pool import PoolConfig, WorkerPool
 
 _REMEMBERED = 4096
@@ -36,16 +37,24 @@ class Verdict(NamedTuple):
 
 
 class MathGrader:
-    """Compares final answers with the right ones; use it as a context manager around the whole run.
+    r"""Compares final answers with the right ones; use it as a context manager around the whole run.
 
     Worker processes start with the first answer that needs algebra, and are never inherited by or shared with anything
     else. Equal pairs are graded once, and algebra's verdicts and failures are remembered for the next batches.
 
     Args:
       config: number of workers and their limits.
+      percent: "strict": `10\%` is a tenth, never ten. "either": it is right beside 10 as well, and 10 beside it, as in
+        the graders of published benchmarks, whose right answers leave the sign out.
+
+    Raises:
+      ValueError: another percent.
     """
 
-    def __init__(self, config: PoolConfig | None = None):
+    def __init__(self, config: PoolConfig | None = None, *, percent: Literal["strict", "either"] = "strict"):
+        if percent not in ("strict", "either"):
+            raise ValueError(f"MathGrader: percent: got {percent!r}, wanted 'strict' or 'either'; choose one")
+        self._percent = percent
         self._pool = WorkerPool("deepseek_jax.rewards.algebra:grade", config)
         self._counts: Counter[str] = Counter()
         self._restarts = 0
@@ -77,6 +86,8 @@ class MathGrader:
           ValueError: the grader is closed and algebra is needed.
           RuntimeError: a worker cannot start.
         """
+        if self._percent == "either":
+            pairs = [without_percent(*pair) for pair in pairs]
         verdicts = {pair: self._remembered.get(pair) or _exactly(*pair) for pair in pairs}
         undecided = [pair for pair, verdict in verdicts.items() if verdict is None]
         restarts = self._pool.restarts

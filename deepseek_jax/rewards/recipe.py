@@ -27,6 +27,8 @@ class RewardConfig:
         accuracy: how answers are compared: "exact" as numbers and text, "math" by computer algebra as well, in
             processes that can be killed, "choice" as letters of multiple choice, "code" by running the program against
             the hidden tests of the column `tests`.
+        percent: for "math": 10% is a tenth and never ten ("strict"), or right beside 10 as well ("either"), as for
+            published benchmarks.
         choices: letters of the options, in order, for "choice".
         weight_accuracy: of the right answer.
         weight_format: of the exact <think>/<answer> format.
@@ -43,6 +45,7 @@ class RewardConfig:
     """
 
     accuracy: Literal["exact", "math", "choice", "code"] = "exact"
+    percent: Literal["strict", "either"] = "strict"
     choices: str = "ABCDE"
     weight_accuracy: float = 1.0
     weight_format: float = 0.3
@@ -92,7 +95,7 @@ def rewards(config: RewardConfig, *, max_new_tokens: int) -> Iterator[Rewards]:
         reason = processes.on_main(available)
         if reason is not None:
             raise ValueError(f"accuracy: got 'code', but {reason}; or run programs unprotected: allow_unsandboxed")
-    with MathGrader() as grader:  # starts no process before the first answer that needs one
+    with MathGrader(percent=config.percent) as grader:  # starts no process before the first answer that needs one
         functions: dict[str, RewardFunction] = {}
         if config.weight_accuracy:
             functions["accuracy"] = _accuracy(config, grader, counted=True)

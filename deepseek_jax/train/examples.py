@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from deepseek_jax.rewards.accuracy import extract_answer, gsm8k_answer
+from deepseek_jax.rewards.extraction import solution_answer
 from deepseek_jax.train.curriculum import Curriculum
 from deepseek_jax.train.sources import Row, Source
 
@@ -13,6 +14,8 @@ QUESTION_COLUMNS = ("question", "problem", "prompt")
 ANSWER_COLUMNS = ("answer", "solution")
 # The parameters of a reward function, to which columns are passed by name.
 _TAKEN_COLUMNS = ("self", "prompts", "completions", "completion_ids")
+_QUOTED_CHARS = 80
+_MAX_BITS = 4_000  # Python turns no integer of over 4300 digits into text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,7 @@ class DataConfig:
         duplicates: "drop" keeps the first of rows that ask the same, over all sources.
         held_out: data to evaluate on; a training row that asks the same as one of its rows is contamination.
         contamination: "drop" such rows, or "refuse" the data.
+        without_answer: "refuse" data with a row in which no final answer is found, or "drop" such rows.
         curriculum: None shuffles.
 
     Questions are the same when they are after NFKC, case folding, and every run of white space made one space.
@@ -86,6 +90,7 @@ class DataConfig:
     duplicates: Literal["drop", "keep"] = "drop"
     held_out: tuple[SourceConfig, ...] = ()
     contamination: Literal["drop", "refuse"] = "drop"
+    without_answer: Literal["refuse", "drop"] = "refuse"
     curriculum: Curriculum = None
 
     def __post_init__(self) -> None:
@@ -120,6 +125,10 @@ class Example(NamedTuple):
     columns: dict[str, Any]
     source: int
     row: int
+
+
+class NoAnswer(ValueError):
+    """A row in which no final answer is found."""
 
 
 class Columns(NamedTuple):
@@ -176,16 +185,41 @@ def question_and_answer(values: Row, columns: Columns, where: str) -> tuple[str,
 def _answer(values: Row, columns: Columns, where: str) -> str | None:
     if columns.answer is None or (not columns.need_answer and values.get(columns.answer) is None):
         return None
-    answer = _text(values, columns.answer, where).strip()
-    final = gsm8k_answer(answer) if "####" in answer else answer
-    if "\\boxed" in answer and "####" not in answer:
-        final = extract_answer(answer)
-    if not final:
-        raise ValueError(
-            f"{where}: {columns.answer!r}: got {values[columns.answer]!r}, wanted a final answer, "
-            "after '####' if it has one"
+    value = values.get(columns.answer)
+    found = _final_answer(value, bare="solution" not in columns.answer.casefold())
+    if found is None:
+        raise NoAnswer(
+            f"{where}: {columns.answer!r}: got {_quoted(value)}, wanted a final answer: a number, a few words, "
+            r"\boxed{...}, or '#### 42' as the last line; correct it, name another answer_column, or leave such rows "
+            "out with without_answer='drop'"
         )
-    return final
+    return found
+
+
+def _final_answer(value: Any, *, bare: bool) -> str | None:
+    """The final answer that a column's value gives; None where it gives none."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
+        return None
+    if isinstance(value, float | Decimal) and not math.isfinite(value):
+        return None
+    if isinstance(value, int) and abs(value).bit_length() > _MAX_BITS:
+        return None
+    if isinstance(value, str):
+        return None if _half_pair(value) else solution_answer(value, bare=bare)
+    return str(value)
+
+
+def _half_pair(text: str) -> bool:
+    return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _quoted(value: Any) -> str:
+    """The value in at most 80 characters of one line."""
+    if isinstance(value, int) and abs(value).bit_length() > _MAX_BITS:
+        return f"an integer of {abs(value).bit_length()} bits"
+    if isinstance(value, str) and len(value) > _QUOTED_CHARS:
+        return repr(f"{value[: _QUOTED_CHARS // 2]} ... {value[-_QUOTED_CHARS // 3 :]}")
+    return repr(value)[:_QUOTED_CHARS]
 
 
 def _text(values: Row, name: str, where: str) -> str:
@@ -193,7 +227,7 @@ def _text(values: Row, name: str, where: str) -> str:
     if not isinstance(value, str | int | float):
         raise ValueError(f"{where}: {name!r}: got {value!r}, wanted text or a number")
     text = str(value)
-    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+    if _half_pair(text):
         raise ValueError(f"{where}: {name!r}: holds half a surrogate pair, which is no text; correct it")
     return text
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deepseek_jax.train.examples import Columns, DataConfig, Example, SourceConfig, columns_of, example_of
+from deepseek_jax.train.examples import Columns, DataConfig, Example, NoAnswer, SourceConfig, columns_of, example_of
 from deepseek_jax.train.sources import JsonLines, Source, open_source
 
 _MOST_COLUMNS = 256
@@ -30,7 +30,7 @@ class Dropped(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """What filters look at: of every row of a source."""
+    """What filters look at: of every row of a source; of one without an answer, nothing but that, and why."""
 
     source: Source
     columns: Columns
@@ -39,6 +39,7 @@ class Survey(NamedTuple):
     difficulty: np.ndarray | None
     pass_rate: np.ndarray | None
     tokens: np.ndarray | None
+    unanswered: dict[int, str]
 
 
 def survey(
@@ -61,8 +62,17 @@ def survey(
     column = config.difficulty_column
     names: dict[str, None] = {}
     asked, difficulty, pass_rate, tokens = [], [], [], []
+    unanswered: dict[int, str] = {}
     for row in range(len(source)):
-        example = example_of(source, number, row, columns)
+        try:
+            example = example_of(source, number, row, columns)
+        except NoAnswer as problem:
+            if config.without_answer == "refuse":
+                raise
+            unanswered[row] = str(problem).partition(", wanted")[0]
+            for column_of_row, nothing in ((asked, b""), (difficulty, math.nan), (pass_rate, math.nan), (tokens, 0)):
+                column_of_row.append(nothing)
+            continue
         names |= dict.fromkeys(example.columns)
         if len(names) > _MOST_COLUMNS:
             raise ValueError(f"{source.where(row)}: got over {_MOST_COLUMNS} columns up to here; drop some")
@@ -84,7 +94,7 @@ def survey(
     if bounded and hardness is None:
         raise ValueError(f"{source.name}: a bound on difficulty, but no difficulty_column and no pass_rates; give one")
     counts = None if count_tokens is None else np.array(tokens)
-    return Survey(source, columns, names, asked, hardness, measured, counts)
+    return Survey(source, columns, names, asked, hardness, measured, counts, unanswered)
 
 
 def filtered(
@@ -113,6 +123,9 @@ def filtered(
             raise ValueError(f"{found.source.name}: no rows left: the last {len(rows)} fell to {reason!r}; widen it")
         rows = rows[stays]
 
+    if found.unanswered:
+        first = next(iter(found.unanswered.values()))
+        keep(f"no final answer found; the first: {first}", np.array([row not in found.unanswered for row in rows]))
     for reason, stays in _bounds(config, found):
         keep(reason, stays[rows])
     if config.duplicates == "drop":
@@ -163,7 +176,7 @@ def asked_by(sources: Iterable[SourceConfig]) -> dict[bytes, str]:
     found: dict[bytes, str] = {}
     for wanted in sources:
         source = open_source(wanted.name)
-        columns = columns_of(wanted, source)
+        columns = columns_of(wanted, source)._replace(answer=None)  # what a row asks does not depend on its answer
         for row in range(len(source)):
             found.setdefault(_same(example_of(source, 0, row, columns)), source.where(row))
     return found

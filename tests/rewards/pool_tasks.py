@@ -12,6 +12,14 @@ def act(task):
     return ACTIONS[name](argument)
 
 
+def math_verify_alone(pair):
+    """math-verify as its documentation uses it, of [completion, right answer in dollars]."""
+    from math_verify import parse, verify
+
+    completion, gold = pair
+    return verify(parse(gold, parsing_timeout=None), parse(completion, parsing_timeout=None), timeout_seconds=None)
+
+
 def algebra_only(pair):
     """math-verify without the exact path before it."""
     from deepseek_jax.rewards.algebra import algebra_equal

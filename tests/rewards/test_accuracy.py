@@ -189,7 +189,8 @@ def test_bad_rows_are_named(prompts, completions, answer, reason):
     [
         ("5*2=10\n#### 10", "10"),
         ("#### 3\nno\n#### 1,000\n", "1,000"),
-        ("#### 10\nthanks", "10"),
+        ("#### 10\nthanks", None),
+        ("#### 10\n\n  \n", "10"),
         ("10", None),
         ("#### ", None),
         ("", None),

@@ -39,10 +39,11 @@ def test_an_article_is_no_letter():
     assert score("A town", right="A", choices=None) == 0.0
 
 
-def test_without_texts_only_the_letter_counts():
+def test_without_texts_the_letter_counts():
     assert score("B", choices=None) == 1.0
     assert score("Paris", choices=None) == 0.0
-    assert score("B) Paris", choices=None) == 0.0
+    assert score("B) Paris", choices=None) == 1.0
+    assert score("A) Paris", choices=None) == 0.0
 
 
 def test_a_text_of_two_options_is_ambiguous():
