@@ -1,25 +1,19 @@
 """Code: does the program in a completion pass the hidden tests?"""
 
-import ast
-import builtins
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from pathlib import Path
 from typing import Any
 
+from deepseek_jax.rewards.assertions import CANDIDATE, Assertions, TestsUnusable, count_assertions
 from deepseek_jax.rewards.combine import check_strings
-from deepseek_jax.rewards.sandbox import Limits, Program, available, processors, run_linked, run_programs
-from deepseek_jax.rewards.sandbox import __path__ as _sandbox_path
+from deepseek_jax.rewards.sandbox import Limits, Program, available, processors, run_programs
 
-_INSIDE = Path(_sandbox_path[0], "inside.py")
 _FENCE = re.compile(r"[ \t]{0,3}(`{3,}|~{3,})[ \t]*([^`\n]*?)[ \t]*\r?")
 _PYTHON = ("python", "python3", "py")
-_CANDIDATE = "candidate"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,33 +27,6 @@ class InputOutput:
 
     input: str
     output: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assertions:
-    """Tests by statements that raise where the program is wrong.
-
-    Args:
-      tests: Python statements, one string a test.
-      setup: statements that run before them, imports and helpers; trusted as the tests are.
-      entry_point: the function that the tests call `candidate`, as in HumanEval; "" where they use its own name.
-
-    Raises:
-      ValueError: something is not Python.
-    """
-
-    tests: Sequence[str]
-    setup: str = ""
-    entry_point: str = ""
-
-    def __post_init__(self) -> None:
-        for text in (self.setup, *self.tests):
-            try:
-                ast.parse(text)
-            except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-                raise ValueError(
-                    f"code_reward: tests: {text[:80]!r} is not Python ({error}); correct the data set"
-                ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +203,7 @@ def parse_tests(row: Any) -> list[InputOutput] | Assertions | None:
         return Assertions(tests=tuple(row["asserts"]), setup=row.get("setup", "")) if row["asserts"] else None
     if isinstance(row, Mapping) and {"test", "entry_point"} <= set(row) <= {"test", "entry_point", "setup"}:
         setup = row.get("setup", "") + "\n" + row["test"]
-        return Assertions(tests=(f"check({_CANDIDATE})",), setup=setup, entry_point=row["entry_point"])
+        return Assertions(tests=(f"check({CANDIDATE})",), setup=setup, entry_point=row["entry_point"])
     raise ValueError(
         f"code_reward: tests: got {repr(row)[:120]}, wanted None, a list of input and output, a list of assert"
         " statements, or a mapping of asserts or of test and entry_point; convert the column"
@@ -261,92 +228,6 @@ def outputs_equal(got: str, wanted: str) -> bool:
     """
     lines, wanted_lines = got.strip().split("\n"), wanted.strip().split("\n")
     return len(lines) == len(wanted_lines) and all(map(_same_line, lines, wanted_lines))
-
-
-def count_assertions(source: str, tests: Assertions, *, limits: Limits, allow_unsandboxed: bool = False) -> int:
-    """Runs assertions against a program, in two sandboxes.
-
-    The tests run in one, the program in the other; the tests' calls of the program's functions cross between them as
-    data (`deepseek_jax.rewards.sandbox.inside`). The program sees the arguments of its calls, and nothing else of the
-    tests; what it does to its own process changes no verdict. What stays open to it: to answer well for arguments
-    that it recognises; tests that any answer satisfies; helpers that tests take from the program rather than from
-    `setup`; tests that check for an exception of a common type.
-
-    A test fails that hands the program what is not data and not the program's own object (a function of the test's,
-    say), or that counts on the program changing an argument in place.
-
-    Args:
-      source: the program.
-      tests: the tests.
-      limits: of each sandbox; seconds count for all tests together.
-      allow_unsandboxed: see `deepseek_jax.rewards.sandbox.run_program`.
-
-    Returns:
-      How many tests passed before the time was over.
-
-    Raises:
-      SandboxUnavailable: programs cannot be isolated here.
-    """
-    names, module = _test_module(tests)
-    inside = _INSIDE.read_bytes()
-    judge = Program(source=inside, files={"checks.py": module, "names.json": json.dumps(names)}, limits=limits)
-    player = Program(source=inside, files={"solution.py": source}, limits=limits)
-    ran = run_linked(judge, player, allow_unsandboxed=allow_unsandboxed)
-    return ran.stderr.split(b"\n").count(b"1")
-
-
-def _test_module(tests: Assertions) -> tuple[dict[str, str], str]:
-    """The judge's module: the setup, then a function for each test; and which names are the program's."""
-    setup, bodies = ast.parse(tests.setup), [ast.parse(text) for text in tests.tests]
-    trees = [setup, *bodies]
-    free = _free_names(trees)
-    imported = (free & sys.stdlib_module_names) - _values(trees)
-    names = {name: name for name in free - imported}
-    if tests.entry_point:
-        names[_CANDIDATE] = tests.entry_point
-    elif not names:
-        names = _first_call(bodies)
-    module = ast.parse("from candidate import *\n" + "".join(f"import {name}\n" for name in sorted(imported)))
-    module.body += setup.body
-    for index, body in enumerate(bodies):
-        (function,) = ast.parse(f"def _test_{index}(): pass").body
-        function.body = body.body or function.body
-        module.body.append(function)
-    module.body += ast.parse(f"CHECKS = [{', '.join(f'_test_{index}' for index in range(len(bodies)))}]").body
-    return names, ast.unparse(module)
-
-
-def _free_names(trees: Sequence[ast.AST]) -> set[str]:
-    """Names that are read and neither bound anywhere in the trees nor builtins."""
-    read: set[str] = set()
-    bound: set[str] = set()
-    for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, ast.Name):
-            (read if isinstance(node.ctx, ast.Load) else bound).add(node.id)
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            bound.add(node.name)
-        elif isinstance(node, ast.arg):
-            bound.add(node.arg)
-        elif isinstance(node, ast.alias):
-            bound.add((node.asname or node.name).split(".")[0])
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            bound.add(node.name)
-    return read - bound - set(dir(builtins))
-
-
-def _values(trees: Sequence[ast.AST]) -> set[str]:
-    """Names that are used otherwise than before a dot; a module's never is."""
-    nodes = [node for tree in trees for node in ast.walk(tree)]
-    dotted = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
-    return {node.id for node in nodes if isinstance(node, ast.Name) and id(node) not in dotted}
-
-
-def _first_call(bodies: Sequence[ast.Module]) -> dict[str, str]:
-    """Tests that name nothing but builtins ask for a function that shadows one (`assert sum(1, 2) == 3`): the first
-    that they call."""
-    calls = (node for body in bodies for node in ast.walk(body) if isinstance(node, ast.Call))
-    name = next((call.func.id for call in calls if isinstance(call.func, ast.Name)), None)
-    return {} if name is None else {name: name}
 
 
 def _input_output(test: Mapping[str, Any]) -> InputOutput:

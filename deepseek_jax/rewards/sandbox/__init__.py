@@ -15,6 +15,7 @@ What is not: side channels (timing, contention), bugs of the kernel, the bits th
 
 import functools
 import glob
+import importlib.util
 import marshal
 import math
 import os
@@ -62,7 +63,7 @@ class Limits:
     seconds: float = 6.0
     memory_bytes: int = 1 << 30
     processes: int = 1
-    threads: int = 16
+    threads: int = 64
     file_bytes: int = 16 << 20
     output_bytes: int = 1 << 20
 
@@ -88,6 +89,7 @@ class Program:
       stdin: what it reads from standard input, which then ends.
       files: further contents of its folder, by plain name.
       limits: what it may use; `files` and `source` do not count as written.
+      packages: installed packages that it may import, as far as they are installed here.
 
     Raises:
       ValueError: a file's name is not a plain name, or is the script's own.
@@ -97,6 +99,7 @@ class Program:
     stdin: str | bytes = ""
     files: Mapping[str, str | bytes] = field(default_factory=dict)
     limits: Limits = Limits()
+    packages: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name in self.files:
@@ -248,12 +251,15 @@ def _ask(programs: Sequence[Program], folders: Sequence[str], sandboxed: bool) -
     marshal carries the request because it costs the launcher no import; both ends are ours. The answer holds what
     hostile programs wrote, and is plain lines and counted bytes.
     """
+    packages = tuple(dict.fromkeys(name for program in programs for name in program.packages))
     request = {
         "sandboxed": sandboxed,
         "linked": len(programs) > 1,
         "base": os.path.realpath(tempfile.gettempdir()),
         "python": _interpreter(),
+        "variables": _variables(bool(packages)),
         **_visible(),
+        "packages": [place for name in packages for place in _places(name)],
         "cells": [_cell(*pair) for pair in zip(programs, folders, strict=True)],
     }
     command = [_interpreter(), "-I", "-S", str(_LAUNCHER)]
@@ -321,6 +327,28 @@ def _filter(fork: bool) -> bytes | None:
 def _interpreter() -> str:
     """The interpreter itself, not a virtual environment's link to it: inside there are no installed packages."""
     return os.path.realpath(sys._base_executable)
+
+
+_PACKAGES = "/packages"
+
+
+def _variables(packages: bool) -> dict[str, str]:
+    """The program's environment.
+
+    Sets come in one order on every run, or a resumed training run would see other rewards. One arena, for each further
+    one reserves 64 MiB of the address space that is limited, when threads happen to meet.
+    """
+    variables = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
+    return variables | ({"PYTHONPATH": _PACKAGES, "OPENBLAS_NUM_THREADS": "1"} if packages else {})
+
+
+@functools.cache
+def _places(package: str) -> list[tuple[str, str]]:
+    """Where an installed package and its shared libraries are, and where they stand inside."""
+    found = importlib.util.find_spec(package)
+    folders = list(found.submodule_search_locations or ()) if found is not None else []
+    wanted = [path for folder in folders[:1] for path in (folder, f"{folder}.libs") if os.path.isdir(path)]
+    return [(os.path.realpath(path), f"{_PACKAGES}/{os.path.basename(path)}") for path in wanted]
 
 
 @functools.cache

@@ -191,7 +191,9 @@ def _build_root(request: dict[str, Any], cell: dict[str, Any], switch: bool) -> 
     base = request["base"]
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
     # Opened first: the new root may cover them, and only our own user, not nobody, may be able to reach them.
-    sources = [(path, kind, os.open(path, os.O_PATH)) for path, kind in request["binds"]]
+    wanted = [(path, path, kind) for path, kind in request["binds"]]
+    wanted += [(path, place, "folder") for path, place in request["packages"]]
+    sources = [(place, kind, os.open(path, os.O_PATH)) for path, place, kind in wanted]
     if switch:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -249,8 +251,11 @@ def _become_program(request: dict[str, Any], cell: dict[str, Any], pipes: dict[s
             _check(_libc.prctl(_PR_SET_SECCOMP, 2, ctypes.byref(_Filter(len(code) // 8, code)), 0, 0), "seccomp")
         os.write(report, b"s")
         python = request["python"]
-        # Sets in one order on every run, or a resumed training run would see other rewards.
-        os.execve(python, [python, "-s", "-B", "-X", "utf8", "main.py"], {"PYTHONHASHSEED": "0"})
+        variables = request["variables"]
+        if not request["sandboxed"] and "PYTHONPATH" in variables:
+            folders = dict.fromkeys(os.path.dirname(path) for path, _ in request["packages"])
+            variables = {**variables, "PYTHONPATH": os.pathsep.join(folders)}
+        os.execve(python, [python, "-s", "-B", "-X", "utf8", "main.py"], variables)
     except BaseException as error:
         os.write(report, _failure(error))
     os._exit(1)
