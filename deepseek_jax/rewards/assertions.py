@@ -113,6 +113,12 @@ def count_assertions(source: str, tests: Assertions, *, limits: Limits, allow_un
     return _passed(ran)
 
 
+def wanted_names(tests: Assertions) -> frozenset[str]:
+    """The program's names that tests use: what `extract_program` looks for."""
+    plan = _plan(tests)
+    return frozenset(re.match(r"\w*", name)[0] for name in plan.names.values())
+
+
 def _passed(ran: Ran) -> int:
     """Reads the judge's lines."""
     lines = ran.stderr.decode(errors="replace").split("\n")

@@ -18,7 +18,18 @@ _CHECKERS = {
     },
 }
 # Where LeetCode's and LiveCodeBench's programs find names that they do not import.
-_ASSUMED = ("typing", "collections", "heapq", "bisect", "itertools", "functools", "math", "string", "random", "datetime")
+_ASSUMED = (
+    "typing",
+    "collections",
+    "heapq",
+    "bisect",
+    "itertools",
+    "functools",
+    "math",
+    "string",
+    "random",
+    "datetime",
+)
 _DATA_METHODS = {
     name for kind in (str, list, dict, set, tuple, int, float, bytes, frozenset, complex) for name in dir(kind)
 }

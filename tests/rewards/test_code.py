@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_jax.rewards import code
 from deepseek_jax.rewards.code import (
     Assertions,
     CodeReward,
@@ -48,9 +47,9 @@ def score(source: str, tests: object, *, share: bool = False, limits: Limits = P
         ("", "```Python3 \nb\n```", "b\n"),
         ("", "```py\r\nb\r\n```\r\n", "b\r\n"),
         ("", "```python\na\n```\n```text\nb\n```", "a\n"),
-        ("", "```\na\n```", None),
+        ("", "```\na\n```", "a\n"),
         ("", "```json\n{}\n```", None),
-        ("", "```python\na", None),
+        ("", "```python\na", "a\n"),
         ("", "````python\na = '''\n```\n'''\n````", "a = '''\n```\n'''\n"),
         ("", "```markdown\n```python\na\n```\n", None),
         ("", "print('```python')", None),
@@ -353,8 +352,3 @@ def test_reference_solutions_of_mbpp_pass_and_broken_ones_fail(count: int):
     run = lambda programs: reward([""] * count, [fenced(program) for program in programs], [[]] * count, tests=tests)
     assert run([row["code"] for row in rows]) == [1.0] * count
     assert run([broken(row["code"]) for row in rows]) == [0.0] * count
-
-
-def test_the_judge_s_module_holds_no_name_twice():
-    names, module = code._test_module(Assertions(tests=["x = 1\nassert f(x) == 'a\\nb'"], setup="import math as m"))
-    assert names == {"f": "f"} and "'a\\nb'" in module

@@ -34,7 +34,7 @@ from deepseek_jax.rewards.sandbox.seccomp import filter_program
 Kind = Literal["ok", "error", "timeout", "memory", "output", "killed"]
 
 _LAUNCHER = Path(__file__).with_name("launcher.py")
-_GRACE_SECONDS = 90.0
+_GRACE_SECONDS = 150.0  # above the launcher's own patience, SETUP_SECONDS and MOST_STARVED_SECONDS
 _MIN_MEMORY_BYTES = 64 << 20
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
@@ -268,8 +268,11 @@ def _ask(programs: Sequence[Program], folders: Sequence[str], sandboxed: bool) -
         command, stdin=pipe, stdout=pipe, stderr=pipe, env={}, cwd="/", start_new_session=True
     ) as launcher:
         try:
-            limit = max(program.limits.seconds for program in programs) + _GRACE_SECONDS
+            limit = 5 * max(program.limits.seconds for program in programs) + _GRACE_SECONDS
             answer, complaint = launcher.communicate(marshal.dumps(request), timeout=limit)
+        except subprocess.TimeoutExpired:
+            launcher.kill()
+            raise SandboxUnavailable(f"no sandbox: its launcher did not answer within {limit:.0f} s") from None
         except BaseException:
             launcher.kill()
             raise

@@ -231,7 +231,10 @@ class Peer:
         allowed = {
             "call": own or _is_callback(target),
             "get": own and plain,
-            "set": own and plain and not isinstance(target, type) and not callable(getattr(type(target), str(name), None)),
+            "set": own
+            and plain
+            and not isinstance(target, type)
+            and not callable(getattr(type(target), str(name), None)),
             "op": own and name in proxies.OPERATORS,
             "next": isinstance(target, Iterator),
             "await": True,
@@ -400,7 +403,13 @@ class Peer:
         kinds = [encode(kind) for kind in type(error).__mro__ if issubclass(kind, BaseException)]
         number = self.number(error)
         state = {key: value for key, value in vars(error).items() if key != "__notes__"}
-        return {"kinds": kinds, "args": encode(list(error.args)), "text": _text(error), "state": encode(state), "ref": number}
+        return {
+            "kinds": kinds,
+            "args": encode(list(error.args)),
+            "text": _text(error),
+            "state": encode(state),
+            "ref": number,
+        }
 
     def _made_exception(self, data: dict, decode: Decoder) -> BaseException:
         kind = next(kind for kind in map(self._exception_kind, data["kinds"]) if kind is not None)
@@ -493,7 +502,11 @@ def _library_function(value: object) -> list[str] | None:
     if not isinstance(module, str) or module.partition(".")[0] not in sys.stdlib_module_names or module == "__main__":
         return None
     name = value.__qualname__
-    return [module, name] if "<" not in name and getattr(value, "__self__", None) in (None, builtins, sys.modules.get(module)) else None
+    return (
+        [module, name]
+        if "<" not in name and getattr(value, "__self__", None) in (None, builtins, sys.modules.get(module))
+        else None
+    )
 
 
 def _found_function(module: str, name: str) -> object:

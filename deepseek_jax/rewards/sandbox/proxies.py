@@ -183,7 +183,15 @@ def mirror(peer: Any, number: int, about: dict[str, Any], bases: list[type]) -> 
         return _named(peer, number, RemoteType(about["name"], tuple(bases), _exception_namespace(about)))
     if any(issubclass(base, _DATA) for base in bases):
         # Compared by what they hold, whatever the program says.
-        held = ("__eq__", "__ne__", "__hash__", *(f"__{name}__" for name in _ORDER), "__bool__", "__len__", "__contains__")
+        held = (
+            "__eq__",
+            "__ne__",
+            "__hash__",
+            *(f"__{name}__" for name in _ORDER),
+            "__bool__",
+            "__len__",
+            "__contains__",
+        )
         held += ("__iter__", "__getitem__", "__int__", "__float__", "__index__", "__complex__", "__bytes__")
         own = {name: function for name, function in own.items() if name not in held}
     elif about["unhashable"]:

@@ -267,7 +267,16 @@ _LIBRARY_WRITERS: dict[str, Callable[[Encoder, object], Data]] = {
     "fractions:Fraction": lambda encode, value: [encode(value.numerator), encode(value.denominator)],
     "datetime:date": lambda encode, value: [value.year, value.month, value.day],
     "datetime:datetime": lambda encode, value: [
-        [value.year, value.month, value.day, value.hour, value.minute, value.second, value.microsecond, _zone(encode, value)],
+        [
+            value.year,
+            value.month,
+            value.day,
+            value.hour,
+            value.minute,
+            value.second,
+            value.microsecond,
+            _zone(encode, value),
+        ],
         value.fold,
     ],
     "datetime:time": lambda encode, value: [
