@@ -77,6 +77,8 @@ class Peer:
             while "do" in reply:
                 self.answer(reply)
                 reply = self._receive()
+            if do == "await" and reply.get("raise") == "StopAsyncIteration":
+                raise StopAsyncIteration  # the end of an asynchronous iterator, as [] is of another
             return self._result(reply, encode.containers)
 
     def _result(self, reply: dict, containers: list[object]) -> object:
@@ -242,8 +244,10 @@ class Peer:
         }
         if do == "op" and isinstance(target, Iterator) and name == "__iter__":
             return
+        if do == "get" and name in _NAMES and isinstance(target, types.FunctionType):
+            return
         if not allowed.get(do, False):
-            raise TypeError(f"a program may not {do} this object of the tests'")
+            raise (AttributeError if do == "get" else TypeError)(f"a program may not {do} this object of the tests'")
 
     def _next(self, number: int, target: Any, count: int) -> list[object]:
         """Up to `count` items; fewer where they take long. An error waits until what came before it is told."""
@@ -334,6 +338,7 @@ class Peer:
         new[number] |= {
             "name": kind.__name__,
             "module": "candidate",
+            "doc": kind.__doc__ if isinstance(kind.__doc__, str) else None,
             "operators": sorted(held & proxies.OPERATORS),
             "unhashable": kind.__hash__ is None,
             "like": next((base.__name__ for base in kind.__mro__ if base.__module__ == "builtins"), ""),
@@ -392,7 +397,14 @@ class Peer:
 
     def _unknown(self) -> type:
         """For an object that is told without its class: something to call."""
-        about = {"name": "object", "module": "candidate", "operators": ["__call__"], "like": "", "unhashable": False}
+        about = {
+            "name": "object",
+            "module": "candidate",
+            "operators": ["__call__"],
+            "like": "",
+            "unhashable": False,
+            "doc": None,
+        }
         if -1 not in self.kinds:
             self.kinds[-1] = proxies.mirror(self, -1, about, [])
         return self.kinds[-1]
@@ -417,6 +429,8 @@ class Peer:
         if issubclass(kind, _ENDS):
             kind = RuntimeError
         made = kind.__new__(kind, *args)
+        if kind.__module__ == "builtins":
+            kind.__init__(made, *args)  # sets what is no part of vars, such as the code of SystemExit
         made.args = tuple(args)
         vars(made).update(state)
         if isinstance(type(made), proxies.RemoteType):
@@ -446,6 +460,7 @@ def _is_callback(value: object) -> bool:
     return isinstance(value, types.FunctionType | types.MethodType) or name_of(type(value)) in _CALLABLES
 
 
+_NAMES = ("__name__", "__qualname__", "__doc__")
 _CALLABLES = ("functools:partial", "operator:itemgetter", "operator:attrgetter", "operator:methodcaller")
 
 

@@ -181,23 +181,15 @@ def mirror(peer: Any, number: int, about: dict[str, Any], bases: list[type]) -> 
     own = {name: _OPERATIONS[name] for name in about["operators"] if name in _OPERATIONS}
     if any(issubclass(base, BaseException) for base in bases):
         return _named(peer, number, RemoteType(about["name"], tuple(bases), _exception_namespace(about)))
-    if any(issubclass(base, _DATA) for base in bases):
+    data = next((data for data in _DATA for base in bases if issubclass(base, data)), None)
+    if data is not None:
         # Compared by what they hold, whatever the program says.
-        held = (
-            "__eq__",
-            "__ne__",
-            "__hash__",
-            *(f"__{name}__" for name in _ORDER),
-            "__bool__",
-            "__len__",
-            "__contains__",
-        )
-        held += ("__iter__", "__getitem__", "__int__", "__float__", "__index__", "__complex__", "__bytes__")
-        own = {name: function for name, function in own.items() if name not in held}
+        own |= {name: getattr(data, name) for name in _HELD if hasattr(data, name)}
     elif about["unhashable"]:
         own["__hash__"] = None
     elif "__eq__" in own and "__hash__" not in own:
         own["__hash__"] = Remote.__hash__
+    own["__doc__"] = vars(Remote)["__doc__"] if about["like"] in ("function", "method") else about["doc"]
     own |= {"_like": about["like"], "__module__": about["module"], "_operators": frozenset(about["operators"])}
     if not any(issubclass(base, Remote) for base in bases):
         bases = [Remote, *bases]
@@ -261,6 +253,10 @@ def number_of(value: object, peer: Any) -> int | None:
 
 
 _DATA = (int, float, complex, str, bytes, tuple, frozenset)
+_HELD = [
+    f"__{name}__"
+    for name in [*_ORDER, *"eq ne hash bool len contains iter getitem int float index complex bytes".split()]
+]
 
 
 def _parts(base: object) -> tuple[object, ...]:

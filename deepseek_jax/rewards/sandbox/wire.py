@@ -10,7 +10,7 @@ import importlib
 import math
 import sys
 from collections.abc import Callable, Iterable
-from types import EllipsisType, MappingProxyType, NotImplementedType
+from types import EllipsisType, MappingProxyType, NotImplementedType, TracebackType
 
 _SMALL = 1 << 53
 _DTYPES = "?biufcSU"
@@ -144,7 +144,8 @@ class Decoder:
         elif isinstance(container, dict):
             items = [(self(key), self(item)) for key, item in content]
             container.clear()
-            dict.update(container, items)
+            for key, item in items:
+                container[key] = item
         else:
             items = [self(item) for item in content]
             container.clear()
@@ -256,6 +257,7 @@ _WRITERS: dict[type, Callable[[Encoder, object], Data]] = {
     range: lambda encode, value: {"range": [encode(part) for part in (value.start, value.stop, value.step)]},
     slice: lambda encode, value: {"slice": [encode(part) for part in (value.start, value.stop, value.step)]},
     EllipsisType: lambda encode, value: {"Ellipsis": 0},
+    TracebackType: lambda encode, value: None,
     NotImplementedType: lambda encode, value: {"NotImplemented": 0},
     MappingProxyType: lambda encode, value: encode(dict(value)),
     type({}.keys()): _view("keys"),
