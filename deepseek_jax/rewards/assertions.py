@@ -127,9 +127,7 @@ def _passed(ran: Ran) -> int:
         raise TestsUnusable(f"code_reward: tests: {words[0] if words else 'they fail'}; correct the row")
     if "s" not in lines:
         # Nothing was judged. The program may be why: it answers the first question, and those of the setup.
-        marks = [line for line in lines if line in ("p", "<", ">")]
-        waits = ran.kind == "timeout" and (not marks or marks[-1] == "<")
-        if not waits:
+        if "<" not in lines and (ran.kind != "timeout" or "p" in lines):
             raise TestsUnusable(
                 f"code_reward: tests: the setup did not run to its end ({ran.kind}, exit status {ran.code});"
                 " correct the row, or raise assert_limits"

@@ -33,6 +33,7 @@ _ASSUMED = (
 _DATA_METHODS = {
     name for kind in (str, list, dict, set, tuple, int, float, bytes, frozenset, complex) for name in dir(kind)
 }
+_LITERALS = (ast.Constant, ast.List, ast.Tuple, ast.Dict, ast.Set, ast.UnaryOp, ast.JoinedStr)
 
 
 def bound_names(source: str) -> set[str]:
@@ -99,10 +100,13 @@ def assumed_imports(names: Iterable[str]) -> list[str]:
 def class_names(names: Iterable[str], trees: Sequence[ast.AST]) -> set[str]:
     """Those of the names that tests treat as classes: capitalised, and used as no function's answer is.
 
-    That is: in isinstance, except or a class's bases; before a dot; without arguments; on the right of a comparison;
-    in `with`; or with an attribute, that data does not have, of what they make.
+    That is: in isinstance, except or a class's bases; before a dot; without arguments; compared with another of the
+    program's values; in `with`; or with an attribute, that data does not have, of what they make. What tests hold
+    equal to data is an answer, whatever else they do with it.
     """
     found: set[str] = set()
+    answers: set[str] = set()
+    names = set(names)
     for tree in trees:
         made = {
             target.id: node.value.func.id
@@ -113,7 +117,10 @@ def class_names(names: Iterable[str], trees: Sequence[ast.AST]) -> set[str]:
         }
         for node in ast.walk(tree):
             found |= _evidence(node, made)
-    return {name for name in found & set(names) if name[:1].isupper()}
+            if isinstance(node, ast.Compare):
+                found |= _compared(node, names | set(made))
+                answers |= _held_equal(node)
+    return {name for name in found & names - answers if name[:1].isupper()}
 
 
 def _evidence(node: ast.AST, made: dict[str, str]) -> set[str]:
@@ -125,8 +132,6 @@ def _evidence(node: ast.AST, made: dict[str, str]) -> set[str]:
         return _named([node.type])
     if isinstance(node, ast.ClassDef):
         return _named(node.bases)
-    if isinstance(node, ast.Compare):
-        return _makers(node.comparators)
     if isinstance(node, ast.withitem):
         return _makers([node.context_expr])
     if isinstance(node, ast.Attribute):
@@ -135,6 +140,18 @@ def _evidence(node: ast.AST, made: dict[str, str]) -> set[str]:
             return own | ({made[node.value.id]} if node.value.id in made and node.attr not in _DATA_METHODS else set())
         return _makers([node.value]) if node.attr not in _DATA_METHODS else set()
     return set()
+
+
+def _compared(node: ast.Compare, own: set[str]) -> set[str]:
+    """What makes the right side of a comparison, where the left is of the program's making."""
+    return _makers(node.comparators) if _named([node.left]) & own else set()
+
+
+def _held_equal(node: ast.Compare) -> set[str]:
+    """What makes one side of an equation, where the other is data."""
+    sides = [node.left, *node.comparators]
+    equal = all(isinstance(operator, ast.Eq) for operator in node.ops)
+    return _makers(sides) if equal and any(isinstance(side, _LITERALS) for side in sides) else set()
 
 
 def _named(nodes: Iterable[ast.AST | None]) -> set[str]:

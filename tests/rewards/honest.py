@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Right programs of many shapes with tests that use what they define; all must pass all their tests."""
 
 from dataclasses import dataclass
@@ -604,5 +605,11 @@ HONEST = [
         "function-attributes",
         "def f(a, b=2):\n    'Doc.'\n    return a\n",
         "assert f.__name__ == 'f' and f.__doc__ == 'Doc.' and f.__defaults__ == (2,)",
+    ),
+    case(
+        "copies",
+        "class P:\n    def __init__(self): self.items = [1]\n",
+        "import copy\na = P()\nb, c = copy.deepcopy(a), copy.copy(a)\na.items = [2]\n"
+        "assert b.items == [1] == c.items and b is not a",
     ),
 ]

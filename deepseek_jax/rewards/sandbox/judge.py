@@ -2,7 +2,7 @@
 
 It never runs the program: the program's names are stand-ins (`proxies`). On standard error it tells what came of each
 test, one line each: 1 passed, 0 failed, ? that the tests themselves are at fault; and, before these, how far it came:
-p the program has answered, < and > around each question of the setup's, s the setup has run. A line that begins with
+p the program has answered, < the setup asks the program, s the setup has run. A line that begins with
 ! says in words what is wrong with the tests.
 """
 
@@ -15,9 +15,6 @@ import types
 from deepseek_jax.rewards.sandbox.peer import Ended, Peer
 from deepseek_jax.rewards.sandbox.proxies import RemoteType, same_object
 
-_MUCH = 1 << 20
-"""Bytes from the program after which memory that runs out may be its doing."""
-
 
 class Judge(Peer):
     """The tests' end of the line."""
@@ -28,6 +25,7 @@ class Judge(Peer):
         self.config = config
         self.failure = ""
         self.in_setup = False
+        self.heard = False
         self.namespace: dict[str, object] = {}
         self.names: dict[str, str] = dict(config["names"])
 
@@ -54,11 +52,9 @@ class Judge(Peer):
     def ask(self, do: str, on: int | None, args: object, kwargs: dict | None = None) -> object:
         if not self.in_setup:
             return super().ask(do, on, args, kwargs)
+        self.heard = True
         self._tell("<")
-        try:
-            return super().ask(do, on, args, kwargs)
-        finally:
-            self._tell(">")
+        return super().ask(do, on, args, kwargs)
 
     def _bind(self) -> None:
         """Gives the tests the program's names as they are now; a name that it does not define is not there."""
@@ -78,19 +74,21 @@ class Judge(Peer):
         try:
             _Text(source).exec_module(module)
         except BaseException as error:
-            if not self.ended and not self._is_programs(error) and not self.failure:
+            # Where the setup used the program, what it got may be why.
+            if not (self.ended or self.heard or self._is_programs(error) or self.failure):
                 self.failure = f"setup: {source[:80]!r}: {type(error).__name__}: {error}"
                 self._complain(self.failure)
 
     def _verdict(self, source: str) -> str:
-        module = types.ModuleType("checks")
+        module, before = types.ModuleType("checks"), 0
         try:
             if not self.ended:
                 self._bind()
+            before = self.received
             vars(module).update(self.namespace, __name__="checks")
             _Text(source).exec_module(module)
         except BaseException as error:
-            if self.ended or self._is_programs(error) or not (self.failure or self._is_tests(error)):
+            if self.ended or self._is_programs(error) or not (self.failure or self._is_tests(error, before)):
                 return "0"
             if not self.failure:
                 self._complain(f"{source[:80]!r}: {type(error).__name__}: {error}")
@@ -102,8 +100,9 @@ class Judge(Peer):
         lacks = isinstance(error, NameError) and error.name in self.names
         return lacks or any(error is crossed for crossed in self.crossed)
 
-    def _is_tests(self, error: BaseException) -> bool:
-        return isinstance(error, ImportError) or (isinstance(error, MemoryError) and self.received < _MUCH)
+    def _is_tests(self, error: BaseException, before: int) -> bool:
+        """Whether tests fail by themselves: a library is not here, or memory ran out before the program spoke."""
+        return isinstance(error, ImportError) or (isinstance(error, MemoryError) and self.received == before)
 
     def _complain(self, text: str) -> None:
         self._tell("!" + " ".join(text.split())[:300])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import builtins
+import copy
 import fcntl
 import json
 import os
@@ -218,6 +219,8 @@ class Peer:
             return isinstance(args[0], target)
         if do == "data":
             return next(base(target) for base in CONTAINERS if isinstance(target, base))
+        if do == "copy":
+            return (copy.deepcopy if args[0] else copy.copy)(target)
         if do == "await":
             return self._await(target)
         raise ValueError(f"no such question: {do!r}")

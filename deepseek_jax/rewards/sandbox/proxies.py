@@ -40,6 +40,7 @@ OPERATORS = frozenset(
     ]
 )
 _PREDICATES = frozenset(["startswith", "endswith", "issubset", "issuperset", "isdisjoint"])
+_INTERFACES = ("__array", "__cuda_array", "__dlpack", "__buffer")
 _FEW = 32
 """Items taken one by one from an iterator before the rest comes in bundles."""
 STRANGER = object()
@@ -110,7 +111,8 @@ class Remote:
     """An object of the other side."""
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("_peer", "_number", "_trusted"):
+        # NumPy would read this process's memory where such an attribute points.
+        if name in ("_peer", "_number", "_trusted") or name.startswith(_INTERFACES):
             raise AttributeError(name)
         peer, number = _own(self)
         if peer.guarded and name in _PREDICATES and not _trusted(self):
@@ -130,6 +132,14 @@ class Remote:
 
     def __eq__(self, other: object) -> bool:
         return NotImplemented if identity(self) != identity(other) else True
+
+    def __copy__(self) -> object:
+        peer, number = _own(self)
+        return peer.ask("copy", number, [False])
+
+    def __deepcopy__(self, memo: object) -> object:
+        peer, number = _own(self)
+        return peer.ask("copy", number, [True])
 
     @property
     def __class__(self) -> type:
