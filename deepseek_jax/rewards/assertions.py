@@ -65,6 +65,7 @@ class Assertions:
     prompt: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tests", tuple(self.tests))
         object.__setattr__(self, "setup", _completed(self.setup))
         object.__setattr__(self, "prompt", _completed(self.prompt))
         for text in self.tests:
@@ -159,6 +160,7 @@ class _Plan(NamedTuple):
     keywords: list[str]
 
 
+@functools.lru_cache(maxsize=1024)
 def _plan(tests: Assertions) -> _Plan:
     bodies = [ast.parse(text) for text in tests.tests]
     called = {node.func.id for body in bodies for node in ast.walk(body) if isinstance(node, ast.Call)

@@ -1,7 +1,8 @@
 """Code: does the program in a completion pass the hidden tests?"""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,6 +39,8 @@ class CodeReward:
       assert_limits: of a program on all its assertions; by default 3 s.
       tolerance: by how much a printed decimal fraction may miss the wanted one, absolutely or in proportion; 0 for
         LiveCodeBench's exact comparison. See `outputs_equal`.
+      reference: name of a column with right programs, None in a row without one. Where a program fails, its tests are
+        tried on that too, once, and a row whose own reference fails is an error: its tests are wrong.
       workers: rows graded at once; None: one a processor.
       allow_unsandboxed: see `deepseek_jax.rewards.sandbox.run_program`.
 
@@ -49,6 +52,7 @@ class CodeReward:
     io_limits: Limits = Limits(seconds=6.0)
     assert_limits: Limits = Limits(seconds=3.0)
     tolerance: float = 1e-6
+    reference: str | None = None
     workers: int | None = None
     allow_unsandboxed: bool = False
 
@@ -78,25 +82,41 @@ class CodeReward:
         parsed = [parse_tests(row) for row in tests]
         names = [wanted_names(row) if isinstance(row, Assertions) else frozenset() for row in parsed]
         sources = [extract_program(*row) for row in zip(prompts, completions, names, strict=True)]
+        references = self._references(columns, len(completions))
         if self.workers == 1 or len(parsed) < 2:
-            return [self._score(*row) for row in zip(sources, parsed, strict=True)]
+            return [self._score(*row) for row in zip(sources, parsed, references, strict=True)]
         available()  # once, before the threads ask
         with ThreadPoolExecutor(self.workers or processors()) as pool:
-            return list(pool.map(self._score, sources, parsed))
+            return list(pool.map(self._score, sources, parsed, references))
 
-    def _score(self, source: str | None, tests: Sequence[InputOutput] | Assertions | None) -> float | None:
+    def _references(self, columns: Mapping[str, object], rows: int) -> Sequence[str | None]:
+        if self.reference is None:
+            return [None] * rows
+        found = columns.get(self.reference)
+        if not (isinstance(found, list | tuple) and len(found) == rows and all(_is_text(text) for text in found)):
+            raise ValueError(
+                f"code_reward: {self.reference}: got {found!r:.80}, wanted a program or None for each of {rows} rows;"
+                " name the column of right programs by `reference`, or leave it out"
+            )
+        return found
+
+    def _score(
+        self, source: str | None, tests: Sequence[InputOutput] | Assertions | None, reference: str | None
+    ) -> float | None:
         if tests is None:
             return None
         if source is None:
             return 0.0
-        if isinstance(tests, Assertions):
-            passed = count_assertions(
-                source, tests, limits=self.assert_limits, allow_unsandboxed=self.allow_unsandboxed
-            )
-            total = len(tests.tests)
-        else:
-            passed, total = self._count_outputs(source, tests), len(tests)
+        total = len(tests.tests) if isinstance(tests, Assertions) else len(tests)
+        passed = self._count(source, tests)
+        if passed < total and reference is not None and not _reference_passes(self, reference, tests):
+            raise TestsUnusable("code_reward: tests: the row's own reference program fails them; correct the row")
         return passed / total if self.share else float(passed == total)
+
+    def _count(self, source: str, tests: Sequence[InputOutput] | Assertions) -> int:
+        if isinstance(tests, Assertions):
+            return count_assertions(source, tests, limits=self.assert_limits, allow_unsandboxed=self.allow_unsandboxed)
+        return self._count_outputs(source, tests)
 
     def _count_outputs(self, source: str, tests: Sequence[InputOutput]) -> int:
         passed = 0
@@ -112,6 +132,21 @@ class CodeReward:
                 break
             passed += right
         return passed
+
+
+def _is_text(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _reference_passes(reward: CodeReward, reference: str, tests: Sequence[InputOutput] | Assertions) -> bool:
+    return _tried(reward, reference, tests if isinstance(tests, Assertions) else tuple(tests))
+
+
+@functools.lru_cache(maxsize=4096)
+def _tried(reward: CodeReward, reference: str, tests: tuple[InputOutput, ...] | Assertions) -> bool:
+    names = wanted_names(tests) if isinstance(tests, Assertions) else frozenset()
+    program = extract_program("", reference, names) or reference
+    return reward._count(program, tests) == (len(tests.tests) if isinstance(tests, Assertions) else len(tests))
 
 
 def code_reward(

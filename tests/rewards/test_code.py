@@ -22,8 +22,8 @@ from deepseek_jax.rewards.code import (
 )
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rewards.sandbox import Limits, SandboxUnavailable
-from tests.rewards.hostile import FORGERIES, Forgery
 from tests.rewards.honest import HONEST, Honest
+from tests.rewards.hostile import FORGERIES, Forgery
 from tests.rewards.lies import LIES, Lie
 from tests.rewards.test_sandbox import need_sandbox
 
@@ -441,6 +441,19 @@ def test_a_program_cannot_have_the_tests_blamed(source: str, setup: str, test: s
     assert score(source, {"asserts": [test], "setup": setup}, limits=HASTY) == 0.0
 
 
+def test_tests_that_their_own_reference_fails_are_an_error():
+    need_sandbox()
+    reward = CodeReward(assert_limits=PATIENT, io_limits=PATIENT, reference="solutions", workers=1)
+    wrong = [fenced("def solve(n): return 0")]
+    run = lambda tests, reference: reward([""], wrong, tests=[tests], solutions=[reference])
+    assert run(SOLVE, RIGHT) == run(SOLVE, None) == run(SUMS, "print(sum(map(int, input().split())))") == [0.0]
+    for tests in (["assert solve(1) == 3"], ["assert undefined(solve(1))"], [{"input": "1", "output": "2"}]):
+        with pytest.raises(TestsUnusable, match="reference"):
+            run(tests, RIGHT)
+    with pytest.raises(ValueError, match="solutions: got None, wanted a program or None for each of 1 rows"):
+        reward([""], wrong, tests=[SOLVE])
+
+
 def test_a_test_that_needs_nothing_of_a_broken_setup_counts():
     assert score(RIGHT, {"asserts": SOLVE, "setup": "open('/data/x.json')\nimport math"}) == 1.0
 
@@ -556,7 +569,8 @@ def test_rows_of_each_shape():
 @pytest.mark.parametrize(
     "row",
     [7, {}, "not json", "7", [1], [{"input": "x"}], [{"input": 1, "output": "x"}], ["assert ("], {"asserts": "x"},
-     {"test": "def check(candidate): pass"}, [{"input": "{", "output": "", "testtype": "functional"}], {"inputs": [1], "outputs": []}, {"tests": 3},
+     {"test": "def check(candidate): pass"}, [{"input": "{", "output": "", "testtype": "functional"}],
+     {"inputs": [1], "outputs": []}, {"tests": 3},
      [{"input": "1", "output": "1", "testtype": "functional"}, SUMS[0]], {"functional": 3}, ["x", {}],
      {"asserts": ["assert 1"], "setup": "import ("}, "[" * 100_000, {"asserts": ["assert 1"], "setup": 3},
      {"test": 1, "entry_point": "f"}, {"test": "def check(c): pass", "entry_point": None}],

@@ -1,16 +1,19 @@
 """Runs a model's programs where they can do no harm: Linux namespaces, limits and a system call filter.
 
 What a program finds inside: a root of read-only mounts (the interpreter, its standard library, the system's shared
-libraries, four device nodes) and one writable folder of limited size, /tmp, where it starts; no /proc, /sys, /etc or
-/home, no installed package, no network interface that is up, an environment of one variable. It is process 1 and user
-nobody of its own namespaces, has no capability and can gain none, and only file descriptors 0, 1 and 2.
+libraries, four device nodes, the packages that it was given, its own open files under /dev/fd) and one writable folder
+of limited size, /tmp, where it starts; no /proc, /sys, /etc or /home, no other installed package, no network interface
+that is up, an environment of a few variables. It is process 1 and user nobody of its own namespaces, has no capability
+and can gain none, and only file descriptors 0, 1 and 2.
 
 What is bounded: wall time, counted from the program's first instruction and enforced from outside; processor time,
 address space (of each process), processes and threads, bytes written to files, to standard output and to standard
 error. Whatever it leaves running dies with it.
 
-What is not: side channels (timing, contention), bugs of the kernel, the bits that a program can read from the machine
-(clock, processor type, kernel version), and reading the system's shared libraries and the interpreter.
+Programs cannot talk to each other either, though they see the same libraries: `seccomp` lists what it closes. What is
+left are side channels (timing, contention, what timing tells of the page cache), bugs of the kernel, the bits that a
+program can read from the machine (clock, processor type, kernel version, free space of the libraries' file system),
+and reading the system's shared libraries and the interpreter.
 """
 
 import functools
@@ -48,9 +51,10 @@ class Limits:
     """What one program may use.
 
     Args:
-      seconds: wall time from its first instruction, start of the interpreter included. Each of its processes is
-        limited to about as much processor time on every processor.
-      memory_bytes: address space of each of its processes, 64 MiB at least.
+      seconds: wall time from its first instruction, start of the interpreter included. Time in which it was ready and
+        had no processor, because the machine is busy, does not count before it has used as much processor time. Each
+        of its processes is limited to about as much processor time on every processor.
+      memory_bytes: address space of each of its processes, 64 MiB at least; each thread's stack takes 8 MiB of it.
       processes: how many at once. At 1 it can start no other.
       threads: how many at once, beside each process's first; all processes share them.
       file_bytes: of all that it writes to its folder.
@@ -115,8 +119,8 @@ class Ran:
       kind: "ok" (status 0), "error" (another status), "memory" (an error, its last words a MemoryError), "timeout",
         "output" (it wrote more than allowed), "killed" (by a signal, a crash among them).
       code: exit status, minus the signal's number where there was one; 0 where it was stopped.
-      seconds: wall time from its first instruction to its end; neither waiting for a free worker nor building the
-        sandbox counts.
+      seconds: wall time from its first instruction to its end; neither waiting for a free worker, nor building the
+        sandbox counts, nor, where that decided, waiting for a processor.
       stdout: bytes that it wrote, cut at the limit.
       stderr: likewise.
     """
@@ -264,9 +268,13 @@ def _ask(programs: Sequence[Program], folders: Sequence[str], sandboxed: bool) -
     }
     command = [_interpreter(), "-I", "-S", str(_LAUNCHER)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(
-        command, stdin=pipe, stdout=pipe, stderr=pipe, env={}, cwd="/", start_new_session=True
-    ) as launcher:
+    try:
+        started = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=pipe, env={}, cwd="/", start_new_session=True
+        )
+    except OSError as error:
+        raise SandboxUnavailable(f"no sandbox: {command[0]} does not start ({error}); mend the installation") from None
+    with started as launcher:
         try:
             limit = 5 * max(program.limits.seconds for program in programs) + _GRACE_SECONDS
             answer, complaint = launcher.communicate(marshal.dumps(request), timeout=limit)

@@ -88,7 +88,7 @@ class Judge(Peer):
             vars(module).update(self.namespace, __name__="checks")
             _Text(source).exec_module(module)
         except BaseException as error:
-            if self.ended or self._is_programs(error) or not (self.failure or self._is_tests(error, before)):
+            if self.ended or self._has_crossed(error) or not (self.failure or self._is_tests(error, before)):
                 return "0"
             if not self.failure:
                 self._complain(f"{source[:80]!r}: {type(error).__name__}: {error}")
@@ -97,8 +97,10 @@ class Judge(Peer):
 
     def _is_programs(self, error: BaseException) -> bool:
         """Whether the program raised, or lacks what was asked of it."""
-        lacks = isinstance(error, NameError) and error.name in self.names
-        return lacks or any(error is crossed for crossed in self.crossed)
+        return self._has_crossed(error) or (isinstance(error, NameError) and error.name in self.names)
+
+    def _has_crossed(self, error: BaseException) -> bool:
+        return any(error is crossed for crossed in self.crossed)
 
     def _is_tests(self, error: BaseException, before: int) -> bool:
         """Whether tests fail by themselves: a library is not here, or memory ran out before the program spoke."""
