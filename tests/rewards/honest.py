@@ -612,4 +612,16 @@ HONEST = [
         "import copy\na = P()\nb, c = copy.deepcopy(a), copy.copy(a)\na.items = [2]\n"
         "assert b.items == [1] == c.items and b is not a",
     ),
+    case(
+        "attribute-that-tests-change",
+        "class N:\n    def __init__(self, v): self.v, self.children = v, []\n    def total(self): return self.v + sum(c.total() for c in self.children)\n    def clear(self): self.children.clear()\n",
+        "n = N(1)\nn.children.append(N(2))\nn.children.append(N(3))\nn.children[0].children.append(N(4))\nassert n.total() == 10 and len(n.children) == 2",
+        "n = N(1)\nc = n.children\nc.append(N(2))\nn.clear()\nassert c == [] and n.children is c",
+    ),
+    case(
+        "attribute-that-the-program-changes",
+        "class C:\n    def __init__(self): self.d = {}\n    def put(self, k, v): self.d[k] = v\n",
+        "c = C()\nd = c.d\nc.put('a', 1)\nd['b'] = 2\nc.put('c', 3)\nassert d == c.d == {'a': 1, 'b': 2, 'c': 3}",
+        "cs = [C() for _ in range(40)]\nfor i, c in enumerate(cs): c.d[i] = i\nassert all(c.d == {i: i} for i, c in enumerate(cs))",
+    ),
 ]

@@ -16,13 +16,25 @@ import types
 from collections.abc import Iterator
 
 from deepseek_jax.rewards.sandbox import proxies
-from deepseek_jax.rewards.sandbox.wire import CONTAINERS, Decoder, Encoder, name_of, named_type, type_name
+from deepseek_jax.rewards.sandbox.wire import (
+    CONTAINERS,
+    Decoder,
+    Encoder,
+    is_container,
+    name_of,
+    named_type,
+    replace,
+    type_name,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
 _MAX_LINE = 64 << 20
+_MAX_HELD = 1000
+"""Items of an attribute's container up to which both sides keep its changes."""
+_MOST_HELD = 16
 _SLICE_SECONDS = 0.001
 # By these a program could end a test's loop rather than fail the test.
 _ENDS = (StopIteration, StopAsyncIteration, GeneratorExit)
@@ -59,6 +71,9 @@ class Peer:
         self.loop: Any = None
         self.captured: Any = None
         self.late: dict[int, BaseException] = {}
+        # Containers that are attributes of the player's objects, which both sides keep: by the player's number, with
+        # the contents of which the other side knows.
+        self.held: dict[int, tuple[object, str]] = {}
         self.root: object = None
 
     # --- Questions
@@ -73,6 +88,7 @@ class Peer:
             request["kwargs"] = {key: encode(value) for key, value in (kwargs or {}).items()}
             if self.guarded and sys.stdout is not sys.__stdout__:
                 request["out"] = True
+            self._tell_held(request, encode)
             self._send(request, new)
             reply = self._receive()
             while "do" in reply:
@@ -92,6 +108,9 @@ class Peer:
                 error, value = None, decode(reply["value"])
             for number, content in reply.get("changed", ()):
                 decode.refill(containers[number], content)
+            self._hear_held(reply, decode)
+            if "holds" in reply:
+                value = self._hold(_number(reply["holds"]), value)
         except Exception as problem:
             self._end(problem)
         if reply.get("out") and sys.stdout is not sys.__stdout__:
@@ -159,12 +178,16 @@ class Peer:
             self._learn(request)
             args = [decode(item) for item in sent]
             kwargs = {str(key): decode(value) for key, value in dict(request["kwargs"]).items()}
+            self._hear_held(request, decode)
         except Exception as problem:
             self._end(problem)
         encode, new = self._encoder(decode.containers)
         try:
             value = self._do(request["do"], request["on"], args, kwargs)
             reply: dict = {"value": encode(value)}
+            if request["do"] == "get" and is_container(value) and not self.guarded:
+                reply["holds"] = self.number(value)
+                self._hold(reply["holds"], value)
         except Ended:
             raise
         except BaseException as error:
@@ -174,9 +197,39 @@ class Peer:
             reply = self._raised(error, encode)
         if decode.containers:
             reply["changed"] = self._changes(sent, request["kwargs"], args, kwargs, decode.containers, encode)
+        self._tell_held(reply, encode)
         if self.captured is not None and request.get("out"):
             reply["out"] = self.captured()
         self._send(reply, new)
+
+    def _tell_held(self, message: dict, encode: Encoder) -> None:
+        """Adds to a message the containers that have changed since the other side heard of them."""
+        for number, (container, known) in self.held.items():
+            text = self._held_text(container)
+            if text != known:
+                self.held[number] = (container, text)
+                message.setdefault("held", []).append([number, encode.contents(container)])
+
+    def _hear_held(self, message: dict, decode: Decoder) -> None:
+        for number, content in message.get("held", ()):
+            container = self.held[_number(number)][0]
+            decode.refill(container, content)
+            self.held[number] = (container, self._held_text(container))
+
+    def _hold(self, number: int, value: object) -> object:
+        """Keeps a container; one that is kept already takes the new contents, and stays the same object."""
+        if not is_container(value):
+            raise ValueError("wanted a container")
+        kept = self.held[number][0] if number in self.held else value
+        if kept is not value:
+            replace(kept, value)
+        self.held[number] = (kept, self._held_text(kept))
+        if len(self.held) > _MOST_HELD:  # the same one on both sides
+            del self.held[next(iter(self.held))]
+        return kept
+
+    def _held_text(self, container: object) -> str:
+        return json.dumps(Encoder(self._export).contents(container)) if len(container) <= _MAX_HELD else ""
 
     def _raised(self, error: BaseException, encode: Encoder) -> dict:
         known = next((kind for kind in type(error).__mro__ if vars(builtins).get(kind.__name__) is kind), RuntimeError)

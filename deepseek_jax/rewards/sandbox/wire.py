@@ -140,16 +140,11 @@ class Decoder:
     def refill(self, container: object, content: Data) -> None:
         """Gives a container the items that it has on the other side."""
         if isinstance(container, bytearray):
-            container[:] = bytes.fromhex(content)
+            replace(container, bytes.fromhex(content))
         elif isinstance(container, dict):
-            items = [(self(key), self(item)) for key, item in content]
-            container.clear()
-            for key, item in items:
-                container[key] = item
+            replace(container, {self(key): self(item) for key, item in content})
         else:
-            items = [self(item) for item in content]
-            container.clear()
-            container.update(items) if isinstance(container, set) else container.extend(items)
+            replace(container, [self(item) for item in content])
 
     def _fill(self, container: object, content: Data) -> object:
         self.containers.append(container)
@@ -178,6 +173,21 @@ def is_container(value: object) -> bool:
     return kind in CONTAINERS or (
         kind.__module__ == "collections" and kind.__name__ in ("deque", "OrderedDict", "defaultdict", "Counter")
     )
+
+
+def replace(container: object, items: object) -> None:
+    """Gives a container other items; it stays the same object."""
+    if isinstance(container, bytearray):
+        container[:] = items
+        return
+    container.clear()
+    if isinstance(container, dict):
+        for key, item in items.items():
+            container[key] = item
+    elif isinstance(container, set):
+        container.update(items)
+    else:
+        container.extend(items)
 
 
 def name_of(kind: type) -> str:
