@@ -86,7 +86,8 @@ def count_assertions(source: str, tests: Assertions, *, limits: Limits, allow_un
     What stays open to it: to answer well for arguments that it recognises; tests that any answer satisfies, or NaN;
     tests that only compare its own objects with each other, or call methods of its own that judge; tests that check
     for an exception of a common type. What tests cannot do: compare an object of the program's that a function of its
-    returned with data (it is unequal), derive classes from the program's, or see a container change that both sides
+    returned with data (it is unequal), derive classes from the program's, let a result of the program's operators hear
+    data (`(v + w) * 3`), hand over a module, or see a container change that both sides
     keep after the call that handed it over.
 
     Args:

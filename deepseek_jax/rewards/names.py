@@ -33,6 +33,7 @@ _ASSUMED = (
 _DATA_METHODS = {
     name for kind in (str, list, dict, set, tuple, int, float, bytes, frozenset, complex) for name in dir(kind)
 }
+_MEMBER = (ast.In, ast.NotIn)
 _LITERALS = (ast.Constant, ast.List, ast.Tuple, ast.Dict, ast.Set, ast.UnaryOp, ast.JoinedStr)
 
 
@@ -101,8 +102,8 @@ def class_names(names: Iterable[str], trees: Sequence[ast.AST]) -> set[str]:
     """Those of the names that tests treat as classes: capitalised, and used as no function's answer is.
 
     That is: in isinstance, except or a class's bases; before a dot; without arguments; compared with another of the
-    program's values; in `with`; or with an attribute, that data does not have, of what they make. What tests hold
-    equal to data is an answer, whatever else they do with it.
+    program's values; in `with`; after `in`; or with an attribute, that data does not have, of what they make. What
+    tests hold equal to data is an answer, whatever else they do with it.
     """
     found: set[str] = set()
     answers: set[str] = set()
@@ -118,7 +119,7 @@ def class_names(names: Iterable[str], trees: Sequence[ast.AST]) -> set[str]:
         for node in ast.walk(tree):
             found |= _evidence(node, made)
             if isinstance(node, ast.Compare):
-                found |= _compared(node, names | set(made))
+                found |= _compared(node, names | set(made)) | _searched(node, made)
                 answers |= _held_equal(node)
     return {name for name in found & names - answers if name[:1].isupper()}
 
@@ -145,6 +146,13 @@ def _evidence(node: ast.AST, made: dict[str, str]) -> set[str]:
 def _compared(node: ast.Compare, own: set[str]) -> set[str]:
     """What makes the right side of a comparison, where the left is of the program's making."""
     return _makers(node.comparators) if _named([node.left]) & own else set()
+
+
+def _searched(node: ast.Compare, made: dict[str, str]) -> set[str]:
+    """What makes the container of an `in`."""
+    pairs = zip(node.ops, node.comparators, strict=True)
+    sides = [side for operator, side in pairs if isinstance(operator, _MEMBER)]
+    return _makers(sides) | {made[side.id] for side in sides if isinstance(side, ast.Name) and side.id in made}
 
 
 def _held_equal(node: ast.Compare) -> set[str]:

@@ -624,4 +624,50 @@ HONEST = [
         "c = C()\nd = c.d\nc.put('a', 1)\nd['b'] = 2\nc.put('c', 3)\nassert d == c.d == {'a': 1, 'b': 2, 'c': 3}",
         "cs = [C() for _ in range(40)]\nfor i, c in enumerate(cs): c.d[i] = i\nassert all(c.d == {i: i} for i, c in enumerate(cs))",
     ),
+    case(
+        "interval",
+        "class Interval:\n    def __init__(self, a, b): self.a, self.b = a, b\n    def __contains__(self, x): return self.a <= x < self.b\n",
+        "assert 3 in Interval(1, 5) and 5 not in Interval(1, 5)",
+        "i = Interval(0, 1)\nassert 0 in i",
+    ),
+    case(
+        "cause",
+        "def f():\n    try: 1 / 0\n    except ZeroDivisionError as e: raise ValueError('x') from e\n",
+        "try:\n    f()\nexcept ValueError as e:\n    assert isinstance(e.__cause__, ZeroDivisionError)\nelse:\n    assert False",
+    ),
+    case(
+        "generic-class",
+        "from typing import Generic, TypeVar\nT = TypeVar('T')\nclass Box(Generic[T]):\n    def __init__(self, v: T): self.v = v\n",
+        "assert Box[int](3).v == 3 and Box('a').v == 'a'",
+    ),
+    case(
+        "mock",
+        "def f(db): return db.get('k') + 1\n",
+        "from unittest.mock import Mock\nm = Mock()\nm.get.return_value = 3\nassert f(m) == 4\nm.get.assert_called_once_with('k')",
+    ),
+    case(
+        "structural-match",
+        "class P:\n    __match_args__ = ('x', 'y')\n    def __init__(self, x, y): self.x, self.y = x, y\n",
+        "match P(1, 2):\n    case P(1, b):\n        assert b == 2\n    case _:\n        assert False",
+    ),
+    case(
+        "unit-test",
+        "def f(n): return n * n\n",
+        "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        self.assertEqual(f(2), 4)\n        with self.assertRaises(TypeError): f('a')\nr = unittest.TestResult()\nT('test').run(r)\nassert r.wasSuccessful() and r.testsRun == 1",
+    ),
+    case(
+        "signature",
+        "def f(a, b=1): return a\n",
+        "import inspect\nassert list(inspect.signature(f).parameters) == ['a', 'b'] and inspect.isfunction(f)",
+    ),
+    case(
+        "protocol",
+        "from typing import Protocol, runtime_checkable\n@runtime_checkable\nclass HasSize(Protocol):\n    def size(self): ...\nclass A:\n    def size(self): return 1\n",
+        "assert isinstance(A(), HasSize)",
+    ),
+    case(
+        "exception-group",
+        "def f(): raise ExceptionGroup('g', [ValueError(1)])\n",
+        "try:\n    f()\nexcept* ValueError as g:\n    assert len(g.exceptions) == 1",
+    ),
 ]

@@ -263,6 +263,8 @@ class Peer:
             return delattr(target, *args)
         if do == "call":
             return target(*args, **kwargs)
+        if do == "op" and args[0] == "__getitem__":
+            return target[args[1]]  # of a generic class too
         if do == "op":
             kind = type(target)
             return getattr(kind, args[0])(target, *args[1:], **kwargs)
@@ -477,6 +479,7 @@ class Peer:
             "text": _text(error),
             "state": encode(state),
             "ref": number,
+            "cause": encode(error.__cause__),
         }
 
     def _made_exception(self, data: dict, decode: Decoder) -> BaseException:
@@ -489,6 +492,7 @@ class Peer:
             kind.__init__(made, *args)  # sets what is no part of vars, such as the code of SystemExit
         made.args = tuple(args)
         vars(made).update(state)
+        made.__cause__ = decode(data["cause"])
         if isinstance(type(made), proxies.RemoteType):
             vars(made).update(_text=str(data["text"]), _number=_number(data["ref"]))
         return made
@@ -502,9 +506,11 @@ class Peer:
 
 
 def _is_own(value: object) -> bool:
-    """Whether a value is a class of the tests', an instance of one, or a text stream."""
+    """Whether a value is a class of the tests', an instance of one, a mock or a text stream."""
     kind = value if isinstance(value, type) else type(value)
-    return kind.__module__ == "checks" or (kind.__module__ == "_io" and kind.__name__ in ("StringIO", "BytesIO"))
+    return kind.__module__ in ("checks", "unittest.mock") or (
+        kind.__module__ == "_io" and kind.__name__ in ("StringIO", "BytesIO")
+    )
 
 
 def _is_callback(value: object) -> bool:
