@@ -1,65 +1,31 @@
 """Code: does the program in a completion pass the hidden tests?"""
 
-import ast
-import builtins
-import json
-import re
-import sys
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
+from deepseek_jax.rewards.assertions import PACKAGES, Assertions, TestsUnusable, count_assertions, wanted_names
 from deepseek_jax.rewards.combine import check_strings
-from deepseek_jax.rewards.sandbox import Limits, Program, available, processors, run_linked, run_programs
-from deepseek_jax.rewards.sandbox import __path__ as _sandbox_path
+from deepseek_jax.rewards.outputs import outputs_equal
+from deepseek_jax.rewards.programs import extract_program
+from deepseek_jax.rewards.sandbox import Limits, Program, available, processors, run_programs
+from deepseek_jax.rewards.tests_column import InputOutput, parse_tests
 
-_INSIDE = Path(_sandbox_path[0], "inside.py")
-_FENCE = re.compile(r"[ \t]{0,3}(`{3,}|~{3,})[ \t]*([^`\n]*?)[ \t]*\r?")
-_PYTHON = ("python", "python3", "py")
-_CANDIDATE = "candidate"
-
-
-@dataclass(frozen=True, kw_only=True)
-class InputOutput:
-    """A test by standard input and output.
-
-    Args:
-      input: what the program reads.
-      output: what it must print, as `outputs_equal` compares it.
-    """
-
-    input: str
-    output: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assertions:
-    """Tests by statements that raise where the program is wrong.
-
-    Args:
-      tests: Python statements, one string a test.
-      setup: statements that run before them, imports and helpers; trusted as the tests are.
-      entry_point: the function that the tests call `candidate`, as in HumanEval; "" where they use its own name.
-
-    Raises:
-      ValueError: something is not Python.
-    """
-
-    tests: Sequence[str]
-    setup: str = ""
-    entry_point: str = ""
-
-    def __post_init__(self) -> None:
-        for text in (self.setup, *self.tests):
-            try:
-                ast.parse(text)
-            except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-                raise ValueError(
-                    f"code_reward: tests: {text[:80]!r} is not Python ({error}); correct the data set"
-                ) from None
+__all__ = [
+    "Assertions",
+    "CodeReward",
+    "InputOutput",
+    "TestsUnusable",
+    "code_reward",
+    "count_assertions",
+    "extract_program",
+    "outputs_equal",
+    "parse_tests",
+]
+_OUTPUT_ROOM = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +34,13 @@ class CodeReward:
 
     Args:
       share: False: 1.0 where every test passes, else 0.0. True: the share of tests that pass.
-      io_limits: of a program on one input; by default 6 s.
+      io_limits: of a program on one input; by default 6 s. It may print as much as is wanted and 1 MiB more, or
+        `output_bytes` if that is more.
       assert_limits: of a program on all its assertions; by default 3 s.
+      tolerance: by how much a printed decimal fraction may miss the wanted one, absolutely or in proportion; 0 for
+        LiveCodeBench's exact comparison. See `outputs_equal`.
+      reference: name of a column with right programs, None in a row without one. Where a program fails, its tests are
+        tried on that too, once, and a row whose own reference fails is an error: its tests are wrong.
       workers: rows graded at once; None: one a processor.
       allow_unsandboxed: see `deepseek_jax.rewards.sandbox.run_program`.
 
@@ -80,6 +51,8 @@ class CodeReward:
     share: bool = False
     io_limits: Limits = Limits(seconds=6.0)
     assert_limits: Limits = Limits(seconds=3.0)
+    tolerance: float = 1e-6
+    reference: str | None = None
     workers: int | None = None
     allow_unsandboxed: bool = False
 
@@ -87,11 +60,14 @@ class CodeReward:
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"CodeReward: workers: got {self.workers}, wanted 1 or more, or None for one a processor")
 
+        if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
+            raise ValueError(f"CodeReward: tolerance: got {self.tolerance}, wanted a finite number, 0 or more")
+
     def __call__(
         self,
         prompts: list[str],
         completions: list[str],
-        completion_ids: list[list[int]],
+        completion_ids: object = None,
         *,
         tests: Sequence[Any],
         **columns: object,
@@ -104,43 +80,79 @@ class CodeReward:
                 " repeat the column as the prompts are"
             )
         parsed = [parse_tests(row) for row in tests]
-        sources = [extract_program(*row) for row in zip(prompts, completions, strict=True)]
+        names = [wanted_names(row) if isinstance(row, Assertions) else frozenset() for row in parsed]
+        sources = [extract_program(*row) for row in zip(prompts, completions, names, strict=True)]
+        references = self._references(columns, len(completions))
         if self.workers == 1 or len(parsed) < 2:
-            return [self._score(*row) for row in zip(sources, parsed, strict=True)]
+            return [self._score(*row) for row in zip(sources, parsed, references, strict=True)]
         available()  # once, before the threads ask
         with ThreadPoolExecutor(self.workers or processors()) as pool:
-            return list(pool.map(self._score, sources, parsed))
+            return list(pool.map(self._score, sources, parsed, references))
 
-    def _score(self, source: str | None, tests: Sequence[InputOutput] | Assertions | None) -> float | None:
+    def _references(self, columns: Mapping[str, object], rows: int) -> Sequence[str | None]:
+        if self.reference is None:
+            return [None] * rows
+        found = columns.get(self.reference)
+        if not (isinstance(found, list | tuple) and len(found) == rows and all(_is_text(text) for text in found)):
+            raise ValueError(
+                f"code_reward: {self.reference}: got {found!r:.80}, wanted a program or None for each of {rows} rows;"
+                " name the column of right programs by `reference`, or leave it out"
+            )
+        return found
+
+    def _score(
+        self, source: str | None, tests: Sequence[InputOutput] | Assertions | None, reference: str | None
+    ) -> float | None:
         if tests is None:
             return None
         if source is None:
             return 0.0
-        if isinstance(tests, Assertions):
-            passed = count_assertions(
-                source, tests, limits=self.assert_limits, allow_unsandboxed=self.allow_unsandboxed
-            )
-            total = len(tests.tests)
-        else:
-            passed, total = self._count_outputs(source, tests), len(tests)
+        total = len(tests.tests) if isinstance(tests, Assertions) else len(tests)
+        passed = self._count(source, tests)
+        if passed < total and reference is not None and not _reference_passes(self, reference, tests):
+            raise TestsUnusable("code_reward: tests: the row's own reference program fails them; correct the row")
         return passed / total if self.share else float(passed == total)
+
+    def _count(self, source: str, tests: Sequence[InputOutput] | Assertions) -> int:
+        if isinstance(tests, Assertions):
+            return count_assertions(source, tests, limits=self.assert_limits, allow_unsandboxed=self.allow_unsandboxed)
+        return self._count_outputs(source, tests)
 
     def _count_outputs(self, source: str, tests: Sequence[InputOutput]) -> int:
         passed = 0
         for test in tests:
-            program = Program(source=source, stdin=test.input, limits=self.io_limits)
+            room = max(self.io_limits.output_bytes, len(test.output.encode(errors="replace")) + _OUTPUT_ROOM)
+            limits = replace(self.io_limits, output_bytes=room)
+            program = Program(source=source, stdin=test.input, limits=limits, packages=PACKAGES)
             (ran,) = run_programs([program], workers=1, allow_unsandboxed=self.allow_unsandboxed)
-            right = ran.kind == "ok" and outputs_equal(ran.stdout.decode(errors="replace"), test.output)
+            right = ran.kind == "ok" and outputs_equal(
+                ran.stdout.decode(errors="replace"), test.output, tolerance=self.tolerance
+            )
             if not (right or self.share):
                 break
             passed += right
         return passed
 
 
+def _is_text(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _reference_passes(reward: CodeReward, reference: str, tests: Sequence[InputOutput] | Assertions) -> bool:
+    return _tried(reward, reference, tests if isinstance(tests, Assertions) else tuple(tests))
+
+
+@functools.lru_cache(maxsize=4096)
+def _tried(reward: CodeReward, reference: str, tests: tuple[InputOutput, ...] | Assertions) -> bool:
+    names = wanted_names(tests) if isinstance(tests, Assertions) else frozenset()
+    program = extract_program("", reference, names) or reference
+    return reward._count(program, tests) == (len(tests.tests) if isinstance(tests, Assertions) else len(tests))
+
+
 def code_reward(
     prompts: list[str],
     completions: list[str],
-    completion_ids: list[list[int]],
+    completion_ids: object = None,
     *,
     tests: Sequence[Any],
     **columns: object,
@@ -161,219 +173,9 @@ def code_reward(
 
     Raises:
       ValueError: the numbers of rows differ, a prompt or completion is not a string, or tests are malformed.
-      SandboxUnavailable: programs cannot be isolated here.
+      TestsUnusable: a row's tests fail through no fault of the program's; nothing is known of the program then.
+      SandboxUnavailable: programs cannot be isolated here, or this machine is out of memory or too busy.
 
     Source: DeepSeek-R1 paper, section 2.2.2.
     """
     return CodeReward()(prompts, completions, completion_ids, tests=tests)
-
-
-def extract_program(prompt: str, completion: str) -> str | None:
-    """The program of a completion: its last fenced block of Python.
-
-    Thoughts hold no answers: where there is a `</think>`, only what follows the last one counts, and after a `<think>`
-    that is never closed, or that the prompt opened, there is nothing.
-
-    Args:
-      prompt: what the model was given.
-      completion: what it wrote.
-
-    Returns:
-      What stands in the last closed block that is labelled python, python3 or py; None where there is none.
-    """
-    before, closed, final = completion.rpartition("</think>")
-    if not closed:
-        final = "" if prompt.rstrip().endswith("<think>") else completion.partition("<think>")[0]
-    program: str | None = None
-    fence, label = "", ""
-    lines: list[str] = []
-    for line in final.split("\n"):
-        match = _FENCE.fullmatch(line)
-        if not fence and match:
-            fence, label, lines = match[1], match[2].lower(), []
-        elif fence and match and match[1].startswith(fence) and not match[2]:
-            program = "\n".join(lines) + "\n" if label in _PYTHON else program
-            fence = ""
-        elif fence:
-            lines.append(line)
-    return program
-
-
-_TEXTS = ("setup", "test", "entry_point")
-
-
-def parse_tests(row: Any) -> list[InputOutput] | Assertions | None:
-    """Reads a row of the `tests` column.
-
-    Args:
-      row: None; a list of {"input": str, "output": str} (LiveCodeBench; a "testtype" must be "stdin"); a list of
-        assert statements (MBPP); {"asserts": [...], "setup": str} for those that need imports; or {"test": str,
-        "entry_point": str, "setup": str} where "test" defines check(candidate) (HumanEval; its prompt makes a setup,
-        so that helpers of the tests are not the program's). "setup" may be left out. JSON text of one of these too.
-
-    Returns:
-      The tests; None where there are none.
-
-    Raises:
-      ValueError: it is none of these.
-    """
-    if isinstance(row, str):
-        try:
-            row = json.loads(row)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"code_reward: tests: got {row[:80]!r}, wanted JSON ({error}); correct the row") from None
-    if row is None or (isinstance(row, list | tuple) and not row):
-        return None
-    if isinstance(row, list | tuple) and all(isinstance(test, str) for test in row):
-        return Assertions(tests=tuple(row))
-    if isinstance(row, list | tuple) and all(isinstance(test, Mapping) for test in row):
-        return [_input_output(test) for test in row]
-    if isinstance(row, Mapping) and not all(isinstance(row.get(name, ""), str) for name in _TEXTS):
-        raise ValueError(
-            f"code_reward: tests: got {repr(row)[:120]}, wanted text in {', '.join(_TEXTS)}; correct the row"
-        )
-    if isinstance(row, Mapping) and set(row) <= {"asserts", "setup"} and _strings(row.get("asserts")):
-        return Assertions(tests=tuple(row["asserts"]), setup=row.get("setup", "")) if row["asserts"] else None
-    if isinstance(row, Mapping) and {"test", "entry_point"} <= set(row) <= {"test", "entry_point", "setup"}:
-        setup = row.get("setup", "") + "\n" + row["test"]
-        return Assertions(tests=(f"check({_CANDIDATE})",), setup=setup, entry_point=row["entry_point"])
-    raise ValueError(
-        f"code_reward: tests: got {repr(row)[:120]}, wanted None, a list of input and output, a list of assert"
-        " statements, or a mapping of asserts or of test and entry_point; convert the column"
-    )
-
-
-def outputs_equal(got: str, wanted: str) -> bool:
-    """Compares what a program printed with what it should have.
-
-    Both are stripped and split into lines, each line stripped. There must be as many lines, and each pair must be the
-    same text or, word for word, the same finite numbers.
-
-    Args:
-      got: the program's standard output.
-      wanted: the test's.
-
-    Returns:
-      Whether they agree.
-
-    Source: LiveCodeBench, lcb_runner/evaluation/testing_util.py.
-    Differs: infinities and NaN are compared as text.
-    """
-    lines, wanted_lines = got.strip().split("\n"), wanted.strip().split("\n")
-    return len(lines) == len(wanted_lines) and all(map(_same_line, lines, wanted_lines))
-
-
-def count_assertions(source: str, tests: Assertions, *, limits: Limits, allow_unsandboxed: bool = False) -> int:
-    """Runs assertions against a program, in two sandboxes.
-
-    The tests run in one, the program in the other; the tests' calls of the program's functions cross between them as
-    data (`deepseek_jax.rewards.sandbox.inside`). The program sees the arguments of its calls, and nothing else of the
-    tests; what it does to its own process changes no verdict. What stays open to it: to answer well for arguments
-    that it recognises; tests that any answer satisfies; helpers that tests take from the program rather than from
-    `setup`; tests that check for an exception of a common type.
-
-    A test fails that hands the program what is not data and not the program's own object (a function of the test's,
-    say), or that counts on the program changing an argument in place.
-
-    Args:
-      source: the program.
-      tests: the tests.
-      limits: of each sandbox; seconds count for all tests together.
-      allow_unsandboxed: see `deepseek_jax.rewards.sandbox.run_program`.
-
-    Returns:
-      How many tests passed before the time was over.
-
-    Raises:
-      SandboxUnavailable: programs cannot be isolated here.
-    """
-    names, module = _test_module(tests)
-    inside = _INSIDE.read_bytes()
-    judge = Program(source=inside, files={"checks.py": module, "names.json": json.dumps(names)}, limits=limits)
-    player = Program(source=inside, files={"solution.py": source}, limits=limits)
-    ran = run_linked(judge, player, allow_unsandboxed=allow_unsandboxed)
-    return ran.stderr.split(b"\n").count(b"1")
-
-
-def _test_module(tests: Assertions) -> tuple[dict[str, str], str]:
-    """The judge's module: the setup, then a function for each test; and which names are the program's."""
-    setup, bodies = ast.parse(tests.setup), [ast.parse(text) for text in tests.tests]
-    trees = [setup, *bodies]
-    free = _free_names(trees)
-    imported = (free & sys.stdlib_module_names) - _values(trees)
-    names = {name: name for name in free - imported}
-    if tests.entry_point:
-        names[_CANDIDATE] = tests.entry_point
-    elif not names:
-        names = _first_call(bodies)
-    module = ast.parse("from candidate import *\n" + "".join(f"import {name}\n" for name in sorted(imported)))
-    module.body += setup.body
-    for index, body in enumerate(bodies):
-        (function,) = ast.parse(f"def _test_{index}(): pass").body
-        function.body = body.body or function.body
-        module.body.append(function)
-    module.body += ast.parse(f"CHECKS = [{', '.join(f'_test_{index}' for index in range(len(bodies)))}]").body
-    return names, ast.unparse(module)
-
-
-def _free_names(trees: Sequence[ast.AST]) -> set[str]:
-    """Names that are read and neither bound anywhere in the trees nor builtins."""
-    read: set[str] = set()
-    bound: set[str] = set()
-    for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, ast.Name):
-            (read if isinstance(node.ctx, ast.Load) else bound).add(node.id)
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            bound.add(node.name)
-        elif isinstance(node, ast.arg):
-            bound.add(node.arg)
-        elif isinstance(node, ast.alias):
-            bound.add((node.asname or node.name).split(".")[0])
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            bound.add(node.name)
-    return read - bound - set(dir(builtins))
-
-
-def _values(trees: Sequence[ast.AST]) -> set[str]:
-    """Names that are used otherwise than before a dot; a module's never is."""
-    nodes = [node for tree in trees for node in ast.walk(tree)]
-    dotted = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
-    return {node.id for node in nodes if isinstance(node, ast.Name) and id(node) not in dotted}
-
-
-def _first_call(bodies: Sequence[ast.Module]) -> dict[str, str]:
-    """Tests that name nothing but builtins ask for a function that shadows one (`assert sum(1, 2) == 3`): the first
-    that they call."""
-    calls = (node for body in bodies for node in ast.walk(body) if isinstance(node, ast.Call))
-    name = next((call.func.id for call in calls if isinstance(call.func, ast.Name)), None)
-    return {} if name is None else {name: name}
-
-
-def _input_output(test: Mapping[str, Any]) -> InputOutput:
-    kind = test.get("testtype", "stdin")
-    if kind != "stdin" or not all(isinstance(test.get(key), str) for key in ("input", "output")):
-        raise ValueError(
-            f"code_reward: tests: got {repr(dict(test))[:120]}, wanted input and output as strings and no testtype but"
-            " stdin; write calls of functions as assert statements"
-        )
-    return InputOutput(input=test["input"], output=test["output"])
-
-
-def _strings(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
-
-
-def _same_line(line: str, wanted: str) -> bool:
-    line, wanted = line.strip(), wanted.strip()
-    if line == wanted:
-        return True
-    numbers, wanted_numbers = _numbers(line), _numbers(wanted)
-    return numbers is not None and numbers == wanted_numbers
-
-
-def _numbers(line: str) -> list[Decimal] | None:
-    try:
-        numbers = [Decimal(word) for word in line.split()]
-    except InvalidOperation:
-        return None
-    return numbers if all(number.is_finite() for number in numbers) else None

@@ -77,7 +77,10 @@ READING = [
     Hostile(name="physical-memory", source=_open("/dev/mem", "/dev/kmem", "/dev/port", "/proc/kcore")),
     Hostile(
         name="environment",
-        source="import os\nprint('held' if set(os.environ) <= {'PYTHONHASHSEED', 'LC_CTYPE'} else dict(os.environ))",
+        source=(
+            "import os\nours = {'PYTHONHASHSEED', 'MALLOC_ARENA_MAX', 'LC_CTYPE'}\n"
+            "print('held' if set(os.environ) <= ours else dict(os.environ))"
+        ),
     ),
     Hostile(
         name="hostname-and-user",
@@ -186,7 +189,18 @@ NETWORK = [
     Hostile(name="names", source=refused("socket.getaddrinfo('example.org', 80)")),
     Hostile(name="unix-socket", source=refused("socket.socket(socket.AF_UNIX).connect('@UNIX@')")),
     Hostile(name="abstract-unix-socket", source=refused("socket.socket(socket.AF_UNIX).connect('\\0@MARK@')")),
-    Hostile(name="listening", source=refused("socket.create_server(('127.0.0.1', 0))", "socket.socketpair()")),
+    Hostile(name="listening", source=refused("socket.create_server(('127.0.0.1', 0))")),
+    Hostile(
+        name="pair-to-others",
+        source=refused(
+            "socket.socketpair(socket.AF_INET)",
+            "pair[0].bind('/tmp/x')",
+            "pair[0].bind('\\0@MARK@')",
+            "pair[0].connect('@UNIX@')",
+            "pair[0].listen()",
+            setup="pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",
+        ),
+    ),
     Hostile(name="netlink-and-raw", source=refused("socket.socket(16, 3, 0)", "socket.socket(17, 3, 0)")),
     Hostile(name="io-uring", source=refused("call(425, 8, bytes(120))")),
 ]
@@ -227,7 +241,7 @@ PROCESSES = [
             "        threading.Thread(target=time.sleep, args=(100,), daemon=True).start()\n"
             "        started += 1\n"
             "except RuntimeError: pass\n"
-            "print('held' if started == 16 else started)"
+            "print('held' if started == 64 else started)"
         ),
     ),
     Hostile(
@@ -315,6 +329,102 @@ PROCESSES = [
             "print('held' if data.raw == bytes(24) and not bounding and libc.prctl(39, 0, 0, 0, 0) == 1 else 'ESCAPED')"
         ),
     ),
+]
+
+_LIBRARY = "import fcntl, mmap, os, time\nlibrary = os.open(os.__file__, os.O_RDONLY)\n" + _NUMBERS
+
+CHANNELS = [
+    Hostile(
+        name="events-of-files",
+        source=refused(
+            "call(NR(253, 26), 0)",
+            "call(NR(294, 26), 0)",
+            "call(NR(300, 262), 0, 0)",
+            "fcntl.fcntl(library, fcntl.F_NOTIFY, fcntl.DN_ACCESS)",
+            "fcntl.fcntl(library, fcntl.F_SETLEASE, 0)",
+            "call(NR(254, 27), 0, b'/usr/lib', 1)",
+            setup=_LIBRARY,
+        ),  # fmt: skip
+    ),
+    Hostile(
+        name="locks-on-libraries",
+        source=refused(
+            "fcntl.flock(library, fcntl.LOCK_SH)",
+            "fcntl.flock(library, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+            "fcntl.lockf(library, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+            "fcntl.fcntl(library, fcntl.F_GETLK, bytes(32))",
+            "fcntl.fcntl(library, 36, bytes(32))",
+            "fcntl.fcntl(library, 37, bytes(32))",
+            setup=_LIBRARY,
+        ),  # fmt: skip
+    ),
+    Hostile(
+        name="flushing-the-host",
+        source=refused(
+            "call(NR(162, 81))",
+            "call(NR(306, 267), library)",
+            "call(NR(277, 84), library, 0, 4096, 7)",
+            setup=_LIBRARY,
+        ),  # fmt: skip
+    ),
+    Hostile(
+        name="page-cache",
+        source=refused(
+            "os.posix_fadvise(library, 0, 0, os.POSIX_FADV_DONTNEED)",
+            "call(NR(187, 213), library, 0, 4096)",
+            "call(NR(27, 232), 0, 4096, bytes(8))",
+            "os.preadv(library, [bytearray(8)], 0, os.RWF_NOWAIT)",
+            "call(451, library, bytes(16), bytes(40), 0)",
+            setup=_LIBRARY,
+        ),  # fmt: skip
+    ),
+    Hostile(
+        name="hints-and-pipes",
+        source=refused(
+            "fcntl.fcntl(library, 1035, bytes(8))",
+            "fcntl.fcntl(library, 1036, bytes(8))",
+            "fcntl.fcntl(os.pipe()[0], 1031, 1 << 20)",
+            setup=_LIBRARY,
+        ),  # fmt: skip
+    ),
+    Hostile(
+        name="the-machine-s-numbers",
+        source=refused("call(NR(99, 179), bytes(200))", "call(NR(252, 31), 3, 65534)", setup=_NUMBERS),
+    ),
+    Hostile(
+        name="times-of-libraries",
+        source=_LIBRARY + "\nbefore = os.fstat(library).st_atime_ns\nos.read(library, 10)\n"
+        "print('held' if os.fstat(library).st_atime_ns == before else 'ESCAPED')",
+    ),
+    Hostile(
+        name="queues-and-keys",
+        source=refused(
+            "call(NR(240, 180), b'/x', 66, 0o600, 0)",
+            "call(NR(68, 186), 7, 0o1600)",
+            "call(NR(64, 190), 7, 1, 0o1600)",
+            "call(NR(29, 194), 7, 4096, 0o1600)",
+            "call(NR(248, 217), b'user', b'x', b'y', 1, -4)",
+            setup=_NUMBERS,
+        ),  # fmt: skip
+    ),
+    Hostile(
+        name="futex-on-a-library",
+        # A shared futex neither sleeps nor wakes: both ends of the channel are gone.
+        source=refused(
+            "wait()",
+            "call(NR(449, 449), 0, 0, 0, 0, 0)",
+            setup=_LIBRARY + "\npage = mmap.mmap(library, 4096, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)\n"
+            "word = ctypes.c_uint32.from_buffer(page)\n"
+            "def wait():\n"
+            "    start = time.monotonic()\n"
+            "    try: call(NR(202, 98), ctypes.byref(word), 0, word.value, (ctypes.c_long * 2)(2, 0))\n"
+            "    except OSError:\n"
+            "        if time.monotonic() - start < 1.0: raise\n"
+            "    return time.monotonic() - start\n"
+            "assert call(NR(202, 98), ctypes.byref(word), 1, 1) == 0",
+        ),  # fmt: skip
+    ),
+    Hostile(name="descriptors-of-others", source=refused("os.listdir('/dev/fd/../../1')", "open('/dev/fd/9')")),
 ]
 
 EXHAUSTION = [
@@ -430,7 +540,7 @@ EXHAUSTION = [
     ),
 ]
 
-ALL = [*READING, *WRITING, *NETWORK, *PROCESSES, *EXHAUSTION]
+ALL = [*READING, *WRITING, *NETWORK, *PROCESSES, *CHANNELS, *EXHAUSTION]
 
 _WRONG = "def solve(n):\n    return 0\n"
 _MODULES = "[m for m in list(sys.modules.values()) if m]"

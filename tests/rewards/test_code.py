@@ -1,16 +1,19 @@
 """Laws of the code reward: honest programs earn it, others do not, whatever they do."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from deepseek_jax.rewards import code
 from deepseek_jax.rewards.code import (
     Assertions,
     CodeReward,
     InputOutput,
+    TestsUnusable,
     code_reward,
     count_assertions,
     extract_program,
@@ -19,7 +22,9 @@ from deepseek_jax.rewards.code import (
 )
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rewards.sandbox import Limits, SandboxUnavailable
+from tests.rewards.honest import HONEST, Honest
 from tests.rewards.hostile import FORGERIES, Forgery
+from tests.rewards.lies import LIES, Lie
 from tests.rewards.test_sandbox import need_sandbox
 
 MBPP = Path(__file__).resolve().parents[3] / "shared" / "data" / "mbpp" / "mbpp.jsonl"
@@ -48,9 +53,9 @@ def score(source: str, tests: object, *, share: bool = False, limits: Limits = P
         ("", "```Python3 \nb\n```", "b\n"),
         ("", "```py\r\nb\r\n```\r\n", "b\r\n"),
         ("", "```python\na\n```\n```text\nb\n```", "a\n"),
-        ("", "```\na\n```", None),
+        ("", "```\na\n```", "a\n"),
         ("", "```json\n{}\n```", None),
-        ("", "```python\na", None),
+        ("", "```python\na", "a\n"),
         ("", "````python\na = '''\n```\n'''\n````", "a = '''\n```\n'''\n"),
         ("", "```markdown\n```python\na\n```\n", None),
         ("", "print('```python')", None),
@@ -61,11 +66,49 @@ def score(source: str, tests: object, *, share: bool = False, limits: Limits = P
         ("<think>\n", "```python\na\n```\n</think>\n", None),
         ("<think>", "hm</think>\n```python\na\n```", "a\n"),
         ("", "```python\n```", "\n"),
+        ("", "```py3\nb\n```", "b\n"),
+        ("", "```python3.11\nb\n```", "b\n"),
+        ("", "```Python title=x.py\nb\n```", "b\n"),
+        ("", "```{.python}\nb\n```", "b\n"),
+        ("", "```pythonic\nb\n```", None),
+        ("", "~~~python\nb\n~~~", "b\n"),
+        ("", "~~~\n```\nb\n~~~", "```\nb\n"),
+        ("", "```\na\n```\n```python\nb\n```\n```\nc\n```", "b\n"),
+        ("", "```\r\na = 1\r\n```\r\n", "a = 1\r\n"),
+        ("", "1. First:\n   ```python\n   def f():\n       return 1\n   ```", "def f():\n    return 1\n"),
+        ("", "- ```python\n  def f():\n      return 1\n  ```", "def f():\n    return 1\n"),
+        ("", "> ```python\n> def f():\n>     return 1\n> ```", "def f():\n    return 1\n"),
+        ("", "```python\n    def f():\n        return 1\n```", "def f():\n    return 1\n"),
+        ("", "\t```python\n\tx = 1\n\t```", "x = 1\n"),
+        ("", "```python\ndef f(): return 1\n```\nUsage:\n```python\nprint(f())\n```", "def f(): return 1\n"),
+        ("", "```python\nprint(1)\n```\nor\n```python\nprint(2)\n```", "print(2)\n"),
+        ("", "```python\nx = 1\n```\n```python\nx = (\n```", "x = 1\n"),
+        ("", "```python\nx = 1\n```\n```python\ny = 2", "y = 2\n"),
+        ("", "<answer>\n```python\na\n```\n</answer>\n```python\nb\n```", "a\n"),
+        ("", "```python\na\n```\n<answer>a</answer>", "a\n"),
+        ("", "<think>\n```python\na\n```\n</think>", None),
         ("", "", None),
     ],
 )
 def test_the_last_python_block_after_the_thoughts_is_the_program(prompt: str, completion: str, program: str | None):
     assert extract_program(prompt, completion) == program
+
+
+@pytest.mark.parametrize(
+    ("completion", "names", "program"),
+    [
+        ("```python\ndef f(): return 1\n```\n```python\nx = f()\ny = x\n```", ["f"], "def f(): return 1\n"),
+        ("```python\ndef f(): 1\n```\n```python\ndef f(): 2\n```\n```python\ndef g(): f()\n```", ["f"],
+         "def f(): 2\n"),
+        ("```python\nclass A: pass\n```\n```python\nclass B(A): pass\n```\n```python\nB()\n```", ["A", "B"],
+         "class A: pass\n\nclass B(A): pass\n\nB()\n"),
+        ("```python\nf = lambda x: x\n```\n```python\nassert f(1) == 1\n```", ["f"], "f = lambda x: x\n"),
+        ("```\nf(1)\n```\n```\ndef f(x): return x\n```\n```\noutput: 3\n```", ["f"], "def f(x): return x\n"),
+        ("```python\ndef g(): 1\n```", ["f"], "def g(): 1\n"),
+    ],
+)  # fmt: skip
+def test_of_several_blocks_the_one_that_defines_what_tests_need_is_the_program(completion, names, program):
+    assert extract_program("", completion, frozenset(names)) == program
 
 
 def test_extraction_is_linear():
@@ -89,6 +132,11 @@ def test_extraction_is_linear():
         ("0.1", "0.10"),
         ("inf", "inf"),
         ("YES 1", "YES 1"),
+        ("0.30000000000000004", "0.3"),
+        ("0.333333", "0.333333333333"),
+        ("123456789.0001", "123456789.0002"),
+        ("area = 0.30000000000000004 m", "area = 0.3 m"),
+        ("1e-9", "0.0"),
     ],
 )
 def test_equal_outputs(got: str, wanted: str):
@@ -111,10 +159,23 @@ def test_equal_outputs(got: str, wanted: str):
         ("YES 1.0", "YES 1"),
         ("a b", "a  b"),
         ("1\x002", "1 2"),
+        ("0.3334", "0.333333333333"),
+        ("100000000000000000001", "100000000000000000000"),
+        ("x 0.5", "y 0.5"),
+        ("0.5  x", "0.5000000001 x"),
+        ("1e500", "1.1e500"),
+        ("2", "2.0000001"),
+        ("-0.25", "0.25"),
     ],
 )
 def test_different_outputs(got: str, wanted: str):
     assert not outputs_equal(got, wanted) and not outputs_equal(wanted, got)
+
+
+def test_the_tolerance_of_printed_fractions_is_an_option():
+    assert not outputs_equal("0.333333", "0.333333333333", tolerance=0)
+    assert outputs_equal("0.33", "0.3333", tolerance=0.01) and outputs_equal("1.50", "1.5", tolerance=0)
+    assert outputs_equal("1000.4", "1000.0", tolerance=1e-3) and not outputs_equal("1001.4", "1000.0", tolerance=1e-3)
 
 
 def test_comparison_of_absurd_numbers_is_quick():
@@ -151,6 +212,39 @@ def test_a_right_answer_with_a_wrong_end_fails(source: str):
     assert score(source, SUMS, limits=HASTY) == 0.0
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "print(sum(map(int, open('/dev/stdin').read().split())))",
+        "print(sum(map(int, open(0).read().split())))",
+        "import os\nprint(sum(map(int, os.read(0, 100).split())), file=open('/dev/stdout', 'w'))",
+        "import sys\nsys.stdout.buffer.write(b'%d' % sum(map(int, sys.stdin.buffer.readline().split())))",
+        "import sys\nfor line in sys.stdin: print(sum(map(int, line.split())), end=' \\n\\n')",
+        "import pathlib\nprint(sum(map(int, pathlib.Path('/dev/stdin').read_text().split())))",
+        "import asyncio\nasync def main():\n    await asyncio.sleep(0)\n    print(sum(map(int, input().split())))\n"
+        "asyncio.run(main())",
+        "import asyncio, sys\nasync def main():\n    r = asyncio.StreamReader()\n"
+        "    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(r), sys.stdin)\n"
+        "    print(sum(map(int, (await r.read()).split())))\nasyncio.run(main())",
+        "t = 0\ntry:\n    while True: t += sum(map(int, input().split()))\nexcept EOFError: print(t)",
+        "import numpy as np\nprint(np.array(input().split(), dtype=int).sum())",
+        "import sys, threading\nsys.setrecursionlimit(10**6)\nthreading.stack_size(64 << 20)\n"
+        "t = threading.Thread(target=lambda: print(sum(map(int, input().split()))))\nt.start(); t.join()",
+    ],
+)  # fmt: skip
+def test_programs_read_and_write_in_every_way(source: str):
+    assert score(source, SUMS) == 1.0
+
+
+def test_a_program_may_print_what_is_wanted_however_long_and_not_much_more():
+    wanted = "\n".join(map(str, range(300_000)))
+    assert score("for i in range(300000): print(i)", [{"input": "", "output": wanted}]) == 1.0
+    small = Limits(seconds=30.0, output_bytes=1000)
+    assert score("print(' ' * 3_000_000)", [{"input": "", "output": ""}], limits=small) == 0.0
+    roomy = Limits(seconds=30.0, output_bytes=4 << 20)
+    assert score("print(' ' * 3_000_000)", [{"input": "", "output": ""}], limits=roomy) == 1.0
+
+
 # --- Assertions
 
 SOLVE = ["assert solve(1) == 2", "assert solve(2) == 5", "assert solve(7) == 50"]
@@ -164,6 +258,25 @@ def test_a_solution_passes_the_tests_that_forgeries_aim_at():
 @pytest.mark.parametrize("forgery", FORGERIES, ids=[forgery.name for forgery in FORGERIES])
 def test_no_forgery_passes_one_test(forgery: Forgery):
     assert score(forgery.source, SOLVE, share=True, limits=HASTY) == 0.0
+
+
+@pytest.mark.parametrize("program", HONEST, ids=[program.name for program in HONEST])
+def test_honest_programs_pass_all_their_tests(program: Honest):
+    need_sandbox()
+    tests = Assertions(tests=program.tests, setup=program.setup, entry_point=program.entry_point, prompt=program.prompt)
+    assert count_assertions(program.source, tests, limits=PATIENT) == len(program.tests)
+
+
+@pytest.mark.parametrize("lie", LIES, ids=[lie.name for lie in LIES])
+def test_no_lie_passes_one_test(lie: Lie):
+    need_sandbox()
+    limits = Limits(seconds=10.0, memory_bytes=512 << 20)
+    assert count_assertions(lie.source, Assertions(tests=lie.tests, setup=lie.setup), limits=limits) == 0
+
+
+def test_there_are_as_many_shapes_and_lies_as_the_project_asks_for():
+    assert len({program.name for program in HONEST}) == len(HONEST) >= 60
+    assert len({lie.name for lie in LIES}) == len(LIES) >= 20
 
 
 @pytest.mark.parametrize(
@@ -272,6 +385,97 @@ def test_the_library_that_tests_use_is_their_own_and_not_the_program_s():
     assert score(source, ["assert math.isclose(f()[0], 1)", "assert set(f()) == set([1])"], share=True) == 0.0
 
 
+# --- Tests that are at fault themselves
+
+
+@pytest.mark.parametrize(
+    ("setup", "test"),
+    [
+        ("raise ValueError('why')", "assert helper(solve(1)) == 2"),
+        ("DATA = open('/data/no_such.json')", "assert DATA and solve(1) == 2"),
+        ("import no_such_library", "assert no_such_library.check(solve(1))"),
+        ("from no_such_library import check", "assert check(solve(1))"),
+        ("x = 1 / 0", "assert solve(1) == x"),
+        ("import sys\nsys.exit(3)", "assert solve(1) == 3"),
+        ("x = bytearray(1 << 50)", "assert x == solve(1)"),
+        ("", "import no_such_library\nassert solve(1) == 2"),
+        ("", "x = bytearray(1 << 50)\nassert solve(1) == 2"),
+        ("while True: pass", "assert solve(1) == 2"),
+        ("import os\nos._exit(0)", "assert solve(1) == 2"),
+        ("import os\nos.abort()", "assert solve(1) == 2"),
+    ],
+)
+def test_tests_that_fail_by_themselves_are_an_error_and_no_verdict(setup: str, test: str):
+    with pytest.raises(TestsUnusable, match="^code_reward: tests: [^\n]*correct the row[^\n]*$"):
+        score(RIGHT, {"asserts": [test], "setup": setup}, limits=HASTY)
+
+
+def test_a_reward_whose_tests_fail_by_themselves_is_unknown():
+    need_sandbox()
+    reward = combine({"code": CodeReward(workers=1)}, {"code": 1.0}, on_error="none")
+    tests = [{"asserts": SOLVE[:1], "setup": "import no_such_library\nSOLVED = no_such_library.SOLVED"}, SOLVE]
+    tests[0]["asserts"] = ["assert solve(1) == SOLVED"]
+    total, parts = reward([""] * 2, [fenced(RIGHT)] * 2, [[]] * 2, tests=tests)
+    assert parts["code"] == [None, 1.0] and total[0] != total[0] and total[1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("source", "setup", "test"),
+    [
+        ("1 / 0", "", "assert solve(1) == 2"),
+        ("def other(): pass", "x = solve(1)", "assert x == 2"),
+        ("def solve(n): raise ImportError('x')", "", "assert solve(1) == 2"),
+        ("def solve(n): raise MemoryError", "", "assert solve(1) == 2"),
+        ("def solve(n): return bytearray(1 << 50)", "", "assert solve(1) == 2"),
+        ("def solve(n): raise ValueError", "x = solve(1)", "assert x == 2"),
+        ("def solve(n): return 0", "x = solve(1)[0]", "assert x == 2"),
+        ("def solve(n):\n    while True: pass", "x = solve(1)", "assert x == 2"),
+        ("while True: pass", "", "assert solve(1) == 2"),
+        ("import os\nos.kill(os.getpid(), 11)", "", "assert solve(1) == 2"),
+        ("import no_such_library", "", "assert solve(1) == 2"),
+        ("def solve(n): return 0", "raise_later = 1", "assert solve(1) == 2"),
+        ("def solve(n): return range(10 ** 14)", "", "assert list(solve(1)) == [2]"),
+    ],
+)
+def test_a_program_cannot_have_the_tests_blamed(source: str, setup: str, test: str):
+    assert score(source, {"asserts": [test], "setup": setup}, limits=HASTY) == 0.0
+
+
+def test_tests_that_their_own_reference_fails_are_an_error():
+    need_sandbox()
+    reward = CodeReward(assert_limits=PATIENT, io_limits=PATIENT, reference="solutions", workers=1)
+    wrong = [fenced("def solve(n): return 0")]
+    run = lambda tests, reference: reward([""], wrong, tests=[tests], solutions=[reference])
+    assert run(SOLVE, RIGHT) == run(SOLVE, None) == run(SUMS, "print(sum(map(int, input().split())))") == [0.0]
+    for tests in (["assert solve(1) == 3"], ["assert undefined(solve(1))"], [{"input": "1", "output": "2"}]):
+        with pytest.raises(TestsUnusable, match="reference"):
+            run(tests, RIGHT)
+    with pytest.raises(ValueError, match="solutions: got None, wanted a program or None for each of 1 rows"):
+        reward([""], wrong, tests=[SOLVE])
+
+
+def test_a_test_that_needs_nothing_of_a_broken_setup_counts():
+    assert score(RIGHT, {"asserts": SOLVE, "setup": "open('/data/x.json')\nimport math"}) == 1.0
+
+
+def test_time_that_others_take_from_a_program_is_not_its_own():
+    """Under a load of eight busy processes a processor a program gets a fraction of its time."""
+    need_sandbox()
+    source = "def f():\n    x = 0\n    for i in range(9_000_000): x += i\n    return x > 0"
+    alone = time.monotonic()
+    assert count_assertions(source, Assertions(tests=["assert f()"]), limits=PATIENT) == 1
+    seconds = time.monotonic() - alone
+    count = 4 * len(os.sched_getaffinity(0))
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        limits = Limits(seconds=max(1.0, 1.3 * seconds))
+        assert count_assertions(source, Assertions(tests=["assert f()"]), limits=limits) == 1
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
 # --- The reward's protocol
 
 
@@ -292,6 +496,69 @@ def test_rows_without_tests(row: object):
     assert parse_tests(row) is None
 
 
+FUNCTIONAL = [
+    {"input": "[2, 7]\n9", "output": "[0, 1]", "testtype": "functional"},
+    {"input": "[3, 3]\n6", "output": "[0, 1]", "testtype": "functional"},
+]
+TWO_SUM = """
+class Solution:
+    def pairs(self, n): return [(i, j) for j in range(n) for i in range(j)]
+    def twoSum(self, nums: List[int], target: int) -> List[int]:
+        return next(((i, j) for i, j in self.pairs(len(nums)) if nums[i] + nums[j] == target), None)
+"""
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        FUNCTIONAL,
+        [{**test, "func_name": "twoSum"} for test in FUNCTIONAL],
+        {"tests": FUNCTIONAL},
+        {"inputs": [[[2, 7], 9]], "outputs": [[0, 1]], "fn_name": "twoSum"},
+        {"functional": "def check(candidate):\n    assert list(candidate(nums=[2, 7], target=9)) == [0, 1]"},
+        {"test": "def check(candidate):\n    assert candidate([3, 3], 6)[1] == 1", "entry_point": "Solution().twoSum"},
+        {"language": "python", "test_cases": [{"input": "[2, 7]\n9", "output": "[0, 1]", "type": "function_call",
+                                               "fn_name": "twoSum"}]},
+    ],
+)  # fmt: skip
+def test_methods_of_solution_are_called(row: object):
+    assert score(TWO_SUM, row) == 1.0
+    assert score(TWO_SUM.replace("==", "!="), row) == 0.0
+    assert score("def twoSum(nums, target): return [0, 1]", row) == (0.0 if "twoSum" not in json.dumps(row) else 1.0)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"tests": SUMS},
+        {"inputs": ["1 2\n"], "outputs": ["3\n"]},
+        {"language": "python", "test_cases": [{"input": "1 2\n", "output": "3\n", "type": "stdin_stdout"}]},
+    ],
+)
+def test_input_and_output_in_each_form(row: object):
+    assert score("print(sum(map(int, input().split())))", row) == 1.0
+
+
+def test_rows_of_the_hub_s_human_eval():
+    row = {
+        "task_id": "HumanEval/0",
+        "prompt": "from typing import List\n\ndef helper(x):\n    return x + 1\n\n"
+        'def solve(xs: List[int]) -> List[int]:\n    """Adds one."""\n',
+        "canonical_solution": "    return [helper(x) for x in xs]\n",
+        "test": "def check(candidate):\n    assert candidate([1]) == [helper(1)]\n    assert solve([2]) == [3]\n",
+        "entry_point": "solve",
+    }
+    assert score("def solve(xs: List[int]):\n    return [helper(x) for x in xs]", row) == 1.0
+    assert score("def solve(xs):\n    return xs", row) == 0.0
+    assert score("def helper(x): return x\ndef solve(xs): return xs", row) == 0.0
+
+
+def test_the_reward_is_called_by_keyword():
+    need_sandbox()
+    call = {"prompts": [""], "completions": [fenced(RIGHT)], "tests": [SOLVE]}
+    assert code_reward(**call) == CodeReward()(**call, completion_ids=[[1]], trainer_state=None) == [1.0]
+
+
 def test_rows_of_each_shape():
     assert parse_tests(SUMS)[0] == InputOutput(input="1 2\n", output="3\n")
     assert parse_tests(SOLVE) == Assertions(tests=tuple(SOLVE))
@@ -302,7 +569,9 @@ def test_rows_of_each_shape():
 @pytest.mark.parametrize(
     "row",
     [7, {}, "not json", "7", [1], [{"input": "x"}], [{"input": 1, "output": "x"}], ["assert ("], {"asserts": "x"},
-     {"test": "def check(candidate): pass"}, [{"input": "", "output": "", "testtype": "functional"}], ["x", {}],
+     {"test": "def check(candidate): pass"}, [{"input": "{", "output": "", "testtype": "functional"}],
+     {"inputs": [1], "outputs": []}, {"tests": 3},
+     [{"input": "1", "output": "1", "testtype": "functional"}, SUMS[0]], {"functional": 3}, ["x", {}],
      {"asserts": ["assert 1"], "setup": "import ("}, "[" * 100_000, {"asserts": ["assert 1"], "setup": 3},
      {"test": 1, "entry_point": "f"}, {"test": "def check(c): pass", "entry_point": None}],
 )  # fmt: skip
@@ -316,6 +585,8 @@ def test_columns_of_other_lengths_are_refused():
         code_reward([""], [""], [[]], tests=[None, None])
     with pytest.raises(ValueError, match="workers"):
         CodeReward(workers=0)
+    with pytest.raises(ValueError, match="tolerance"):
+        CodeReward(tolerance=-1.0)
 
 
 def test_without_a_sandbox_there_is_no_score(monkeypatch: pytest.MonkeyPatch):
@@ -344,7 +615,7 @@ def broken(source: str) -> str:
     return f"{source}\n{yes}{patch}"
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [8, pytest.param(974, marks=pytest.mark.slow)])
 def test_reference_solutions_of_mbpp_pass_and_broken_ones_fail(count: int):
     need_sandbox()
     rows = mbpp(count)
@@ -353,8 +624,3 @@ def test_reference_solutions_of_mbpp_pass_and_broken_ones_fail(count: int):
     run = lambda programs: reward([""] * count, [fenced(program) for program in programs], [[]] * count, tests=tests)
     assert run([row["code"] for row in rows]) == [1.0] * count
     assert run([broken(row["code"]) for row in rows]) == [0.0] * count
-
-
-def test_the_judge_s_module_holds_no_name_twice():
-    names, module = code._test_module(Assertions(tests=["x = 1\nassert f(x) == 'a\\nb'"], setup="import math as m"))
-    assert names == {"f": "f"} and "'a\\nb'" in module

@@ -196,6 +196,121 @@ def test_honest_programs_run():
     assert (ran.kind, ran.code, ran.stdout.decode(), ran.stderr) == ("ok", 0, "42 given né\n", b"")
 
 
+@pytest.mark.parametrize("count", [15, 64])
+def test_threads_start_at_the_default_memory_every_time(count: int):
+    need_sandbox()
+    source = f"""
+        import threading
+        for _ in range(3):
+            barrier = threading.Barrier({count} + 1)
+            def work():
+                data = [bytearray(1000) for _ in range(200)]
+                barrier.wait()
+            threads = [threading.Thread(target=work) for _ in range({count})]
+            for thread in threads: thread.start()
+            barrier.wait()
+            for thread in threads: thread.join()
+        print(len(threads))
+    """
+    programs = [Program(source=textwrap.dedent(source), limits=Limits(seconds=30.0))] * 4
+    for ran in run_programs(programs):
+        assert (ran.kind, ran.stdout) == ("ok", b"%d\n" % count), ran.stderr[-300:]
+
+
+LOCKING = """
+    import fcntl, os, sys, time
+    library = os.open(os.__file__, os.O_RDONLY)
+    held = []
+    for lock in (fcntl.flock, fcntl.lockf):
+        for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH):
+            try: lock(library, kind | fcntl.LOCK_NB)
+            except OSError as error: held.append(error.errno)
+            else: held.append(0)
+    print(held, flush=True)
+    time.sleep(HOLD)
+"""
+
+
+def test_what_one_program_locks_another_does_not_see():
+    need_sandbox()
+    source = textwrap.dedent(LOCKING)
+    limits = Limits(seconds=30.0)
+    alone = run_program(source.replace("HOLD", "0"), limits=limits).stdout
+    pair = [Program(source=source.replace("HOLD", hold), limits=limits) for hold in ("1.5", "0.1")]
+    assert [ran.stdout for ran in run_programs(pair, workers=2)] == [alone, alone]
+
+
+def test_files_are_flushed_where_there_is_nothing_to_flush():
+    need_sandbox()
+    source = """
+        import os
+        with open("x", "w") as file:
+            file.write("1")
+            file.flush()
+            os.fsync(file.fileno())
+        print(open("x").read())
+    """
+    assert run_program(textwrap.dedent(source), limits=Limits(seconds=30.0)).stdout == b"1\n"
+
+
+def test_standard_streams_have_their_names():
+    need_sandbox()
+    source = """
+        import os
+        print(open("/dev/stdin").readline(), file=open("/dev/stderr", "w"))
+        with open("/dev/stdout", "w") as out: out.write("written\\n")
+        print(sorted(set(os.listdir("/dev"))), os.path.exists("/proc"))
+    """
+    ran = run_program(textwrap.dedent(source), stdin="a\n" * 3, limits=Limits(seconds=30.0))
+    devices = ["fd", "null", "random", "stderr", "stdin", "stdout", "urandom", "zero"]
+    assert (ran.stderr, ran.stdout.decode()) == (b"a\n\n", f"written\n{devices} False\n")
+
+
+def test_installed_packages_are_there_for_whom_they_are_given_and_no_others():
+    need_sandbox()
+    source = "import numpy\nprint(numpy.arange(3).sum())\ntry: import jax\nexcept ImportError: print('none')"
+    limits = Limits(seconds=30.0)
+    given = Program(source=source, limits=limits, packages=("numpy", "not_installed"))
+    first, second = run_programs([given, Program(source=source, limits=limits)])
+    assert first.stdout == b"3\nnone\n", first.stderr
+    assert second.kind == "error" and b"No module named 'numpy'" in second.stderr
+
+
+def test_a_program_that_the_kernel_kills_for_memory_is_an_error_and_no_verdict(outside: Outside):
+    need_sandbox()
+    source = outside.fill("import ctypes, time\nctypes.CDLL(None).prctl(15, b'@MARK@', 0, 0, 0)\ntime.sleep(60)")
+
+    def kill() -> None:
+        wait_until(lambda: marked_processes(outside.mark))
+        os.kill(marked_processes(outside.mark)[0], 9)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with pytest.raises(SandboxUnavailable, match="memory"):
+        run_program(source, limits=Limits(seconds=60.0))
+    thread.join()
+
+
+def test_processor_time_ends_a_program_of_many_threads_as_time_does():
+    need_sandbox()
+    source = """
+        import threading
+        def work():
+            while True: pass
+        for _ in range(8): threading.Thread(target=work).start()
+    """
+    ran = run_program(textwrap.dedent(source), limits=Limits(seconds=1.0))
+    assert ran.kind == "timeout" and ran.seconds < 2.0
+
+
+def test_a_missing_interpreter_is_an_error_in_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sandbox, "_interpreter", lambda: "/does/not/exist/python")
+    reason = sandbox.available.__wrapped__()
+    assert reason is not None and "/does/not/exist/python" in reason and "\n" not in reason
+    with pytest.raises(SandboxUnavailable, match="/does/not/exist/python"):
+        sandbox._launch([Program(source="")], sandboxed=False)
+
+
 def test_the_same_program_prints_the_same_on_every_run():
     need_sandbox()
     source = "print(list({'a', 'b', 'c', 'd', 'e', 'f'}), hash('x'))"
@@ -356,6 +471,7 @@ def test_the_filter_denies_what_it_says(machine: str):
         "x86_64": (41, 56, 157, 0, 0xC000003E),
         "aarch64": (198, 220, 167, 63, 0xC00000B7),
     }[machine]
+    pair, fcntl, futex, fsync = {"x86_64": (53, 72, 202, 74), "aarch64": (199, 25, 98, 82)}[machine]
     allow, deny, absent, kill = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
     alone, forking = filter_program(machine, fork=False), filter_program(machine, fork=True)
     for code in (alone, forking):
@@ -369,6 +485,14 @@ def test_the_filter_denies_what_it_says(machine: str):
         assert verdict(code, read, 0x40000003) == kill
         assert verdict(code, prctl, arch, 1, 0) == deny
         assert verdict(code, prctl, arch, 15, 0) == allow
+        assert verdict(code, pair, arch, 1, 1) == allow
+        assert verdict(code, pair, arch, 2, 1) == deny
+        assert [verdict(code, fcntl, arch, 3, command) for command in (0, 3, 4, 1030)] == [allow] * 4
+        assert [verdict(code, fcntl, arch, 3, command) for command in (5, 6, 7, 37, 1024, 1026, 1031)] == [deny] * 7
+        assert [verdict(code, futex, arch, 0, op) for op in (128, 129, 137, 393)] == [allow] * 4
+        assert [verdict(code, futex, arch, 0, op) for op in (0, 9, 265)] == [0x0005000B] * 3
+        assert [verdict(code, futex, arch, 0, op) for op in (1, 3, 5, 10)] == [0x00050000] * 4
+        assert verdict(code, fsync, arch, 3) == 0x00050000
     assert verdict(alone, clone, arch, 17) == deny
     assert verdict(forking, clone, arch, 17) == allow
     assert filter_program("riscv64", fork=False) is None
@@ -400,9 +524,10 @@ def test_the_filter_names_the_calls_of_this_machine():
         pytest.skip("no header of system call numbers for x86_64 here")
     lines = [line.split() for line in header.read_text().splitlines() if line.startswith("#define __NR_")]
     numbers = {name.removeprefix("__NR_"): int(number) for _, name, number in lines}
-    from deepseek_jax.rewards.sandbox.seccomp import _DENIED
+    from deepseek_jax.rewards.sandbox.seccomp import _DENIED, _EMPTY
 
-    assert {name: pair[0] for name, pair in _DENIED.items()} == {name: numbers.get(name) for name in _DENIED}
+    named = {**_DENIED, **_EMPTY}
+    assert {name: pair[0] for name, pair in named.items()} == {name: numbers.get(name) for name in named}
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,24 @@
 """Runs a model's programs where they can do no harm: Linux namespaces, limits and a system call filter.
 
 What a program finds inside: a root of read-only mounts (the interpreter, its standard library, the system's shared
-libraries, four device nodes) and one writable folder of limited size, /tmp, where it starts; no /proc, /sys, /etc or
-/home, no installed package, no network interface that is up, an environment of one variable. It is process 1 and user
-nobody of its own namespaces, has no capability and can gain none, and only file descriptors 0, 1 and 2.
+libraries, four device nodes, the packages that it was given, its own open files under /dev/fd) and one writable folder
+of limited size, /tmp, where it starts; no /proc, /sys, /etc or /home, no other installed package, no network interface
+that is up, an environment of a few variables. It is process 1 and user nobody of its own namespaces, has no capability
+and can gain none, and only file descriptors 0, 1 and 2.
 
 What is bounded: wall time, counted from the program's first instruction and enforced from outside; processor time,
 address space (of each process), processes and threads, bytes written to files, to standard output and to standard
 error. Whatever it leaves running dies with it.
 
-What is not: side channels (timing, contention), bugs of the kernel, the bits that a program can read from the machine
-(clock, processor type, kernel version), and reading the system's shared libraries and the interpreter.
+Programs cannot talk to each other either, though they see the same libraries: `seccomp` lists what it closes. What is
+left are side channels (timing, contention, what timing tells of the page cache), bugs of the kernel, the bits that a
+program can read from the machine (clock, processor type, kernel version, free space of the libraries' file system),
+and reading the system's shared libraries and the interpreter.
 """
 
 import functools
 import glob
+import importlib.util
 import marshal
 import math
 import os
@@ -33,7 +37,7 @@ from deepseek_jax.rewards.sandbox.seccomp import filter_program
 Kind = Literal["ok", "error", "timeout", "memory", "output", "killed"]
 
 _LAUNCHER = Path(__file__).with_name("launcher.py")
-_GRACE_SECONDS = 90.0
+_GRACE_SECONDS = 150.0  # above the launcher's own patience, SETUP_SECONDS and MOST_STARVED_SECONDS
 _MIN_MEMORY_BYTES = 64 << 20
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
@@ -47,9 +51,10 @@ class Limits:
     """What one program may use.
 
     Args:
-      seconds: wall time from its first instruction, start of the interpreter included. Each of its processes is
-        limited to about as much processor time on every processor.
-      memory_bytes: address space of each of its processes, 64 MiB at least.
+      seconds: wall time from its first instruction, start of the interpreter included. Time in which it was ready and
+        had no processor, because the machine is busy, does not count before it has used as much processor time. Each
+        of its processes is limited to about as much processor time on every processor.
+      memory_bytes: address space of each of its processes, 64 MiB at least; each thread's stack takes 8 MiB of it.
       processes: how many at once. At 1 it can start no other.
       threads: how many at once, beside each process's first; all processes share them.
       file_bytes: of all that it writes to its folder.
@@ -62,7 +67,7 @@ class Limits:
     seconds: float = 6.0
     memory_bytes: int = 1 << 30
     processes: int = 1
-    threads: int = 16
+    threads: int = 64
     file_bytes: int = 16 << 20
     output_bytes: int = 1 << 20
 
@@ -88,6 +93,7 @@ class Program:
       stdin: what it reads from standard input, which then ends.
       files: further contents of its folder, by plain name.
       limits: what it may use; `files` and `source` do not count as written.
+      packages: installed packages that it may import, as far as they are installed here.
 
     Raises:
       ValueError: a file's name is not a plain name, or is the script's own.
@@ -97,6 +103,7 @@ class Program:
     stdin: str | bytes = ""
     files: Mapping[str, str | bytes] = field(default_factory=dict)
     limits: Limits = Limits()
+    packages: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name in self.files:
@@ -112,8 +119,8 @@ class Ran:
       kind: "ok" (status 0), "error" (another status), "memory" (an error, its last words a MemoryError), "timeout",
         "output" (it wrote more than allowed), "killed" (by a signal, a crash among them).
       code: exit status, minus the signal's number where there was one; 0 where it was stopped.
-      seconds: wall time from its first instruction to its end; neither waiting for a free worker nor building the
-        sandbox counts.
+      seconds: wall time from its first instruction to its end; neither waiting for a free worker, nor building the
+        sandbox counts, nor, where that decided, waiting for a processor.
       stdout: bytes that it wrote, cut at the limit.
       stderr: likewise.
     """
@@ -248,22 +255,32 @@ def _ask(programs: Sequence[Program], folders: Sequence[str], sandboxed: bool) -
     marshal carries the request because it costs the launcher no import; both ends are ours. The answer holds what
     hostile programs wrote, and is plain lines and counted bytes.
     """
+    packages = tuple(dict.fromkeys(name for program in programs for name in program.packages))
     request = {
         "sandboxed": sandboxed,
         "linked": len(programs) > 1,
         "base": os.path.realpath(tempfile.gettempdir()),
         "python": _interpreter(),
+        "variables": _variables(bool(packages)),
         **_visible(),
+        "packages": [place for name in packages for place in _places(name)],
         "cells": [_cell(*pair) for pair in zip(programs, folders, strict=True)],
     }
     command = [_interpreter(), "-I", "-S", str(_LAUNCHER)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(
-        command, stdin=pipe, stdout=pipe, stderr=pipe, env={}, cwd="/", start_new_session=True
-    ) as launcher:
+    try:
+        started = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=pipe, env={}, cwd="/", start_new_session=True
+        )
+    except OSError as error:
+        raise SandboxUnavailable(f"no sandbox: {command[0]} does not start ({error}); mend the installation") from None
+    with started as launcher:
         try:
-            limit = max(program.limits.seconds for program in programs) + _GRACE_SECONDS
+            limit = 5 * max(program.limits.seconds for program in programs) + _GRACE_SECONDS
             answer, complaint = launcher.communicate(marshal.dumps(request), timeout=limit)
+        except subprocess.TimeoutExpired:
+            launcher.kill()
+            raise SandboxUnavailable(f"no sandbox: its launcher did not answer within {limit:.0f} s") from None
         except BaseException:
             launcher.kill()
             raise
@@ -321,6 +338,28 @@ def _filter(fork: bool) -> bytes | None:
 def _interpreter() -> str:
     """The interpreter itself, not a virtual environment's link to it: inside there are no installed packages."""
     return os.path.realpath(sys._base_executable)
+
+
+_PACKAGES = "/packages"
+
+
+def _variables(packages: bool) -> dict[str, str]:
+    """The program's environment.
+
+    Sets come in one order on every run, or a resumed training run would see other rewards. One arena, for each further
+    one reserves 64 MiB of the address space that is limited, when threads happen to meet.
+    """
+    variables = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
+    return variables | ({"PYTHONPATH": _PACKAGES, "OPENBLAS_NUM_THREADS": "1"} if packages else {})
+
+
+@functools.cache
+def _places(package: str) -> list[tuple[str, str]]:
+    """Where an installed package and its shared libraries are, and where they stand inside."""
+    found = importlib.util.find_spec(package)
+    folders = list(found.submodule_search_locations or ()) if found is not None else []
+    wanted = [path for folder in folders[:1] for path in (folder, f"{folder}.libs") if os.path.isdir(path)]
+    return [(os.path.realpath(path), f"{_PACKAGES}/{os.path.basename(path)}") for path in wanted]
 
 
 @functools.cache

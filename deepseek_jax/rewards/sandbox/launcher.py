@@ -29,6 +29,9 @@ NOBODY = 65534
 SETUP_SECONDS = 60.0
 """How long a program may take to start, on a machine however busy, before the launcher gives up."""
 
+MOST_STARVED_SECONDS = 60.0
+"""How long a program may wait for a processor, beside four times its own limit, before nothing can be said of it."""
+
 _NEW_NAMESPACES = 0x00020000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 4, 0x1000, 0x4000, 0x40000
 _ATTR_RDONLY, _ATTR_NOSUID, _ATTR_NODEV, _ATTR_NOEXEC = 1, 2, 4, 8
@@ -51,8 +54,11 @@ class _Filter(ctypes.Structure):
 class _Cell:
     """A running program: its pipes, what it has written and how it ended."""
 
-    def __init__(self, keeper: int, pipes: dict[str, int], stdin: bytes, limits: dict[str, Any]) -> None:
+    def __init__(
+        self, keeper: int, pipes: dict[str, int], stdin: bytes, limits: dict[str, Any], sandboxed: bool
+    ) -> None:
         self.keeper = keeper
+        self.sandboxed = sandboxed
         self.pipes = pipes
         self.stdin = memoryview(stdin)
         self.limits = limits
@@ -60,13 +66,17 @@ class _Cell:
         self.written = {"stdout": bytearray(), "stderr": bytearray()}
         self.start: float | None = None
         self.seconds = 0.0
+        self.reason = ""
+        self.starved = 0.0
+        self.deadline = 0.0
         self.kind = ""
         self.code = 0
 
     @property
     def failure(self) -> str:
         before, _, text = bytes(self.report).partition(b"!")
-        return "" if b"x" in before else text.decode(errors="replace").partition("\n")[0]
+        told = "" if b"x" in before else text.decode(errors="replace").partition("\n")[0]
+        return self.reason or told
 
     def close(self, name: str) -> None:
         os.close(self.pipes.pop(name))
@@ -107,6 +117,8 @@ def _start(request: dict[str, Any], cell: dict[str, Any], stdin: int | None, std
             theirs[name] = given
             continue
         read, write = os.pipe()
+        # The program, another user than we, may open it anew as /dev/stdin; nobody else finds it.
+        os.fchmod(read, 0o666)
         ours[name], theirs[name] = (write, read) if name == "stdin" else (read, write)
     asked, ask = os.pipe()
     told, tell = os.pipe()
@@ -128,7 +140,7 @@ def _start(request: dict[str, Any], cell: dict[str, Any], stdin: int | None, std
     os.close(tell)
     for fd in ours.values():
         os.set_blocking(fd, False)
-    return _Cell(keeper, ours, cell["stdin"], cell["limits"])
+    return _Cell(keeper, ours, cell["stdin"], cell["limits"], request["sandboxed"])
 
 
 def _can_be_nobody() -> bool:
@@ -163,7 +175,7 @@ def _keep(
             os.write(ask, b"u")
             if os.read(told, 1) != b"m":
                 os._exit(1)
-            _build_root(request, cell, switch)
+            sources = _open_sources(request, switch)
         os.close(ask)
         os.close(told)
         _die_with_parent()
@@ -171,31 +183,50 @@ def _keep(
             os._exit(1)
         # The program proves, by writing to it, that the keeper lived when it asked to die with it.
         tie, knot = os.pipe()
+        wait, go = os.pipe()
         program = os.fork()
         if program == 0:
             os.close(tie)
+            os.close(go)
+            if os.read(wait, 1) != b"g":
+                os._exit(1)
             _become_program(request, cell, pipes, knot)
+        if request["sandboxed"]:
+            _build_root(request, cell, sources, program)
+        os.write(go, b"g")
         # Every copy of a pipe's end, or its reader would wait for us.
         low, high = sorted((tie, report))
         for first, end in ((3, low), (low + 1, high), (high + 1, 65536)):
             os.closerange(first, end)
-        _, status = os.waitpid(program, 0)
-        os.write(report, b"x" + struct.pack("<i", status))
+        _, status, used = os.wait4(program, 0)
+        os.write(report, b"x" + struct.pack("<id", status, used.ru_utime + used.ru_stime))
     except BaseException as error:
         os.write(report, _failure(error))
     os._exit(0)
 
 
-def _build_root(request: dict[str, Any], cell: dict[str, Any], switch: bool) -> None:
-    """A root of a few read-only mounts and one small writable folder, /tmp; leaves the old root behind."""
-    base = request["base"]
+def _open_sources(request: dict[str, Any], switch: bool) -> list[tuple[str, str, int]]:
+    """What the new root shows, as (place, kind, descriptor); then becomes nobody.
+
+    Opened first: the new root may cover them, and only our own user, not nobody, may be able to reach them.
+    """
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
-    # Opened first: the new root may cover them, and only our own user, not nobody, may be able to reach them.
-    sources = [(path, kind, os.open(path, os.O_PATH)) for path, kind in request["binds"]]
+    wanted = [(path, path, kind) for path, kind in request["binds"]]
+    wanted += [(path, place, "folder") for path, place in request["packages"]]
+    sources = [(place, kind, os.open(path, os.O_PATH)) for path, place, kind in wanted]
     if switch:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
+    return sources
+
+
+def _build_root(
+    request: dict[str, Any], cell: dict[str, Any], sources: list[tuple[str, str, int]], program: int
+) -> None:
+    """A root of a few read-only mounts and one small writable folder, /tmp; leaves the old root behind, and takes the
+    program, which waits, along."""
+    base = request["base"]
     _mount("root", base, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=256k,nr_inodes=1024,mode=755")
     for path, kind, fd in sources:
         _make_target(base + path, kind)
@@ -203,6 +234,7 @@ def _build_root(request: dict[str, Any], cell: dict[str, Any], switch: bool) -> 
         os.close(fd)
         attributes = _ATTR_RDONLY | _ATTR_NOSUID | (_ATTR_NOEXEC if kind == "device" else _ATTR_NODEV)
         _restrict(base + path, attributes, _AT_RECURSIVE)
+    _show_descriptors(base, program)
     for path, target in request["links"]:
         _make_target(os.path.dirname(base + path), "folder")
         os.symlink(target, base + path)
@@ -218,7 +250,18 @@ def _build_root(request: dict[str, Any], cell: dict[str, Any], switch: bool) -> 
     os.chdir("/")
     _restrict("/", _ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NODEV, 0)
     _check(_libc.sethostname(b"sandbox", 7), "sethostname")
-    os.chdir("/tmp")
+
+
+def _show_descriptors(base: str, program: int) -> None:
+    """/dev/stdin and its like: the program's own descriptors, and of /proc nothing else."""
+    source = f"/proc/{program}/fd"
+    if not os.path.isdir(source):
+        return
+    _make_target(base + "/dev/fd", "folder")
+    _mount(source, base + "/dev/fd", None, _MS_BIND)
+    _restrict(base + "/dev/fd", _ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NODEV | _ATTR_NOEXEC, 0)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        os.symlink(f"/dev/fd/{number}", f"{base}/dev/{name}")
 
 
 def _become_program(request: dict[str, Any], cell: dict[str, Any], pipes: dict[str, int], knot: int) -> NoReturn:
@@ -228,6 +271,7 @@ def _become_program(request: dict[str, Any], cell: dict[str, Any], pipes: dict[s
         if request["sandboxed"]:
             # Out of the keeper's process group: a group reaches across process namespaces.
             os.setsid()
+            os.chdir("/tmp")
         else:
             os.chdir(cell["folder"])
             _write_files(".", cell["files"])
@@ -249,8 +293,11 @@ def _become_program(request: dict[str, Any], cell: dict[str, Any], pipes: dict[s
             _check(_libc.prctl(_PR_SET_SECCOMP, 2, ctypes.byref(_Filter(len(code) // 8, code)), 0, 0), "seccomp")
         os.write(report, b"s")
         python = request["python"]
-        # Sets in one order on every run, or a resumed training run would see other rewards.
-        os.execve(python, [python, "-s", "-B", "-X", "utf8", "main.py"], {"PYTHONHASHSEED": "0"})
+        variables = request["variables"]
+        if not request["sandboxed"] and "PYTHONPATH" in variables:
+            folders = dict.fromkeys(os.path.dirname(path) for path, _ in request["packages"])
+            variables = {**variables, "PYTHONPATH": os.pathsep.join(folders)}
+        os.execve(python, [python, "-s", "-B", "-X", "utf8", "main.py"], variables)
     except BaseException as error:
         os.write(report, _failure(error))
     os._exit(1)
@@ -258,9 +305,8 @@ def _become_program(request: dict[str, Any], cell: dict[str, Any], pipes: dict[s
 
 def _set_limits(limits: dict[str, Any], sandboxed: bool) -> None:
     # A second line behind the wall clock, which a program of many threads must meet first.
-    seconds = (int(limits["seconds"]) + 2) * (os.cpu_count() or 1)
     wanted = [
-        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_CPU, _cpu_seconds(limits)),
         (resource.RLIMIT_AS, limits["memory_bytes"]),
         (resource.RLIMIT_FSIZE, limits["file_bytes"]),
         (resource.RLIMIT_NOFILE, 64),
@@ -273,6 +319,10 @@ def _set_limits(limits: dict[str, Any], sandboxed: bool) -> None:
         wanted.append((resource.RLIMIT_NPROC, 1 + limits["processes"] + limits["threads"]))
     for kind, value in wanted:
         resource.setrlimit(kind, (value, value))
+
+
+def _cpu_seconds(limits: dict[str, Any]) -> int:
+    return (int(limits["seconds"]) + 2) * (os.cpu_count() or 1)
 
 
 def _drop_capabilities() -> None:
@@ -291,17 +341,71 @@ def _watch(cells: list[_Cell], request: dict[str, Any]) -> None:
         now = time.monotonic()
         for cell in cells:
             if cell.start is None and now > setup_deadline:
-                cell.report += b"!the program did not start within a minute"
-            if cell.start is not None and now >= cell.start + cell.limits["seconds"]:
-                _end(cell, "timeout")
-            elif cell.failure:
-                cells[0].report = cell.report
+                cell.reason = "the program did not start within a minute"
+            if cell.start is not None and now >= cell.deadline and not cell.kind:
+                _judge_time(cell, cells, now)
+            if cell.failure:
+                cells[0].reason = cell.failure
                 _end(cells[0], "unavailable")
                 _end(cell, "unavailable")
         alive = [cell for cell in cells if not cell.kind]
-        deadlines = [cell.start + cell.limits["seconds"] if cell.start else setup_deadline for cell in alive]
+        deadlines = [cell.deadline if cell.start else setup_deadline for cell in alive]
         if deadlines:
             _move(cells, max(min(deadlines) - now, 0.0))
+
+
+def _judge_time(cell: _Cell, cells: list[_Cell], now: float) -> None:
+    """Ends a cell whose time is over. Time that it, or the cell that it talks to, has waited for a processor that
+    others used is not its own, as long as it has not used its seconds of processor time. Of two cells the longer wait
+    counts: they may have waited at the same time."""
+    assert cell.start is not None
+    limit = cell.limits["seconds"]
+    cell.starved = max(map(_waited, cells))
+    left = limit - (now - cell.start - cell.starved)
+    if left <= 0 or sum(map(_used, _programs(cell))) >= limit:
+        _end(cell, "timeout")
+    elif cell.starved > MOST_STARVED_SECONDS + 4 * limit:
+        cell.reason = f"this machine is too busy: a program waited {cell.starved:.0f} s for a processor"
+    cell.deadline = now + max(left, 0.001)
+
+
+def _programs(cell: _Cell) -> list[int]:
+    """The cell's processes, the program itself first."""
+    found = _children(cell.keeper)
+    for pid in found:
+        found += _children(pid)
+    return found
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            return [int(child) for child in file.read().split()]
+    except OSError:
+        return []
+
+
+def _waited(cell: _Cell) -> float:
+    """Seconds that the program's busiest thread was ready to run and did not."""
+    waited = 0
+    for pid in _programs(cell)[:1]:
+        try:
+            for thread in os.listdir(f"/proc/{pid}/task"):
+                with open(f"/proc/{pid}/task/{thread}/schedstat") as file:
+                    waited = max(waited, int(file.read().split()[1]))
+        except OSError:  # ended, or a kernel that does not count
+            pass
+    return waited / 1e9
+
+
+def _used(pid: int) -> float:
+    """Seconds of processor time of a process and of its children that have ended."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def _move(cells: list[_Cell], timeout: float) -> None:
@@ -363,12 +467,21 @@ def _check_output(cell: _Cell) -> None:
 def _read_report(cell: _Cell) -> None:
     if cell.start is None and cell.report.startswith(b"s"):
         cell.start = time.monotonic()
-    if cell.report.startswith(b"sx") and len(cell.report) >= 6:
-        (status,) = struct.unpack("<i", cell.report[2:6])
-        code = os.waitstatus_to_exitcode(status)
-        cell.code = code
-        kind = "ok" if code == 0 else "timeout" if code == -_SIGXCPU else "killed" if code < 0 else "error"
-        _end(cell, kind)
+        cell.deadline = cell.start + cell.limits["seconds"]
+    if cell.report.startswith(b"sx") and len(cell.report) >= 14:
+        status, used = struct.unpack("<id", cell.report[2:14])
+        cell.code = os.waitstatus_to_exitcode(status)
+        _end(cell, _kind(cell, used))
+
+
+def _kind(cell: _Cell, used: float) -> str:
+    """How a program ended by itself. SIGKILL comes from the kernel: at the limit of processor time, else for memory."""
+    if cell.code in (-_SIGXCPU, -_SIGKILL) and used >= _cpu_seconds(cell.limits) - 1:
+        return "timeout"
+    if cell.code == -_SIGKILL and cell.sandboxed:
+        cell.reason = "the kernel killed a program, as it does when the machine has no memory left"
+        return "unavailable"
+    return "ok" if cell.code == 0 else "killed" if cell.code < 0 else "error"
 
 
 def _end(cell: _Cell, kind: str) -> None:
@@ -377,7 +490,7 @@ def _end(cell: _Cell, kind: str) -> None:
         return
     cell.kind = kind
     if cell.start is not None:
-        cell.seconds = time.monotonic() - cell.start
+        cell.seconds = time.monotonic() - cell.start - cell.starved
     # The keeper is our own child and not yet waited for, so the number is its own; it leads a group, which
     # without a sandbox holds the program too.
     if cell.start is None:
