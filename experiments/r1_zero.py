@@ -12,6 +12,11 @@ goes on when `--steps` is raised. Its folder may be moved; no second program is 
 divide the model over several devices, and over those of several processes (docs/pods.md).
 """
 
+if __name__ == "__main__":
+    from deepseek_jax.interrupt import end_at_once
+
+    end_at_once()
+
 import dataclasses
 import json
 import os

@@ -7,7 +7,7 @@ from deepseek_jax.train.sources import Row, Source
 
 # Names that public data sets give them, in any case of letters. Of the groups the first that is there counts; two
 # columns of one group are two candidates, between which a user has to choose. A group's inner tuple is read together.
-QUESTION_COLUMNS = ((("body", "question"),), ("question", "problem"), ("prompt",), ("messages",))
+QUESTION_COLUMNS = ((("body", "question"),), ("question",), ("problem",), ("prompt",), ("messages",))
 ANSWER_COLUMNS = (
     (("answer",), ("ground_truth",), ("expected_answer",), ("final_answer",), ("reward_model.ground_truth",)),
     (("solution",),),
@@ -46,10 +46,10 @@ def find_columns(
         _check_there(source, name)
     asked = tuple(question) or _found(source, QUESTION_COLUMNS, "question", "--question-columns")
     if not asked:
-        raise ValueError(_nothing(source, QUESTION_COLUMNS, "question", "--question-columns"))
+        raise ValueError(_nothing(source, "question", "question, problem, prompt", "--question-columns"))
     told = (answer,) if answer else _found(source, ANSWER_COLUMNS, "answer", "--answer-column")
     if not told and need_answer:
-        raise ValueError(_nothing(source, ANSWER_COLUMNS, "answer", "--answer-column"))
+        raise ValueError(_nothing(source, "answer", "answer, solution", "--answer-column"))
     hidden = (tests,) if tests else () if need_answer else _found(source, TESTS_COLUMNS, "tests", "--tests-column")
     return Columns(asked, told[0] if told else None, need_answer, hidden[0] if hidden else None)
 
@@ -112,9 +112,8 @@ def _several(source: Source, names: Sequence[str], what: str, option: str) -> Va
     return ValueError(f"{source.name}: got {', '.join(names)}, any of which may be the {what}; choose by {option}")
 
 
-def _nothing(source: Source, groups: Sequence[Sequence[Any]], what: str, option: str) -> str:
-    names = (name if isinstance(name, str) else " and ".join(name) for group in groups for name in group)
+def _nothing(source: Source, what: str, usual: str, option: str) -> str:
     return (
-        f"{source.name}: no {what} column ({', '.join(names)}) among {', '.join(source.columns())}; "
-        f"name it by {option}, with dots for what is inside one"
+        f"{source.name}: no {what} column ({usual}) among {', '.join(source.columns())}; name it by {option}, with "
+        "dots for what is inside a column"
     )
