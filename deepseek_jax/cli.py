@@ -8,7 +8,7 @@ from typing import Any
 
 import tyro
 
-from deepseek_jax import processes
+from deepseek_jax import interrupt, processes
 
 
 def run(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
@@ -22,14 +22,14 @@ def run(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
     Where the environment says that there are several processes, they are joined first (`processes.start`): the main
     one alone prints; an error is printed by the process that has it, with its number, and ends all of them.
     """
+    program = interrupt.raise_from_here()
     try:
         if processes.start():
             _call_in_one_of_several(main)
         else:
             _call(main)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        interrupt.end(program=program)
     except BrokenPipeError:  # the reader of our output went away (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None

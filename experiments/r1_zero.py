@@ -7,12 +7,20 @@ work it out step by step. Then GRPO alone has to find out that thinking pays, an
 
 Cost: three to seven minutes on two CPU cores without arguments; `--quick` shows the whole path in one or two.
 Expected: held-out accuracy rises by 20 points and more over the cold start; with `--control shuffled` it does not
-(see LOG.md). A killed run goes on from its last checkpoint when the same command is given again. The `--mesh-*` flags
+(see LOG.md). A killed run goes on from its last checkpoint when the same command is given again, and a finished one
+goes on when `--steps` is raised. Its folder may be moved; no second program is let into it. The `--mesh-*` flags
 divide the model over several devices, and over those of several processes (docs/pods.md).
 """
 
+if __name__ == "__main__":
+    from deepseek_jax.interrupt import end_at_once
+
+    end_at_once()
+
 import dataclasses
 import json
+import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +30,15 @@ from typing import Any, Literal, NamedTuple
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from deepseek_jax import processes
 from deepseek_jax.checkpoint.adapters import save_adapter
-from deepseek_jax.checkpoint.files import write_whole
+from deepseek_jax.checkpoint.fingerprint import fingerprint
 from deepseek_jax.checkpoint.folder import Model, lay_out, load_model, save_hf
+from deepseek_jax.checkpoint.owned import write_owned
 from deepseek_jax.cli import run
 from deepseek_jax.config import preset
 from deepseek_jax.evals.accuracy import Accuracy, greedy_accuracy
@@ -55,6 +65,7 @@ from deepseek_jax.train.loop import Stage, run_stage
 from deepseek_jax.train.metrics import MetricLog, WandbConfig, read_metrics
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from deepseek_jax.train.report import write_report
+from deepseek_jax.train.runs import RunSettings, check_folder, enter_folder, held_folder, write_json
 from deepseek_jax.train.samples import read_samples
 from deepseek_jax.train.sft import sft_batch, sft_objective
 from deepseek_jax.train.step import TrainState, init_state, make_train_step
@@ -65,9 +76,18 @@ class Questions:
     """Where questions come from that are not generated.
 
     Args:
-        data: files (.jsonl, .jsonl.gz, .parquet), folders or patterns of such, or hub data sets (owner/name:config),
-            with a question and an answer in every row, as GSM8K has them.
-        held_out: the same, for the accuracies before and after; without it the first rows of `data` are held out.
+        data: files (.jsonl, .jsonl.gz, .json, .csv, .parquet), folders or patterns of such, or hub data sets
+            (owner/name:config), with a question and an answer in every row, as GSM8K has them.
+        question_columns: of `data`: what is asked. Without it the columns are found by the names in use: question,
+            Body and Question, problem, prompt, messages.
+        answer_column: of `data`, with dots for what is inside a column. Without it: answer, ground_truth,
+            reward_model.ground_truth, solution, ...
+        tests_column: of `data`: the hidden tests for --accuracy code. Without it: tests, test_list, ...
+        without_answer: what to do where a row has no final answer: refuse the data, or drop such rows and say how many.
+        held_out: as `data`, for the accuracies before and after; without it the first rows of `data` are held out.
+        held_out_question_columns: of `held_out`, where its names are others.
+        held_out_answer_column: of `held_out`, where its name is another.
+        held_out_tests_column: of `held_out`, where its name is another.
         pass_rates: JSON Lines of {"index", "pass_rate"} as measured; questions always or never solved are left out.
         difficulty_column: of `data`; numbers, or text such as "Level 3".
         min_difficulty: of the questions to train on.
@@ -77,7 +97,14 @@ class Questions:
     """
 
     data: tuple[str, ...] = ()
+    question_columns: tuple[str, ...] = ()
+    answer_column: str | None = None
+    tests_column: str | None = None
+    without_answer: Literal["refuse", "drop"] = "refuse"
     held_out: tuple[str, ...] = ()
+    held_out_question_columns: tuple[str, ...] = ()
+    held_out_answer_column: str | None = None
+    held_out_tests_column: str | None = None
     pass_rates: Path | None = None
     difficulty_column: str | None = None
     min_difficulty: float | None = None
@@ -88,16 +115,32 @@ class Questions:
     def __post_init__(self) -> None:
         if self.pass_rates is not None and len(self.data) != 1:
             raise ValueError(f"pass_rates: got rates by row with {len(self.data)} data sets, wanted one --data")
-        given = [name for name, value in vars(self).items() if value and name != "data"]
+        plain = {f.name: f.default for f in dataclasses.fields(self)}
+        given = [name for name, value in vars(self).items() if value != plain[name] and name != "data"]
         if given and not self.data:
             raise ValueError(f"{given[0]}: got a setting for data, but no --data; give both, or neither")
+        of_held_out = [name for name in given if name.startswith("held_out_")]
+        if of_held_out and not self.held_out:
+            raise ValueError(f"{of_held_out[0]}: got a setting for held-out data, but no --held-out; give both")
 
     def config(self, *, need_answer: bool) -> DataConfig:
         """As the data's own settings. Where programs are graded by hidden tests, no answers are needed."""
-        source = partial(SourceConfig, need_answer=need_answer)
+        source = partial(
+            SourceConfig,
+            need_answer=need_answer,
+            question_columns=self.question_columns,
+            answer_column=self.answer_column,
+            tests_column=self.tests_column,
+        )
+        of_held_out = {
+            "question_columns": self.held_out_question_columns or self.question_columns,
+            "answer_column": self.held_out_answer_column or self.answer_column,
+            "tests_column": self.held_out_tests_column or self.tests_column,
+        }
         return DataConfig(
             sources=tuple(source(name=name, pass_rates=self.pass_rates) for name in self.data),
-            held_out=tuple(source(name=name) for name in self.held_out),
+            held_out=tuple(source(name=name, **of_held_out) for name in self.held_out),
+            without_answer=self.without_answer,
             difficulty_column=self.difficulty_column,
             min_difficulty=self.min_difficulty,
             max_difficulty=self.max_difficulty,
@@ -113,7 +156,8 @@ class Config:
     Args:
         output: folder of the run: metrics.jsonl, tensorboard/, checkpoints/, model/, summary.json, report.html.
         seed: of weights, data and sampling; the same seed gives the same run.
-        quick: a short run for a first look and for CI: a smaller cold start, few steps, few questions.
+        quick: a short run for a first look and for CI: a smaller cold start, few steps, few questions. What is given
+            beside it counts.
         model: Hugging Face or converted folder to start from; without it a small model is made from nothing.
         questions: of the data; without any, chains of arithmetic are generated.
         prompt: what a given model is asked; {question} stands for the question.
@@ -178,8 +222,11 @@ class Config:
 
 QUICK = {"cold_start_epochs": 4, "eval_questions": 64}
 QUICK_GRPO = {"steps": 8, "eval_every": 4, "save_every": 4}
-# Where and how a run is computed: may change when it goes on.
-PLACE = {"remat", "profile_steps", "wandb_project", "wandb_offline", *(f"mesh_{axis}" for axis in AXES)}
+# What may change when a run goes on, because its weights do not depend on it: names, where and how it is computed, and
+# how often it saves and reports. The model's name is free, but not its fingerprint. `steps` may be raised.
+NAMES = {"output", "model", "quick", "wandb_project", "wandb_offline"}
+PLACE = {"remat", "at_once", "profile_steps", *(f"mesh_{axis}" for axis in AXES)}
+INTERVALS = {"save_every", "eval_every", "samples_every"}
 
 
 class Setup(NamedTuple):
@@ -199,50 +246,70 @@ class Setup(NamedTuple):
 def main(config: Config) -> None:
     """Train by reinforcement learning with rule-based rewards; see the top of this file."""
     start = time.perf_counter()
-    if config.quick:
-        config = dataclasses.replace(config, **QUICK, grpo=dataclasses.replace(config.grpo, **QUICK_GRPO))
-    processes.on_main(lambda: check(config))
-    with rewards(config.rewards, max_new_tokens=config.grpo.max_new_tokens) as graded:
-        stages(config, prepare(config, graded), start)
+    config = shortened(config, sys.argv[1:]) if config.quick else config
+    with held_folder(config.output):
+        base = processes.on_main(lambda: check(config))
+        with rewards(config.rewards, max_new_tokens=config.grpo.max_new_tokens) as graded:
+            stages(config, prepare(config, graded), base, start)
 
 
-def stages(config: Config, setup: Setup, start: float) -> None:
+def shortened(config: Config, arguments: Sequence[str]) -> Config:
+    """The settings of `--quick`, but for those that are given themselves."""
+    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in arguments if word.startswith("--")}
+    plain = Config()
+    free = lambda name, now, default: name not in given and getattr(now, name) == getattr(default, name)
+    grpo = {name: value for name, value in QUICK_GRPO.items() if free(name, config.grpo, plain.grpo)}
+    rest = {name: value for name, value in QUICK.items() if free(name, config, plain)}
+    return dataclasses.replace(config, **rest, grpo=dataclasses.replace(config.grpo, **grpo))
+
+
+def stages(config: Config, setup: Setup, base: str | None, start: float) -> None:
     """Cold start, GRPO, and the accuracies before and after it."""
-    processes.on_main(lambda: write_json(config.output / "config.json", settings(config)))
+    run_id = processes.on_main(lambda: enter_folder(config.output, run_settings(config, base)))
     wandb = config.wandb_project and WandbConfig(project=config.wandb_project, offline=config.wandb_offline)
     log = MetricLog(config.output, wandb=wandb or None)
     weights = cold_start(config, setup, log) if setup.cold_start else setup.model.weights
     before = evaluate_once(config, setup, weights, "before")
     print(f"accuracy before GRPO: {before['accuracy']:.1%} +- {before['stderr']:.1%}")
-    weights = reinforce(config, setup, weights, log)
+    weights = reinforce(config, setup, weights, log, run_id)
     after = evaluate(config, setup, weights)
     print(f"accuracy after GRPO: {after.mean:.1%} +- {after.stderr:.1%}")
     log.close()
-    save_model(config, setup, weights)
+    save_model(config, setup, weights, run_id)
     processes.on_main(lambda: report(config, setup, before, after, time.perf_counter() - start))
 
 
-def check(config: Config) -> None:
-    """Settings that cannot work, a folder with a finished run, or with an unfinished one of other settings."""
+def check(config: Config) -> str | None:
+    """Refuse settings that cannot work, and a folder with a run that cannot go on with them; what `base_of` gives."""
     if "{question}" not in config.prompt:
         raise ValueError(f"prompt: got {config.prompt!r}, wanted {{question}} somewhere in it")
     if config.eval_questions < 1:
         raise ValueError(f"eval_questions: got {config.eval_questions}, wanted at least 1")
-    if (config.output / "summary.json").exists():
-        raise ValueError(f"{config.output}: holds a finished run; choose another --output or remove it")
-    path = config.output / "config.json"
-    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings(config)
-    for name, value in settings(config).items():
-        if name not in PLACE and held.get(name) != value:
-            raise ValueError(
-                f"{path}: the unfinished run there has {name} {held.get(name)!r}, not {value!r}; "
-                "give the same settings to go on with it, or another --output"
-            )
+    base = base_of(config)
+    writes = ("model", "adapter") if config.grpo.lora_rank else ("model",)
+    check_folder(config.output, run_settings(config, base), stage="grpo", writes=writes)
+    return base
+
+
+def base_of(config: Config) -> str | None:
+    """What the model to start from is known by, if there is one."""
+    if config.model is None:
+        return None
+    if not config.model.is_dir():
+        raise ValueError(f"model: {config.model}: no such folder; wanted a Hugging Face or converted one")
+    return fingerprint(config.model)
+
+
+def run_settings(config: Config, base: str | None) -> RunSettings:
+    return RunSettings(settings(config), settings(Config()), NAMES | PLACE | INTERVALS, base)
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """All settings by the names of their options."""
-    return json.loads(json.dumps(_flat(dataclasses.asdict(config)), default=str))
+    """All settings by the names of their options; files by their whole paths."""
+    flat = json.loads(json.dumps(_flat(dataclasses.asdict(config)), default=str))
+    whole = lambda name: os.path.realpath(name) if os.path.exists(name) else name
+    flat |= {name: [whole(file) for file in flat[name]] for name in ("data", "held_out")}
+    return flat | {"pass_rates": flat["pass_rates"] and whole(flat["pass_rates"])}
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,11 +317,6 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         flat |= _flat(value) if isinstance(value, dict) else {name: value}
     return flat
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(values, indent=2).encode())
 
 
 # --- model and questions -------------------------------------------------------------------------
@@ -339,7 +401,8 @@ def read(config: Config, tokenizer: Tokenizer) -> Asked:
     make = partial(make_prompt, config, tokenizer)
     data = open_prompts(of, count_tokens=lambda example: len(make(example).tokens))
     if of.held_out:
-        held_out = list(open_prompts(DataConfig(sources=of.held_out)))[: config.eval_questions]
+        alone = DataConfig(sources=of.held_out, without_answer=of.without_answer)
+        held_out = list(open_prompts(alone))[: config.eval_questions]
     else:
         held_out, data = data.split(config.eval_questions)
     if processes.is_main():
@@ -411,7 +474,7 @@ def cold_start(config: Config, setup: Setup, log: MetricLog) -> nnx.State:
     return run_stage(stage, state, data, step, folder=config.output, log=log).weights
 
 
-def reinforce(config: Config, setup: Setup, weights: nnx.State, log: MetricLog) -> nnx.State:
+def reinforce(config: Config, setup: Setup, weights: nnx.State, log: MetricLog, run_id: str) -> nnx.State:
     """GRPO: sample a group for each question, reward, compare, update. An adapter is saved as PEFT has it."""
     shuffled = partial(shuffle_rewards, seed=config.seed)
     held_out = lambda weights: evaluate(config, setup, weights, most=128).mean
@@ -428,10 +491,11 @@ def reinforce(config: Config, setup: Setup, weights: nnx.State, log: MetricLog) 
         take_metrics=setup.rewards.take_metrics,
     )
     state = run_grpo(trainer, setup.prompts, folder=config.output, log=log, evaluate=held_out)
-    adapter = config.output / "adapter"
-    if trainer.lora is not None and not processes.on_main(adapter.exists):
+    check_finite(state.train.weights)
+    if trainer.lora is not None:
         base = None if config.model is None else str(config.model)
-        save_adapter(state.train.weights, trainer.lora, setup.model.config, adapter, base=base)
+        save = lambda target: save_adapter(state.train.weights, trainer.lora, setup.model.config, target, base=base)
+        write_owned(config.output / "adapter", run=run_id, steps=config.grpo.steps, write=save)
     return trainer.trained(state)
 
 
@@ -465,12 +529,23 @@ def evaluate_once(config: Config, setup: Setup, weights: nnx.State, name: str) -
     return processes.on_main(lambda: json.loads(path.read_text(encoding="utf-8")))
 
 
-def save_model(config: Config, setup: Setup, weights: nnx.State) -> None:
-    """As a Hugging Face folder, if a run before this one did not."""
-    target = config.output / "model"
-    if not processes.on_main(target.exists):
-        trained = setup.model._replace(weights=weights)
-        save_hf(trained, target, source=config.model, tokenizer=setup.tokenizer.files)
+def check_finite(weights: nnx.State) -> None:
+    """Refuse weights that no loader would take."""
+    finite = jax.jit(lambda tree: jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree))(weights)
+    for path, whole in jax.tree_util.tree_leaves_with_path(finite):
+        if not whole:
+            raise ValueError(
+                f"the weights after training hold NaN or infinity, first in {jax.tree_util.keystr(path)}: no model is "
+                "written; lower --lr, and begin in another --output"
+            )
+
+
+def save_model(config: Config, setup: Setup, weights: nnx.State, run_id: str) -> None:
+    """As a Hugging Face folder, in the place of the one that the run wrote when it had fewer steps."""
+    check_finite(weights)
+    trained = setup.model._replace(weights=weights)
+    save = lambda target: save_hf(trained, target, source=config.model, tokenizer=setup.tokenizer.files)
+    write_owned(config.output / "model", run=run_id, steps=config.grpo.steps, write=save)
 
 
 def report(config: Config, setup: Setup, before: dict[str, float], after: Accuracy, seconds: float) -> None:

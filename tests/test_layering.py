@@ -15,7 +15,8 @@ FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 # DESIGN's order, from what knows nothing to what strings everything together.
 ROOMS = (
-    "config processes sharding ops parallel model checkpoint text generate rewards rl train evals plan serve cli"
+    "interrupt config processes sharding ops parallel model checkpoint text generate rewards rl train evals plan "
+    "serve cli"
 ).split()
 OUTSIDE = {"experiments", "tools", "tests"}
 FORBIDDEN_MODULES = {"torch", "transformers", "pickle"}

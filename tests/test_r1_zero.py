@@ -259,3 +259,122 @@ def test_a_run_killed_before_its_summary_can_be_finished(tmp_path):
     assert launch(folder, cache).wait(timeout=600) == 0, (tmp_path / "run.txt").read_text()
     assert comparable(folder) == before
     assert (folder / "model" / "tokenizer.json").exists() and (folder / "report.html").exists()
+
+
+# --- a run's folder over its life ------------------------------------------------------------------
+
+
+def test_given_flags_win_over_quick():
+    config = r1_zero.Config(quick=True, grpo=GRPOTraining(steps=60, save_every=7))
+    found = r1_zero.shortened(config, ["--quick", "--steps", "60", "--eval-questions=512"])
+    assert (found.grpo.steps, found.grpo.save_every, found.grpo.eval_every) == (60, 7, 4)
+    assert (found.eval_questions, found.cold_start_epochs) == (512, 4)
+    assert r1_zero.shortened(r1_zero.Config(quick=True), ["--quick"]).grpo.steps == 8
+
+
+def begun(folder: Path, base: str | None = None, **grpo) -> r1_zero.Config:
+    config = r1_zero.Config(output=folder, grpo=GRPOTraining(**grpo))
+    r1_zero.check(config)
+    r1_zero.enter_folder(folder, r1_zero.run_settings(config, base))
+    return config
+
+
+@pytest.mark.parametrize("changes", [{"steps": 61}, {"save_every": 3, "eval_every": 4, "samples_every": 5}])
+def test_a_run_goes_on_with_more_steps_other_intervals_and_under_another_name(tmp_path, monkeypatch, changes):
+    begun(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "link").symlink_to("moved")
+    monkeypatch.chdir(tmp_path)
+    for name in ("moved", "link", tmp_path / "moved", "../" + tmp_path.name + "/moved"):
+        r1_zero.check(r1_zero.Config(output=Path(name), grpo=GRPOTraining(**changes)))
+
+
+def test_a_finished_run_goes_on_with_more_steps_alone(tmp_path):
+    folder = tmp_path / "run"
+    identity = json.loads((begun(folder).output / "config.json").read_text())["run"]
+    r1_zero.write_json(folder / "summary.json", {})
+    for steps in (60, 59):
+        with pytest.raises(ValueError, match="holds a finished run of 60 steps; raise --steps"):
+            r1_zero.check(r1_zero.Config(output=folder, grpo=GRPOTraining(steps=steps)))
+    begun(folder, steps=70)
+    assert not (folder / "summary.json").exists()
+    assert json.loads((folder / "config.json").read_text())["run"] == identity
+    (folder / "checkpoints" / "grpo" / "64").mkdir(parents=True)
+    with pytest.raises(ValueError, match="steps: got 60, but the run there has done 64; give --steps 64 or more"):
+        r1_zero.check(r1_zero.Config(output=folder))
+
+
+@pytest.mark.parametrize("name", ["model", "adapter"])
+def test_a_folder_that_the_run_did_not_write_is_refused_at_the_start(tmp_path, name):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"{name}: exists already and was not written by this run"):
+        r1_zero.check(r1_zero.Config(output=tmp_path / "run", grpo=GRPOTraining(lora_rank=2)))
+
+
+def test_a_base_whose_weights_changed_is_refused(tmp_path):
+    base, folder = tmp_path / "base", tmp_path / "run"
+    base.mkdir()
+    (base / "model.safetensors").write_bytes(b"weights")
+    config = r1_zero.Config(output=folder, model=base, grpo=GRPOTraining(lora_rank=2))
+    r1_zero.enter_folder(folder, r1_zero.run_settings(config, r1_zero.check(config)))
+    base.rename(tmp_path / "elsewhere")
+    moved = dataclasses.replace(config, model=tmp_path / "elsewhere")
+    r1_zero.check(moved)
+    (tmp_path / "elsewhere" / "model.safetensors").write_bytes(b"weightz")
+    with pytest.raises(ValueError, match="began with a base model of fingerprint .* its files are others"):
+        r1_zero.check(moved)
+    with pytest.raises(ValueError, match="began with a base model"):
+        r1_zero.check(dataclasses.replace(config, model=None))
+
+
+def test_weights_that_are_not_finite_are_not_saved():
+    with pytest.raises(ValueError, match="hold NaN or infinity, first in .*b.*: no model is written"):
+        r1_zero.check_finite({"a": np.ones(3), "b": np.array([1, np.inf, 0])})
+    r1_zero.check_finite({"a": np.ones(3)})
+
+
+def test_the_columns_are_named_on_the_command_line(tmp_path, monkeypatch, capsys):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "1+1=?", "out": {"truth": "2"}}\n' * 2)
+    given = ["--data", str(data), "--question-columns", "text", "--output", str(tmp_path / "run")]
+    assert main(monkeypatch, *given) == 1
+    assert "name it by --answer-column" in error_line(capsys)
+    assert main(monkeypatch, *given, "--answer-column", "out.truth") == 1
+    assert "got 1 rows, wanted at least one beyond" in error_line(capsys)  # read, and too few
+
+
+STAGES = [p for p in sorted(SCRIPT.parents[1].glob("deepseek_jax/train/*.py")) if p.stem != "report"]  # CSS has "--"
+
+
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
+def test_every_option_that_a_text_names_exists(path):
+    """Of all text in the stages' files and the experiment, against the experiment's own parser."""
+    named = {name for file in (path, SCRIPT) for name in re.findall(r"--([a-z]+(?:-[a-z]+)*)", file.read_text())}
+    known = set(r1_zero.settings(r1_zero.Config())) | {"mesh"}  # `--mesh-*`
+    assert {name.replace("-", "_").removeprefix("no_") for name in named} <= known
+
+
+def interruptible() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background is started with it ignored
+
+
+@pytest.mark.parametrize("script", ["experiments/r1_zero.py", "tools/generate.py", "tools/plan.py"])
+@pytest.mark.parametrize("seconds", [0.15, 0.6])
+def test_ctrl_c_while_it_imports_is_one_line(tmp_path, script, seconds):
+    root = SCRIPT.parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(
+        [sys.executable, script, "--help"],
+        cwd=root,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=interruptible,
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    if process.returncode == 0:
+        pytest.skip("it was over before the signal")
+    assert (process.returncode, error) == (130, "interrupted\n")

@@ -1,5 +1,10 @@
 """Speed beside a peer or a law, everything interleaved in one run, medians and spreads printed as Markdown."""
 
+if __name__ == "__main__":
+    from deepseek_jax.interrupt import end_at_once
+
+    end_at_once()
+
 import dataclasses
 import hashlib
 import json

@@ -1,5 +1,10 @@
 """Cost of reinforcement learning beside a peer or a law, interleaved in one run, printed as Markdown."""
 
+if __name__ == "__main__":
+    from deepseek_jax.interrupt import end_at_once
+
+    end_at_once()
+
 import dataclasses
 import statistics
 import tempfile

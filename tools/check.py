@@ -1,4 +1,4 @@
-"""The one command to run before a commit: format, lint, layering, doctests and the fast tests.
+"""The one command to run before a commit: format, lint, layering, test names, doctests and the fast tests.
 
     python tools/check.py                   check everything with this Python
     python tools/check.py --fix             let ruff repair format and lint first
@@ -55,6 +55,7 @@ def steps(python: str, *, fix: bool, skip_tests: bool) -> list[Step]:
         Step(name="format", command=[*ruff, "format", "--check", "."]),
         Step(name="lint", command=[*ruff, "check", "."]),
         Step(name="layering", command=[*pytest, LAYERING]),
+        Step(name="test names", command=[python, "tools/same_tests.py"]),
         # pytest ends with 5 where there is nothing to run, which is no fault of a docstring.
         Step(name="doctests", command=[*pytest, "--doctest-modules", "deepseek_jax"], passes=(0, 5)),
     ]

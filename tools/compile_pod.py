@@ -1,5 +1,10 @@
 """Compile a step of training or serving for a TPU pod that need not be there, and say what it costs each chip."""
 
+if __name__ == "__main__":
+    from deepseek_jax.interrupt import end_at_once
+
+    end_at_once()
+
 import dataclasses
 from json import dumps
 from pathlib import Path

@@ -1,5 +1,10 @@
 """Convert a Hugging Face checkpoint folder (safetensors) to a deepseek_jax folder (Orbax), every tensor as stored."""
 
+if __name__ == "__main__":
+    from deepseek_jax.interrupt import end_at_once
+
+    end_at_once()
+
 from pathlib import Path
 
 from deepseek_jax.checkpoint.convert import convert_hf

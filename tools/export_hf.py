@@ -1,5 +1,10 @@
 """Export a converted deepseek_jax folder as a Hugging Face checkpoint folder, every tensor as stored."""
 
+if __name__ == "__main__":
+    from deepseek_jax.interrupt import end_at_once
+
+    end_at_once()
+
 from pathlib import Path
 
 from deepseek_jax.checkpoint.convert import export_hf

@@ -1,5 +1,10 @@
 """Complete a prompt with a model: a Hugging Face folder or a converted one."""
 
+if __name__ == "__main__":
+    from deepseek_jax.interrupt import end_at_once
+
+    end_at_once()
+
 import sys
 import time
 from pathlib import Path

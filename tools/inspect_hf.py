@@ -1,5 +1,10 @@
 """Say what a checkpoint is, or should be, from its configuration and headers alone; no weight is read."""
 
+if __name__ == "__main__":
+    from deepseek_jax.interrupt import end_at_once
+
+    end_at_once()
+
 import dataclasses
 from json import dumps
 from pathlib import Path

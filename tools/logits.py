@@ -1,5 +1,10 @@
 """Logits of a model for given tokens, float32, from one full forward pass."""
 
+if __name__ == "__main__":
+    from deepseek_jax.interrupt import end_at_once
+
+    end_at_once()
+
 from pathlib import Path
 
 import jax

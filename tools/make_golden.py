@@ -5,6 +5,11 @@ Hugging Face folder, and load that folder. The file holds what is left: config.j
 it was made. Needs the `oracle` extra: pip install -e '.[oracle]'.
 """
 
+if __name__ == "__main__":
+    from deepseek_jax.interrupt import end_at_once
+
+    end_at_once()
+
 import dataclasses
 import json
 import random

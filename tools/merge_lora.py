@@ -1,5 +1,10 @@
 """Merge a LoRA adapter, PEFT's or our own, into its model, and write the whole as a Hugging Face folder."""
 
+if __name__ == "__main__":
+    from deepseek_jax.interrupt import end_at_once
+
+    end_at_once()
+
 from pathlib import Path
 from typing import Literal
 

@@ -1,5 +1,10 @@
 """Plan before renting: which chips, mesh and batch a model wants, what fits a given memory, and how fast it may be."""
 
+if __name__ == "__main__":
+    from deepseek_jax.interrupt import end_at_once
+
+    end_at_once()
+
 import dataclasses
 import re
 from json import dumps

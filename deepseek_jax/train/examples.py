@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from deepseek_jax.rewards.extraction import solution_answer
+from deepseek_jax.train.columns import Columns, find_columns, laid_flat
 from deepseek_jax.train.curriculum import Curriculum
 from deepseek_jax.train.sources import Row, Source
 
-QUESTION_COLUMNS = ("question", "problem", "prompt")
-ANSWER_COLUMNS = ("answer", "solution")
 # The parameters of a reward function, to which columns are passed by name.
 _TAKEN_COLUMNS = ("self", "prompts", "completions", "completion_ids")
 _QUOTED_CHARS = 80
@@ -23,12 +22,14 @@ class SourceConfig:
     """A data set, or one part of a mixture.
 
     Args:
-        name: a .jsonl, .jsonl.gz or .parquet file, a folder or pattern of such, or a hub data set as "owner/name",
-            "owner/name:config" or "owner/name:config:split".
+        name: a .jsonl, .jsonl.gz, .json, .csv or .parquet file, a folder or pattern of such, or a hub data set as
+            "owner/name", "owner/name:config" or "owner/name:config:split".
         weight: its share of the prompts, relative to the other sources'; above 0.
         question_columns: what is asked: a text column, several (joined by spaces, as SVAMP's Body and Question), or
-            one of chat messages. None given: the first there of question, problem and prompt.
-        answer_column: None: the first there of answer and solution.
+            one of chat messages. None given: one by the names in use (`train.columns`), refused where several are.
+        answer_column: with dots for what is inside a column, as verl's reward_model.ground_truth. None looks for it.
+        tests_column: of hidden tests, which reward functions get as `tests`. None looks for it where no answer is
+            needed.
         need_answer: refuse a source that has no answers. False lets them be None, to which accuracy does not apply.
         pass_rates: JSON Lines of {"index": row from 0, or "id": the row's id, "pass_rate": 0 to 1}, as measured.
         first_step: batches before it takes part (R1's second RL stage: general data at the end only).
@@ -41,6 +42,7 @@ class SourceConfig:
     weight: float = 1.0
     question_columns: tuple[str, ...] = ()
     answer_column: str | None = None
+    tests_column: str | None = None
     need_answer: bool = True
     pass_rates: Path | None = None
     first_step: int = 0
@@ -131,38 +133,21 @@ class NoAnswer(ValueError):
     """A row in which no final answer is found."""
 
 
-class Columns(NamedTuple):
-    """The columns of the question, and that of the answer if there is one."""
-
-    question: tuple[str, ...]
-    answer: str | None
-    need_answer: bool = True
-
-
 def columns_of(config: SourceConfig, source: Source) -> Columns:
-    """Which columns hold question and answer."""
-    there = source.columns()
-    question = config.question_columns or tuple(n for n in QUESTION_COLUMNS if n in there)[:1]
-    answer = config.answer_column or next((n for n in ANSWER_COLUMNS if n in there), None)
-    lacking = [name for name in (*question, *((answer,) if answer else ())) if name not in there]
-    if lacking:
-        raise ValueError(f"{source.name}: no column {lacking[0]!r}, wanted one of {', '.join(there)}")
-    if not question:
-        raise ValueError(
-            f"{source.name}: no question column ({', '.join(QUESTION_COLUMNS)}) among {', '.join(there)}; "
-            "name it in question_columns"
-        )
-    if answer is None and config.need_answer:
-        raise ValueError(
-            f"{source.name}: no answer column ({', '.join(ANSWER_COLUMNS)}) among {', '.join(there)}; "
-            "name it in answer_column, or set need_answer to False"
-        )
-    return Columns(question, answer, config.need_answer)
+    """Which columns hold question, answer and tests."""
+    return find_columns(
+        source,
+        question=config.question_columns,
+        answer=config.answer_column,
+        tests=config.tests_column,
+        need_answer=config.need_answer,
+    )
 
 
 def example_of(source: Source, number: int, row: int, columns: Columns) -> Example:
     """A row as an example; ValueError names the place of one that is none."""
-    values = source[row]
+    stored = source[row]
+    values = laid_flat(stored, columns)
     where = source.where(row)
     if taken := [name for name in _TAKEN_COLUMNS if name in values and name not in columns.question]:
         raise ValueError(f"{where}: column {taken[0]!r} has the name of a reward function's parameter; rename it")
@@ -172,8 +157,11 @@ def example_of(source: Source, number: int, row: int, columns: Columns) -> Examp
         question, answer = question_and_answer(values, columns, where)
     else:
         question, answer = messages[-1]["content"], _answer(values, columns, where)
-    others = {name: value for name, value in values.items() if name not in columns.question}
-    return Example(question, answer, messages, others | {"answer": answer}, number, row)
+    if not question.strip():
+        raise ValueError(f"{where}: {columns.question[-1]!r}: got {question!r:.80}, wanted a question")
+    others = {name: value for name, value in stored.items() if name not in columns.question}
+    tests = {} if columns.tests is None else {"tests": values.get(columns.tests)}
+    return Example(question, answer, messages, others | tests | {"answer": answer}, number, row)
 
 
 def question_and_answer(values: Row, columns: Columns, where: str) -> tuple[str, str | None]:
@@ -191,7 +179,7 @@ def _answer(values: Row, columns: Columns, where: str) -> str | None:
         raise NoAnswer(
             f"{where}: {columns.answer!r}: got {_quoted(value)}, wanted a final answer: a number, a few words, "
             r"\boxed{...}, or '#### 42' as the last line; correct it, name another answer_column, or leave such rows "
-            "out with without_answer='drop'"
+            "out with --without-answer drop"
         )
     return found
 

@@ -1,10 +1,11 @@
-"""Rows of data sets by their number: JSON Lines, Parquet and Hugging Face hub data sets, none of them held in memory.
+"""Rows of data sets by their number: JSON Lines, JSON, CSV, Parquet and hub data sets, none of them held in memory.
 
 A file is read through once when it is opened, for an index and a digest; a row is read and parsed when it is asked
 for. So a global shuffle is exact however large the file is.
 """
 
 import bisect
+import csv
 import glob
 import gzip
 import json
@@ -35,6 +36,9 @@ _HUB = re.compile(r"([\w.-]+/[\w.-]+)(?::([^:]*))?(?::([^:]+))?")
 # The readers of the hub library for plain tables, and for its cache. Others decode media, or unpack archives.
 _HUB_FORMATS = ("parquet", "json", "csv", "arrow", "text", "cache")
 _BOM = b"\xef\xbb\xbf"
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+# A JSON array is parsed as one piece.
+_LARGEST_ARRAY = 2**30
 
 
 class Source(Protocol):
@@ -67,9 +71,10 @@ def open_source(name: str) -> Source:
     """Opens what a user named.
 
     Args:
-        name: a file (.parquet, .gz, anything else is JSON Lines), a folder of .jsonl, .jsonl.gz and .parquet files, a
-            pattern such as "data/*.jsonl" (several files are one source, in the order of their names), or a hub data
-            set as "owner/name", "owner/name:config" or "owner/name:config:split". The split is "train" where none is
+        name: a file (.parquet, .csv, .tsv, .gz, a .json that holds an array of objects; anything else is JSON Lines),
+            a folder of .jsonl, .jsonl.gz and .parquet files, a pattern such as "data/*.jsonl" (several files are one
+            source, in the order of their names), or a hub data set as "owner/name", "owner/name:config" or
+            "owner/name:config:split". The split is "train" where none is
             given, and "owner/name::test" is a split of the only configuration.
 
     Raises:
@@ -91,7 +96,11 @@ def open_source(name: str) -> Source:
 
 
 def _open_file(path: Path) -> Source:
-    return ParquetRows(path) if path.suffix == ".parquet" else JsonLines(path)
+    if path.suffix == ".parquet":
+        return ParquetRows(path)
+    if path.suffix in _DELIMITERS:
+        return Rewritten(path, _table_rows(path, _DELIMITERS[path.suffix]))
+    return Rewritten(path, _array_rows(path)) if _is_array(path) else JsonLines(path)
 
 
 def _joined(name: str, paths: Sequence[Path]) -> Source:
@@ -140,6 +149,62 @@ class JsonLines:
         return list(self[0])
 
 
+class Rewritten(JsonLines):
+    """The rows of a file in another form, written once as JSON Lines into a nameless temporary file."""
+
+    def __init__(self, path: Path, rows: Iterable[Row]):
+        self.name = str(path)
+        self._file = tempfile.TemporaryFile()
+        for row in rows:
+            self._file.write(json.dumps(row).encode() + b"\n")
+        self._file.seek(0)
+        self._starts, self._numbers, self.digest = _index(self._file, self.name)
+
+    def where(self, index: int) -> str:
+        return f"{self.name}, row {index}"
+
+
+def _is_array(path: Path) -> bool:
+    """Whether a file begins a JSON array, and no row of JSON Lines that is one: no row may be."""
+    if path.suffix != ".json":
+        return False
+    with path.open("rb") as file:
+        return file.read(2**16).removeprefix(_BOM).lstrip()[:1] == b"["
+
+
+def _array_rows(path: Path) -> Iterable[Row]:
+    if path.stat().st_size > _LARGEST_ARRAY:
+        raise ValueError(f"{path}: a JSON array of over {_LARGEST_ARRAY} bytes; write an object a line, as .jsonl")
+    rows = _parsed(path.read_bytes().removeprefix(_BOM), str(path))
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {number}: got a JSON {type(row).__name__}, wanted an object")
+        yield row
+
+
+def _table_rows(path: Path, delimiter: str) -> Iterable[Row]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from _records(path, csv.reader(file, delimiter=delimiter, strict=True))
+    except (csv.Error, UnicodeDecodeError) as problem:
+        raise ValueError(f"{path}: not a table in UTF-8: {problem}; mend it, or write it as .jsonl") from None
+
+
+def _records(path: Path, lines: Iterable[list[str]]) -> Iterable[Row]:
+    names: list[str] = []
+    for number, fields in enumerate(line for line in lines if line):
+        if not number:
+            names = fields
+            if len(set(names)) < len(names):
+                raise ValueError(f"{path}: two columns of one name among {', '.join(names)}; rename one")
+            continue
+        if len(fields) != len(names):
+            raise ValueError(
+                f"{path}, row {number - 1}: got {len(fields)} fields, wanted {len(names)}, as its head has"
+            )
+        yield dict(zip(names, fields, strict=True))
+
+
 def _index(file: BinaryIO, name: str) -> tuple[array, array, str]:
     starts, numbers, digest, at = array("q"), array("q"), xxhash.xxh3_128(), 0
     for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), 1):
@@ -174,12 +239,28 @@ def _unpacked(path: Path) -> BinaryIO:
 
 
 def _object(line: bytes, where: str) -> Row:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as problem:
-        raise ValueError(f"{where}: not JSON: {problem}") from None
+    row = _parsed(line, where)
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: got a JSON {type(row).__name__}, wanted an object")
+        raise ValueError(f"{where}: got a JSON {type(row).__name__}, wanted an object on a line of its own")
+    return row
+
+
+def _parsed(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_once)
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"{where}: not JSON: {problem}; save the file as UTF-8") from None
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f"{where}: not JSON: {problem}; wanted one object a line") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> Row:
+    """An object none of whose names is there twice: one of the two values would be lost."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r:.80} is there twice in one object")
     return row
 
 

@@ -1,0 +1,57 @@
+"""Ctrl-C in one line and with status 130, whatever the program is doing; imports next to nothing.
+
+A program that imports for seconds begins with `end_at_once`; `cli.run` then calls `raise_from_here`, so that what is
+under way is put in order before the end.
+"""
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+STATUS = 130
+
+
+def end_at_once() -> None:
+    """For programs, at their start: from here on, Ctrl-C ends the process as it stands.
+
+    Where the signal is ignored, as under nohup, it stays so.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def raise_from_here() -> bool:
+    """From here on, Ctrl-C raises KeyboardInterrupt; whether the process is a program that began with `end_at_once`."""
+    program = signal.getsignal(signal.SIGINT) is _end
+    if program:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.unraisablehook = _unraisable
+    return program
+
+
+def end(*, program: bool) -> NoReturn:
+    """After a KeyboardInterrupt, with everything closed: say so in one line, and end with status 130.
+
+    Args:
+        program: what `raise_from_here` gave. Such a process ends at once: the interpreter's own end would wait for
+            threads, and could crash on arrays that devices still work on.
+    """
+    sys.stdout.flush()
+    if program:
+        _end()
+    print("interrupted", file=sys.stderr)
+    raise SystemExit(STATUS)
+
+
+def _end(number: int = signal.SIGINT, frame: FrameType | None = None) -> NoReturn:
+    os.write(2, b"interrupted\n")
+    os._exit(STATUS)
+
+
+def _unraisable(problem: "sys.UnraisableHookArgs") -> None:
+    """A KeyboardInterrupt that a destructor or a callback was about to lose."""
+    if problem.exc_type is KeyboardInterrupt:
+        _end()
+    sys.__unraisablehook__(problem)
