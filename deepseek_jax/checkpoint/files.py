@@ -28,7 +28,7 @@ _ALL = slice(None)
 def read_json(path: Path) -> dict:
     """A JSON object from a file; ValueError names the file."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: {'is no regular file' if os.path.lexists(path) else 'no such file'}")
     content = path.read_bytes()
     refuse_lfs_pointer(path, content)
     try:
@@ -86,14 +86,14 @@ class TensorFolder:
 
     def _listing(self) -> dict[Path, list[str] | None]:
         index = self.folder / INDEX
-        if index.is_file():
+        if os.path.lexists(index):
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{index}: weight_map: wanted an object of tensor names and files")
             listing: dict[Path, list[str] | None] = {}
             for name, file in weight_map.items():
-                if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-                    raise ValueError(f"{index}: tensor {name!r}: file {file!r} lies outside the folder")
+                if not isinstance(file, str) or Path(file).name != file or file in ("", ".", "..") or len(file) > 255:
+                    raise ValueError(f"{index}: tensor {name!r:.200}: file {file!r:.80} lies outside the folder")
                 listing.setdefault(self.folder / file, []).append(name)
         elif (self.folder / SINGLE).is_file():
             listing = {self.folder / SINGLE: None}
