@@ -129,8 +129,8 @@ def printable(text: str) -> str:
     Names of files and tensors and values of configurations come from others. So do marks of writing direction, which
     make a line read as another, and halves of surrogate pairs, which cannot be printed.
 
-    >>> printable("\x1b[31mred, ü and 漢")
-    '\\x1b[31mred, ü and 漢'
+    >>> print(printable(chr(27) + "[31mred, ü and 漢"))
+    \\x1b[31mred, ü and 漢
     """
     return "".join(of if of.isprintable() or of in "\n\t\u3000\u00a0" else repr(of)[1:-1] for of in text)
 
