@@ -120,7 +120,19 @@ def fail(problem: BaseException, *, plain: bool) -> NoReturn:
 def say(text: str) -> None:
     """An error on standard error, with the number of the process where there are several."""
     where = f"process {index()}: " if count() > 1 else ""
-    print(f"error: {where}{text}", file=sys.stderr, flush=True)
+    print(printable(f"error: {where}{text}"), file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Text with its control characters spelled out, all but line ends and tabs: a terminal would obey them.
+
+    Names of files and tensors and values of configurations come from others. So do marks of writing direction, which
+    make a line read as another, and halves of surrogate pairs, which cannot be printed.
+
+    >>> print(printable(chr(27) + "[31mred, ü and 漢"))
+    \\x1b[31mred, ü and 漢
+    """
+    return "".join(of if of.isprintable() or of in "\n\t\u3000\u00a0" else repr(of)[1:-1] for of in text)
 
 
 def leave(status: int) -> NoReturn:

@@ -26,3 +26,24 @@ def test_a_half_set_environment_is_refused_before_the_tool_begins(capsys, monkey
     assert end.value.code == 1 and called == []
     wanted = "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID together; set all three, or none"
     assert capsys.readouterr().err == f"error: JAX_COORDINATOR_ADDRESS: not set, wanted {wanted}\n"
+
+
+@pytest.mark.parametrize(
+    "said, shown",
+    [
+        ("\x1b[31mred\x1b[0m", r"\x1b[31mred\x1b[0m"),
+        ("title \x1b]0;x\x07, csi \x9b2J", r"title \x1b]0;x\x07, csi \x9b2J"),
+        ("bell \x07 back \x08 del \x7f nul \0", r"bell \x07 back \x08 del \x7f nul \x00"),
+        ("turned \u202etxt.exe", r"turned \u202etxt.exe"),
+        ("half \ud800, byte \udcff", r"half \ud800, byte \udcff"),
+        ("ü 漢 ½ [bold]m[/bold] \\", "ü 漢 ½ [bold]m[/bold] \\"),
+    ],
+)
+def test_control_characters_do_not_reach_the_terminal(said, shown, capsys, monkeypatch):
+    def refuse() -> None:
+        raise ValueError(said)
+
+    monkeypatch.setattr("sys.argv", ["tool"])
+    with pytest.raises(SystemExit):
+        run(refuse)
+    assert capsys.readouterr().err == f"error: {shown}\n"

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from deepseek_jax.checkpoint.convert import convert_hf
 from deepseek_jax.checkpoint.convert import verify as verify_tensors
+from deepseek_jax.checkpoint.files import refuse_existing
 from deepseek_jax.checkpoint.opened import open_folder
 from deepseek_jax.checkpoint.recast import Format
 from deepseek_jax.cli import run
+from deepseek_jax.processes import printable
 from deepseek_jax.train.progress import Progress
 
 
@@ -25,6 +27,7 @@ def main(source: Path, target: Path, /, *, to: Format = "stored", verify: bool =
             powers of two as scales, as V3.1 has them.
         verify: read the new folder again and hold every tensor against the checksum of what went in.
     """
+    refuse_existing(target, source)
     opened = open_folder(source, to=to)
     with Progress(opened.nbytes, "convert", unit="bytes") as progress:
         convert_hf(opened, target, advance=progress.advance)
@@ -32,7 +35,7 @@ def main(source: Path, target: Path, /, *, to: Format = "stored", verify: bool =
         written = open_folder(target)
         with Progress(written.nbytes, "verify", unit="bytes") as progress:
             verify_tensors(written.source, written.stored.hashes, advance=progress.advance)
-    print(f"wrote {target}")
+    print(printable(f"wrote {target}"))
 
 
 if __name__ == "__main__":

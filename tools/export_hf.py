@@ -8,9 +8,11 @@ if __name__ == "__main__":
 from pathlib import Path
 
 from deepseek_jax.checkpoint.convert import export_hf
+from deepseek_jax.checkpoint.files import refuse_existing
 from deepseek_jax.checkpoint.opened import open_folder
 from deepseek_jax.checkpoint.recast import Format
 from deepseek_jax.cli import run
+from deepseek_jax.processes import printable
 from deepseek_jax.train.progress import Progress
 
 
@@ -23,10 +25,11 @@ def main(source: Path, target: Path, /, *, to: Format = "stored") -> None:
         to: format of the weights: as stored, unpacked to bfloat16 or float32, or packed as FP8; fp8-ue8m0 packs with
             powers of two as scales, as V3.1 has them.
     """
+    refuse_existing(target, source)
     opened = open_folder(source, to=to)
     with Progress(opened.nbytes, "export", unit="bytes") as progress:
         export_hf(opened, target, advance=progress.advance)
-    print(f"wrote {target}")
+    print(printable(f"wrote {target}"))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from deepseek_jax import config
 from deepseek_jax.checkpoint.summary import Summary, of_folder, of_preset
 from deepseek_jax.cli import run
+from deepseek_jax.processes import printable
 from deepseek_jax.train.progress import format_bytes
 
 _LISTED = 10
@@ -29,7 +30,7 @@ def main(folder: Path | None = None, /, *, preset: str | None = None, json: bool
     if (folder is None) == (preset is None):
         raise ValueError("wanted either a folder or --preset NAME")
     summary = of_preset(config.preset(preset)) if folder is None else of_folder(folder)
-    print(dumps(dataclasses.asdict(summary), indent=2) if json else _text(summary))
+    print(dumps(dataclasses.asdict(summary), indent=2) if json else printable(_text(summary)))
     if summary.missing or summary.unexpected:
         raise SystemExit(1)
 

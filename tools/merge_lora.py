@@ -15,6 +15,7 @@ from deepseek_jax.checkpoint.files import refuse_existing
 from deepseek_jax.checkpoint.folder import load_model, save_hf
 from deepseek_jax.cli import run
 from deepseek_jax.model.lora import merge
+from deepseek_jax.processes import printable
 
 
 def main(
@@ -28,11 +29,11 @@ def main(
         target: folder to make; it must not exist, and it appears only when it is whole.
         dtype: of the weights, as stored or another; sums are rounded to it.
     """
-    refuse_existing(target)
+    refuse_existing(target, model)
     loaded = load_model(model, dtype=None if dtype == "stored" else jnp.dtype(dtype))
     lora, matrices = load_adapter(adapter, loaded.config)
     save_hf(loaded._replace(weights=merge(loaded.weights, matrices, lora)), target, source=model)
-    print(f"wrote {target}")
+    print(printable(f"wrote {target}"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Hugging Face folders to converted ones and back, in bounded memory, exactly, and resumable."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +17,7 @@ from deepseek_jax.checkpoint.headers import Entry, parse_header
 from deepseek_jax.checkpoint.layout import Array, Source, units
 from deepseek_jax.checkpoint.opened import Opened
 from deepseek_jax.checkpoint.shelves import MANIFEST, WEIGHTS, ConvertedFolder, NewShelf, lay_out
+from deepseek_jax.checkpoint.sidecars import drop_missing_code
 
 VERSION = 1  # of the converted folder's form
 ORIGIN = "source"  # holds the headers of the Hugging Face files, so that an export gives back the very files
@@ -43,6 +45,7 @@ def convert_hf(opened: Opened, target: Path, *, advance: Advance = lambda count:
     """
     if not isinstance(opened.stored, TensorFolder):
         raise ValueError(f"{opened.folder}: is a converted folder already; wanted a Hugging Face one")
+    files.refuse_existing(target, opened.folder)
     everything = units(opened.arrays)
     nbytes = lambda names: sum(_nbytes(opened.source, everything[unit]) for unit in names)
     with shared_folder(target, resume=_identity(opened)) as partial:
@@ -77,6 +80,7 @@ def export_hf(opened: Opened, target: Path, *, advance: Advance = lambda count: 
     """Write a converted folder as a Hugging Face one; as "stored" these are the very files it was converted from.
 
     Every tensor is held against its hash; for another format they are all read once more, before anything is written.
+    Killed at any moment, or stopped by a full disk, the same call goes on after the last whole tensor.
     Of several processes the main one does it all, while the others wait.
 
     Args:
@@ -95,11 +99,12 @@ def export_hf(opened: Opened, target: Path, *, advance: Advance = lambda count: 
 def _export(opened: Opened, target: Path, advance: Advance) -> None:
     stored = opened.to == "stored"
     hashes = opened.source.hashes if isinstance(opened.source, ConvertedFolder) else {}
-    files.refuse_existing(target)
+    files.refuse_existing(target, opened.folder)
     if not stored and isinstance(opened.stored, ConvertedFolder):
         _verify(opened.stored, list(opened.stored.hashes), opened.stored.hashes, lambda count: None)
-    with new_folder(target) as partial:
+    with new_folder(target, resume=_identity(opened)) as partial:
         opened.write_sidecars(partial)
+        drop_missing_code(partial)
         plan = _origin(opened) if stored and (opened.folder / ORIGIN).is_dir() else writer.plan(opened.source)
         write_hf(opened.source, partial, plan, hashes=hashes, advance=advance)
 
@@ -114,6 +119,8 @@ def write_hf(
 ) -> None:
     """Write a checkpoint's tensors as safetensors into an existing folder.
 
+    Tensors that an interrupted call wrote there to their end, as its log and their hashes in the file say, stay.
+
     Args:
         source: the tensors.
         folder: where the files go.
@@ -122,9 +129,13 @@ def write_hf(
         advance: called with the number of bytes written, as they are.
     """
     shards = writer.NewShards(folder, plan)
-    expected = hashes or {}
+    expected, log = hashes or {}, _Log(folder / ".written")
 
     def write(name: str) -> None:
+        held = log.digests.get(name)
+        if held is not None and held == expected.get(name, held) == _digest(shards.written(name)):
+            advance(source.entries[name].nbytes)
+            return
         digest = xxhash.xxh3_128()
         for start, part in writer.parts(source, name):
             digest.update(_bytes(part))
@@ -132,11 +143,34 @@ def write_hf(
             advance(part.nbytes)
         if digest.hexdigest() != expected.get(name, digest.hexdigest()):
             raise _changed(source, name)
+        log.add(name, digest.hexdigest())
 
     try:
         _in_threads(write, [name for header in plan.files.values() for name in header.entries])
     finally:
         shards.close()
+    log.path.unlink(missing_ok=True)
+
+
+class _Log:
+    """The tensors that are written to their end, and their hashes: a line each, the last of which may be cut."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock = threading.Lock()
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        self.digests = {name: digest for digest, found, name in (line.partition(" ") for line in lines) if found}
+
+    def add(self, name: str, digest: str) -> None:
+        with self._lock, files.writing(self.path), self.path.open("a", encoding="utf-8") as stream:
+            stream.write(f"{digest} {name}\n")
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def verify(source: Source, hashes: Mapping[str, str], *, advance: Advance = lambda count: None) -> None:
@@ -248,8 +282,11 @@ def _line(entry: Entry, digest: str) -> dict:
 
 
 def _identity(opened: Opened) -> str:
-    """What a resumed conversion must have in common with the one before it."""
+    """What a resumed conversion or export must have in common with the one before it."""
     digest = xxhash.xxh3_128((opened.folder / "config.json").read_bytes())
+    if isinstance(opened.stored, ConvertedFolder):
+        digest.update((opened.folder / MANIFEST).read_bytes())
+        return f"{VERSION} {opened.to} {digest.hexdigest()}"
     for name, header in opened.stored.headers.items():
         state = (opened.folder / name).stat()
         digest.update(header.raw)

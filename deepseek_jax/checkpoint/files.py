@@ -1,6 +1,7 @@
 """Safetensors folders read tensor by tensor, and folders that appear whole: every problem one ValueError."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -17,12 +18,6 @@ from deepseek_jax.checkpoint.headers import DTYPES, Entry, Header, read_header, 
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# What travels with the weights from folder to folder, where it exists.
-SIDECARS = (
-    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *("special_tokens_map.json", "chat_template.jinja", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("tokenizer.model", "LICENSE"),
-)
 _EXPONENT = {"F32": (np.uint32, 0x7F800000), "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80)}
 _NAN = {"F8_E4M3": (b"\x7f", b"\xff"), "F8_E8M0": (b"\xff",)}
 # What `save_pretrained` calls the files of a model. Others, such as consolidated.safetensors, are no part of it.
@@ -47,14 +42,17 @@ def read_json(path: Path) -> dict:
 
 def _absent(path: Path) -> str:
     """What to say of a path where there is no file to read, but perhaps a folder, a pipe, or a link to nothing."""
-    return f"{path}: {'is there, but is no file' if os.path.lexists(path) else 'no such file'}"
+    return f"{path}: {'is no regular file' if os.path.lexists(path) else 'no such file'}"
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that is never seen half-written, whatever kills the writer."""
     draft = path.with_name(f".{path.name}.partial")
-    draft.write_bytes(content)
-    os.replace(draft, path)
+    try:
+        draft.write_bytes(content)
+        os.replace(draft, path)
+    except OSError as problem:  # a full disk is said without a name
+        raise OSError(problem.errno, problem.strerror, str(path)) from None
 
 
 class TensorFolder:
@@ -99,8 +97,8 @@ class TensorFolder:
                 raise ValueError(f"{index}: weight_map: wanted an object of tensor names and files")
             listing: dict[Path, list[str] | None] = {}
             for name, file in weight_map.items():
-                if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-                    raise ValueError(f"{index}: tensor {name!r}: file {file!r} lies outside the folder")
+                if not isinstance(file, str) or Path(file).name != file or file in ("", ".", "..") or len(file) > 255:
+                    raise ValueError(f"{index}: tensor {name!r:.200}: file {file!r:.80} lies outside the folder")
                 listing.setdefault(self.folder / file, []).append(name)
         elif os.path.lexists(self.folder / SINGLE):
             listing = {self.folder / SINGLE: None}
@@ -153,7 +151,10 @@ class TensorFolder:
         parts = []
         os.posix_fadvise(self._descriptors[file], start, count, os.POSIX_FADV_WILLNEED)
         while count:  # Linux gives at most 2 GiB a call
-            part = os.pread(self._descriptors[file], count, start)
+            try:
+                part = os.pread(self._descriptors[file], count, start)
+            except OSError as problem:
+                raise OSError(problem.errno, problem.strerror, str(file)) from None
             if not part:
                 raise ValueError(f"{file}: ended at byte {start}; it was cut while it was read")
             parts.append(part)
@@ -173,24 +174,59 @@ def _finite(raw: bytes, dtype: str) -> bool:
     return not np.any((np.frombuffer(raw, bits) & exponent) == exponent)
 
 
-def copy_sidecars(source: Path, target: Path) -> None:
-    """Copy configuration and tokenizer files, those that exist."""
-    for name in SIDECARS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+def resolved(path: Path) -> Path:
+    """A path without `..`, `.` and links, except that its last part stays as it is: it may be a link or be missing."""
+    if path.name in ("", ".."):
+        return Path(os.path.realpath(path))
+    return Path(os.path.realpath(path.parent), path.name)
 
 
-def refuse_existing(target: Path) -> None:
-    """ValueError when there is something under that name already."""
-    if target.exists():
+def refuse_existing(target: Path, source: Path | None = None) -> None:
+    """ValueError when there is something under that name already, be it a link to nothing, or it lies in `source`."""
+    place = resolved(target)
+    if place.is_symlink() and not place.exists():
+        raise ValueError(f"{target}: is a link to {os.readlink(place)}, which is not there; choose a new folder")
+    if os.path.lexists(place):
         raise ValueError(f"{target}: exists already; choose a new folder or remove it")
+    if source is not None and Path(os.path.realpath(source)) in place.parents:
+        raise ValueError(f"{target}: lies within {source}, which it would be made from; choose a folder outside")
+    for parent in place.parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise ValueError(f"{target}: {parent} is a file; choose a folder to make within another folder")
+            break
+
+
+def system_error(problem: Exception, where: Path) -> Exception:
+    """What the system refused, where a library says it as another exception (a full disk as a ValueError), as OSError.
+
+    Args:
+        problem: of a library that writes; what is no refusal of the system comes back as it is.
+        where: what was written.
+    """
+    if isinstance(problem, OSError):
+        code = problem.errno
+    else:
+        said = re.search(r"(?:os_error_code='?|OS error )(\d+)", str(problem))
+        code = int(said[1]) if said else errno.ENOSPC if "RESOURCE_EXHAUSTED" in str(problem) else None
+    return problem if code is None else OSError(code, os.strerror(code), str(where))
+
+
+@contextlib.contextmanager
+def writing(where: Path) -> Iterator[None]:
+    """Around a library's writes: `system_error` of what it raises."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as problem:
+        raise system_error(problem, where) from None
 
 
 @contextlib.contextmanager
 def new_folder(target: Path, *, resume: str | None = None) -> Iterator[Path]:
     """A folder that appears under its name only when whole.
 
-    Yields a temporary neighbour to write into; it is renamed at the end, or removed after a ValueError.
+    Yields a temporary neighbour to write into; it is renamed at the end, or removed after a ValueError. The target may
+    be named in any way, by `..` and links too.
 
     Args:
         target: the folder to make.
@@ -199,7 +235,9 @@ def new_folder(target: Path, *, resume: str | None = None) -> Iterator[Path]:
 
     Raises:
         ValueError: the target exists already, or another process is writing it; nothing is overwritten.
+        OSError: the disk is full, or the system refuses to write for another reason; in one line, with what is kept.
     """
+    target = resolved(target)
     refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(target)
@@ -218,7 +256,25 @@ def new_folder(target: Path, *, resume: str | None = None) -> Iterator[Path]:
         except BaseException as problem:
             if resume is None or isinstance(problem, ValueError):
                 shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(problem, OSError) and problem.errno is not None:
+                raise _stopped(problem, target, partial if resume is not None else None) from problem
             raise
+
+
+def _stopped(problem: OSError, target: Path, kept: Path | None) -> OSError:
+    """A refusal of the system in words: what, where, and what to do."""
+    reason = {
+        errno.ENOSPC: "no space left on its disk",
+        errno.EDQUOT: "no space left in the disk quota",
+        errno.EROFS: "its file system is read-only",
+    }.get(problem.errno, os.strerror(problem.errno).lower())
+    advice = "nothing of it is left; mend that and give the command again"
+    if kept is not None:
+        advice = f"what is written is kept in {kept}; mend that, and the same command goes on from there"
+    place = f" (at {problem.filename})" if problem.filename else ""
+    stopped = OSError(f"{target}: {reason}{place}; {advice}")
+    stopped.errno = problem.errno
+    return stopped
 
 
 @contextlib.contextmanager
@@ -233,6 +289,7 @@ def shared_folder(target: Path, *, resume: str | None = None) -> Iterator[Path]:
     Raises:
         ValueError, OSError, RuntimeError: in all processes, what one of them raised.
     """
+    target = resolved(target)
     with contextlib.ExitStack() as folder:
         with processes.together():
             if processes.is_main():
@@ -275,5 +332,7 @@ def sync(folder: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as problem:
+            raise OSError(problem.errno, problem.strerror, str(path)) from None
         finally:
             os.close(descriptor)

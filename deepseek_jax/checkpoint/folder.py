@@ -23,6 +23,7 @@ from deepseek_jax.checkpoint.headers import DTYPES, NAMES, Entry
 from deepseek_jax.checkpoint.layout import Array, Source, part, units
 from deepseek_jax.checkpoint.opened import Opened, open_folder
 from deepseek_jax.checkpoint.shelves import ConvertedFolder
+from deepseek_jax.checkpoint.sidecars import copy_sidecars, drop_missing_code
 from deepseek_jax.config import ModelConfig, to_hf
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.layers import RouterBias
@@ -222,6 +223,7 @@ def save_hf(
     Raises:
         ValueError: the target exists.
     """
+    files.refuse_existing(target, source)
     with files.shared_folder(target) as partial:
         processes.on_main(lambda: _write_sidecars(model.config, partial, source, tokenizer or {}))
         memory = _InMemory(model, target)
@@ -234,12 +236,13 @@ def save_hf(
 def _write_sidecars(config: ModelConfig, folder: Path, source: Path | None, tokenizer: Mapping[str, bytes]) -> None:
     values = to_hf(config)
     if source is not None:
-        files.copy_sidecars(source, folder)
+        copy_sidecars(source, folder)
         values = files.read_json(folder / "config.json")
         values.pop("quantization_config", None)  # what is in memory is unpacked
     files.write_whole(folder / "config.json", json.dumps(values, indent=2).encode())
     for name, content in tokenizer.items():
-        (folder / name).write_bytes(content)
+        files.write_whole(folder / name, content)
+    drop_missing_code(folder)
 
 
 def _write_together(memory: "_InMemory", folder: Path) -> None:

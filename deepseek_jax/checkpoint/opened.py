@@ -10,6 +10,7 @@ from deepseek_jax.checkpoint.layout import Array, Source, arrays
 from deepseek_jax.checkpoint.quantised import refuse_other_quantisation
 from deepseek_jax.checkpoint.recast import Format, recast
 from deepseek_jax.checkpoint.shelves import ConvertedFolder, is_converted
+from deepseek_jax.checkpoint.sidecars import copy_sidecars
 from deepseek_jax.config import ModelConfig, from_hf
 from deepseek_jax.config.hf import write_quantization
 from deepseek_jax.model.decoder import abstract_weights
@@ -37,7 +38,7 @@ class Opened(NamedTuple):
 
     def write_sidecars(self, target: Path) -> None:
         """Copy configuration and tokenizer files, the configuration as the format wants it."""
-        files.copy_sidecars(self.folder, target)
+        copy_sidecars(self.folder, target)
         if self.to == "stored":
             return
         values = files.read_json(self.folder / "config.json")

@@ -15,7 +15,7 @@ import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
 from deepseek_jax import processes
-from deepseek_jax.checkpoint.files import read_json, sync
+from deepseek_jax.checkpoint.files import read_json, resolved, sync, writing
 from deepseek_jax.checkpoint.headers import DTYPES, Entry
 from deepseek_jax.checkpoint.layout import Array
 
@@ -37,8 +37,8 @@ def lay_out(folder: Path, arrays: Sequence[Array]) -> None:
     options.array.saving.array_metadata_store = None  # it would state the shapes of the empty arrays
     options.array.saving.enable_write_sharding_file = False
     empty = processes.replicated(np.zeros((), np.float32))
-    with options:
-        ocp.save(_partial(folder).absolute(), {array.key: empty for array in arrays}, overwrite=True)
+    with options, writing(folder):
+        ocp.save(resolved(_partial(folder)), {array.key: empty for array in arrays}, overwrite=True)
 
 
 def _partial(folder: Path) -> Path:
@@ -57,12 +57,14 @@ class NewShelf:
         self._folder = folder
         self._partial = _partial(folder)
         context = ts.Context(_CONTEXT)
-        self._stores = {a.key: _create(self._partial, a, context) for a in arrays}
+        with writing(folder):
+            self._stores = {a.key: _create(self._partial, a, context) for a in arrays}
 
     def write(self, array: Array, index: tuple[slice, ...], value: np.ndarray) -> None:
         """Write one piece, given as the file holds it; safe from several threads."""
         kept = _KEPT_AS.get(array.dtype)
-        self._stores[array.key][index].write(value if kept is None else value.view(kept)).result()
+        with writing(self._folder):
+            self._stores[array.key][index].write(value if kept is None else value.view(kept)).result()
 
     def close(self) -> None:
         sync(self._partial)
@@ -86,7 +88,7 @@ def _create(folder: Path, array: Array, context: ts.Context) -> ts.TensorStore:
 
 
 def _spec(folder: Path, key: str) -> dict:
-    base = {"driver": "file", "path": f"{folder.absolute() / 'state'}/"}
+    base = {"driver": "file", "path": f"{resolved(folder) / 'state'}/"}
     return {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{key}/"}}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from deepseek_jax import processes
+from deepseek_jax.checkpoint.files import system_error
 
 State = TypeVar("State")
 
@@ -45,7 +47,7 @@ class RunCheckpoints:
         newest = policies.LatestN(keep)
         best = policies.BestN(n=1, get_metric_fn=_score, keep_checkpoints_without_metrics=False)
         self._checkpointer = ocp.training.Checkpointer(
-            folder.absolute(),
+            Path(os.path.realpath(folder)),
             preservation_policy=policies.AnyPreservationPolicy([newest, best]),
             cleanup_tmp_directories=True,
         )
@@ -82,13 +84,13 @@ class RunCheckpoints:
             return
         try:
             self._saving.result()  # Ctrl-C here leaves the save under way, for `close` to wait for
-        except Exception:
+        except Exception as problem:
             self._saving = None
             with suppress(Exception):  # the same once more: Orbax raises it in every thread that waits
                 self._checkpointer.wait()
             # Orbax has struck the failed checkpoint from its list, and also those that it was to replace.
             self._checkpointer.reload()
-            raise
+            raise system_error(problem, Path(self._checkpointer.directory)) from problem
         self._saving = None
 
     def latest(self) -> int | None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepseek_jax.checkpoint.files import INDEX, SINGLE
+from deepseek_jax.checkpoint.files import INDEX, SINGLE, write_whole, writing
 from deepseek_jax.checkpoint.headers import Entry, Header, make_header
 from deepseek_jax.checkpoint.layout import PIECE, Source, largest_divisor
 
@@ -46,17 +46,22 @@ def _index(files: Mapping[str, Header]) -> bytes:
 
 
 class NewShards:
-    """The files of a plan, of their full size, to be filled tensor by tensor in any order, from several threads."""
+    """The files of a plan, of their full size, to be filled tensor by tensor in any order, from several threads.
+
+    Files that an interrupted writer of the same plan left behind are gone on with.
+    """
 
     def __init__(self, folder: Path, plan: Plan):
         self._place: dict[str, tuple[int, Entry]] = {}
         self._descriptors: list[int] = []
+        self._folder = folder
         if plan.index is not None:
-            (folder / INDEX).write_bytes(plan.index)
+            write_whole(folder / INDEX, plan.index)
         for name, header in plan.files.items():
-            descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
             self._descriptors.append(descriptor)
-            _pwrite(descriptor, header.raw, 0)
+            with writing(folder / name):
+                _pwrite(descriptor, header.raw, 0)
             os.truncate(descriptor, len(header.raw) + sum(entry.nbytes for entry in header.entries.values()))
             for tensor, entry in header.entries.items():
                 self._place[tensor] = descriptor, entry
@@ -64,7 +69,14 @@ class NewShards:
     def write(self, name: str, start: int, value: np.ndarray) -> None:
         """Write a part of a tensor, `start` bytes from its beginning."""
         descriptor, entry = self._place[name]
-        _pwrite(descriptor, np.ascontiguousarray(value).reshape(-1).view(np.uint8), entry.start + start)
+        with writing(self._folder):  # a full disk is said without a name
+            _pwrite(descriptor, np.ascontiguousarray(value).reshape(-1).view(np.uint8), entry.start + start)
+
+    def written(self, name: str) -> Iterator[bytes]:
+        """What the file holds for a tensor now, piece by piece."""
+        descriptor, entry = self._place[name]
+        for start in range(0, entry.nbytes, PIECE):
+            yield os.pread(descriptor, min(PIECE, entry.nbytes - start), entry.start + start)
 
     def close(self) -> None:
         for descriptor in self._descriptors:

@@ -178,7 +178,7 @@ def _answer(values: Row, columns: Columns, where: str) -> str | None:
     if found is None:
         raise NoAnswer(
             f"{where}: {columns.answer!r}: got {_quoted(value)}, wanted a final answer: a number, a few words, "
-            r"\boxed{...}, or '#### 42' as the last line; correct it, name another answer_column, or leave such rows "
+            r"\boxed{...}, or '#### 42' as the last line; correct it, name another --answer-column, or leave such rows "
             "out with --without-answer drop"
         )
     return found

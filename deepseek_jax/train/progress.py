@@ -101,7 +101,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Prints a line of its own, above the bar where there is one."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(processes.printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def steps_per_second(self) -> float | None:
         """The speed over the last steps; None before the first."""
@@ -127,7 +127,9 @@ class Progress:
             console=self._console,
             refresh_per_second=4,
         )
-        bar.add_task(escape(self.description), total=self.total, completed=self.step, **self._fields())
+        bar.add_task(
+            escape(processes.printable(self.description)), total=self.total, completed=self.step, **self._fields()
+        )
         return bar
 
     def _fields(self) -> dict[str, str]:
@@ -135,7 +137,7 @@ class Progress:
             "done": self._done(),
             "speed": self._speed(),
             "left": f"left {format_seconds(self.seconds_left())}",
-            "metrics": escape(format_metrics(self._metrics)),
+            "metrics": escape(processes.printable(format_metrics(self._metrics))),
         }
 
     def _done(self) -> str:

@@ -254,7 +254,7 @@ def test_what_is_no_file_is_not_read(name, kind, tmp_path):
         path.mkdir()
     else:
         path.symlink_to(targets[kind])
-    with pytest.raises(ValueError, match=f"{name}: is there, but is no file"):
+    with pytest.raises(ValueError, match=f"{name}: is no regular file"):
         open_folder(tmp_path / "hf")
 
 

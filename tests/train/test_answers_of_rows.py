@@ -43,7 +43,7 @@ def test_a_row_without_an_answer_is_refused_in_one_line_or_left_out(kind, tmp_pa
     with pytest.raises(ValueError) as caught:
         opened(tmp_path / "rows.jsonl", row)
     message = str(caught.value)
-    assert "rows.jsonl:2: 'answer': " in message and quoted in message and "without_answer='drop'" in message
+    assert "rows.jsonl:2: 'answer': " in message and quoted in message and "--without-answer drop" in message
     assert "\n" not in message and len(message) < 500
     data = opened(tmp_path / "rows.jsonl", row, config={"without_answer": "drop"})
     assert [example.answer for example in data] == ["2"]
