@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from deepseek_jax.text.worker import MEMORY_BYTES, Reply
+from deepseek_jax.text.worker import Reply
 
 SECONDS = 5.0
 """Processor time of an operation, whatever its size: hundreds of times what a published template or tokenizer takes.
@@ -52,8 +52,6 @@ def ask(operation: str, *arguments: Any, seconds: float | None = None) -> Any:
             raise
     if kind == "done":
         return value
-    if kind == "memory":
-        raise Reply("refused", f"it needs more than {MEMORY_BYTES >> 20} MiB of memory")
     raise Reply(kind, value)
 
 
@@ -70,7 +68,10 @@ def _exchange(request: bytes, limit: float) -> tuple[str, Any]:
     except BrokenPipeError:
         reply = b""
     if reply.endswith(b"\n"):
-        return tuple(json.loads(reply))
+        kind, value, sound = json.loads(reply)
+        if not sound:
+            end()
+        return kind, value
     code = process.wait()
     end()
     if code == -signal.SIGPROF:

@@ -1,6 +1,7 @@
 """A tokenizer's files in a checkpoint folder: what each may say, and which overrules which."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ def read(folder: Path) -> dict[str, bytes]:
     Raises:
       ValueError: no tokenizer.json, or a file that is too large for what it is.
     """
-    found = {name: _content(folder / name) for name in SAVED if (folder / name).is_file()}
+    found = {name: _content(folder / name) for name in SAVED if os.path.lexists(folder / name)}
     if "tokenizer.json" not in found:
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder, wanted a checkpoint's; correct the path")
@@ -58,6 +59,8 @@ def read(folder: Path) -> dict[str, bytes]:
 
 
 def _content(path: Path) -> bytes:
+    if not path.is_file():
+        raise ValueError(f"{path}: got something that is no regular file, wanted one; take it from the publisher")
     most = _MAX_BYTES.get(path.name, _MAX_OTHER_BYTES)
     if path.stat().st_size > most:
         raise ValueError(f"{path}: got {path.stat().st_size} bytes, wanted at most {most}; take it from the publisher")
@@ -85,7 +88,7 @@ def parse(folder: Path, found: Mapping[str, bytes], name: str) -> dict[str, Any]
 def model_config(folder: Path) -> dict[str, Any]:
     """config.json, {} when there is none."""
     name = "config.json"
-    return parse(folder, {name: _content(folder / name)} if (folder / name).is_file() else {}, name)
+    return parse(folder, {name: _content(folder / name)} if os.path.lexists(folder / name) else {}, name)
 
 
 def special_tokens(folder: Path, config: Mapping[str, Any], listed: Mapping[str, Any]) -> SpecialTokens:

@@ -38,8 +38,8 @@ class Reply(Exception):
     """An answer that is not a result.
 
     Attributes:
-      kind: "refused" and "invalid" (no JSON), with a reason; "syntax", a template's line and a reason; "absent", a tokenizer that is not loaded; "unwritable", a
-        piece of text that the vocabulary lacks and the library's reason; "memory".
+      kind: "refused" and "invalid" (no JSON), with a reason; "syntax", a template's line and a reason; "absent", a
+        tokenizer that is not loaded; "unwritable", a piece of text that the vocabulary lacks and the library's reason.
     """
 
     def __init__(self, kind: str, value: Any):
@@ -162,7 +162,7 @@ def load(key: str, source: str, special: list[str], names: list[str]) -> dict[st
     except Exception:  # The library raises bare Exception, whose reason for bad JSON is often another one.
         try:
             json.loads(source)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Reply("invalid", _reason(error)) from None
         raise
     inner.no_truncation()
@@ -170,6 +170,8 @@ def load(key: str, source: str, special: list[str], names: list[str]) -> dict[st
     added = {token.content for token in inner.get_added_tokens_decoder().values()}
     known = [token for token in special if token and token not in added and inner.token_to_id(token) is not None]
     inner.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in known])
+    if not inner.get_vocab_size(with_added_tokens=False):
+        raise Reply("refused", "its model has an empty vocabulary, so that text is lost")
     vocabulary = inner.get_vocab(with_added_tokens=True)
     facts = {
         "size": 1 + max(vocabulary.values(), default=-1),
@@ -222,28 +224,38 @@ def _reason(error: BaseException) -> str:
 OPERATIONS = {function.__name__: function for function in (render, load, encode, decode)}
 
 
-def _answer(line: bytes) -> tuple[bytes, bool]:
-    """The reply to a request, and whether the process is still sound."""
-    sound = True
+def _answer(line: bytes) -> tuple[str, Any, bool]:
+    """The reply to a request: its kind, its value, and whether the process is still sound."""
     try:
         operation, seconds, *arguments = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        reply = json.dumps(["done", OPERATIONS[operation](*arguments)])
-        if len(reply) > _REPLY_BYTES + _REPLY_GROWTH * len(line):
-            reply = json.dumps(["refused", f"its result of {len(reply)} bytes is far larger than what it is made from"])
+        return "done", OPERATIONS[operation](*arguments), True
     except Reply as answer:
-        reply = json.dumps([answer.kind, answer.value])
+        return answer.kind, answer.value, True
     except MemoryError:
-        reply, sound = json.dumps(["memory", None]), False
+        return "refused", f"it needs more than {MEMORY_BYTES >> 20} MiB of memory", False
     except BaseException as error:  # A panic in the tokenizers library is no Exception, and leaves its locks broken.
-        reply, sound = json.dumps(["refused", _reason(error)]), isinstance(error, Exception)
+        return "refused", _reason(error), isinstance(error, Exception)
+
+
+def _written(line: bytes) -> bytes:
+    """The reply to a request as a line, whose writing is within its limits too."""
+    kind, value, sound = _answer(line)
+    try:
+        reply = json.dumps([kind, value, sound]).encode()
+    except MemoryError:
+        reply = json.dumps(["refused", f"it needs more than {MEMORY_BYTES >> 20} MiB of memory", False]).encode()
+    most = _REPLY_BYTES + _REPLY_GROWTH * len(line)
+    if len(reply) > most:
+        reason = f"its result of {len(reply)} bytes is far larger than what it is made from"
+        reply = json.dumps(["refused", reason, True]).encode()
     signal.setitimer(signal.ITIMER_PROF, 0)
-    return reply.encode() + b"\n", sound
+    return reply + b"\n"
 
 
 def _confine() -> None:
     """Gives up what is not needed any more, after everything that is imported late has been."""
-    for template in ("{{ strftime_now('%c') }}{{ [1] | tojson }}", "{{ a.b.c }}"):
+    for template in (*(f"{{{{ 'a &lt; b' | {name} }}}}" for name in _ENVIRONMENT.filters), "{{ strftime_now('%c') }}"):
         try:
             render(template, {})
         except Reply:
@@ -270,11 +282,8 @@ def _serve(requests: BinaryIO) -> None:
     os.close(nowhere)
     _confine()
     for line in requests:
-        reply, sound = _answer(line)
-        replies.write(reply)
+        replies.write(_written(line))
         replies.flush()
-        if not sound:
-            return
 
 
 if __name__ == "__main__":
