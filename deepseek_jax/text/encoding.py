@@ -18,7 +18,7 @@ def encode_v32(
     bos_token: str,
     eos_token: str,
     add_generation_prompt: bool,
-    thinking: bool = True,
+    thinking: bool | None = None,
     **others: Any,
 ) -> str:
     """Renders a conversation as DeepSeek-V3.2 was trained on it.
@@ -33,7 +33,7 @@ def encode_v32(
       bos_token: text of the begin-of-sequence token.
       eos_token: text of the end-of-sequence token.
       add_generation_prompt: the last message is a user's, to be answered.
-      thinking: the model is to reason first.
+      thinking: the model is to reason first; None is True, as in the README's example.
       **others: further variables of chat templates; they must be None.
 
     Returns:
@@ -49,6 +49,7 @@ def encode_v32(
     for name, value in others.items():
         if value is not None:
             raise ValueError(f"chat: got {name}, wanted none; {_REFUSED}")
+    thinking = thinking is not False
     last = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=-1)
     if add_generation_prompt != (last == len(messages) - 1):
         raise ValueError(
