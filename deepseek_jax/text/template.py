@@ -43,7 +43,7 @@ def render(
 
     Source: huggingface/transformers, `utils/chat_template_utils.py` (environment and its globals).
     Differs: `lipsum` and `random` are missing, and what is not text or plain data is not printed. Published templates
-      render the same (tests/text/test_template_oracle.py).
+      render the same (tests/text/test_tokenizer_oracle.py).
     """
     check_messages(messages)
     if len(template) > MAX_TEMPLATE_CHARS:
