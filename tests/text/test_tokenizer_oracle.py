@@ -90,7 +90,10 @@ SPECIAL = {
     "pad that is text too": ({"pad_token": "a"}, None),
     "pad outside the vocabulary": ({"pad_token": "<none>"}, None),
     "unknown token": ({"unk_token": "b"}, None),
-    "list of others": ({"additional_special_tokens": ["a", {**TOKEN, "content": "<end>"}]}, None),
+    "list of others": (
+        {"additional_special_tokens": ["a", {"__type": "AddedToken", **TOKEN, "content": "<end>"}]},
+        None,
+    ),
     "list of others in the map": ({}, {"additional_special_tokens": ["a"]}),
     "named others": ({"extra_special_tokens": {"image_token": "a"}}, None),
     "no bos": ({"bos_token": None}, None),
