@@ -28,6 +28,7 @@ def main(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     chat: bool = True,
+    thinking: bool | None = None,
     samples: int = 1,
 ) -> None:
     """Complete PROMPT with MODEL; text goes to stdout, tokens a second to stderr.
@@ -41,16 +42,16 @@ def main(
         top_k: sample among the k best; 0 is no limit.
         repetition_penalty: divides the odds of tokens seen before; 1 is none.
         seed: the same seed draws the same tokens.
-        chat: put the prompt into the checkpoint's chat template, where it has one; base models want --no-chat.
+        chat: put the prompt into the checkpoint's chat template; base models, which have none, want --no-chat.
+        thinking: the template's switch of that name (DeepSeek-V3.1, V3.2); None leaves it to the template.
         samples: completions to draw.
     """
     if samples < 1:
         raise ValueError(f"samples: got {samples}, wanted at least 1")
     tokenizer = Tokenizer.from_folder(model)
-    if chat and tokenizer.chat_template is not None:
-        tokens = tokenizer.chat([{"role": "user", "content": prompt}])
-    else:
-        tokens = tokenizer.encode(prompt, add_bos=True)
+    tokens = _encode(tokenizer, prompt, chat, thinking)
+    if not tokenizer.eos_ids:
+        print(f"{model}: names no end-of-sequence token; sampling ends at --max-tokens alone", file=sys.stderr)
     sampling = SamplingConfig(
         max_new_tokens=max_tokens,
         temperature=temperature,
@@ -60,6 +61,11 @@ def main(
         stop_ids=tokenizer.eos_ids,
     )
     config, graphdef, weights = load_model(model)
+    if max(tokens, default=0) >= config.vocab_size:
+        raise ValueError(
+            f"{model}: the tokenizer gives the prompt the id {max(tokens)}, wanted ids below the model's vocab_size"
+            f" {config.vocab_size}; take both from the same checkpoint"
+        )
     generator = Generator(config, graphdef)
     start = time.perf_counter()
     seeds = range(seed, seed + samples)
@@ -69,6 +75,15 @@ def main(
         print(completion.text)
     count = sum(len(c.tokens) for c in found)
     print(f"{count} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
+
+
+def _encode(tokenizer: Tokenizer, prompt: str, chat: bool, thinking: bool | None) -> list[int]:
+    switches = {} if thinking is None else {"thinking": thinking}
+    if chat:
+        return tokenizer.chat([{"role": "user", "content": prompt}], **switches)
+    if switches:
+        raise ValueError("--thinking: got it with --no-chat, wanted a chat, whose template it is for; leave one out")
+    return tokenizer.encode(prompt, add_bos=True)
 
 
 if __name__ == "__main__":

@@ -1,48 +1,50 @@
 """Text to token ids and back, from a checkpoint's own files."""
 
+import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from deepseek_jax.text import template
+from deepseek_jax.text import confined, encoding, files, template
 
-_SAVED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "generation_config.json",
-)
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<｜User｜>", "<｜Assistant｜>")
 """Tokens of our own small models that are not special: decoding keeps them."""
+_MAX_ID = 2**31 - 1
+_LOAD_SECONDS = 10.0  # of processor time; R1's 128,000 tokens take 0.4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tokenizer:
     """A checkpoint's tokenizer and chat template.
 
+    The files are strangers' programs: regular expressions, rewriting rules, Jinja. They run in a process of their own
+    within limits of time and memory (`text.confined`), so that a text that they take too long for is a ValueError.
+
     Args:
-      inner: the `tokenizers` object; its own truncation, padding and special tokens are not used.
       bos: text of the begin-of-sequence token, None when the checkpoint names none.
       eos: text of the end-of-sequence token, None when the checkpoint names none.
       bos_id: its id, None when there is none.
-      eos_ids: every id that ends a text, ascending.
+      eos_ids: every id that ends a text, ascending; empty when no file names one, and sampling then ends at its limit
+        of tokens alone.
       pad_id: padding's id, None when there is none.
       vocab_size: one more than the highest id; a model's embedding may have more rows.
       adds_bos: whether `encode(add_bos=True)` puts the BOS first. Qwen2 has no BOS, and SmolLM2's is the
         opener of its template's turns, so that neither wants one.
       chat_template: Jinja source, None when the checkpoint has none.
+      tool_template: the template named "tool_use", for conversations with tools; None when there is none.
+      chat_encoding: "deepseek_v32" for a checkpoint whose conversations `encoding.encode_v32` renders, because it
+        comes without a template.
+      special: tokens that the checkpoint's files beside tokenizer.json call special.
       files: the files that `save` writes, by name.
     """
 
-    inner: tokenizers.Tokenizer = field(repr=False)
     bos: str | None
     eos: str | None
     bos_id: int | None
@@ -51,6 +53,9 @@ class Tokenizer:
     vocab_size: int
     adds_bos: bool
     chat_template: str | None = field(repr=False)
+    tool_template: str | None = field(repr=False)
+    chat_encoding: Literal["deepseek_v32"] | None
+    special: tuple[str, ...] = field(repr=False)
     files: Mapping[str, bytes] = field(repr=False)
 
     @classmethod
@@ -58,31 +63,27 @@ class Tokenizer:
         """Reads a checkpoint's tokenizer.
 
         Args:
-          folder: holds tokenizer.json and tokenizer_config.json; chat_template.jinja (which overrules the
-            config's), generation_config.json and config.json are read when there. End-of-sequence ids are the
-            tokenizer's own with generation_config.json's or, where that has none, config.json's; only
-            config.json may name ids outside the vocabulary (class defaults), and those are left out.
+          folder: holds tokenizer.json and, as a rule, tokenizer_config.json. special_tokens_map.json,
+            chat_template.jinja (which overrules the config's), generation_config.json and config.json are read when
+            there. End-of-sequence ids are the tokenizer's own with generation_config.json's or, where that has none,
+            config.json's; only config.json may name ids outside the vocabulary (class defaults), and those are left
+            out.
 
         Returns:
           The tokenizer.
 
         Raises:
-          ValueError: a file is missing, is not valid JSON, or names a token that is not in the vocabulary.
+          ValueError: a file is missing, is not valid JSON, names a BOS or EOS that is not in the vocabulary, or takes
+            more time or memory than a tokenizer may.
 
-        Source: huggingface/transformers, `tokenization_utils_base.py` (fields), `generation_config.json`.
+        Source: huggingface/transformers, `tokenization_utils_base.py` (fields and which file overrules which),
+          `generation_config.json`.
+        Differs: a special token that the config leaves out is read from special_tokens_map.json even if the config has
+          `added_tokens_decoder`; a pad token outside the vocabulary is none (tests/text/test_tokenizer_oracle.py).
         """
         folder = Path(folder)
-        files = {name: (folder / name).read_bytes() for name in _SAVED if (folder / name).is_file()}
-        if "tokenizer.json" not in files:
-            raise ValueError(
-                f"{folder}: got no tokenizer.json, wanted a checkpoint folder with one; save the tokenizer"
-                " there with transformers' save_pretrained, which writes it"
-            )
-        if (folder / "config.json").is_file():
-            model_config = _json(folder / "config.json", (folder / "config.json").read_bytes())
-        else:
-            model_config = {}
-        return cls._from_files(folder, files, model_config)
+        found = files.read(folder)
+        return cls._from_files(folder, found, files.model_config(folder))
 
     @classmethod
     def characters(cls, alphabet: str, *, chat_template: str) -> Self:
@@ -132,38 +133,33 @@ class Tokenizer:
         return cls._from_files(Path("a character tokenizer"), files, {})
 
     @classmethod
-    def _from_files(cls, folder: Path, files: Mapping[str, bytes], model_config: Mapping[str, Any]) -> Self:
-        _json(folder / "tokenizer.json", files["tokenizer.json"])
-        try:
-            inner = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
-        except Exception as error:  # The library raises bare Exception.
-            raise ValueError(
-                f"{folder / 'tokenizer.json'}: got a file that the tokenizers library does not read"
-                f" ({error}), wanted"
-                " its format; save the tokenizer again or update the library"
-            ) from error
-        inner.no_truncation()
-        inner.no_padding()
-        config = _named_json(folder, files, "tokenizer_config.json")
-        tokens = {key: _special(folder, inner, config, key) for key in ("bos_token", "eos_token", "pad_token")}
-        bos_id, eos_id, pad_id = (None if t is None else inner.token_to_id(t) for t in tokens.values())
-        vocab_size = 1 + max(inner.get_vocab(with_added_tokens=True).values())
-        generation = _named_json(folder, files, "generation_config.json")
-        eos_ids = {
-            *_eos_ids(folder, generation, model_config, vocab_size),
-            *([] if eos_id is None else [eos_id]),
-        }
+    def _from_files(cls, folder: Path, found: Mapping[str, bytes], model_config: Mapping[str, Any]) -> Self:
+        config = files.parse(folder, found, "tokenizer_config.json")
+        generation = files.parse(folder, found, "generation_config.json")
+        tokens = files.special_tokens(folder, config, files.parse(folder, found, "special_tokens_map.json"))
+        facts = _load(folder, found, (*tokens.named.values(), *tokens.others))
+        ids = files.special_ids(folder, tokens, facts["ids"])
+        bos, eos, bos_id, eos_id = (
+            tokens.named["bos_token"],
+            tokens.named["eos_token"],
+            ids["bos_token"],
+            ids["eos_token"],
+        )
+        ends = files.eos_ids(folder, generation, model_config, facts["size"])
+        templates = files.chat_templates(folder, found, config)
         return cls(
-            inner=inner,
-            bos=tokens["bos_token"],
-            eos=tokens["eos_token"],
+            bos=bos,
+            eos=eos,
             bos_id=bos_id,
-            eos_ids=tuple(sorted(eos_ids)),
-            pad_id=pad_id,
-            vocab_size=vocab_size,
-            adds_bos=_adds_bos(inner, config, bos_id),
-            chat_template=_chat_template(folder, files, config),
-            files=dict(files),
+            eos_ids=tuple(sorted({*ends, *([] if eos_id is None else [eos_id])})),
+            pad_id=ids["pad_token"],
+            vocab_size=facts["size"],
+            adds_bos=files.adds_bos(config, bos_id, facts["empty"]),
+            chat_template=templates.get("default"),
+            tool_template=templates.get("tool_use"),
+            chat_encoding=_encoding(templates, model_config, facts["ids"]),
+            special=tuple(t for t in (*tokens.named.values(), *tokens.others) if t is not None),
+            files=dict(found),
         )
 
     def encode(self, text: str, *, add_bos: bool) -> list[int]:
@@ -177,18 +173,29 @@ class Tokenizer:
             one (`adds_bos`). When False, or for other models, the ids are the text's alone.
 
         Returns:
-          Token ids.
+          Token ids. An EOS is never added, whatever `add_eos_token` says: a text that is to be continued has none.
 
         Raises:
-          ValueError: a character that a vocabulary without an unknown token lacks; it is named.
+          ValueError: a character that a vocabulary without an unknown token lacks; it is named. Or the text takes
+            this tokenizer more time or memory than `confined` allows.
         """
         try:
-            ids = self.inner.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # The library raises bare Exception.
+            text.encode()
+        except UnicodeEncodeError as error:
             raise ValueError(
-                f"encode: got {self._unknown_piece(text)[:40]!r}, wanted text that the vocabulary of"
-                f" {self.vocab_size} tokens can write ({error}); clean the text or widen the vocabulary"
-            ) from error
+                f"encode: got {text[error.start]!r} at character {error.start}, half of a pair of surrogates, wanted"
+                " Unicode text; clean it"
+            ) from None
+        try:
+            ids = self._ask("encode", text)
+        except confined.Reply as reply:
+            if reply.kind != "unwritable":
+                raise ValueError(f"encode: {reply.value}; shorten the text or use another tokenizer") from None
+            piece, reason = reply.value
+            raise ValueError(
+                f"encode: got {piece!r}, wanted text that the vocabulary of {self.vocab_size} tokens can write"
+                f" ({reason}); clean the text or widen the vocabulary"
+            ) from None
         if not (add_bos and self.adds_bos):
             return ids
         first = next((i for i, token in enumerate(ids) if token != self.bos_id), len(ids))
@@ -205,12 +212,16 @@ class Tokenizer:
           The text; bytes that are not valid UTF-8 become U+FFFD.
 
         Raises:
-          ValueError: an id is negative.
+          ValueError: an id is negative, or the ids take this tokenizer more time or memory than `confined` allows.
         """
         ids = [int(index) for index in ids]
-        if ids and min(ids) < 0:
-            raise ValueError(f"ids: got {min(ids)}, wanted ids from 0 up; cut the padding off before decoding")
-        return self.inner.decode(ids, skip_special_tokens=skip_special)
+        if ids and not 0 <= min(ids) <= max(ids) <= _MAX_ID:
+            wrong = min(ids) if min(ids) < 0 else max(ids)
+            raise ValueError(f"ids: got {wrong}, wanted ids from 0 to {_MAX_ID}; cut the padding off before decoding")
+        try:
+            return self._ask("decode", ids, skip_special)
+        except confined.Reply as reply:
+            raise ValueError(f"decode: {reply.value}; use another tokenizer") from None
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
@@ -230,21 +241,26 @@ class Tokenizer:
 
         Source: huggingface/transformers, `PreTrainedTokenizerBase.apply_chat_template`.
         Differs: a model that wants a BOS gets it even if its template leaves it out
-          (tests/text/test_tokenizer.py, test_chat_begins_with_exactly_one_bos).
+          (tests/text/test_tokenizer.py, test_chat_begins_with_exactly_one_bos); DeepSeek-V3.2, which has no template,
+          is rendered by `encoding.encode_v32`.
         """
-        if self.chat_template is None:
-            raise ValueError(
-                "chat: got a tokenizer without a chat_template, wanted one in tokenizer_config.json or"
-                " chat_template.jinja; use encode() on plain text, or add the template of the instruct model"
-            )
-        text = template.render(
-            self.chat_template,
-            messages,
-            bos_token=self.bos or "",
-            eos_token=self.eos or "",
-            add_generation_prompt=add_generation_prompt,
+        common = {
+            "bos_token": self.bos or "",
+            "eos_token": self.eos or "",
+            "add_generation_prompt": add_generation_prompt,
             **{"tools": None, "documents": None, **variables},
-        )
+        }
+        source = self.tool_template if common["tools"] and self.tool_template else self.chat_template
+        if source is not None:
+            text = template.render(source, messages, **common)
+        elif self.chat_encoding is not None:
+            template.check_messages(messages)
+            text = encoding.encode_v32(messages, **common)
+        else:
+            raise ValueError(
+                "chat: got a tokenizer without a chat_template, wanted one in chat_template.jinja or"
+                " tokenizer_config.json; give plain text (--no-chat), or add the template of the instruct model"
+            )
         return self.encode(text, add_bos=True)
 
     def save(self, folder: Path | str) -> None:
@@ -259,85 +275,51 @@ class Tokenizer:
         for name, content in self.files.items():
             (folder / name).write_bytes(content)
 
-    def _unknown_piece(self, text: str) -> str:
-        """The first piece of the text (a character, in `characters`) that the vocabulary lacks."""
-        known = self.inner.get_vocab(with_added_tokens=True)
-        added = sorted((t.content for t in self.inner.get_added_tokens_decoder().values()), key=len, reverse=True)
-        parts = re.split("|".join(map(re.escape, added)), text) if added else [text]
-        if self.inner.pre_tokenizer is not None:
-            parts = [piece for part in parts for piece, _ in self.inner.pre_tokenizer.pre_tokenize_str(part)]
-        return next((part for part in parts if part not in known), text)
+    @cached_property
+    def _key(self) -> str:
+        return _key(self.files, self.special)
+
+    def _ask(self, operation: str, *arguments: Any) -> Any:
+        """An operation on this tokenizer, which the process may have to load first, or again."""
+        try:
+            return confined.ask(operation, self._key, *arguments)
+        except confined.Reply as reply:
+            if reply.kind != "absent":
+                raise
+        _load(Path("the tokenizer"), self.files, self.special)
+        return confined.ask(operation, self._key, *arguments)
 
 
-def _json(path: Path, content: bytes) -> dict[str, Any]:
+def _key(found: Mapping[str, bytes], special: Sequence[str]) -> str:
+    return hashlib.sha256(found["tokenizer.json"] + json.dumps(special).encode()).hexdigest()
+
+
+def _load(folder: Path, found: Mapping[str, bytes], special: Sequence[str | None]) -> dict[str, Any]:
+    special = tuple(token for token in special if token is not None)
+    file = folder / "tokenizer.json"
     try:
-        value = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: got invalid JSON ({error}), wanted a JSON object; fetch the file again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: got a JSON {type(value).__name__}, wanted an object; fetch the file again")
-    return value
-
-
-def _named_json(folder: Path, files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    return _json(folder / name, files[name]) if name in files else {}
-
-
-def _special(folder: Path, inner: tokenizers.Tokenizer, config: Mapping[str, Any], key: str) -> str | None:
-    value = config.get(key)
-    if isinstance(value, dict):
-        value = value.get("content")
-    if value is None:
-        return None
-    if not isinstance(value, str) or inner.token_to_id(value) is None:
+        source = found["tokenizer.json"].decode()
+        names = [*special, *encoding.TOKENS]
+        facts = confined.ask("load", _key(found, special), source, special, names, seconds=_LOAD_SECONDS)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: got invalid UTF-8 ({error}), wanted JSON; fetch the file again") from None
+    except confined.Reply as reply:
+        if reply.kind == "invalid":
+            raise ValueError(f"{file}: got invalid JSON ({reply.value}), wanted JSON; fetch the file again") from None
         raise ValueError(
-            f"{folder / 'tokenizer_config.json'}: {key}: got {value!r}, wanted a token that tokenizer.json"
-            " holds; take both files from the same checkpoint"
-        )
-    return value
-
-
-def _eos_ids(
-    folder: Path, generation: Mapping[str, Any], model_config: Mapping[str, Any], vocab_size: int
-) -> list[int]:
-    strict = generation.get("eos_token_id") is not None
-    name, source = ("generation_config.json", generation) if strict else ("config.json", model_config)
-    value = source.get("eos_token_id")
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-        raise ValueError(f"{folder / name}: eos_token_id: got {value!r}, wanted an int or a list of ints; correct it")
-    outside = [i for i in ids if not 0 <= i < vocab_size]
-    if outside and strict:
+            f"{file}: got a file that the tokenizers library does not read ({reply.value}), wanted its format; take"
+            " it from the checkpoint's publisher, save it again, or update the library"
+        ) from None
+    if not 0 < facts["size"] <= _MAX_ID:
         raise ValueError(
-            f"{folder / name}: eos_token_id: got {outside}, wanted ids below the vocabulary's {vocab_size};"
-            " take tokenizer.json and this file from the same checkpoint"
+            f"{file}: got a vocabulary of ids below {facts['size']}, wanted 1 to {_MAX_ID}; take the file from the"
+            " checkpoint's publisher"
         )
-    return [i for i in ids if i not in outside]
+    return facts
 
 
-def _adds_bos(inner: tokenizers.Tokenizer, config: Mapping[str, Any], bos_id: int | None) -> bool:
-    if bos_id is None:
-        return False
-    if config.get("add_bos_token") is not None:
-        return bool(config["add_bos_token"])
-    return inner.encode("", add_special_tokens=True).ids[:1] == [bos_id]
-
-
-def _chat_template(folder: Path, files: Mapping[str, bytes], config: Mapping[str, Any]) -> str | None:
-    if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode()
-    value = config.get("chat_template")
-    if isinstance(value, list):
-        named = {entry["name"]: entry["template"] for entry in value}
-        if "default" not in named:
-            raise ValueError(
-                f"{folder / 'tokenizer_config.json'}: chat_template: got templates named {sorted(named)},"
-                " wanted one named 'default'; rename the one to use"
-            )
-        value = named["default"]
-    if not isinstance(value, str | None):
-        raise ValueError(
-            f"{folder / 'tokenizer_config.json'}: chat_template: got {type(value).__name__}, wanted a"
-            " string or a list of named templates; correct it"
-        )
-    return value
+def _encoding(
+    templates: Mapping[str, str], model_config: Mapping[str, Any], ids: Mapping[str, int | None]
+) -> Literal["deepseek_v32"] | None:
+    known = model_config.get("model_type") == "deepseek_v32" and all(ids[t] is not None for t in encoding.TOKENS)
+    return "deepseek_v32" if known and not templates else None

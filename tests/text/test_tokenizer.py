@@ -177,6 +177,49 @@ def test_tokens_may_be_objects_and_templates_may_be_named(tmp_path):
     assert tokenizer.chat(USER) == [3]
 
 
+@pytest.mark.parametrize("form", [str, lambda text: {"content": text, "lstrip": False}])
+def test_special_tokens_may_stand_in_their_map_alone(tmp_path, form):
+    config = {"bos_token": None, "eos_token": None, "add_bos_token": True}
+    listed = {"bos_token": form("<s>"), "eos_token": form("<end>"), "pad_token": form("</s>")}
+    tokenizer = Tokenizer.from_folder(write(tmp_path, config=config, files={"special_tokens_map.json": listed}))
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (0, (2,), 1)
+    assert tokenizer.encode("a", add_bos=True) == [0, 3]
+
+
+@pytest.mark.parametrize("pad", [None, "<none>", {"content": "[PAD]"}])
+def test_padding_may_be_missing(tmp_path, pad):
+    assert Tokenizer.from_folder(write(tmp_path, config={"pad_token": pad})).pad_id is None
+
+
+def test_no_end_is_no_end(tmp_path):
+    assert Tokenizer.from_folder(write(tmp_path, config={"eos_token": None})).eos_ids == ()
+
+
+@pytest.mark.parametrize("value", [5, ["<s>"], {}, {"content": 1}, True])
+def test_special_tokens_of_other_types_are_named(tmp_path, value):
+    with pytest.raises(ValueError, match=r"special_tokens_map\.json: eos_token: got "):
+        Tokenizer.from_folder(write(tmp_path, files={"special_tokens_map.json": {"eos_token": value}}))
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: bos_token: got "):
+        Tokenizer.from_folder(write(tmp_path, config={"bos_token": value}, files={"special_tokens_map.json": {}}))
+
+
+def test_a_conversation_with_tools_takes_the_template_of_that_name(tmp_path):
+    named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    tokenizer = Tokenizer.from_folder(write(tmp_path, config={"chat_template": named}))
+    assert tokenizer.chat(USER) == [3] and tokenizer.chat(USER, tools=[{"type": "function"}]) == [4]
+
+
+def test_a_template_in_a_json_file_of_its_own(tmp_path):
+    folder = write(tmp_path, files={"chat_template.json": {"chat_template": "b"}})
+    assert Tokenizer.from_folder(folder).chat(USER) == [4]
+    assert Tokenizer.from_folder(write(tmp_path, config={"chat_template": "a"})).chat(USER) == [3]
+
+
+def test_half_a_pair_of_surrogates_is_named(characters):
+    with pytest.raises(ValueError, match="got '.ud800' at character 1"):
+        characters.encode("1\ud800", add_bos=False)
+
+
 def test_a_template_file_overrules_the_config(tmp_path):
     folder = write(tmp_path, config={"chat_template": "a"}, files={"chat_template.jinja": "b {{ extra }}"})
     assert Tokenizer.from_folder(folder).chat(USER, extra="a") == [4, 3]

@@ -1,6 +1,8 @@
 """The command line of tools/generate.py: its options as users type them, on a whole small model folder."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import pytest
@@ -54,6 +56,55 @@ def test_options_as_documented_and_the_same_from_a_converted_folder(folder, gene
 def test_mistakes_are_one_line(folder, generate, arguments, message):
     status, _, error = generate(folder, *arguments)
     assert status == 1 and error.startswith(message) and error.count("\n") == 1
+
+
+def variant(folder, target, **files):
+    """A copy of a model's folder with other files of text; None leaves one out."""
+    shutil.copytree(folder, target)
+    for name, content in files.items():
+        path = target / name.replace("__", ".")
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_text(json.dumps(content))
+    return target
+
+
+def test_a_model_without_a_template_is_not_sent_raw_text_as_a_chat(folder, generate, tmp_path):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    bare = variant(folder, tmp_path / "bare", tokenizer_config__json=config)
+    status, text, error = generate(bare, "--prompt", "1+2=?")
+    assert status == 1 and not text and error.count("\n") == 1 and "--no-chat" in error
+    raw = generate(bare, "--prompt", "1+2=?", "--max-tokens", 2, "--no-chat")
+    assert raw[0] == 0 and raw[1] == generate(folder, "--prompt", "1+2=?", "--max-tokens", 2, "--no-chat")[1]
+
+
+def test_sampling_without_an_end_is_said(folder, generate, tmp_path):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    model = json.loads((folder / "config.json").read_text())
+    del config["eos_token"]
+    endless = variant(
+        folder, tmp_path / "endless", tokenizer_config__json=config, config__json={**model, "eos_token_id": None}
+    )
+    status, _, notes = generate(endless, "--prompt", "1", "--max-tokens", 2)
+    assert status == 0 and "names no end-of-sequence token; sampling ends at --max-tokens" in notes
+
+
+def test_the_switch_of_thinking_is_the_templates(folder, generate, tmp_path):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ raise_exception('thinking is ' ~ thinking) }}"
+    asks = variant(folder, tmp_path / "asks", tokenizer_config__json=config)
+    assert "thinking is True" in generate(asks, "--prompt", "1", "--thinking", "True")[2]
+    assert "thinking is False" in generate(asks, "--prompt", "1", "--thinking", "False")[2]
+    assert "leave one out" in generate(asks, "--prompt", "1", "--no-chat", "--thinking", "True")[2]
+
+
+def test_ids_that_the_model_does_not_have_are_refused(folder, generate, tmp_path):
+    tokenizer = Tokenizer.characters(ALPHABET + "".join(map(chr, range(0x4E00, 0x5E00))), chat_template=TEMPLATE)
+    wide = variant(folder, tmp_path / "wide")
+    tokenizer.save(wide)
+    status, _, error = generate(wide, "--prompt", chr(0x5DFF))
+    assert status == 1 and "wanted ids below the model's vocab_size" in error and error.count("\n") == 1
 
 
 def test_a_mistyped_folder_is_named(tmp_path, generate):
