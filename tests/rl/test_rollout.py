@@ -196,12 +196,49 @@ def test_metrics_of_a_rollout(rollout):
     metrics = rollout_metrics(rollout)
     lengths = [len(c.tokens) for c in rollout.completions]
     assert metrics["reward"] == pytest.approx(rollout.rewards.mean(), rel=1e-6)
-    assert metrics["reward_std"] == pytest.approx(rollout.rewards.std(axis=1, ddof=1).mean(), rel=1e-5)
+    assert metrics["reward_std"] == pytest.approx(rollout.rewards.std(ddof=1), rel=1e-5)
     assert metrics["rewards/digits/mean"] == pytest.approx(rollout.rewards.mean() / 2, rel=1e-5)
     assert metrics["completions/mean_length"] == np.mean(lengths)
     assert metrics["completions/clipped_ratio"] == np.mean([not c.finished for c in rollout.completions])
     equal = rollout._replace(rewards=np.array([[1, 1, 1, 1], [0, 1, 0, 0]], np.float32))
     assert rollout_metrics(equal)["frac_reward_zero_std"] == 0.5
+
+
+def test_metrics_leave_out_what_is_not_known(rollout):
+    nan = np.nan
+    unknown = rollout._replace(rewards=np.array([[1, nan, 1, nan], [0, 1, nan, 0]], np.float32))
+    metrics = rollout_metrics(unknown)
+    known = [1, 1, 0, 1, 0]
+    assert metrics["reward"] == pytest.approx(np.mean(known))
+    assert metrics["reward_std"] == pytest.approx(np.std(known, ddof=1))
+    assert metrics["frac_reward_zero_std"] == 0.5 and metrics["frac_reward_unknown"] == 3 / 8
+    none = rollout_metrics(rollout._replace(rewards=np.full((2, G), nan, np.float32)))
+    assert "reward" not in none and none["frac_reward_zero_std"] == none["frac_reward_unknown"] == 1
+    assert all(np.isfinite(list(none.values())))
+
+
+def test_a_group_whose_known_rewards_are_alike_is_not_informative(rollout):
+    nan = np.nan
+    roll = Rewarding(rollout, [[[1, 1, nan, nan], [nan] * 4], [[nan, nan, nan, 1], [1, 0, nan, nan]]])
+    draw = lambda: [Prompt("?", [1], {}) for _ in range(2)]
+    _, chosen = roll_informative(roll, None, draw, seed=0, step=0, rounds=2)
+    np.testing.assert_array_equal(chosen.rewards, np.float32([[1, 1, nan, nan], [1, 0, nan, nan]]))
+
+
+async def counted(completions, log_extra, log_metric, **kwargs):
+    log_extra("length", [len(c) for c in completions])
+    log_metric("seen", float(len(completions)))
+    return [float(len(c)) for c in completions]
+
+
+def test_what_reward_functions_log_comes_with_the_rollout(model, roll):
+    of = lambda at_once: dataclasses.replace(roll, at_once=at_once, reward=combine({"n": counted}, {"n": 1.0}))
+    whole, apart = (of(n)(model[1], prompts(), seed=1, step=2) for n in (None, 1))
+    assert whole.extra == apart.extra == {"length": [len(c.text) for c in whole.completions]}
+    assert whole.logged == {"seen": [2.0 * G]} and apart.logged == {"seen": [1.0 * G] * 2}
+    assert rollout_metrics(apart)["seen"] == G
+    both = joined([whole.groups([1]), whole.groups([0])])
+    assert both.extra["length"] == whole.extra["length"][G:] + whole.extra["length"][:G]
 
 
 def test_a_group_of_one_is_refused(roll):
