@@ -106,7 +106,8 @@ def save_adapter(
 
     Raises:
         ValueError: the target exists; numbers that are not finite; the adapter is not of these configurations; or
-            routed experts that PEFT could not read, which joins their gates and ups: one adapted without the other, or with `rslora`.
+            routed experts that PEFT could not read, which joins their gates and ups: one adapted without the other, or
+            with `rslora`.
     """
     check_finite(adapter, target)
     settings = _settings(config, lora, base)

@@ -27,8 +27,8 @@ from deepseek_jax.generate.engine import Generator
 from deepseek_jax.generate.text import TextCompletion
 from deepseek_jax.model.decoder import Decoder, split
 from deepseek_jax.ops import metrics as ops_metrics
-from deepseek_jax.rl import rollout as rollout_module
 from deepseek_jax.rewards.combine import combine
+from deepseek_jax.rl import rollout as rollout_module
 from deepseek_jax.rl.rollout import Prompt, Roller
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE

@@ -8,12 +8,12 @@ import pytest
 from flax import nnx
 
 from deepseek_jax.config import MLAConfig, preset
-from deepseek_jax.generate.engine import Generator, SamplingConfig
+from deepseek_jax.generate.engine import Generator, Record, SamplingConfig
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.ops.metrics import Whole
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl.advantage import group_advantages
-from deepseek_jax.rl.batch import make_batch
+from deepseek_jax.rl.batch import make_batch, pack
 from deepseek_jax.rl.loss import GRPOConfig
 from deepseek_jax.rl.objective import frozen_logprobs, grpo_objective
 from deepseek_jax.rl.rollout import Prompt, Roller, joined, roll_informative, rollout_metrics
@@ -86,6 +86,33 @@ def test_old_logprobs_are_the_trainers_at_the_samplers_temperature(model, rollou
     np.testing.assert_allclose(scored[batch.mask_BT], batch.old_logprobs_BT[batch.mask_BT], atol=1e-5)
     assert (batch.old_logprobs_BT[~batch.mask_BT] == 0).all()
     assert batch.mask_BT.sum() == sum(len(c.tokens) for c in rollout.completions)
+
+
+@pytest.mark.parametrize(
+    "shaped",
+    [
+        {"min_p": 0.3},
+        {"repetition_penalty": 1.7},
+        {"repetition_penalty": 0.6, "min_p": 0.1, "top_p": 0.9, "top_k": 11},
+    ],
+    ids=str,
+)
+def test_old_logprobs_are_the_trainers_within_what_min_p_and_the_penalty_leave(model, roll, rollout, shaped):
+    """One sample a row and packed; without the penalty the trainer would say otherwise."""
+    sampling = dataclasses.replace(roll.sampling, **shaped)
+    drawn = dataclasses.replace(roll, sampling=sampling, record=Record(support=True))(
+        model[1], prompts(), seed=1, step=2
+    )
+    given = [p.tokens for p in drawn.prompts_of_samples()], drawn.completions, np.zeros(2 * G, np.float32)
+    penalty = shaped.get("repetition_penalty", 1.0)
+    for batch in (make_batch(*given, width=32), pack(*given, width=64, per_row=4, rows_of=2)):
+        of = lambda penalty, batch=batch: np.asarray(
+            frozen_logprobs(model[0], model[1], batch, temperature=0.7, repetition_penalty=penalty)
+        )[batch.mask_BT]
+        np.testing.assert_allclose(of(penalty), batch.old_logprobs_BT[batch.mask_BT], atol=1e-5)
+        assert penalty == 1 or np.abs(of(1.0) - of(penalty)).max() > 1e-2
+    assert (drawn.completions[0].penalised is None) == (penalty == 1)
+    assert any(len(c.tokens) and (c.support != 2**24 - 1).any() for c in drawn.completions) == ("min_p" in shaped)
 
 
 def test_on_policy_the_loss_is_zero_and_its_gradient_is_not(model, rollout):
