@@ -512,3 +512,24 @@ def test_arrays_that_do_not_fit_are_refused(change, message):
     made = {k: jnp.zeros(v) if isinstance(v, tuple) else v for k, v in change.items()}
     with pytest.raises(ValueError, match=f"^{message}"):
         grpo_loss(**arguments | made)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss_type": "vespo", "importance_sampling_level": "sequence"}, "got 'sequence' with vespo"),
+        ({"loss_type": "vespo", "delta": 2.0}, "delta: got 2.0 with vespo"),
+        (
+            {"loss_type": "vespo", "importance_sampling_mode": "sequence_mask", "importance_sampling_clip_max": 2.0},
+            "importance_sampling_mode: got 'sequence_mask' with vespo",
+        ),
+        ({"vespo_lambda_pos": 0.0}, "vespo_lambda_pos: got 0.0"),
+        ({"top_entropy_quantile": 1.1}, "top_entropy_quantile: got 1.1"),
+        ({"use_bias_correction_kl": True, "kl_estimator": "k2"}, "use_bias_correction_kl: got True"),
+        ({"entropy_target": 1.0}, "entropy_target: got 1.0, wanted use_adaptive_entropy"),
+        ({"use_adaptive_entropy": True, "entropy_coef_min": 2.0}, "entropy_coef_min: got 2.0"),
+    ],
+)
+def test_new_settings_that_contradict_others_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        GRPOConfig(**changes)
