@@ -1,6 +1,7 @@
 """The GRPO stage: what its options do to a step, and that none of them breaks a resumed run."""
 
 import dataclasses
+import itertools
 import math
 from functools import cache
 
@@ -348,10 +349,11 @@ def test_a_run_stops_at_the_step_whose_numbers_are_not_finite(tmp_path):
         stage(tmp_path / "inf", lr=math.inf)
     assert read_metrics(tmp_path / "inf" / "metrics.jsonl")[-1]["nonfinite_updates"] == 1
 
-    def explodes(state, batch, step=[0]):
-        step[0] += 1
+    updates = itertools.count(1)
+
+    def explodes(state, batch):
         state, metrics = whole_update(state, batch)
-        if step[0] == 4:
+        if next(updates) == 4:
             state = state._replace(weights=jax.tree.map(lambda w: w * np.nan, state.weights))
         return state, metrics
 
