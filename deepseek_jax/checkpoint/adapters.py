@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from deepseek_jax import processes
 from deepseek_jax.checkpoint import files, names, writer
+from deepseek_jax.checkpoint.finite import check_finite
 from deepseek_jax.checkpoint.headers import NAMES, make_header
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.decoder import abstract_weights
@@ -104,9 +105,11 @@ def save_adapter(
         base: name or folder of the model, which PEFT's users find in the configuration.
 
     Raises:
-        ValueError: the target exists; the adapter is not of these configurations; or routed experts that PEFT could
-            not read, which joins their gates and ups: one adapted without the other, or with `rslora`.
+        ValueError: the target exists; numbers that are not finite; the adapter is not of these configurations; or
+            routed experts that PEFT could not read, which joins their gates and ups: one adapted without the other, or
+            with `rslora`.
     """
+    check_finite(adapter, target)
     settings = _settings(config, lora, base)
     tensors = dict(_filed(_by_layer(adapter, config), _table(config, lora)))
     with files.shared_folder(target) as partial:

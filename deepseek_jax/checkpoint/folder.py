@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from deepseek_jax import processes
 from deepseek_jax.checkpoint import files, names, writer
 from deepseek_jax.checkpoint.convert import THREADS, write_hf
+from deepseek_jax.checkpoint.finite import check_finite
 from deepseek_jax.checkpoint.headers import DTYPES, NAMES, Entry
 from deepseek_jax.checkpoint.layout import Array, Source, part, units
 from deepseek_jax.checkpoint.opened import Opened, open_folder
@@ -221,9 +222,10 @@ def save_hf(
         tokenizer: further files by name, such as `Tokenizer.files`.
 
     Raises:
-        ValueError: the target exists.
+        ValueError: the target exists, or the weights are not finite.
     """
     files.refuse_existing(target, source)
+    check_finite(model.weights, target)
     with files.shared_folder(target) as partial:
         processes.on_main(lambda: _write_sidecars(model.config, partial, source, tokenizer or {}))
         memory = _InMemory(model, target)

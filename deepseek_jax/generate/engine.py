@@ -34,6 +34,8 @@ class SamplingConfig:
         temperature: 0 takes the best token.
         top_p: keep the smallest set of tokens that reaches this probability; 1 keeps all.
         top_k: keep the k best; 0 keeps all.
+        min_p: keep tokens at least so probable, as a share of the most probable one's probability; 0 keeps all. It is
+            applied last, as in transformers.
         repetition_penalty: for tokens of prompt and completion seen before; 1 is none.
         stop_ids: tokens that end a completion; they belong to it.
     """
@@ -42,6 +44,7 @@ class SamplingConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop_ids: tuple[int, ...] = ()
 
@@ -51,6 +54,7 @@ class SamplingConfig:
             "temperature": (self.temperature >= 0, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "more than 0, at most 1"),
             "top_k": (self.top_k >= 0, "0 (all) or more"),
+            "min_p": (0 <= self.min_p <= 1, "0 (all) to 1"),
             "repetition_penalty": (self.repetition_penalty > 0, "more than 0"),
         }
         for name, (good, wanted) in checks.items():
@@ -66,7 +70,8 @@ class Record:
 
     Args:
         routes: the experts that every token went to, 2 x L x A bytes a token on the device.
-        support: the tokens among which each one was drawn, V / 8 bytes a token.
+        support: the tokens among which each one was drawn, V / 8 bytes a token; as many again for those that a
+            repetition penalty was laid on, where there is one.
     """
 
     routes: bool = False
@@ -81,11 +86,12 @@ class Completion(NamedTuple):
 
     The log-probs are those of softmax(logits / temperature) before top-k, top-p and penalty, the distribution that
     a trainer scores (temperature 0: of the unscaled logits). Where the support is recorded they are those of the
-    distribution within it, which is then the one that a trainer scores.
+    distribution within it, after the penalty, which is then the one that a trainer scores.
 
     routes: int16 (int32 from 32,769 experts on) [tokens of the prompt + C - 1, L, A], the experts of each of L MoE
     layers that every token went to which was an input; all but the last were. support: uint32 [C, V / 32 rounded up],
-    the tokens among which each one was drawn, as `ops.logprobs` has their bits. None where not recorded.
+    the tokens among which each one was drawn, as `ops.logprobs` has their bits; penalised: the same of those
+    that the penalty was on. None where not recorded.
     """
 
     tokens: np.ndarray
@@ -93,6 +99,7 @@ class Completion(NamedTuple):
     finished: bool
     routes: np.ndarray | None = None
     support: np.ndarray | None = None
+    penalised: np.ndarray | None = None
 
 
 class _Knobs(NamedTuple):
@@ -101,6 +108,7 @@ class _Knobs(NamedTuple):
     temperature: jax.Array
     top_p: jax.Array
     top_k: jax.Array
+    min_p: jax.Array
     penalty: jax.Array
     stop_ids: jax.Array
 
@@ -117,11 +125,12 @@ class _Modes(NamedTuple):
 class _Recorded(NamedTuple):
     """Of the tokens drawn: the experts that each went to when it was fed, and the bits of those it was drawn from.
 
-    None where not recorded.
+    And of those that the penalty was on. None where not recorded.
     """
 
     routes_BNLA: jax.Array | None = None
     support_BNW: jax.Array | None = None
+    penalised_BNW: jax.Array | None = None
 
 
 class _State(NamedTuple):
@@ -227,12 +236,13 @@ class Generator:
             temperature=jnp.float32(sampling.temperature),
             top_p=jnp.float32(sampling.top_p),
             top_k=jnp.int32(sampling.top_k),
+            min_p=jnp.float32(sampling.min_p),
             penalty=jnp.float32(sampling.repetition_penalty),
             stop_ids=jnp.asarray(stops, jnp.int32),
         )
         modes = _Modes(
             greedy=sampling.temperature == 0,
-            filtered=sampling.top_p < 1 or sampling.top_k > 0,
+            filtered=sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0,
             penalised=sampling.repetition_penalty != 1,
             record=record,
         )
@@ -260,11 +270,6 @@ class Generator:
     def _check_record(self, record: Record, sampling: SamplingConfig) -> None:
         if record.routes and self.config.moe is None:
             raise ValueError("record: got routes for a model without experts, wanted none; it chooses none")
-        if record.support and sampling.repetition_penalty != 1:
-            raise ValueError(
-                f"record: got support beside repetition_penalty {sampling.repetition_penalty}, wanted 1; "
-                "a trainer does not know the penalty"
-            )
         if record.support and sampling.temperature == 0:
             raise ValueError("record: got support beside temperature 0, wanted more than 0; the best token is no draw")
 
@@ -287,7 +292,7 @@ class Generator:
             position_B=each(length_P),
             done_B=limits_B == 0,
             seen_BV=seen,
-            record=self._empty_record(B, room, modes.record),
+            record=self._empty_record(B, room, modes),
         )
         logits_BV = self.layout.constrain(each(logits_PV), "cache_batch", None)
         state = self._laid(_draw(state, logits_BV, seeds_B, limits_B, knobs, modes))
@@ -308,14 +313,15 @@ class Generator:
             record=_Recorded(),
         )
 
-    def _empty_record(self, rows: int, room: int, record: Record) -> _Recorded:
-        routes = support = None
-        if record.routes:
+    def _empty_record(self, rows: int, room: int, modes: _Modes) -> _Recorded:
+        routes = support = penalised = None
+        if modes.record.routes:
             layers = sum(self.config.is_moe_layer(layer) for layer in range(self.config.num_hidden_layers))
             routes = jnp.zeros((rows, room, layers, self.config.moe.num_experts_per_tok), self._routes_dtype)
-        if record.support:
+        if modes.record.support:
             support = jnp.zeros((rows, room, -(-self.config.vocab_size // 32)), jnp.uint32)
-        return _Recorded(routes, support)
+            penalised = jnp.zeros_like(support) if modes.penalised else None
+        return _Recorded(routes, support, penalised)
 
     def _routes(self, hidden: Hidden) -> jax.Array:
         """[B, T, L, A] of the tokens just fed."""
@@ -375,15 +381,20 @@ def _draw(state: _State, logits_BV, seeds_B, limits_B, knobs: _Knobs, modes: _Mo
         token_B = jnp.argmax(chosen_from, axis=-1).astype(jnp.int32)
     else:
         chosen_from = chosen_from / knobs.temperature
+        plain = chosen_from if modes.record.support else plain
         if modes.filtered:
             chosen_from = ops.keep_top_k(chosen_from, every(knobs.top_k))
             chosen_from = ops.keep_top_p(chosen_from, every(knobs.top_p))
+            chosen_from = ops.keep_min_p(chosen_from, every(knobs.min_p))
         token_B = ops.sample(chosen_from, ops.uniform_noise(seeds_B, state.position_B))
     record = state.record
     if modes.record.support:
         kept_BV = chosen_from > -jnp.inf
         plain = within(plain, kept_BV)
         record = record._replace(support_BNW=record.support_BNW.at[:, state.count].set(to_bits(kept_BV)))
+        if modes.penalised:
+            bits = record.penalised_BNW.at[:, state.count].set(to_bits(state.seen_BV))
+            record = record._replace(penalised_BNW=bits)
     logprob_B, _ = logprobs_of_logits(plain, token_B)
     seen = state.seen_BV
     if modes.penalised:
@@ -404,8 +415,8 @@ def _draw(state: _State, logits_BV, seeds_B, limits_B, knobs: _Knobs, modes: _Mo
 
 def _completions(state: _State, limits: np.ndarray, stop_ids: tuple[int, ...]) -> list[Completion]:
     tokens, logprobs = np.asarray(state.tokens_BN), np.asarray(state.logprobs_BN)
-    support = state.record.support_BNW
-    support = None if support is None else _on_host(support)
+    bits = state.record.support_BNW, state.record.penalised_BNW
+    bits = [None if of is None else _on_host(of) for of in bits]
     found = []
     for row, limit in enumerate(limits.tolist()):
         stops = np.flatnonzero(np.isin(tokens[row, :limit], stop_ids))
@@ -415,8 +426,9 @@ def _completions(state: _State, limits: np.ndarray, stop_ids: tuple[int, ...]) -
                 f"completion {row}: the model's logits are no finite numbers; its weights are damaged, or too large to "
                 "compute with"
             )
-        kept = None if support is None else support[row, :length]
-        found.append(Completion(tokens[row, :length], logprobs[row, :length], bool(stops.size), support=kept))
+        kept, penalised = (None if of is None else of[row, :length] for of in bits)
+        of_row = tokens[row, :length], logprobs[row, :length], bool(stops.size)
+        found.append(Completion(*of_row, support=kept, penalised=penalised))
     return found
 
 

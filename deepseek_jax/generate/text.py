@@ -19,6 +19,7 @@ class TextCompletion(NamedTuple):
     finished: bool
     routes: np.ndarray | None = None
     support: np.ndarray | None = None
+    penalised: np.ndarray | None = None
 
 
 def complete(

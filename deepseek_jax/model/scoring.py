@@ -53,6 +53,8 @@ def score(
     per_row: int | None = None,
     routes_BTLA: jax.Array | None = None,
     support_BTW: jax.Array | None = None,
+    penalised_BTW: jax.Array | None = None,
+    penalty: float = 1.0,
 ) -> Scored:
     """Log-probs of the targets; routing statistics over real tokens only. MTP modules do not run.
 
@@ -68,13 +70,17 @@ def score(
             keep routing, arXiv 2512.02556 section 3.1). Weights and their gradient are of the router as it is now.
         support_BTW: uint32, bits of the tokens that each target was drawn from; log-probs and entropies are of the
             distribution within them (V3.2's keep sampling mask). Set all bits where nothing was left out.
+        penalised_BTW: uint32, bits of the tokens that the sampler's repetition penalty was on.
+        penalty: that penalty.
 
     Raises:
         ValueError: segments without `per_row`.
     """
     real_BT = real_tokens(mask_BT) if segments_BT is None else _real_of_packed(mask_BT, segments_BT)
     hidden = model(tokens_BT, real_BT, segments_BT=segments_BT, per_row=per_row, routes_BTLA=routes_BTLA)
-    logprobs, entropy = _logprobs(model, hidden.x_BTD, targets_BT, temperature, support_BTW)
+    logprobs, entropy = _logprobs(
+        model, hidden.x_BTD, targets_BT, (support_BTW, penalised_BTW), temperature=temperature, penalty=penalty
+    )
     return Scored(logprobs, entropy, *routing_of(hidden.stats))
 
 
@@ -131,13 +137,13 @@ def _logprobs(
     model: Decoder,
     x_BTD: jax.Array,
     targets_BT: jax.Array,
-    temperature: float = 1.0,
-    support_BTW: jax.Array | None = None,
+    bits_BTW: tuple[jax.Array | None, jax.Array | None] = (None, None),
+    **of_sampler: float,
 ) -> tuple[jax.Array, jax.Array]:
     given = x_BTD, model.head_DV(), targets_BT
     if model.layout.mesh is None:
-        return token_logprobs(*given, temperature=temperature, support=support_BTW)
-    return sharded_logprobs(*given, model.layout, temperature=temperature, support_BTW=support_BTW)
+        return token_logprobs(*given, support=bits_BTW[0], penalised=bits_BTW[1], **of_sampler)
+    return sharded_logprobs(*given, model.layout, support_BTW=bits_BTW[0], penalised_BTW=bits_BTW[1], **of_sampler)
 
 
 def real_tokens(mask_BT: jax.Array) -> jax.Array:

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from deepseek_jax.ops.sampling import penalise_repeats
+
 _LOGITS_AT_ONCE = 2**25
 _OUTSIDE = -1e30  # instead of -inf, whose product with a probability of 0 is NaN
 
@@ -45,6 +47,8 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     support: UInt32[Array, "B T words"] | None = None,
+    penalised: UInt32[Array, "B T words"] | None = None,
+    penalty: float = 1.0,
     chunk: int | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """log p(token) and the entropy of p, where p = softmax(hidden @ head / temperature), within a support if given.
@@ -59,6 +63,8 @@ def token_logprobs(
         temperature: the sampler's; log-probs of a sample mean nothing at another one.
         support: bits of the tokens that each draw was from: p is 0 for the others and 1 for these together. A target
             outside gets about -1e30. Source: DeepSeek-V3.2, arXiv 2512.02556 section 3.1, "Keep Sampling Mask".
+        penalised: bits of the tokens that the sampler's repetition penalty was on at each draw.
+        penalty: that penalty, laid on them before the temperature (`ops.sampling.penalise_repeats`).
         chunk: positions at a time; None takes as many as keep the logits at once within 128 MiB.
 
     Returns:
@@ -67,11 +73,27 @@ def token_logprobs(
 
     def of_chunk(part, given):
         targets, words = given
-        logits = project(part, head) / temperature
-        kept = logits if words is None else within(logits, has_bits(words, 0, head.shape[1]))
-        return logprobs_of_logits(kept, targets)
+        logits = as_sampled(project(part, head), *words, temperature=temperature, penalty=penalty)
+        return logprobs_of_logits(logits, targets)
 
-    return in_chunks(of_chunk, hidden, (tokens, support), chunk or positions_at_once(hidden.shape[0] * head.shape[1]))
+    given = tokens, (support, penalised)
+    return in_chunks(of_chunk, hidden, given, chunk or positions_at_once(hidden.shape[0] * head.shape[1]))
+
+
+def as_sampled(
+    logits: Float[Array, "*B V"],
+    support: UInt32[Array, "*B words"] | None,
+    penalised: UInt32[Array, "*B words"] | None,
+    *,
+    temperature: float,
+    penalty: float,
+    first: int | Int[Array, ""] = 0,
+) -> Float[Array, "*B V"]:
+    """What the sampler makes of logits before it draws; `first` is the first token of a part of the vocabulary."""
+    if penalised is not None:
+        logits = penalise_repeats(logits, has_bits(penalised, first, logits.shape[-1]), penalty)
+    logits = logits / temperature
+    return logits if support is None else within(logits, has_bits(support, first, logits.shape[-1]))
 
 
 def positions_at_once(logits_a_position: int) -> int:

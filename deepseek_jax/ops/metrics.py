@@ -46,11 +46,13 @@ class Sum(NamedTuple):
 class Whole(NamedTuple):
     """Samples and counted tokens of a whole batch: what a loss over a part of it divides its sums by, float32 scalars.
 
-    A loss made so adds up over parts, however the batch is cut.
+    A loss made so adds up over parts, however the batch is cut. high_entropy: those of the tokens that are of high
+    entropy, where a loss tells them apart.
     """
 
     samples: jax.Array
     tokens: jax.Array
+    high_entropy: jax.Array | None = None
 
 
 Metric = Mean | Max | Min | Sum

@@ -1,4 +1,4 @@
-"""Drawing the next token: temperature, top-k, top-p, repetition penalty, and noise keyed by seed and position."""
+"""Drawing the next token: temperature, top-k, top-p, min-p, repetition penalty; noise keyed by seed and position."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,10 @@ _BLOCK = 256
 
 
 def penalise_repeats(
-    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, "B"]
-) -> Float[Array, "B V"]:
+    logits: Float[Array, "*B V"], seen: Bool[Array, "*B V"], penalty: Float[Array, "*B"] | float
+) -> Float[Array, "*B V"]:
     """Divide positive and multiply negative logits of tokens seen before. Source: arXiv 1909.05858 section 4.1."""
-    factor = penalty[:, None]
+    factor = jnp.asarray(penalty)[..., None]
     return jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
 
 
@@ -26,6 +26,12 @@ def keep_top_p(logits: Float[Array, "B V"], p: Float[Array, "B"]) -> Float[Array
     probabilities = jax.nn.softmax(logits, axis=-1)
     enough = lambda kept: jnp.sum(jnp.where(kept, probabilities, 0), axis=-1) >= p
     return jnp.where(p[:, None] >= 1, logits, _keep_above_threshold(logits, enough))
+
+
+def keep_min_p(logits: Float[Array, "B V"], p: Float[Array, "B"]) -> Float[Array, "B V"]:
+    """-inf for tokens less probable than p times the most probable one (0 keeps all). Source: arXiv 2407.01082."""
+    least = jnp.max(logits, axis=-1) + jnp.log(p)
+    return jnp.where(logits >= least[:, None], logits, -jnp.inf)
 
 
 def _keep_above_threshold(logits, enough):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from deepseek_jax.ops.logprobs import has_bits, in_chunks, positions_at_once, project, within
+from deepseek_jax.ops.logprobs import as_sampled, in_chunks, positions_at_once, project
 from deepseek_jax.sharding import Layout
 
 
@@ -16,6 +16,8 @@ def sharded_logprobs(
     *,
     temperature: float = 1.0,
     support_BTW: jax.Array | None = None,
+    penalised_BTW: jax.Array | None = None,
+    penalty: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
     """`ops.logprobs.token_logprobs` on the mesh of a layout: float32 [B, T] log-probs and entropies, in nats.
 
@@ -29,29 +31,33 @@ def sharded_logprobs(
         layout: with a mesh that divides B, T and V.
         temperature: the sampler's.
         support_BTW: bits of the tokens that each draw was from, as there; every device of a `tensor` group holds all.
+        penalised_BTW, penalty: the repetition penalty, as there.
     """
     rows = PartitionSpec(layout.cut("batch"), layout.cut("sequence"))
+    whole = PartitionSpec(*rows, None)
     width = layout.cut("embed")
 
-    def local(hidden, head, tokens, support):
+    def local(hidden, head, tokens, support, penalised):
         if width:
             head = jax.lax.all_gather(head, width, axis=0, tiled=True)
         first = jax.lax.axis_index("tensor") * head.shape[1]
 
         def of_chunk(hidden_btD, given):
             tokens_bt, words = given
-            logits = project(hidden_btD, head) / temperature
-            kept = logits if words is None else within(logits, has_bits(words, first, head.shape[1]))
-            return _of_cut_logits(kept, tokens_bt - first)
+            logits = project(hidden_btD, head)
+            logits = as_sampled(logits, *words, temperature=temperature, penalty=penalty, first=first)
+            return _of_cut_logits(logits, tokens_bt - first)
 
-        return in_chunks(of_chunk, hidden, (tokens, support), positions_at_once(hidden.shape[0] * head.shape[1]))
+        return in_chunks(
+            of_chunk, hidden, (tokens, (support, penalised)), positions_at_once(hidden.shape[0] * head.shape[1])
+        )
 
     return jax.shard_map(
         local,
         mesh=layout.mesh,
-        in_specs=(PartitionSpec(*rows, None), PartitionSpec(width, "tensor"), rows, PartitionSpec(*rows, None)),
+        in_specs=(whole, PartitionSpec(width, "tensor"), rows, whole, whole),
         out_specs=(rows, rows),
-    )(hidden_BTD, head_DV, tokens_BT, support_BTW)
+    )(hidden_BTD, head_DV, tokens_BT, support_BTW, penalised_BTW)
 
 
 def _of_cut_logits(logits_btV: jax.Array, tokens_bt: jax.Array) -> tuple[jax.Array, jax.Array]:

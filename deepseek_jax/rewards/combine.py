@@ -1,8 +1,11 @@
 """The protocol of reward functions, and their weighted sum."""
 
+import asyncio
+import inspect
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, NamedTuple, Protocol
@@ -13,6 +16,10 @@ _LOGGED_CHARS = 500
 
 class RewardFunction(Protocol):
     """Scores completions, one value a row; None means that the function does not apply to the row.
+
+    It is called by keyword, so that it may name only what it looks at and take the rest as `**kwargs`; further
+    keywords are `log_extra(column, values)`, values one a row for the table of samples, and `log_metric(name, value)`,
+    a number for the dashboard. It may be `async`: such functions are waited for together.
 
     Source: huggingface/trl, `GRPOTrainer` (`reward_funcs`).
     Differs: prompts and completions are plain strings, never lists of messages.
@@ -27,11 +34,45 @@ class RewardError(RuntimeError):
     """A reward function raised; the message names the function and the row, the cause is what it raised."""
 
 
+_Rows = Mapping[str, Sequence[Any]]
+_LOGGERS = ("log_extra", "log_metric")
+
+
+class _Logged:
+    """What functions logged in one call over so many rows."""
+
+    def __init__(self, rows: int):
+        self.rows = rows
+        self.extra: dict[str, list[Any]] = {}
+        self.metrics: dict[str, list[float]] = {}
+
+    def log_extra(self, column: str, values: Sequence[Any]) -> None:
+        """A column for the table of samples, one value a row."""
+        if len(values) != self.rows:
+            raise ValueError(f"log_extra: {column}: got {len(values)} values, wanted {self.rows}, one a completion")
+        self.extra[str(column)] = [_plain(value) for value in values]
+
+    def log_metric(self, name: str, value: float) -> None:
+        """A number for the dashboard; those of a step are averaged."""
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(f"log_metric: {name}: got {value!r}, wanted a finite number")
+        self.metrics.setdefault(str(name), []).append(float(value))
+
+
 class _Scored(NamedTuple):
-    """A function's scores, and the rows for which it raised; those have None too."""
+    """A function's scores, the rows for which it raised, which have None too, and what it logged."""
 
     scores: list[float | None]
     raised: frozenset[int]
+    logged: _Logged
+
+
+class _Attempt(NamedTuple):
+    """What a function returned, or raised."""
+
+    scores: Any
+    error: Exception | None
+    logged: _Logged
 
 
 def check_strings(name: str, prompts: Sequence[str], completions: Sequence[str]) -> None:
@@ -57,6 +98,20 @@ def check_strings(name: str, prompts: Sequence[str], completions: Sequence[str])
                     f"{name}: {kind}[{row}]: got {type(text).__name__}, wanted a string;"
                     " pass rendered text, not lists of messages"
                 )
+
+
+class Graded(NamedTuple):
+    """What rows are worth, and what the functions logged beside it.
+
+    total: the weighted sums, NaN where not known. parts: each function's own scores by its name, None where it does
+    not apply or raised. extra: columns that functions logged with `log_extra`, one value a row, None where there is
+    none. metrics: the numbers that they logged with `log_metric`, in their order.
+    """
+
+    total: list[float]
+    parts: dict[str, list[float | None]]
+    extra: dict[str, list[Any]]
+    metrics: dict[str, list[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,32 +142,37 @@ class CombinedReward:
 
         Returns:
           (total, parts): the weighted sum over the functions that apply to each row, and each function's own
-          unweighted scores by its name, None where it does not apply or raised. A total is NaN, not known, where a
-          function raised that has a weight, or that was the only one to apply.
+          unweighted scores by its name, None where it does not apply or raised. A total is NaN, not known, where no
+          function applies, and where a function raised that has a weight.
 
         Raises:
-          ValueError: an argument or a function's result has the wrong number of rows, a score is not a finite
-            number or None, or no function applies to a row.
+          ValueError: an argument or a function's result has the wrong number of rows, or a score is not a finite
+            number or None.
           RewardError: a function raised, and on_error is "raise".
+        """
+        graded = self.graded(prompts, completions, completion_ids, **columns)
+        return graded.total, graded.parts
+
+    def graded(
+        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
+    ) -> Graded:
+        """The same, with what the functions logged.
+
+        Args, Raises: as of the call.
         """
         found = self._all(prompts, completions, completion_ids, columns)
         totals = [self._total(row, found) for row in range(len(completions))]
-        return totals, {name: scored.scores for name, scored in found.items()}
+        if unknown := sum(all(scored.scores[row] is None for scored in found.values()) for row in range(len(totals))):
+            _LOG.warning("no reward applies to %d of %d rows; their rewards are not known", unknown, len(totals))
+        parts = {name: scored.scores for name, scored in found.items()}
+        return Graded(totals, parts, *_joined([scored.logged for scored in found.values()], len(completions)))
 
     def parts(
         self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
     ) -> dict[str, list[float | None]]:
-        """Scores the rows with every function, without the sum: rows to which none applies are no mistake here.
+        """Each function's unweighted scores by its name, None where it does not apply or raised.
 
-        Args:
-          prompts, completions, completion_ids, **columns: as for the call.
-
-        Returns:
-          Each function's unweighted scores by its name, None where it does not apply or raised.
-
-        Raises:
-          ValueError: as for the call, but for rows to which no function applies.
-          RewardError: a function raised, and on_error is "raise".
+        Args, Raises: as of the call.
         """
         found = self._all(prompts, completions, completion_ids, columns)
         return {name: scored.scores for name, scored in found.items()}
@@ -124,83 +184,66 @@ class CombinedReward:
         completion_ids: list[list[int]],
         columns: Mapping[str, Any],
     ) -> dict[str, _Scored]:
+        """Functions one after another, then the asynchronous ones all at once, as in TRL."""
         check_strings("rewards", prompts, completions)
         for name, column in {"completion_ids": completion_ids, **columns}.items():
+            if name in _LOGGERS:
+                raise ValueError(f"rewards: {name}: got a column of that name, wanted another; functions log with it")
             if len(column) != len(completions):
                 raise ValueError(
                     f"rewards: {name}: got {len(column)} rows, wanted {len(completions)}, one a completion;"
                     " repeat the column as the prompts are"
                 )
-        return {
-            name: self._scores(name, function, prompts, completions, completion_ids, columns)
-            for name, function in self.functions.items()
-        }
+        rows = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+        waiting = {name: f for name, f in self.functions.items() if _is_async(f)}
+        found = {}
+        for name, function in self.functions.items():
+            if name not in waiting:
+                found[name] = self._scores(name, _attempt(function, rows), rows)
+        for name, attempt in zip(waiting, _attempt_together(list(waiting.values()), rows), strict=True):
+            found[name] = self._scores(name, attempt, rows)
+        return {name: found[name] for name in self.functions}
 
-    def _scores(
-        self,
-        name: str,
-        function: RewardFunction,
-        prompts: list[str],
-        completions: list[str],
-        completion_ids: list[list[int]],
-        columns: Mapping[str, Any],
-    ) -> _Scored:
-        try:
-            scores = function(prompts, completions, completion_ids, **columns)
-        except Exception as error:
-            _LOG.error("reward function %r raised %r for a batch of %d rows", name, error, len(completions))
-            # Row by row, so that the one at fault is named and the others keep their scores.
-            rows = [
-                self._score(name, function, row, (prompts, completions, completion_ids), columns)
-                for row in range(len(completions))
-            ]
-            if self.on_error == "raise":
-                raise RewardError(
-                    f"reward function {name!r}: raised {type(error).__name__}: {error}, for the batch of"
-                    f" {len(completions)} rows though for none of them alone; make it independent of the batch"
-                ) from error
-            scores = [score for scored in rows for score in scored.scores]
-            return _Scored(scores, frozenset(row for row, scored in enumerate(rows) if scored.raised))
-        return _Scored(_checked(name, scores, len(completions)), frozenset())
-
-    def _score(
-        self,
-        name: str,
-        function: RewardFunction,
-        row: int,
-        arguments: tuple[Sequence[Any], ...],
-        columns: Mapping[str, Any],
-    ) -> _Scored:
-        """The function's word on this row alone."""
-        prompts, completions, ids = ([argument[row]] for argument in arguments)
-        try:
-            scores = function(prompts, completions, ids, **{key: [column[row]] for key, column in columns.items()})
-        except Exception as error:
-            _LOG.error(
-                "reward function %r raised %r\nprompt: %s\ncompletion: %s",
-                name,
-                error,
-                _cut(prompts[0]),
-                _cut(completions[0]),
-            )
-            if self.on_error == "none":
-                return _Scored([None], frozenset([0]))
+    def _scores(self, name: str, attempt: _Attempt, rows: _Rows) -> _Scored:
+        count = len(rows["completions"])
+        if attempt.error is None:
+            return _Scored(_checked(name, attempt.scores, count), frozenset(), attempt.logged)
+        _LOG.error("reward function %r raised %r for a batch of %d rows", name, attempt.error, count)
+        # Row by row, so that the one at fault is named and the others keep their scores.
+        alone = [self._score(name, row, {key: [column[row]] for key, column in rows.items()}) for row in range(count)]
+        if self.on_error == "raise":
             raise RewardError(
-                f"reward function {name!r}: row {row}: raised {type(error).__name__}: {error};"
-                " see the log for the sample, mend the function, or count such rows as None with on_error='none'"
-            ) from error
-        return _Scored(_checked(name, scores, 1), frozenset())
+                f"reward function {name!r}: raised {type(attempt.error).__name__}: {attempt.error}, for the batch of"
+                f" {count} rows though for none of them alone; make it independent of the batch"
+            ) from attempt.error
+        scores = [score for scored in alone for score in scored.scores]
+        raised = frozenset(row for row, scored in enumerate(alone) if scored.raised)
+        return _Scored(scores, raised, _stacked([scored.logged for scored in alone]))
+
+    def _score(self, name: str, row: int, rows: _Rows) -> _Scored:
+        """The function's word on this row alone."""
+        function = self.functions[name]
+        attempt = _attempt_together([function], rows)[0] if _is_async(function) else _attempt(function, rows)
+        if attempt.error is None:
+            return _Scored(_checked(name, attempt.scores, 1), frozenset(), attempt.logged)
+        _LOG.error(
+            "reward function %r raised %r\nprompt: %s\ncompletion: %s",
+            name,
+            attempt.error,
+            _cut(rows["prompts"][0]),
+            _cut(rows["completions"][0]),
+        )
+        if self.on_error == "none":
+            return _Scored([None], frozenset([0]), _Logged(1))
+        raise RewardError(
+            f"reward function {name!r}: row {row}: raised {type(attempt.error).__name__}: {attempt.error};"
+            " see the log for the sample, mend the function, or count such rows as None with on_error='none'"
+        ) from attempt.error
 
     def _total(self, row: int, found: Mapping[str, _Scored]) -> float:
         applying = {name: scored.scores[row] for name, scored in found.items() if scored.scores[row] is not None}
-        raised = [name for name, scored in found.items() if row in scored.raised]
-        if raised and (not applying or any(self.weights[name] for name in raised)):
+        if not applying or any(self.weights[name] for name, scored in found.items() if row in scored.raised):
             return math.nan
-        if not applying:
-            raise ValueError(
-                f"rewards: row {row}: got None from every function ({', '.join(found)}), wanted a score"
-                " from one at least; add a function that applies to every row, or leave the row out"
-            )
         return math.fsum(self.weights[name] * score for name, score in applying.items())
 
 
@@ -227,8 +270,8 @@ def combine(
       ValueError: no functions, names that differ, a weight that is not a finite number, or an unknown on_error.
 
     Source: huggingface/trl, `GRPOTrainer` (`reward_weights`).
-    Differs: TRL warns when no function applies to a row; this refuses, since the advantage would be
-      undefined.
+    Differs: a function that raises is named with its row, and may cost that row alone; a function whose first three
+      parameters have names of its own gets them by position.
     """
     if not functions or set(functions) != set(weights):
         raise ValueError(
@@ -265,3 +308,88 @@ def _checked(name: str, scores: list[float | None], rows: int) -> list[float | N
                 f"reward function {name!r}: row {row}: got {score!r}, wanted a finite number or None; correct it"
             )
     return [None if score is None else float(score) for score in scores]
+
+
+def _is_async(function: RewardFunction) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def _call(function: RewardFunction, rows: _Rows, logged: _Logged) -> Any:
+    """By keyword, so that a function names only what it looks at; its own names for the first three come by place."""
+    loggers = {name: getattr(logged, name) for name in _LOGGERS}
+    if _names_its_own(function):
+        first = [rows[name] for name in _FIRST]
+        return function(*first, **{name: column for name, column in rows.items() if name not in _FIRST}, **loggers)
+    return function(**rows, **loggers)
+
+
+_FIRST = ("prompts", "completions", "completion_ids")
+
+
+def _names_its_own(function: RewardFunction) -> bool:
+    """Whether it has three parameters to be given by place, under names that nobody will give."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # written in C
+        return False
+    by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(by_place) >= 3 and not {p.name for p in by_place[:3]} & set(_FIRST)
+
+
+def _attempt(function: RewardFunction, rows: _Rows) -> _Attempt:
+    logged = _Logged(len(rows["completions"]))
+    try:
+        return _Attempt(_call(function, rows, logged), None, logged)
+    except Exception as error:
+        return _Attempt(None, error, logged)
+
+
+def _attempt_together(functions: Sequence[RewardFunction], rows: _Rows) -> list[_Attempt]:
+    """Asynchronous functions, waited for at the same time."""
+
+    async def attempt(function: RewardFunction) -> _Attempt:
+        logged = _Logged(len(rows["completions"]))
+        try:
+            return _Attempt(await _call(function, rows, logged), None, logged)
+        except Exception as error:
+            return _Attempt(None, error, logged)
+
+    async def together() -> list[_Attempt]:
+        return list(await asyncio.gather(*map(attempt, functions)))
+
+    if not functions:
+        return []
+    # in a thread of its own: the caller's may already run a loop (a notebook's does)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(lambda: asyncio.run(together())).result()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold, which is what the table of samples is written in."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | bool | int) else str(value)
+
+
+def _stacked(rows: Sequence[_Logged]) -> _Logged:
+    """What was logged row by row, as of one call."""
+    whole = _Logged(len(rows))
+    names = dict.fromkeys(name for row in rows for name in row.extra)
+    whole.extra = {name: [row.extra.get(name, [None])[0] for row in rows] for name in names}
+    for row in rows:
+        for name, found in row.metrics.items():
+            whole.metrics.setdefault(name, []).extend(found)
+    return whole
+
+
+def _joined(logged: Sequence[_Logged], rows: int) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
+    """What several functions logged; of two columns of one name the later has its place, where it has a value."""
+    extra: dict[str, list[Any]] = {}
+    metrics: dict[str, list[float]] = {}
+    for one in logged:
+        for name, values in one.extra.items():
+            before = extra.get(name, [None] * rows)
+            extra[name] = [old if new is None else new for old, new in zip(before, values, strict=True)]
+        for name, found in one.metrics.items():
+            metrics.setdefault(name, []).extend(found)
+    return extra, metrics

@@ -2,6 +2,10 @@
 
 All take the rewards [P, G] of G samples of each of P prompts: of the whole batch, since a part of it has another mean.
 What they give is a value a sample; the loss wants it at each of the sample's tokens.
+
+A reward that is not known is NaN. Its sample's advantage is 0, and it counts in no mean, deviation or number of
+samples: the others get what they would get if it had not been drawn. Its tokens stay tokens of the batch, which a loss
+divides by and whose KL counts, as in TRL.
 """
 
 from typing import Literal
@@ -20,7 +24,7 @@ def group_advantages(
     """(reward - mean of its group) / (std + epsilon).
 
     Args:
-        rewards_PG: float32.
+        rewards_PG: float32, NaN where not known.
         scale: whose standard deviation it is divided by: the "group"'s (DeepSeekMath, R1), the whole "batch"'s, or
             "none" (V3.2, Dr. GRPO).
         epsilon: added to the deviation.
@@ -41,23 +45,21 @@ def group_advantages(
         raise ValueError(f"scale: got {scale!r}, wanted 'group', 'batch' or 'none'")
     rewards = _checked(rewards_PG)
     centred = _centred(rewards, tolerance)
-    if scale == "none":
-        return centred
-    deviation = jnp.std(rewards, axis=1 if scale == "group" else None, keepdims=True, ddof=1)
-    # Where the deviation is 0 so is the advantage, also when epsilon is 0.
-    return centred / jnp.where(centred == 0, 1.0, deviation + epsilon)
+    return centred if scale == "none" else _scaled(centred, _std(rewards, 1 if scale == "group" else None), epsilon)
 
 
 def rloo_advantages(rewards_PG: Float[Array, "P G"], *, tolerance: float = 1e-6) -> Float[Array, "P G"]:
-    """Reward minus the mean of the other samples of its group: G / (G - 1) times (reward - mean of its group).
+    """Reward minus the mean of the other samples of its group: n / (n - 1) times (reward - mean of its group).
+
+    n is the number of samples of the group whose rewards are known.
 
     Args, Raises: as of `group_advantages`.
 
     Source: arXiv 2402.14740 (REINFORCE leave-one-out).
     """
     rewards = _checked(rewards_PG)
-    group_size = rewards.shape[1]
-    return _centred(rewards, tolerance) * (group_size / (group_size - 1))
+    count = jnp.sum(~jnp.isnan(rewards), axis=1, keepdims=True)
+    return _centred(rewards, tolerance) * (count / jnp.maximum(count - 1, 1))
 
 
 def reinforce_advantages(
@@ -85,36 +87,66 @@ def reinforce_baseline_advantages(
 
     Source: arXiv 2501.03262, the variant with a group's mean as baseline.
     """
-    centred = _centred(_checked(rewards_PG), tolerance)
+    rewards = _checked(rewards_PG)
+    centred = _centred(rewards, tolerance)
     # Every group's differences sum to 0, and so do the batch's.
-    deviation = jnp.std(centred, ddof=1)
-    return centred / jnp.where(centred == 0, 1.0, deviation + epsilon)
+    return _scaled(centred, _std(jnp.where(jnp.isnan(rewards), jnp.nan, centred), None), epsilon)
 
 
-def known_rewards(rewards_PG: Float[Array, "P G"]) -> Float[Array, "P G"]:
-    """Rewards with those that are not known, NaN, at the mean of the known ones of their group.
+def normalized_sum_advantages(
+    parts_PGF: Float[Array, "P G F"],
+    weights_F: Float[Array, "F"],
+    *,
+    epsilon: float = 1e-4,
+    tolerance: float = 1e-6,
+) -> Float[Array, "P G"]:
+    """Each reward function by itself over its group's deviation, then their weighted sum, over the batch's deviation.
 
-    Such a sample's advantage is 0 wherever a group's mean is the baseline, and the others' means are what they would be
-    without it. A group of which nothing is known gets zeros, and so teaches nothing.
+    So a function whose scores spread widely does not drown the others, as it does where scores are summed first.
+
+    Args:
+        parts_PGF: float32, the scores of F functions; NaN where one does not apply.
+        weights_F: of the functions.
+        epsilon: added to either deviation.
+        tolerance: of `zero_variance`, for the scores of each function, and for the sums of the batch.
+
+    Returns:
+        Advantages [P, G], 0 for samples to which no function applies.
+
+    Raises:
+        ValueError: shapes that do not fit, or a group of one.
+
+    Source: GDPO, arXiv 2601.05242, as TRL 1.16's `multi_objective_aggregation="normalize_then_sum"`.
     """
-    rewards = _two_axes(rewards_PG)
-    known = ~jnp.isnan(rewards)
-    count = jnp.maximum(jnp.sum(known, axis=1, keepdims=True), 1)
-    mean = jnp.sum(jnp.where(known, rewards, 0), axis=1, keepdims=True) / count
-    return jnp.where(known, rewards, mean)
+    if parts_PGF.ndim != 3 or weights_F.shape != parts_PGF.shape[2:]:
+        raise ValueError(
+            f"parts: got shape {list(parts_PGF.shape)} with weights {list(weights_F.shape)}, wanted "
+            "[prompts, samples, functions] and a weight for each function"
+        )
+    total = jnp.zeros(parts_PGF.shape[:2], jnp.float32)
+    for number in range(parts_PGF.shape[2]):
+        scaled = group_advantages(parts_PGF[:, :, number], epsilon=epsilon, tolerance=tolerance)
+        # of a group in which it applies once the deviation is not known, and its 0 the same as not to apply
+        total += weights_F[number] * scaled
+    unscored = jnp.all(jnp.isnan(parts_PGF), axis=2)
+    return reinforce_advantages(jnp.where(unscored, jnp.nan, total), epsilon=epsilon, tolerance=tolerance)
 
 
 def zero_variance(rewards_PG: Float[Array, "P G"], *, tolerance: float = 1e-6) -> Bool[Array, "P"]:
     """Groups that teach nothing because their rewards are the same; dynamic sampling (DAPO) draws others instead.
 
     Args:
-        rewards_PG: float32.
+        rewards_PG: float32; NaN, not known, is left out, and a group with none or one that is known teaches nothing.
         tolerance: rewards are the same when largest and smallest are within this, times the group's largest
             magnitude where that is above 1. The same parts summed in another order differ by about 1e-7.
     """
     rewards = _checked(rewards_PG)
-    spread = jnp.max(rewards, axis=1) - jnp.min(rewards, axis=1)
-    return spread <= tolerance * jnp.maximum(1.0, jnp.max(jnp.abs(rewards), axis=1))
+    known = ~jnp.isnan(rewards)
+    spread = jnp.max(rewards, axis=1, where=known, initial=-jnp.inf) - jnp.min(
+        rewards, axis=1, where=known, initial=jnp.inf
+    )
+    largest = jnp.max(jnp.abs(rewards), axis=1, where=known, initial=0.0)
+    return spread <= tolerance * jnp.maximum(1.0, largest)
 
 
 def _two_axes(rewards_PG: Array) -> Array:
@@ -130,7 +162,27 @@ def _checked(rewards_PG: Array) -> Array:
     return rewards
 
 
+def _mean(rewards: Array) -> Array:
+    """Of each group's known rewards; 0 where there is none."""
+    known = ~jnp.isnan(rewards)
+    return jnp.sum(rewards, axis=1, keepdims=True, where=known) / jnp.maximum(jnp.sum(known, axis=1, keepdims=True), 1)
+
+
+def _std(rewards: Array, axis: int | None) -> Array:
+    """Of the known rewards, ddof 1; 0 where there are fewer than two."""
+    known = ~jnp.isnan(rewards)
+    count = jnp.sum(known, axis=axis, keepdims=True)
+    mean = jnp.sum(rewards, axis=axis, keepdims=True, where=known) / jnp.maximum(count, 1)
+    squares = jnp.sum(jnp.square(rewards - mean), axis=axis, keepdims=True, where=known)
+    return jnp.sqrt(squares / jnp.maximum(count - 1, 1))
+
+
+def _scaled(centred: Array, deviation: Array, epsilon: float) -> Array:
+    # Where the deviation is 0 so is the advantage, also when epsilon is 0.
+    return centred / jnp.where(centred == 0, 1.0, deviation + epsilon)
+
+
 def _centred(rewards: Array, tolerance: float) -> Array:
-    """Rewards minus their group's mean, exactly 0 in groups of equal rewards."""
-    equal = zero_variance(rewards, tolerance=tolerance)[:, None]
-    return jnp.where(equal, 0.0, rewards - jnp.mean(rewards, axis=1, keepdims=True))
+    """Rewards minus their group's mean, exactly 0 in groups of equal rewards and where not known."""
+    flat = zero_variance(rewards, tolerance=tolerance)[:, None]
+    return jnp.where(flat | jnp.isnan(rewards), 0.0, rewards - _mean(rewards))

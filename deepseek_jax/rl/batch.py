@@ -22,7 +22,8 @@ class Batch(NamedTuple):
 
     The others are None where nobody wants them: sampler_logprobs_BT, what the sampler said, once old_logprobs_BT is
     what the trainer says; routes_BTLA, the experts that sampling went through; support_BTW, the tokens among which each
-    target was drawn, as bits.
+    target was drawn, as bits; penalised_BTW, those that the repetition penalty was on; high_entropy_BT, where the
+    policy term counts, if not everywhere; entropy_coef_B float32, the weight of the entropy bonus, alike in every row.
     """
 
     tokens_BT: np.ndarray
@@ -36,6 +37,9 @@ class Batch(NamedTuple):
     sampler_logprobs_BT: np.ndarray | None = None
     routes_BTLA: np.ndarray | None = None
     support_BTW: np.ndarray | None = None
+    penalised_BTW: np.ndarray | None = None
+    high_entropy_BT: np.ndarray | None = None
+    entropy_coef_B: np.ndarray | None = None
 
     @property
     def per_row(self) -> int:
@@ -142,11 +146,13 @@ def _laid_out(prompts, completions, advantages, places: list[Place], shape, per_
             batch.routes_BTLA[place.row, all_of] = completion.routes
         if completion.support is not None:
             batch.support_BTW[place.row, drawn] = completion.support
+        if completion.penalised is not None:
+            batch.penalised_BTW[place.row, drawn] = completion.penalised
     return batch
 
 
 def _empty(shape: tuple[int, int], per_row: int, like: TextCompletion) -> Batch:
-    routes, support = like.routes, like.support
+    routes, support, penalised = like.routes, like.support, like.penalised
     return Batch(
         tokens_BT=np.zeros(shape, np.int32),
         targets_BT=np.zeros(shape, np.int32),
@@ -159,4 +165,5 @@ def _empty(shape: tuple[int, int], per_row: int, like: TextCompletion) -> Batch:
         routes_BTLA=None if routes is None else np.zeros((*shape, *routes.shape[1:]), routes.dtype),
         # where nothing was drawn every token is allowed
         support_BTW=None if support is None else np.full((*shape, support.shape[1]), 0xFFFFFFFF, np.uint32),
+        penalised_BTW=None if penalised is None else np.zeros((*shape, penalised.shape[1]), np.uint32),
     )

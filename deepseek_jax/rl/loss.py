@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from deepseek_jax.ops.metrics import Mean, Metrics, Sum, Whole, masked_max, masked_mean, masked_min
 from deepseek_jax.rl import kl
 
-LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"]
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 Level = Literal["token", "sequence"]
 KLEstimator = Literal["k3", "k2", "unbiased"]
 CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
@@ -30,15 +30,26 @@ class GRPOConfig:
             "luspo": clipped; mean over samples of a sample's sum. At the sequence level only.
             "cispo": -min(ratio, epsilon_high) A log pi, no gradient through the ratio; mean over tokens.
             "sapo": a sigmoid gate in place of the clip; mean over samples of a sample's mean.
+            "vespo": -phi(w) A log pi, no gradient through phi, which is exp(l) w^k exp(-l w), 1 at w = 1; w is the
+            sample's ratio, the product of its tokens', times the weights against the sampler if any; mean over tokens.
         max_completion_length: tokens; what dr_grpo divides by, which no other type looks at.
         importance_sampling_level: "token", or "sequence": one ratio a sample, exp of its mean log-ratio (GSPO).
         epsilon: the ratio is clipped below at 1 - epsilon.
         epsilon_high: and above at 1 + epsilon_high; None means epsilon. With cispo it is the largest ratio itself.
         delta: dual clip: where A < 0, the ratio counts as delta at most. Above 1 + epsilon_high.
         sapo_temperature_pos, sapo_temperature_neg: of the gate where A > 0, and elsewhere.
+        vespo_k_pos, vespo_lambda_pos: k and l of phi where A >= 0.
+        vespo_k_neg, vespo_lambda_neg: and elsewhere.
         beta: weight of the KL term towards the reference model.
         kl_estimator: "k3", "k2", or "unbiased": k3 times the token's ratio (V3.2). See `rl.kl`.
+        use_bias_correction_kl: k3 times the ratio of the level: the token's, which is "unbiased", or the sample's.
+        top_entropy_quantile: share of the batch's tokens, those of highest entropy, whose policy term counts, and
+            whose entropy the bonus is of; the KL is of all. 1: all (arXiv 2506.01939 recommends 0.2).
         entropy_coef: weight of the mean entropy of the batch's tokens, which is taken off the loss.
+        use_adaptive_entropy: after each update that weight, from `entropy_coef` on, rises by `entropy_coef_delta`
+            where the entropy was at most `entropy_target` nats, else falls by it; it counts only after an update whose
+            entropy was at most the target, and so not in the first (`rl.entropy`).
+        entropy_coef_min, entropy_coef_max: bounds of the moving weight.
         off_policy_mask_threshold: nats; the policy term is dropped where A < 0 and the sample's mean of
             log pi_sampler - log pi_theta is above it (V3.2). None: nothing is dropped.
         importance_sampling_clip_max, importance_sampling_clip_min: bounds, around 1, of the weight
@@ -50,15 +61,16 @@ class GRPOConfig:
         ValueError: a number out of its range, or settings that contradict each other.
 
     Source: DeepSeekMath arXiv 2402.03300, R1 2501.12948, V3.2 2512.02556 section 3.1, DAPO 2503.14476, Dr. GRPO
-    2503.20783, GSPO 2507.18071, CISPO 2506.13585, SAPO 2511.20347, LUSPO 2602.05261; names and meanings of TRL 1.16,
-    trl/trainer/grpo_trainer.py, with which tests/rl/test_loss_oracle.py compares.
+    2503.20783, GSPO 2507.18071, CISPO 2506.13585, SAPO 2511.20347, LUSPO 2602.05261, VESPO 2602.10693, Skywork-OR1
+    2505.22312; names and meanings of TRL 1.16, trl/trainer/grpo_trainer.py, with which tests/rl/test_loss_oracle.py
+    compares.
 
     Differs from TRL: bnpo divides by the tokens of the whole batch, hence is dapo: TRL's divides by those of each
-    micro-batch, so that its gradient depends on the cut. `kl_estimator` is TRL's use_bias_correction_kl, but always
-    with the token's ratio, without which the estimate is not unbiased; TRL takes the sequence's at the sequence
-    level. The importance_sampling settings are TRL's vllm_importance_sampling ones. Refused where TRL warns or
-    accepts: sums over tokens at the sequence level, luspo at the token level, cispo without epsilon_high (TRL would
-    cap ratios at 0.2), a delta within the clip range. The defaults are DeepSeekMath's, not TRL's.
+    micro-batch, so that its gradient depends on the cut. For the same reason the tokens of highest entropy are those
+    of the whole batch (`rl.entropy.high_entropy`). The importance_sampling settings are TRL's vllm_importance_sampling
+    ones. Refused where TRL warns or accepts: sums over tokens, and vespo, at the sequence level, luspo at the token
+    level, cispo without epsilon_high (TRL would cap ratios at 0.2), a delta within the clip range. The defaults are
+    DeepSeekMath's, not TRL's.
     """
 
     loss_type: LossType = "grpo"
@@ -69,9 +81,20 @@ class GRPOConfig:
     delta: float | None = None
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
     beta: float = 0.04
     kl_estimator: KLEstimator = "k3"
+    use_bias_correction_kl: bool = False
+    top_entropy_quantile: float = 1.0
     entropy_coef: float = 0.0
+    use_adaptive_entropy: bool = False
+    entropy_coef_min: float = 0.0
+    entropy_coef_max: float = 1.0
+    entropy_coef_delta: float = 0.005
+    entropy_target: float = 0.2
     off_policy_mask_threshold: float | None = None
     importance_sampling_clip_max: float | None = None
     importance_sampling_clip_min: float | None = None
@@ -91,6 +114,11 @@ class GRPOConfig:
     def corrects_sampler(self) -> bool:
         """Whether a weight pi_old / pi_sampler is asked for."""
         return self.importance_sampling_clip_max is not None or self.importance_sampling_clip_min is not None
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        """Whether the entropy is part of the loss, now or later."""
+        return self.entropy_coef != 0 or self.use_adaptive_entropy
 
     def _check_names(self) -> None:
         if self.kl_estimator == "k1":
@@ -115,12 +143,16 @@ class GRPOConfig:
             raise ValueError(
                 f"epsilon: got {self.epsilon}, wanted 0 to 1; for a wider range above (R1's 10) set epsilon_high"
             )
-        for name in ("epsilon_high", "delta", "beta", "entropy_coef", "off_policy_mask_threshold"):
+        for name in _FROM_ZERO:
             if (got := vars(self)[name]) is not None and not 0 <= got < math.inf:
                 raise ValueError(f"{name}: got {got}, wanted a finite number from 0")
-        for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
+        for name in ("sapo_temperature_pos", "sapo_temperature_neg", "vespo_lambda_pos", "vespo_lambda_neg"):
             if not 0 < (got := vars(self)[name]) < math.inf:
                 raise ValueError(f"{name}: got {got}, wanted a finite number above 0")
+        if not 0 <= self.top_entropy_quantile <= 1:
+            raise ValueError(
+                f"top_entropy_quantile: got {self.top_entropy_quantile}, wanted 0 to 1, which is all tokens"
+            )
         most, least = self.importance_sampling_clip_max, self.importance_sampling_clip_min
         if most is not None and not 1 <= most < math.inf:
             raise ValueError(
@@ -133,7 +165,7 @@ class GRPOConfig:
         kind = self.loss_type
         if kind == "dr_grpo" and self.max_completion_length is None:
             raise ValueError("max_completion_length: got None, wanted the sampler's limit; dr_grpo divides by it")
-        if self.importance_sampling_level == "sequence" and kind in ("bnpo", "dr_grpo", "dapo", "cispo"):
+        if self.importance_sampling_level == "sequence" and kind in ("bnpo", "dr_grpo", "dapo", "cispo", "vespo"):
             raise ValueError(
                 f"importance_sampling_level: got 'sequence' with {kind}, wanted 'token': {kind} would weigh a "
                 "sequence's one ratio by its length; for GSPO take loss_type 'grpo'"
@@ -144,7 +176,7 @@ class GRPOConfig:
             raise ValueError(
                 f"epsilon_high: got {self.epsilon_high} with cispo, wanted the largest ratio, above 0 (ScaleRL: 5.0)"
             )
-        if self.delta is not None and kind in ("cispo", "sapo"):
+        if self.delta is not None and kind in ("cispo", "sapo", "vespo"):
             raise ValueError(f"delta: got {self.delta} with {kind}, wanted None; {kind} has no clip to bound")
         if self.delta is not None and not self.delta > self.upper:
             raise ValueError(f"delta: got {self.delta}, wanted above 1 + epsilon_high = {self.upper}")
@@ -153,6 +185,31 @@ class GRPOConfig:
                 f"importance_sampling_mode: got {self.importance_sampling_mode!r} without bounds, wanted "
                 "importance_sampling_clip_max or _min with it"
             )
+        if kind == "vespo" and self.importance_sampling_mode.startswith("sequence"):
+            raise ValueError(
+                f"importance_sampling_mode: got {self.importance_sampling_mode!r} with vespo, wanted a token one: "
+                "vespo multiplies the tokens' weights itself"
+            )
+        if self.use_bias_correction_kl and self.kl_estimator != "k3":
+            raise ValueError(f"use_bias_correction_kl: got True with kl_estimator {self.kl_estimator!r}, wanted 'k3'")
+        self._check_adaptive()
+
+    def _check_adaptive(self) -> None:
+        if not self.entropy_coef_min <= self.entropy_coef_max:
+            raise ValueError(
+                f"entropy_coef_min: got {self.entropy_coef_min}, wanted at most entropy_coef_max, "
+                f"{self.entropy_coef_max}"
+            )
+        changed = [name for name in _ADAPTIVE if getattr(self, name) != getattr(type(self), name)]
+        if changed and not self.use_adaptive_entropy:
+            raise ValueError(f"{changed[0]}: got {getattr(self, changed[0])}, wanted use_adaptive_entropy with it")
+
+
+_ADAPTIVE = ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target")
+_FROM_ZERO = (
+    *("epsilon_high", "delta", "beta", "entropy_coef", "off_policy_mask_threshold", "vespo_k_pos", "vespo_k_neg"),
+    *_ADAPTIVE,
+)
 
 
 @dataclass(frozen=True)
@@ -182,9 +239,9 @@ class _Rows:
     def average(self, values_BT: Float[Array, "B T"], level: str) -> Mean:
         return self.mean_of_samples(values_BT) if level == "sequence" else masked_mean(values_BT, self.mask_BT)
 
-    def whole(self) -> Whole:
+    def whole(self, acting_BT: Bool[Array, "B T"]) -> Whole:
         tokens = jnp.sum(self.lengths_BK).astype(jnp.float32)
-        return Whole(self.samples, jnp.maximum(tokens, 1))
+        return Whole(self.samples, jnp.maximum(tokens, 1), jnp.maximum(jnp.sum(acting_BT), 1).astype(jnp.float32))
 
 
 def _rows(mask_BT: Bool[Array, "B T"], segments_BT: Int[Array, "B T"] | None, per_row: int) -> _Rows:
@@ -211,6 +268,8 @@ def grpo_loss(
     per_row: int = 1,
     entropy_BT: Float[Array, "B T"] | None = None,
     sampler_logprobs_BT: Float[Array, "B T"] | None = None,
+    high_entropy_BT: Bool[Array, "B T"] | None = None,
+    entropy_coef: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Policy loss, plus beta times the KL to the reference, less the entropy bonus.
 
@@ -231,6 +290,9 @@ def grpo_loss(
         per_row: K, the most samples of a row; static. A number above it would not be counted.
         entropy_BT: of the policy's distribution at each token, nats; needed for entropy_coef.
         sampler_logprobs_BT: what the sampler said, where it is not the code that gave `old_logprobs_BT`. None: it is.
+        high_entropy_BT: tokens of the whole batch's highest entropies (`rl.entropy.high_entropy`); needed for
+            top_entropy_quantile below 1.
+        entropy_coef: the weight now; needed for use_adaptive_entropy.
 
     Returns:
         The loss to minimise and metrics as sums and counts:
@@ -238,14 +300,15 @@ def grpo_loss(
         `kl`, and `entropy` if given: means over tokens; `ratio`: mean over tokens, or over samples at their level;
         `clip_ratio/low_mean`, `/high_mean`, `/region_mean`: share of tokens (of samples at their level) with A < 0
         below the clip range, with A > 0 above it, and either; `/low_min`, `/high_max`: least and largest share of a
-        sample. For cispo `cispo_clip_ratio`, for sapo none;
+        sample. For cispo `cispo_clip_ratio`, for vespo `vespo/phi_seq_mean`, for sapo none;
+        `entropy_of_bonus`: mean over the tokens that the bonus is of, with use_adaptive_entropy;
         `sampling/sampling_logp_difference/mean`, `/max`: of |old - sampler|, or of |logprobs - old| when the sampler is
         old, which on the first update is the same;
         `sampling/importance_sampling_ratio/min`, `/mean`, `/max`: of the bounded weights, when there are any;
         `sampling/off_policy_masked`: share of samples dropped, with off_policy_mask_threshold.
 
     Raises:
-        ValueError: arrays of other shapes, entropy_coef without entropies, or per_row without segments.
+        ValueError: arrays of other shapes, settings without what they need, or per_row without segments.
 
     Source: see `GRPOConfig`. With loss_type "grpo" on the first update after a rollout the ratio is 1 and the
     advantages of a group sum to 0: a loss near 0 is right, its gradient is not 0.
@@ -260,10 +323,14 @@ def grpo_loss(
         "segments": segments_BT,
         "entropy": entropy_BT,
         "sampler_logprobs": sampler_logprobs_BT,
+        "high_entropy": high_entropy_BT,
     }
     _check_arrays(logprobs_BT.shape, arrays, config, per_row)
+    if config.use_adaptive_entropy and entropy_coef is None:
+        raise ValueError("entropy_coef: got None, wanted the weight now; use_adaptive_entropy moves it")
     rows = _rows(mask_BT, segments_BT, per_row)
-    whole = rows.whole() if whole is None else whole
+    acting_BT = rows.mask_BT if high_entropy_BT is None else rows.mask_BT & high_entropy_BT
+    whole = rows.whole(acting_BT) if whole is None else whole
     # Masked before anything is computed: padding may hold anything, and inf * 0 would poison the gradient.
     counted = lambda values: jnp.where(rows.mask_BT, values, 0.0)
     given = lambda values: jax.lax.stop_gradient(counted(values))
@@ -275,7 +342,13 @@ def grpo_loss(
         ratio = jnp.exp(rows.spread(rows.mean(log_ratio)))
     else:
         ratio = jnp.exp(log_ratio)
-    policy, metrics = _policy_term(ratio, logprobs, advantages, rows, config)
+    weight = None
+    if config.corrects_sampler and sampler_logprobs_BT is not None:
+        weight = _sampler_weight(old - sampler, rows, config)
+    if config.loss_type == "vespo":
+        policy, metrics = _vespo(log_ratio, weight, logprobs, advantages, rows, config)
+    else:
+        policy, metrics = _policy_term(ratio, logprobs, advantages, rows, config)
     metrics["ratio"] = rows.average(ratio, config.importance_sampling_level)
 
     apart = jnp.abs(log_ratio if sampler_logprobs_BT is None else old - sampler)
@@ -285,21 +358,26 @@ def grpo_loss(
         dropped = _off_policy(sampler - logprobs, advantages, rows, config.off_policy_mask_threshold)
         policy = jnp.where(dropped, 0.0, policy)
         metrics["sampling/off_policy_masked"] = rows.mean_of_samples(dropped)
-    if config.corrects_sampler and sampler_logprobs_BT is not None:
-        weight = _sampler_weight(old - sampler, rows, config)
-        policy = policy * weight
+    policy = jnp.where(acting_BT, policy, 0.0)
+    if weight is not None:
+        policy = policy if config.loss_type == "vespo" else policy * weight
         metrics |= _weight_metrics(weight, rows, config)
 
     per_token_kl = jnp.zeros_like(policy)
     if config.beta:
-        per_token_kl = _kl_term(given(ref_logprobs_BT) - logprobs, jnp.exp(log_ratio), config)
+        of_level = ratio if config.use_bias_correction_kl else jnp.exp(log_ratio)
+        per_token_kl = _kl_term(given(ref_logprobs_BT) - logprobs, of_level, config)
     metrics["kl"] = masked_mean(per_token_kl, rows.mask_BT)
     loss = _aggregate(policy + config.beta * per_token_kl, rows, whole, config)
     metrics["policy_loss"] = Sum(loss)
     if entropy_BT is not None:
         metrics["entropy"] = masked_mean(entropy_BT, rows.mask_BT)
-        if config.entropy_coef:
-            loss = loss - config.entropy_coef * jnp.sum(counted(entropy_BT)) / whole.tokens
+        if config.use_adaptive_entropy:
+            metrics["entropy_of_bonus"] = masked_mean(jax.lax.stop_gradient(entropy_BT), acting_BT)
+        if config.has_entropy_bonus:
+            weight = entropy_coef if config.use_adaptive_entropy else config.entropy_coef
+            tokens = whole.tokens if high_entropy_BT is None else whole.high_entropy
+            loss = loss - weight * jnp.sum(jnp.where(acting_BT, entropy_BT, 0.0)) / tokens
     return loss, metrics
 
 
@@ -307,8 +385,10 @@ def _check_arrays(shape: tuple[int, ...], arrays: dict[str, Array | None], confi
     for name, array in arrays.items():
         if array is not None and array.shape != shape:
             raise ValueError(f"{name}: got shape {list(array.shape)}, wanted {list(shape)}, a value for each log-prob")
-    if config.entropy_coef and arrays["entropy"] is None:
+    if config.has_entropy_bonus and arrays["entropy"] is None:
         raise ValueError(f"entropy: got None, wanted entropies [B, T]; entropy_coef is {config.entropy_coef}")
+    if config.top_entropy_quantile < 1 and arrays["high_entropy"] is None:
+        raise ValueError(f"high_entropy: got None, wanted bools [B, T] for quantile {config.top_entropy_quantile}")
     if per_row < 1 or (per_row > 1 and arrays["segments"] is None):
         raise ValueError(f"per_row: got {per_row}, wanted 1, or the most samples of a row together with segments")
 
@@ -322,6 +402,22 @@ def _policy_term(ratio, logprobs, advantages, rows: _Rows, config: GRPOConfig) -
         weight = jax.lax.stop_gradient(jnp.minimum(ratio, config.epsilon_high))
         return -weight * advantages * logprobs, {"cispo_clip_ratio": masked_mean(clipped, rows.mask_BT)}
     return _clipped(ratio, advantages, config), _clip_metrics(ratio, advantages, rows, config)
+
+
+def _vespo(log_ratio, weight, logprobs, advantages, rows: _Rows, config: GRPOConfig) -> tuple[Array, Metrics]:
+    """-phi A log pi. Beyond the bounds of the logarithms, which are TRL's, phi is next to 0."""
+    log_w = rows.total(jnp.clip(log_ratio, -_MOST, _MOST))
+    if weight is not None:
+        # a weight that is masked out, 0, counts as the least that there is
+        log_w += rows.total(jnp.clip(jnp.log(jnp.maximum(weight, _LEAST)), math.log(_LEAST), _MOST))
+    log_w = rows.spread(jnp.clip(jax.lax.stop_gradient(log_w), math.log(_LEAST), _MOST))
+    k = jnp.where(advantages >= 0, config.vespo_k_pos, config.vespo_k_neg)
+    gamma = jnp.where(advantages >= 0, config.vespo_lambda_pos, config.vespo_lambda_neg)
+    phi = jnp.exp(gamma + k * log_w - gamma * jnp.exp(log_w))
+    return -phi * advantages * logprobs, {"vespo/phi_seq_mean": rows.mean_of_samples(phi)}
+
+
+_LEAST, _MOST = 1e-8, 20.0
 
 
 def _clipped(ratio, advantages, config: GRPOConfig) -> Array:
@@ -375,7 +471,7 @@ def _weight_metrics(weight, rows: _Rows, config: GRPOConfig) -> Metrics:
 
 
 def _kl_term(log_ratio, policy_ratio, config: GRPOConfig) -> Array:
-    if config.kl_estimator == "unbiased":
+    if config.kl_estimator == "unbiased" or config.use_bias_correction_kl:
         return kl.unbiased(log_ratio, policy_ratio)
     return kl.k2(log_ratio) if config.kl_estimator == "k2" else kl.k3(log_ratio)
 

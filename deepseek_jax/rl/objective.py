@@ -14,7 +14,14 @@ from deepseek_jax.rl.loss import GRPOConfig, grpo_loss
 
 
 def grpo_objective(
-    model: Decoder, batch: Batch, whole: Whole, *, config: GRPOConfig, temperature: float, keep_routing: bool = False
+    model: Decoder,
+    batch: Batch,
+    whole: Whole,
+    *,
+    config: GRPOConfig,
+    temperature: float,
+    repetition_penalty: float = 1.0,
+    keep_routing: bool = False,
 ) -> tuple[jax.Array, Metrics, Scored]:
     """GRPO loss of a batch, or of a part of one.
 
@@ -24,10 +31,12 @@ def grpo_objective(
         whole: of the whole batch.
         config: of the loss.
         temperature: the sampler's.
+        repetition_penalty: the sampler's, for the tokens that the batch has as penalised.
         keep_routing: send every token through the experts that it went through when it was sampled (V3.2's keep
             routing, arXiv 2512.02556 section 3.1); the batch must hold them.
     """
-    scored = scored_batch(model, batch, temperature=temperature, keep_routing=keep_routing)
+    of_sampler = {"temperature": temperature, "repetition_penalty": repetition_penalty}
+    scored = scored_batch(model, batch, **of_sampler, keep_routing=keep_routing)
     loss, metrics = grpo_loss(
         scored.logprobs_BT,
         batch.old_logprobs_BT,
@@ -40,13 +49,17 @@ def grpo_objective(
         per_row=batch.per_row,
         entropy_BT=scored.entropy_BT,
         sampler_logprobs_BT=batch.sampler_logprobs_BT,
+        high_entropy_BT=batch.high_entropy_BT,
+        entropy_coef=None if batch.entropy_coef_B is None else batch.entropy_coef_B[0],
     )
     if batch.routes_BTLA is not None:
         metrics["sampling/experts_differ"] = experts_differ(batch.routes_BTLA, scored.experts_BTLA, batch.mask_BT)
     return loss, metrics, scored
 
 
-def scored_batch(model: Decoder, batch: Batch, *, temperature: float, keep_routing: bool = False) -> Scored:
+def scored_batch(
+    model: Decoder, batch: Batch, *, temperature: float, repetition_penalty: float = 1.0, keep_routing: bool = False
+) -> Scored:
     """What the model says of a batch, and of the tokens among which each was drawn."""
     if keep_routing and batch.routes_BTLA is None:
         raise ValueError("keep_routing: got a batch without routes, wanted one; record them while sampling")
@@ -60,6 +73,8 @@ def scored_batch(model: Decoder, batch: Batch, *, temperature: float, keep_routi
         per_row=batch.per_row,
         routes_BTLA=batch.routes_BTLA if keep_routing else None,
         support_BTW=batch.support_BTW,
+        penalised_BTW=batch.penalised_BTW,
+        penalty=repetition_penalty,
     )
 
 
@@ -70,13 +85,13 @@ def experts_differ(sampled_BTLA: jax.Array, chosen_BTLA: jax.Array, mask_BT: jax
     return masked_mean(other.astype(jnp.float32), mask_BT)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "temperature", "keep_routing", "micro_batches"))
 def frozen_logprobs(
     graphdef: nnx.GraphDef,
     weights: nnx.State,
     batch: Batch,
     *,
     temperature: float,
+    repetition_penalty: float = 1.0,
     keep_routing: bool = False,
     micro_batches: int = 1,
 ) -> jax.Array:
@@ -84,11 +99,34 @@ def frozen_logprobs(
 
     They are the reference model's, or the policy's own before an update.
     """
+    of_sampler = {"temperature": temperature, "repetition_penalty": repetition_penalty}
+    return _frozen(graphdef, weights, batch, "logprobs_BT", micro_batches, keep_routing=keep_routing, **of_sampler)
+
+
+def frozen_entropy(
+    graphdef: nnx.GraphDef,
+    weights: nnx.State,
+    batch: Batch,
+    *,
+    temperature: float,
+    repetition_penalty: float = 1.0,
+    keep_routing: bool = False,
+    micro_batches: int = 1,
+) -> jax.Array:
+    """Entropies [B, T] of the distributions that the batch's targets are of, nats; arguments of `frozen_logprobs`."""
+    of_sampler = {"temperature": temperature, "repetition_penalty": repetition_penalty}
+    return _frozen(graphdef, weights, batch, "entropy_BT", micro_batches, keep_routing=keep_routing, **of_sampler)
+
+
+_OPTIONS = ("graphdef", "wanted", "micro_batches", "temperature", "repetition_penalty", "keep_routing")
+
+
+@partial(jax.jit, static_argnames=_OPTIONS)
+def _frozen(graphdef, weights, batch, wanted: str, micro_batches: int, **options) -> jax.Array:
     model = nnx.merge(graphdef, weights)
 
     def of_part(part: Batch) -> jax.Array:
-        rows = model.layout.rows(part)
-        return scored_batch(model, rows, temperature=temperature, keep_routing=keep_routing).logprobs_BT
+        return getattr(scored_batch(model, model.layout.rows(part), **options), wanted)
 
     if micro_batches == 1:
         return of_part(batch)

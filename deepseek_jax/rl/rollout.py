@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
@@ -11,8 +12,8 @@ from flax import nnx
 from deepseek_jax import processes
 from deepseek_jax.generate.engine import Generator, Record, SamplingConfig
 from deepseek_jax.generate.text import TextCompletion, complete, seeds_for
-from deepseek_jax.rewards.combine import CombinedReward
-from deepseek_jax.rl.advantage import known_rewards, zero_variance
+from deepseek_jax.rewards.combine import CombinedReward, Graded
+from deepseek_jax.rl.advantage import zero_variance
 from deepseek_jax.text.tokenizer import Tokenizer
 
 
@@ -27,13 +28,16 @@ class Prompt(NamedTuple):
 class Rollout(NamedTuple):
     """P prompts, their P x G completions prompt by prompt, the weighted rewards [P, G], and their parts by name.
 
-    A reward that is not known, because a function raised and may, is NaN.
+    A reward that is not known, because no function applies or one raised and may, is NaN. extra and logged: what
+    functions wrote with `log_extra`, a value a completion, and with `log_metric`.
     """
 
     prompts: list[Prompt]
     completions: list[TextCompletion]
     rewards: np.ndarray
     parts: dict[str, list[float | None]]
+    extra: Mapping[str, list[Any]] = MappingProxyType({})
+    logged: Mapping[str, list[float]] = MappingProxyType({})
 
     def groups(self, chosen: Sequence[int]) -> "Rollout":
         """The groups of these prompts, in this order."""
@@ -44,6 +48,8 @@ class Rollout(NamedTuple):
             [self.completions[row] for row in rows],
             self.rewards[list(chosen)],
             {name: [values[row] for row in rows] for name, values in self.parts.items()},
+            {name: [values[row] for row in rows] for name, values in self.extra.items()},
+            self.logged,
         )
 
     def prompts_of_samples(self) -> list[Prompt]:
@@ -103,9 +109,9 @@ class Roller:
                 if processes.is_main():
                     _raise_early(graded)
                     graded.append(grader.submit(self._grade, part, drawn))
-            totals, parts = processes.on_main(lambda: _of_all([answer.result() for answer in graded]))
-        rewards = np.asarray(totals, np.float32).reshape(len(prompts), self.group_size)
-        return Rollout(list(prompts), found, rewards, parts)
+            all_of = Graded(*processes.on_main(lambda: tuple(_of_all([answer.result() for answer in graded]))))
+        rewards = np.asarray(all_of.total, np.float32).reshape(len(prompts), self.group_size)
+        return Rollout(list(prompts), found, rewards, all_of.parts, all_of.extra, all_of.metrics)
 
     def _sampled(self, weights, prompts, seed, step, first) -> list[TextCompletion]:
         seeds = [
@@ -122,9 +128,9 @@ class Roller:
             record=self.record,
         )
 
-    def _grade(self, prompts, completions) -> tuple[list[float], dict[str, list[float | None]]]:
+    def _grade(self, prompts, completions) -> Graded:
         repeated = [p for p in prompts for _ in range(self.group_size)]
-        return self.reward(
+        return self.reward.graded(
             prompts=[p.text for p in repeated],
             completions=[c.text for c in completions],
             completion_ids=[c.tokens.tolist() for c in completions],
@@ -132,9 +138,25 @@ class Roller:
         )
 
 
-def _of_all(graded) -> tuple[list[float], dict[str, list[float | None]]]:
-    totals = [total for of_part, _ in graded for total in of_part]
-    return totals, {name: [value for _, parts in graded for value in parts[name]] for name in graded[0][1]}
+def _of_all(graded: Sequence[Graded]) -> Graded:
+    return Graded(
+        [total for of_part in graded for total in of_part.total],
+        {name: [value for of_part in graded for value in of_part.parts[name]] for name in graded[0].parts},
+        _columns([of_part.extra for of_part in graded], [len(of_part.total) for of_part in graded]),
+        _numbers([of_part.metrics for of_part in graded]),
+    )
+
+
+def _columns(parts: Sequence[Mapping[str, list[Any]]], rows: Sequence[int]) -> dict[str, list[Any]]:
+    """Columns of several parts as those of all; where a part lacks one, None stands in every row."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    of = lambda part, name, count: part.get(name, [None] * count)
+    return {name: [v for part, n in zip(parts, rows, strict=True) for v in of(part, name, n)] for name in names}
+
+
+def _numbers(parts: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float]]:
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: [value for part in parts for value in part.get(name, [])] for name in names}
 
 
 def _raise_early(graded: Sequence[Future]) -> None:
@@ -178,7 +200,7 @@ def roll_informative(
 
 
 def _flat(rewards_PG: np.ndarray) -> np.ndarray:
-    return np.asarray(zero_variance(known_rewards(rewards_PG)))
+    return np.asarray(zero_variance(rewards_PG))
 
 
 def joined(parts: Sequence[Rollout]) -> Rollout:
@@ -188,18 +210,28 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
         [completion for p in parts for completion in p.completions],
         np.concatenate([p.rewards for p in parts]),
         {name: [value for p in parts for value in p.parts[name]] for name in parts[0].parts},
+        _columns([p.extra for p in parts], [len(p.completions) for p in parts]),
+        _numbers([p.logged for p in parts]),
     )
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """What a dashboard shows of a rollout, under the names that TRL's users know."""
-    groups, known = rollout.rewards, np.asarray(known_rewards(rollout.rewards))
+    """What a dashboard shows of a rollout, under the names that TRL's users know and with its values.
+
+    Rewards that are not known are left out of all but `frac_reward_unknown`, their share. Where none is known there is
+    no `reward`, and the deviation of fewer than two is 0.
+
+    Differs: `frac_reward_zero_std` is the share of groups that teach nothing, within `zero_variance`'s tolerance, also
+    where TRL looks at the deviation of the batch.
+    """
+    rewards = rollout.rewards
+    known = rewards[~np.isnan(rewards)]
     lengths = np.array([len(c.tokens) for c in rollout.completions])
     finished = np.array([c.finished for c in rollout.completions])
-    metrics = {
-        "reward": np.nanmean(groups),
-        "reward_std": known.std(axis=1, ddof=1).mean(),
-        "frac_reward_zero_std": np.mean(zero_variance(known)),
+    metrics = _moments("reward", "reward_std", known)
+    metrics |= {
+        "frac_reward_zero_std": np.mean(_flat(rewards)),
+        "frac_reward_unknown": np.mean(np.isnan(rewards)),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
@@ -209,11 +241,16 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         ended = lengths[finished]
         metrics |= {f"completions/{name}_terminated_length": f(ended) for name, f in _SPREAD.items()}
     for name, values in rollout.parts.items():
-        applicable = [v for v in values if v is not None]
-        if applicable:
-            metrics[f"rewards/{name}/mean"] = np.mean(applicable)
-            metrics[f"rewards/{name}/std"] = np.std(applicable, ddof=1) if len(applicable) > 1 else 0.0
+        applicable = np.array([v for v in values if v is not None])
+        metrics |= _moments(f"rewards/{name}/mean", f"rewards/{name}/std", applicable)
+    metrics |= {name: np.mean(values) for name, values in rollout.logged.items() if name not in metrics}
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _moments(mean: str, std: str, values: np.ndarray) -> dict[str, Any]:
+    if not values.size:
+        return {}
+    return {mean: values.mean(), std: values.std(ddof=1) if values.size > 1 else 0.0}
 
 
 _SPREAD = {"mean": np.mean, "min": np.min, "max": np.max}

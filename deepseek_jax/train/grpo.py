@@ -24,16 +24,17 @@ from deepseek_jax.model.precision import Precision, cast, computed, dtype_of
 from deepseek_jax.model.scoring import check_routes
 from deepseek_jax.ops import metrics as ops_metrics
 from deepseek_jax.rewards.combine import CombinedReward
+from deepseek_jax.rl import entropy
 from deepseek_jax.rl.advantage import (
     group_advantages,
-    known_rewards,
+    normalized_sum_advantages,
     reinforce_advantages,
     reinforce_baseline_advantages,
     rloo_advantages,
 )
 from deepseek_jax.rl.batch import Batch, make_batch, pack
 from deepseek_jax.rl.loss import GRPOConfig
-from deepseek_jax.rl.objective import frozen_logprobs, grpo_objective
+from deepseek_jax.rl.objective import frozen_entropy, frozen_logprobs, grpo_objective
 from deepseek_jax.rl.rollout import Prompt, Roller, Rollout, roll_informative, rollout_metrics
 from deepseek_jax.sharding import LOCAL, Layout
 from deepseek_jax.text.tokenizer import Tokenizer
@@ -56,6 +57,9 @@ class GRPOTraining:
         temperature: of the samples; log-probs are taken at the same.
         top_p: of the samples; below 1 wants keep_sampling_mask.
         top_k: of the samples; above 0 wants keep_sampling_mask.
+        min_p: of the samples: least probability, as a share of the likeliest token's; above 0 wants
+            keep_sampling_mask.
+        repetition_penalty: of the samples, for tokens of prompt and completion; other than 1 wants keep_sampling_mask.
         at_once: questions sampled at a time, while the answers to those before are graded; None samples all of a step,
             then grades.
         sampling_rounds: dynamic sampling: draw further questions, so many times in all, until enough groups have
@@ -63,6 +67,9 @@ class GRPOTraining:
         loss: of the policy.
         advantage: "group" compares with the group's mean, "rloo" with that of the others in it, "reinforce"
             (REINFORCE++) with the batch's, "reinforce_baseline" with the group's, over the deviation of the batch.
+        multi_objective_aggregation: "sum_then_normalize" compares weighted sums of the rewards;
+            "normalize_then_sum" (GDPO) compares each reward within its group by itself, sums by weight, and scales by
+            the batch.
         scale_rewards: what "group" divides by: the deviation of the group (R1), of the batch, or none (V3.2).
         mask_truncated_completions: samples that were cut off at max_new_tokens do not count.
         lr: learning rate.
@@ -79,13 +86,15 @@ class GRPOTraining:
         lora_targets: Hugging Face's names of the modules to adapt, or all-linear.
         record_routes: note the experts of sampling, and report the share of tokens for which the trainer's differ.
         keep_routing: the update goes through the experts of sampling (V3.2).
-        keep_sampling_mask: log-probs are those among the tokens that top-p and top-k left (V3.2), the reference
-            model's too: the KL does not see what lies outside them.
+        keep_sampling_mask: log-probs are those among the tokens that top-p, top-k and min-p left (V3.2), after the
+            repetition penalty, the reference model's too: the KL does not see what lies outside them.
         balance_alpha: weight of the sequence-wise balance loss of the experts.
         bias_gamma: speed of the router bias.
         dtype: what samples, scores and gradients are computed in; "auto" is bfloat16 on accelerators and float32 on
             the CPU. What is trained is float32 all the same, and so are router, softmax, norms, logits and loss.
         moments: what the optimizer's are kept in; bfloat16 halves them (DeepSeek-V3), each rounded to 8 bits.
+        skip_grad_norm: an update whose gradient has a norm above this, or not a finite one, is left out and counted,
+            in a cold start too; None leaves none out, and ends the run where it is not finite.
         eval_every: steps between evaluations on part of the held-out questions.
         save_every: steps between checkpoints.
         samples_every: steps between entries in the table of samples.
@@ -99,10 +108,13 @@ class GRPOTraining:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     at_once: int | None = None
     sampling_rounds: int = 1
     loss: GRPOConfig = field(default_factory=lambda: GRPOConfig(beta=0.001))
     advantage: Literal["group", "rloo", "reinforce", "reinforce_baseline"] = "group"
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     scale_rewards: Literal["group", "batch", "none"] = "group"
     mask_truncated_completions: bool = False
     lr: float = 2e-4
@@ -123,6 +135,7 @@ class GRPOTraining:
     bias_gamma: float = 1e-3
     dtype: Precision = "auto"
     moments: Literal["float32", "bfloat16"] = "float32"
+    skip_grad_norm: float | None = None
     eval_every: int = 10
     save_every: int = 20
     samples_every: int = 10
@@ -165,6 +178,7 @@ class GRPOTraining:
                 f"scale_rewards: got {self.scale_rewards!r} with advantage {self.advantage!r}, which has a scale of "
                 "its own; leave it out"
             )
+        self._check_aggregation()
         if self.sampling_rounds > 1 and self.advantage == "reinforce":
             raise ValueError(
                 f"sampling_rounds: got {self.sampling_rounds} with advantage 'reinforce', wanted 1: compared with the "
@@ -175,11 +189,27 @@ class GRPOTraining:
                 f"max_completion_length: got {self.loss.max_completion_length}, wanted max_new_tokens, "
                 f"{self.max_new_tokens}, which dr_grpo divides by"
             )
-        if (self.top_p < 1 or self.top_k > 0) and not self.keep_sampling_mask:
+        shaping = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        changed = [f"{name} {getattr(self, name)}" for name, none in shaping.items() if getattr(self, name) != none]
+        if changed and not self.keep_sampling_mask:
             raise ValueError(
-                f"keep_sampling_mask: got False with top_p {self.top_p} and top_k {self.top_k}, wanted True: "
+                f"keep_sampling_mask: got False with {' and '.join(changed)}, wanted True: "
                 "the sampler's distribution would not be the trainer's"
             )
+
+    def _check_aggregation(self) -> None:
+        kind = self.multi_objective_aggregation
+        if kind not in ("sum_then_normalize", "normalize_then_sum"):
+            raise ValueError(
+                f"multi_objective_aggregation: got {kind!r}, wanted 'sum_then_normalize' or 'normalize_then_sum'"
+            )
+        alone = {"advantage": "group", "scale_rewards": "group", "sampling_rounds": 1}
+        for name, wanted in alone.items() if kind == "normalize_then_sum" else ():
+            if getattr(self, name) != wanted:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r} with multi_objective_aggregation {kind!r}, which has its own "
+                    f"way, wanted {wanted!r}"
+                )
 
     def check_model(self, architecture: ModelConfig, longest: int) -> None:
         """Refuse what a model cannot do, before anything is trained.
@@ -210,6 +240,8 @@ class GRPOTraining:
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
             stop_ids=stop_ids,
         )
 
@@ -226,6 +258,7 @@ class GRPOTraining:
             balance_alpha=self.balance_alpha,
             bias_gamma=0.0 if self.lora_rank else self.bias_gamma,
             dtype=dtype_of(self.dtype).name,
+            skip_grad_norm=self.skip_grad_norm,
         )
 
     @property
@@ -255,11 +288,13 @@ class Reinforced(NamedTuple):
     """State of the stage: the policy's training, the reference model, and the tokens sampled so far (`_counted`).
 
     The reference is None where there is no KL, and where an adapter is trained: then it is what the run began with.
+    entropy is of `rl.entropy`, None where the weight of the entropy bonus stays.
     """
 
     train: TrainState
     reference: nnx.State | None
     tokens: jax.Array
+    entropy: jax.Array | None = None
 
 
 class Learned(NamedTuple):
@@ -308,7 +343,8 @@ class GRPOTrainer:
         self.width, self.seed, self.alter, self.take_metrics = width, seed, alter_rewards, take_metrics
         self.optimizer = make_optimizer(config.adamw, self._updates)
         self.rate = schedule(config.adamw, self._updates)
-        self.score = {"temperature": config.temperature, "keep_routing": config.keep_routing}
+        self.of_sampler = {"temperature": config.temperature, "repetition_penalty": config.repetition_penalty}
+        self.score = {**self.of_sampler, "keep_routing": config.keep_routing}
         scaled = {"scale": config.scale_rewards} if config.advantage == "group" else {}
         self._estimator = partial(_ADVANTAGES[config.advantage], **scaled)
         self.frozen = None if self.lora is None else computed(model.weights, self._dtype)
@@ -337,9 +373,15 @@ class GRPOTrainer:
         weights = self.model.weights
         if self.lora is not None:
             adapter = new_adapter(self.model.config, self.lora, seed=self.seed, layout=self.layout)
-            return Reinforced(init_state(adapter, self.optimizer, self.layout), None, _counted(0))
+            return Reinforced(
+                init_state(adapter, self.optimizer, self.layout), None, _counted(0), self._first_control()
+            )
         reference = self._followed(weights, weights) if self.config.loss.beta else None
-        return Reinforced(init_state(weights, self.optimizer, self.layout), reference, _counted(0))
+        train = init_state(weights, self.optimizer, self.layout)
+        return Reinforced(train, reference, _counted(0), self._first_control())
+
+    def _first_control(self) -> jax.Array | None:
+        return entropy.first_control(self.config.loss) if self.config.loss.use_adaptive_entropy else None
 
     def trained(self, state: Reinforced) -> nnx.State:
         """What a run is for: the weights that are trained, in float32, or the frozen ones with the adapter."""
@@ -362,7 +404,7 @@ class GRPOTrainer:
             rounds=self.config.sampling_rounds,
         )
         rolled = time.perf_counter()
-        train, found = self.learn(state, used, number)
+        train, control, found = self.learn(state, used, number)
         tokens = (
             total_tokens(state.tokens)
             + sum(len(p.tokens) for p in everything.prompts_of_samples())
@@ -371,7 +413,7 @@ class GRPOTrainer:
         reference = state.reference
         if reference is not None and (number + 1) % self.config.reference_every == 0:
             reference = self._followed(reference, train.weights)
-        state = Reinforced(train, reference, _counted(tokens))
+        state = Reinforced(train, reference, _counted(tokens), control)
         values = rollout_metrics(everything) | ops_metrics.values(found) | self.take_metrics()
         values |= {
             "learning_rate": float(self.rate((number + 1) * (self._updates // self.config.steps) - 1)),
@@ -380,28 +422,50 @@ class GRPOTrainer:
             "rollout_time": rolled - start,
             "update_time": time.perf_counter() - rolled,
         }
+        if self.config.loss.has_entropy_bonus:
+            values["entropy_coef"] = self.config.loss.entropy_coef if control is None else float(control[0])
         return Learned(state, used, values)
 
-    def learn(self, state: Reinforced, rollout: Rollout, number: int) -> tuple[TrainState, ops_metrics.Metrics]:
-        """The updates that a rollout is good for, and their metrics.
+    def learn(
+        self, state: Reinforced, rollout: Rollout, number: int
+    ) -> tuple[TrainState, jax.Array | None, ops_metrics.Metrics]:
+        """The updates that a rollout is good for, the control of the entropy after them, and their metrics.
 
         Those that compare sampler and trainer are of the first update: later ones meet weights that have moved.
         """
         policy = self.policy(state) if self.config.loss.corrects_sampler else None
         parts = [self._scored(batch, state.reference, policy) for batch in self.batches(rollout, number)]
-        train, first, total = state.train, {}, None
+        train, control, first, total = state.train, state.entropy, {}, None
         for _ in range(self.config.num_iterations):
             for batch in parts:
-                train, metrics = self.update(train, batch)
+                train, metrics = self.update(train, self._with_entropy(batch, train, control))
+                if control is not None:
+                    of_update = metrics.pop("entropy_of_bonus").value()
+                    control = entropy.next_control(control, of_update, self.config.loss)
                 metrics = _of_one_update(metrics)
                 first = first or {name: metrics[name] for name in metrics if name.startswith(_OF_SAMPLING)}
                 total = metrics if total is None else ops_metrics.merge(total, metrics)
-        return train, total | first
+        return train, control, total | first
+
+    def _with_entropy(self, batch: Batch, train: TrainState, control: jax.Array | None) -> Batch:
+        """With what the loss needs of the whole batch, which a micro-batch of it could not know."""
+        loss = self.config.loss
+        if control is not None:
+            weight = float(entropy.weight_now(control, loss))
+            batch = batch._replace(entropy_coef_B=np.full(len(batch.mask_BT), weight, np.float32))
+        if loss.top_entropy_quantile == 1:
+            return batch
+        trained = train.weights
+        weights = trained if self.lora is None else merge(self.model.weights, trained, self.lora)
+        parts = self.config.micro_batches
+        entropy_BT = frozen_entropy(self.model.graphdef, weights, batch, micro_batches=parts, **self.score)
+        high = entropy.high_entropy(entropy_BT, jnp.asarray(batch.mask_BT), loss.top_entropy_quantile)
+        return batch._replace(high_entropy_BT=high)
 
     def batches(self, rollout: Rollout, number: int) -> Iterator[Batch]:
         """The samples of a rollout with their advantages, a batch for each update of one pass."""
         config = self.config
-        advantages = self.advantages(rollout.rewards, number).reshape(-1)
+        advantages = self.advantages(rollout.rewards, number, rollout.parts).reshape(-1)
         prompts = [p.tokens for p in rollout.prompts_of_samples()]
         for completion in rollout.completions:
             if completion.routes is not None:
@@ -415,10 +479,18 @@ class GRPOTrainer:
             else:
                 yield make_batch(*samples, **options)
 
-    def advantages(self, rewards_PG: np.ndarray, number: int) -> np.ndarray:
-        """[P, G] from rewards; 0 where the reward is not known."""
-        known = np.asarray(known_rewards(rewards_PG))
-        return np.asarray(self._estimator(jnp.asarray(known if self.alter is None else self.alter(known, number))))
+    def advantages(
+        self, rewards_PG: np.ndarray, number: int, parts: Mapping[str, Sequence[float | None]] | None = None
+    ) -> np.ndarray:
+        """[P, G] from rewards, NaN where not known, for "normalize_then_sum" from their parts; 0 where not known."""
+        altered = (lambda rewards: rewards) if self.alter is None else (lambda rewards: self.alter(rewards, number))
+        if self.config.multi_objective_aggregation == "sum_then_normalize":
+            return np.asarray(self._estimator(jnp.asarray(altered(rewards_PG))))
+        weights = self.roll.reward.weights
+        scores = [np.array(parts[name], np.float32).reshape(rewards_PG.shape) for name in weights]  # None is NaN
+        scores = [altered(np.where(np.isnan(rewards_PG), np.nan, of)) for of in scores]
+        of_weights = jnp.asarray(list(weights.values()), jnp.float32)
+        return np.asarray(normalized_sum_advantages(jnp.asarray(np.stack(scores, axis=2)), of_weights))
 
     def _rows_of(self, samples: int) -> int:
         """Rows come in at most eight numbers, each a compilation, and are divided by micro-batches and the mesh."""
@@ -434,7 +506,7 @@ class GRPOTrainer:
             batch = batch._replace(sampler_logprobs_BT=batch.old_logprobs_BT, old_logprobs_BT=own)
         if self.config.loss.beta:
             reference = self.frozen if reference is None else computed(reference, self._dtype)
-            batch = batch._replace(ref_logprobs_BT=frozen(reference, temperature=self.config.temperature))
+            batch = batch._replace(ref_logprobs_BT=frozen(reference, **self.of_sampler))
         return batch
 
     def _followed(self, reference: nnx.State, weights: nnx.State) -> nnx.State:
@@ -508,7 +580,7 @@ def run_grpo(
         if evaluate is not None and (number + 1) % config.eval_every == 0:
             values["eval/accuracy"] = evaluate(trainer.policy(learned.state))
         if samples.wants(number + 1):
-            advantages = trainer.advantages(learned.rollout.rewards, number)
+            advantages = trainer.advantages(learned.rollout.rewards, number, learned.rollout.parts)
             samples.write(number + 1, sample_groups(learned.rollout, advantages, prompts=_SHOWN), _STAGE)
         if number == 0 and processes.is_main() and (explanation := explain_first_loss(values)):
             print(explanation)

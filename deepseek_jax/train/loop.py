@@ -91,10 +91,11 @@ def run_stage(
 
     Raises:
         SystemExit: with status `processes.PREEMPTED`, after SIGTERM.
+        NonFiniteError: a step had a loss, a gradient or weights that are not finite. It is logged and not saved.
     """
     with (
         processes.preemption() as preempted,
-        RunCheckpoints(folder / "checkpoints" / stage.name) as checkpoints,
+        RunCheckpoints(kept := folder / "checkpoints" / stage.name) as checkpoints,
     ):
         done = 0
         if checkpoints.latest() is not None:
@@ -113,6 +114,11 @@ def run_stage(
                 metrics = {**metrics, "step_time": time.perf_counter() - start}
                 trace.after(number + 1, state)
                 log.write(number + 1, metrics, stage.name)
+                if _is_bad(metrics):
+                    good = checkpoints.latest()
+                    raise NonFiniteError(
+                        _stopped(stage, number + 1, metrics, None if good is None else kept / str(good))
+                    )
                 progress.update(number + 1, **{label: metrics[k] for k, label in stage.shown.items() if k in metrics})
                 stop = preempted()
                 if stop or (number + 1) % stage.save_every == 0 or number + 1 == stage.steps:
@@ -125,6 +131,27 @@ def run_stage(
                     )
                     raise SystemExit(processes.PREEMPTED)
     return state
+
+
+class NonFiniteError(ValueError):
+    """Training came to numbers that are not finite; the message says where, and what is left to go on from."""
+
+
+def _is_bad(metrics: Mapping[str, float]) -> bool:
+    """Whether weights may have been spoiled: what a step left out did not spoil them."""
+    if metrics.get("nonfinite_updates"):
+        return True
+    watched = (metrics.get(name, 0.0) for name in ("loss", "grad_norm"))
+    return not metrics.get("skipped_updates") and not all(map(math.isfinite, watched))
+
+
+def _stopped(stage: Stage, step: int, metrics: Mapping[str, float], good: Path | None) -> str:
+    found = [f"{name} {metrics[name]}" for name in ("loss", "grad_norm") if not math.isfinite(metrics.get(name, 0.0))]
+    return (
+        f"{stage.name}: step {step} of {stage.steps}: {' and '.join(found) or 'new weights'} not finite, not saved; "
+        f"last good checkpoint: {'none' if good is None else good}; lower the learning rate, or leave updates out that "
+        "spike (skip_grad_norm)"
+    )
 
 
 def _score(stage: Stage, metrics: Mapping[str, float]) -> float | None:

@@ -1,5 +1,6 @@
 """One optimizer step: (state, batch) -> (state, metrics), for any objective."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -14,7 +15,7 @@ from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.model.lora import LoRAConfig, adapted
 from deepseek_jax.model.precision import cast
 from deepseek_jax.model.scoring import Scored
-from deepseek_jax.ops.metrics import Mean, Metrics, Whole, merge
+from deepseek_jax.ops.metrics import Mean, Metrics, Sum, Whole, merge
 from deepseek_jax.ops.routing import updated_bias
 from deepseek_jax.sharding import LOCAL, Layout
 
@@ -61,14 +62,19 @@ class StepConfig:
         dtype: what the model computes in, "float32" or "bfloat16". The weights of the state, gradients, and their sums
             over micro-batches have the dtype of the state all the same: float32 masters learn from updates that are
             far below a bfloat16's last bit. An adapter's model computes in the dtype of the frozen weights.
+        skip_grad_norm: an update whose gradient has a norm above this, or not a finite one, leaves weights and moments
+            as they are, and is counted. None: none is left out.
     """
 
     micro_batches: int = 1
     balance_alpha: float = 0.0
     bias_gamma: float = 0.0
     dtype: str = "float32"
+    skip_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
+        if self.skip_grad_norm is not None and not 0 < self.skip_grad_norm < math.inf:
+            raise ValueError(f"skip_grad_norm: got {self.skip_grad_norm}, wanted a finite number above 0, or None")
         if self.micro_batches < 1:
             raise ValueError(f"micro_batches: got {self.micro_batches}, wanted at least 1")
 
@@ -92,7 +98,11 @@ def make_train_step(
     config: StepConfig,
     layout: Layout = LOCAL,
 ) -> Callable[[TrainState, MaskedBatch], tuple[TrainState, Metrics]]:
-    """The jitted step; its state is donated. `layout` is the one that the module of `graphdef` was made with."""
+    """The jitted step; its state is donated. `layout` is the one that the module of `graphdef` was made with.
+
+    Beside the objective's metrics it gives `loss`, `grad_norm`, `nonfinite_updates`, 1 where loss, gradient or new
+    weights are not finite, which `train.loop` ends a run for, and with `skip_grad_norm` `skipped_updates`.
+    """
 
     def step(state: TrainState, batch: MaskedBatch) -> tuple[TrainState, Metrics]:
         model = lambda weights: nnx.merge(graphdef, cast(weights, jnp.dtype(config.dtype)))
@@ -161,14 +171,43 @@ def _stepped(
     params = optax.apply_updates(params, updates)
     if config.bias_gamma:
         rest = _moved_biases(rest, load_LE, config.bias_gamma)
-    return layout.stored(TrainState(nnx.merge_state(params, rest), moments, state.step + 1)), metrics
+    after = TrainState(nnx.merge_state(params, rest), moments, state.step + 1)
+    after, counted = _guarded(state, after, metrics["loss"].total, metrics["grad_norm"].total, config.skip_grad_norm)
+    return layout.stored(after), metrics | counted
+
+
+def _guarded(
+    before: TrainState, after: TrainState, loss: jax.Array, norm: jax.Array, most: float | None
+) -> tuple[TrainState, Metrics]:
+    """The state after an update, or the one before where a spike is to be left out; and what there was of either."""
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    if most is None:
+        return after, {"nonfinite_updates": Sum(_count(~(finite & _all_finite(after.weights))))}
+    skip = ~(finite & (norm <= most))
+    kept = jax.tree.map(lambda old, new: jnp.where(skip, old, new), before, after)._replace(step=after.step)
+    bad = ~_all_finite(kept.weights)
+    return kept, {"nonfinite_updates": Sum(_count(bad)), "skipped_updates": Sum(_count(skip))}
+
+
+def _count(flag: jax.Array) -> jax.Array:
+    return flag.astype(jnp.float32)
+
+
+def _all_finite(weights: nnx.State) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(weights)]))
 
 
 def whole_of(batch: MaskedBatch) -> Whole:
     """Samples and counted tokens of a batch; at least one token, that nothing is divided by zero."""
     lengths_BK = batch.lengths_BK if "lengths_BK" in batch._fields else None
     samples = batch.mask_BT.shape[0] if lengths_BK is None else jnp.sum(lengths_BK > 0)
-    return Whole(jnp.asarray(samples, jnp.float32), jnp.maximum(jnp.sum(batch.mask_BT), 1).astype(jnp.float32))
+    tokens = lambda mask: jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
+    high = batch.high_entropy_BT if "high_entropy_BT" in batch._fields else None
+    return Whole(
+        jnp.asarray(samples, jnp.float32),
+        tokens(batch.mask_BT),
+        None if high is None else tokens(batch.mask_BT & high),
+    )
 
 
 def _accumulate(gradient_of, batch, parts: int):

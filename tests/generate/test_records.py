@@ -110,7 +110,6 @@ def test_without_filters_the_support_is_the_vocabulary():
 @pytest.mark.parametrize(
     ("record", "sampling", "config", "message"),
     [
-        (Record(support=True), {"repetition_penalty": 1.1}, MOE, "support beside repetition_penalty 1.1, wanted 1"),
         (Record(support=True), {"temperature": 0.0}, MOE, "support beside temperature 0"),
         (Record(routes=True), {}, DENSE, "routes for a model without experts"),
     ],

@@ -27,6 +27,7 @@ from deepseek_jax.generate.engine import Generator
 from deepseek_jax.generate.text import TextCompletion
 from deepseek_jax.model.decoder import Decoder, split
 from deepseek_jax.ops import metrics as ops_metrics
+from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl import rollout as rollout_module
 from deepseek_jax.rl.rollout import Prompt, Roller
 from deepseek_jax.text.tokenizer import Tokenizer
@@ -120,16 +121,15 @@ def rewards_are_the_same_everywhere() -> None:
     found = [TextCompletion("a", np.asarray([1, 2]), np.zeros(2, np.float32), True) for _ in range(4)]
     rollout_module.complete = lambda *arguments, **options: found
 
-    def grade(**columns: list) -> tuple[list[float], dict[str, list[float | None]]]:
-        graded = [processes.index() + 0.1 * row for row in range(4)]
-        return graded, {"part": [None, *graded[1:]]}
+    def grade(**columns: list) -> list[float]:
+        return [processes.index() + 0.1 * row for row in range(4)]
 
-    roll = Roller(
-        generator=SimpleNamespace(), tokenizer=SimpleNamespace(), sampling=SimpleNamespace(), group_size=4, reward=grade
-    )
+    none = SimpleNamespace()
+    reward = combine({"part": grade}, {"part": 1.0})
+    roll = Roller(generator=none, tokenizer=none, sampling=none, group_size=4, reward=reward)
     rolled = roll(None, [Prompt("q", [1], {"answer": "a"})], seed=0, step=0)
     assert rolled.rewards.tolist() == [np.float32([0, 0.1, 0.2, 0.1 * 3]).tolist()]
-    assert rolled.parts == {"part": [None, 0.1, 0.2, 0.1 * 3]}
+    assert rolled.parts == {"part": [0, 0.1, 0.2, 0.1 * 3]}
 
 
 def one_fails(folder: Path, /) -> None:

@@ -1,7 +1,10 @@
 """Laws of the weighted sum: None contributes nothing, and a function at fault is named."""
 
+import asyncio
 import contextlib
+import functools
 import math
+import threading
 
 import pytest
 from hypothesis import given
@@ -40,7 +43,7 @@ def test_none_contributes_nothing(a, weight):
 def test_functions_see_the_rows_and_every_column():
     seen = {}
 
-    def spy(prompts, completions, completion_ids, **columns):
+    def spy(prompts, completions, completion_ids, log_extra, log_metric, **columns):
         seen.update(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
         return [0.0]
 
@@ -62,9 +65,11 @@ def test_real_functions_combine():
     assert parts == {"accuracy": [1.0, None], "format": [1.0, 0.0]}
 
 
-def test_a_row_without_any_score_is_refused():
-    with pytest.raises(ValueError, match=r"row 1: got None from every function \(a, b\)"):
-        run({"a": fixed([1.0, None, 1.0]), "b": fixed([None, None, 1.0])}, {"a": 1.0, "b": 1.0})
+def test_a_row_to_which_nothing_applies_is_not_known_and_said(caplog):
+    total, parts = run({"a": fixed([1.0, None, 1.0]), "b": fixed([None, None, 1.0])}, {"a": 1.0, "b": 1.0})
+    assert total == [1.0, pytest.approx(math.nan, nan_ok=True), 2.0]
+    assert parts == {"a": [1.0, None, 1.0], "b": [None, None, 1.0]}
+    assert "no reward applies to 1 of 3 rows" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -144,8 +149,6 @@ def test_the_parts_alone_may_all_be_none():
     assert reward.parts([""], ["good"], [[1]]) == {"picky": [1.0], "none": [None]}
     none = combine({"none": fixed([None])}, {"none": 1.0})
     assert none.parts([""], ["c"], [[1]]) == {"none": [None]}
-    with pytest.raises(ValueError, match="row 0: got None from every function"):
-        none([""], ["c"], [[1]])
     with pytest.raises(ValueError, match="answer: got 2 rows, wanted 1"):
         none.parts([""], ["c"], [[1]], answer=["4", "4"])
 
@@ -196,3 +199,150 @@ def test_an_interrupt_is_no_error_of_a_function():
 def test_an_unknown_policy_is_named():
     with pytest.raises(ValueError, match="on_error: got 'zero'"):
         combine({"a": fixed([])}, {"a": 1.0}, on_error="zero")
+
+
+# --- as TRL calls ------------------------------------------------------------------------------------
+
+
+def named(completions, **kwargs):
+    return [float(len(c)) for c in completions]
+
+
+def answered(completions, answer, **kwargs):
+    return [float(a in c) for c, a in zip(completions, answer, strict=True)]
+
+
+def keyword_only(*, prompts, completions, completion_ids, **kwargs):
+    return [float(len(i)) for i in completion_ids]
+
+
+class Callable:
+    def __call__(self, prompts, completions, **kwargs):
+        return [float(len(p)) for p in prompts]
+
+
+class Waiting:
+    async def __call__(self, completions, **kwargs):
+        await asyncio.sleep(0)
+        return [2.0] * len(completions)
+
+
+async def waiting(completions, answer, **kwargs):
+    await asyncio.sleep(0)
+    return [float(a == "5") for a in answer]
+
+
+@pytest.mark.parametrize(
+    ("function", "wanted"),
+    [
+        (named, [3.0, 1.0]),
+        (answered, [1.0, 0.0]),
+        (keyword_only, [2.0, 1.0]),
+        (Callable(), [1.0, 2.0]),
+        (functools.partial(named), [3.0, 1.0]),
+        (Callable().__call__, [1.0, 2.0]),
+        (waiting, [1.0, 0.0]),
+        (Waiting(), [2.0, 2.0]),
+        (lambda p, c, i, **k: [float(len(x)) for x in i], [2.0, 1.0]),
+    ],
+)
+def test_a_function_names_only_what_it_looks_at(function, wanted):
+    total, _ = combine({"f": function}, {"f": 1.0})(["p", "pp"], ["c 5", "c"], [[1, 2], [1]], answer=["5", "6"])
+    assert total == wanted
+
+
+def test_a_function_without_kwargs_is_refused_as_any_that_raises():
+    with pytest.raises(RewardError, match="'f': row 0: raised TypeError: .*unexpected keyword argument"):
+        combine({"f": lambda completions: [1.0]}, {"f": 1.0})(["p"], ["c"], [[1]])
+
+
+def test_asynchronous_functions_wait_for_each_other():
+    """Each goes on only when the other has begun: one after the other they would wait for ever."""
+    begun = {"a": threading.Event(), "b": threading.Event()}
+
+    def of(own, other):
+        async def function(completions, **kwargs):
+            begun[own].set()
+            for _ in range(500):
+                if begun[other].is_set():
+                    return [1.0] * len(completions)
+                await asyncio.sleep(0.01)
+            raise TimeoutError(other)
+
+        return function
+
+    total, _ = combine({"a": of("a", "b"), "b": of("b", "a")}, {"a": 1.0, "b": 2.0})([""], [""], [[1]])
+    assert total == [3.0]
+
+
+def test_asynchronous_functions_run_where_a_loop_runs_already():
+    reward = combine({"w": waiting}, {"w": 1.0})
+
+    async def notebook():
+        return reward([""], [""], [[1]], answer=["5"])
+
+    assert asyncio.run(notebook())[0] == [1.0]
+
+
+async def picky_later(prompts, completions, **kwargs):
+    return picky(prompts, completions, None)
+
+
+def test_an_asynchronous_function_that_raises_is_named_with_its_row():
+    with pytest.raises(RewardError, match="'picky': row 1: raised KeyError"):
+        scored(["good", "bad"], "raise", {"picky": picky_later})
+    total, parts = scored(["good", "bad"], "none", {"picky": picky_later})
+    assert parts == {"picky": [1.0, None]} and math.isnan(total[1])
+
+
+def logging_lengths(completions, log_extra, log_metric, **kwargs):
+    log_extra("length", [len(c) for c in completions])
+    log_metric("rows", len(completions))
+    if "bad" in completions:
+        raise KeyError("oh")
+    return [1.0] * len(completions)
+
+
+def graded(completions, functions, on_error="raise"):
+    rows = len(completions)
+    return combine(functions, dict.fromkeys(functions, 1.0), on_error=on_error).graded(
+        [""] * rows, completions, [[1]] * rows
+    )
+
+
+def test_functions_log_columns_and_numbers():
+    found = graded(
+        ["a", "bb"],
+        {
+            "f": logging_lengths,
+            "g": lambda completions, log_extra, **k: log_extra("nan", [math.nan, "x"]) or [0.0, 0.0],
+        },
+    )
+    assert found.extra == {"length": [1, 2], "nan": [None, "x"]} and found.metrics == {"rows": [2.0]}
+
+
+def test_what_a_failed_call_logged_does_not_count():
+    found = graded(["a", "bad", "cc"], {"f": logging_lengths}, on_error="none")
+    assert found.extra == {"length": [1, None, 2]} and found.metrics == {"rows": [1.0, 1.0]}
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        (lambda extra, metric: extra("x", [1, 2, 3]), "log_extra: x: got 3 values, wanted [12]"),
+        (lambda extra, metric: metric("x", math.nan), "log_metric: x: got nan"),
+        (lambda extra, metric: metric("x", "1"), "log_metric: x: got '1'"),
+    ],
+)
+def test_what_cannot_be_logged_is_refused(log, reason):
+    def function(completions, log_extra, log_metric, **kwargs):
+        log(log_extra, log_metric)
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match=f"raised ValueError: {reason}"):
+        graded(["a", "b"], {"f": function})
+
+
+def test_a_column_cannot_have_a_loggers_name():
+    with pytest.raises(ValueError, match="log_metric: got a column of that name"):
+        run({"a": fixed([1.0] * 3)}, {"a": 1.0}, log_metric=["x"] * 3)

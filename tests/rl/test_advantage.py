@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from deepseek_jax.rl.advantage import (
     group_advantages,
-    known_rewards,
+    normalized_sum_advantages,
     reinforce_advantages,
     reinforce_baseline_advantages,
     rloo_advantages,
@@ -154,9 +154,78 @@ def test_another_scale_is_refused(scale):
         group_advantages(jnp.zeros((2, 2)), scale=scale)
 
 
-def test_a_reward_that_is_not_known_teaches_nothing_and_moves_no_mean():
-    rewards = np.array([[1, np.nan, 0, 0.5], [np.nan] * 4, [1, 2, 3, 4]], np.float32)
-    known = np.asarray(known_rewards(rewards))
-    np.testing.assert_array_equal(known, [[1, 0.5, 0, 0.5], [0] * 4, [1, 2, 3, 4]])
-    advantages = np.asarray(group_advantages(known, scale="none"))
-    np.testing.assert_allclose(advantages, [[0.5, 0, -0.5, 0], [0] * 4, [-1.5, -0.5, 0.5, 1.5]], atol=1e-6)
+def with_unknown(seed, P=5, G=6) -> np.ndarray:
+    """Some rewards are not known; of the last group one is, of the one before it none."""
+    r = rewards(seed, P, G)
+    r[np.random.default_rng(seed + 1).random((P, G)) < 0.3] = np.nan
+    r[-2], r[-1, 1:] = np.nan, np.nan
+    return r
+
+
+def ragged(r, of) -> np.ndarray:
+    """A formula on the known rewards of each group alone; 0 elsewhere, and where only one is known."""
+    groups = [[float(x) for x in row if not np.isnan(x)] for row in r]
+    found = iter(np.concatenate([np.ravel(row) for row in of([g for g in groups if len(g) > 1])]))
+    counts = [len(g) > 1 for g in groups]
+    return np.array(
+        [[next(found) if many and not np.isnan(x) else 0.0 for x in row] for row, many in zip(r, counts, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_unknown_reward_is_as_if_it_had_not_been_drawn(seed):
+    r = with_unknown(seed)
+    of_group = lambda groups: [(np.array(g) - np.mean(g)) / (np.std(g, ddof=1) + 1e-4) for g in groups]
+    np.testing.assert_allclose(group_advantages(jnp.asarray(r)), ragged(r, of_group), rtol=1e-4, atol=1e-5)
+    of_others = lambda groups: [(np.array(g) - np.mean(g)) * len(g) / (len(g) - 1) for g in groups]
+    np.testing.assert_allclose(rloo_advantages(jnp.asarray(r)), ragged(r, of_others), rtol=1e-4, atol=1e-5)
+    everything = r[~np.isnan(r)].astype(np.float64)
+    wanted = np.nan_to_num((r - everything.mean()) / (everything.std(ddof=1) + 1e-4))
+    np.testing.assert_allclose(reinforce_advantages(jnp.asarray(r)), wanted, rtol=1e-4, atol=1e-5)
+    centred = np.array([x - np.mean(g) for g in ([y for y in row if not np.isnan(y)] for row in r) for x in g])
+    wanted = ragged(r, lambda groups: [(np.array(g) - np.mean(g)) / (centred.std(ddof=1) + 1e-4) for g in groups])
+    np.testing.assert_allclose(reinforce_baseline_advantages(jnp.asarray(r)), wanted, rtol=1e-4, atol=1e-5)
+    batch = wanted * (centred.std(ddof=1) + 1e-4) / (everything.std(ddof=1) + 1e-4)
+    np.testing.assert_allclose(group_advantages(jnp.asarray(r), scale="batch"), batch, rtol=1e-4, atol=1e-5)
+
+
+def test_two_known_rewards_of_four_have_their_own_deviation():
+    r = jnp.asarray([[1, 0, np.nan, np.nan]], jnp.float32)
+    half = 1 / np.sqrt(2)
+    np.testing.assert_allclose(group_advantages(r, epsilon=0.0), [[half, -half, 0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(rloo_advantages(r), [[1, -1, 0, 0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("of", ALL, **by_name)
+def test_a_group_of_which_nothing_or_little_is_known_gets_no_advantage(of):
+    r = np.full((3, 4), np.nan, np.float32)
+    np.testing.assert_array_equal(of(jnp.asarray(r)), np.zeros((3, 4)))
+    r[1, 2] = 5
+    np.testing.assert_array_equal(of(jnp.asarray(r)), np.zeros((3, 4)))
+    r[0] = [0, 1, 0, 1]
+    np.testing.assert_array_equal(of(jnp.asarray(r))[2], np.zeros(4))
+
+
+def parts(seed, P=3, G=5, F=3) -> np.ndarray:
+    found = np.random.default_rng(seed).normal(size=(P, G, F)).astype(np.float32) * np.float32([1, 100, 0.01])
+    found[np.random.default_rng(seed + 1).random((P, G, F)) < 0.2] = np.nan
+    found[0, 0], found[1, :, 0] = np.nan, 0.25
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_each_reward_by_itself_then_summed_equals_the_formula(seed):
+    p, weights = parts(seed), np.float32([1.0, 0.5, -2.0])
+    total = np.zeros(p.shape[:2])
+    for f, weight in enumerate(weights):
+        of_group = lambda groups: [(np.array(g) - np.mean(g)) / (np.std(g, ddof=1) + 1e-4) for g in groups]
+        total += weight * ragged(p[:, :, f], of_group)
+    total[np.isnan(p).all(axis=2)] = np.nan
+    wanted = np.nan_to_num((total - np.nanmean(total)) / (np.nanstd(total, ddof=1) + 1e-4))
+    found = normalized_sum_advantages(jnp.asarray(p), jnp.asarray(weights))
+    np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=2e-4)
+
+
+def test_weights_must_be_as_many_as_functions():
+    with pytest.raises(ValueError, match="a weight for each function"):
+        normalized_sum_advantages(jnp.zeros((2, 2, 3)), jnp.ones(2))

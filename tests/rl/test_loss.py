@@ -43,6 +43,18 @@ CONFIGS = {
     "sequence_truncate": GRPOConfig(
         **GSPO, importance_sampling_mode="sequence_truncate", importance_sampling_clip_min=0.7, entropy_coef=0.5
     ),
+    "vespo": GRPOConfig(loss_type="vespo", vespo_k_pos=1.5, vespo_lambda_neg=1.0, beta=0.1),
+    "vespo_corrected": GRPOConfig(
+        loss_type="vespo",
+        beta=0.0,
+        importance_sampling_mode="token_mask",
+        importance_sampling_clip_max=1.5,
+        importance_sampling_clip_min=0.7,
+        entropy_coef=0.2,
+    ),
+    "high_entropy": GRPOConfig(loss_type="dapo", top_entropy_quantile=0.5, entropy_coef=0.3, beta=0.5),
+    "high_entropy_of_samples": GRPOConfig(**GSPO, top_entropy_quantile=0.2, importance_sampling_clip_max=1.1),
+    "sequence_kl": GRPOConfig(**GSPO, use_bias_correction_kl=True, beta=0.5),
     "sequence_mask": GRPOConfig(
         **V32, delta=1.4, importance_sampling_mode="sequence_mask", importance_sampling_clip_max=1.3, entropy_coef=0.2
     ),
@@ -60,7 +72,8 @@ def samples(seed, spread=0.4, count=B, longest=T) -> list[Sample]:
         old = -rng.exponential(1.0, n)
         near = lambda width, old=old, n=n: old + rng.normal(size=n) * width
         one = [near(spread), old, near(spread), rng.normal(size=n), rng.exponential(1.0, n), near(spread / 2)]
-        found.append(Sample(*(a.astype(np.float32).astype(np.float64) for a in one)))
+        high = rng.random(n) < 0.5
+        found.append(Sample(*(a.astype(np.float32).astype(np.float64) for a in one), high))
     return found
 
 
@@ -109,6 +122,7 @@ def ours(arrays, whole, *, config, per_row):
             per_row=per_row,
             entropy_BT=entropy,
             sampler_logprobs_BT=arrays.get("sampler"),
+            high_entropy_BT=arrays["high"] != 0 if config.top_entropy_quantile < 1 else None,
         )
 
     inputs = arrays["logprobs"], arrays["entropy"]
@@ -123,7 +137,8 @@ def run(arrays, config, *, whole=None, per_row=1):
 
 
 def whole_of(batch):
-    return Whole(jnp.float32(len(batch)), jnp.float32(sum(len(s.old) for s in batch)))
+    count = lambda of: jnp.float32(sum(of(s) for s in batch))
+    return Whole(count(lambda s: 1), count(lambda s: len(s.old)), count(lambda s: s.high.sum()))
 
 
 def by_sample(array, arrays):
@@ -144,8 +159,9 @@ def test_loss_gradients_and_metrics_equal_the_twin(name, seed, spread):
     for found, wanted in zip(by_sample(gradient, arrays), twins.gradient(batch, config), strict=True):
         np.testing.assert_allclose(found, wanted, **CLOSE)
     np.testing.assert_array_equal(gradient[~arrays["mask"]], 0)
-    bonus = config.entropy_coef / arrays["mask"].sum()
-    np.testing.assert_allclose(of_entropy, np.where(arrays["mask"], -bonus, 0), **CLOSE)
+    acting = arrays["mask"] & (arrays["high"] == 1) if config.top_entropy_quantile < 1 else arrays["mask"]
+    bonus = config.entropy_coef / max(acting.sum(), 1)
+    np.testing.assert_allclose(of_entropy, np.where(acting, -bonus, 0), **CLOSE)
     wanted = twins.metrics(batch, config)
     assert values(metrics).keys() == wanted.keys()
     assert values(metrics) == pytest.approx(wanted, rel=2e-6, abs=1e-6)
@@ -172,9 +188,9 @@ def test_the_configs_make_every_choice_both_ways():
         assert shares[name, "sampling/importance_sampling_ratio/mean"] != pytest.approx(reached, abs=0.05)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if CONFIGS[name].loss_type != "cispo"])
+@pytest.mark.parametrize("name", [name for name in NAMES if CONFIGS[name].loss_type not in ("cispo", "vespo")])
 def test_the_twins_gradient_is_that_of_its_value(name):
-    """Central differences; in CISPO the ratio is held, so that its gradient is not its value's."""
+    """Central differences; in CISPO and VESPO a weight is held, so that their gradient is not their value's."""
     config, batch = CONFIGS[name], samples(5)
     for i, wanted in enumerate(twins.gradient(batch, config)):
         for t in range(len(wanted)):
@@ -496,3 +512,24 @@ def test_arrays_that_do_not_fit_are_refused(change, message):
     made = {k: jnp.zeros(v) if isinstance(v, tuple) else v for k, v in change.items()}
     with pytest.raises(ValueError, match=f"^{message}"):
         grpo_loss(**arguments | made)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss_type": "vespo", "importance_sampling_level": "sequence"}, "got 'sequence' with vespo"),
+        ({"loss_type": "vespo", "delta": 2.0}, "delta: got 2.0 with vespo"),
+        (
+            {"loss_type": "vespo", "importance_sampling_mode": "sequence_mask", "importance_sampling_clip_max": 2.0},
+            "importance_sampling_mode: got 'sequence_mask' with vespo",
+        ),
+        ({"vespo_lambda_pos": 0.0}, "vespo_lambda_pos: got 0.0"),
+        ({"top_entropy_quantile": 1.1}, "top_entropy_quantile: got 1.1"),
+        ({"use_bias_correction_kl": True, "kl_estimator": "k2"}, "use_bias_correction_kl: got True"),
+        ({"entropy_target": 1.0}, "entropy_target: got 1.0, wanted use_adaptive_entropy"),
+        ({"use_adaptive_entropy": True, "entropy_coef_min": 2.0}, "entropy_coef_min: got 2.0"),
+    ],
+)
+def test_new_settings_that_contradict_others_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        GRPOConfig(**changes)

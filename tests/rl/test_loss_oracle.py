@@ -5,6 +5,7 @@ where they would ask a model, rewards where they would ask reward functions. The
 """
 
 from collections import defaultdict
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,15 +16,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepseek_jax.generate.text import TextCompletion
 from deepseek_jax.ops.metrics import Whole, values
-from deepseek_jax.rl.advantage import group_advantages, rloo_advantages
+from deepseek_jax.rl.advantage import group_advantages, normalized_sum_advantages, rloo_advantages
+from deepseek_jax.rl.entropy import first_control, high_entropy, next_control, weight_now
 from deepseek_jax.rl.loss import GRPOConfig, grpo_loss
+from deepseek_jax.rl.rollout import Prompt, Rollout, rollout_metrics
 
 pytestmark = pytest.mark.oracle
 
 P, G, T, EOS = 2, 3, 6, 2
 B = P * G
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
+WEIGHTS = [1.0, 0.3, -0.5]
 
 
 def trl_trainer(name: str) -> Any:
@@ -65,13 +70,22 @@ def stand_in(config: GRPOConfig, scale: str = "group") -> SimpleNamespace:
         process_index=0,
         sync_gradients=True,
         gather=lambda x: x,
+        pad_across_processes=lambda x, dim, pad_index: x,
         reduce=lambda x, reduction: x,
     )
     args = SimpleNamespace(
         delta=config.delta,
         sapo_temperature_pos=config.sapo_temperature_pos,
         sapo_temperature_neg=config.sapo_temperature_neg,
-        use_bias_correction_kl=config.kl_estimator == "unbiased",
+        use_bias_correction_kl=config.kl_estimator == "unbiased" or config.use_bias_correction_kl,
+        vespo_k_pos=config.vespo_k_pos,
+        vespo_lambda_pos=config.vespo_lambda_pos,
+        vespo_k_neg=config.vespo_k_neg,
+        vespo_lambda_neg=config.vespo_lambda_neg,
+        entropy_target=config.entropy_target,
+        entropy_coef_min=config.entropy_coef_min,
+        entropy_coef_max=config.entropy_coef_max,
+        entropy_coef_delta=config.entropy_coef_delta,
         steps_per_generation=1,
         gradient_accumulation_steps=1,
         gradient_checkpointing_kwargs=None,
@@ -84,7 +98,9 @@ def stand_in(config: GRPOConfig, scale: str = "group") -> SimpleNamespace:
         _pending_metrics={},
         _is_vlm=False,
         _tokenizer=SimpleNamespace(pad_token_id=0),
-        _entropy_bonus_enabled=config.entropy_coef != 0,
+        _entropy_bonus_enabled=config.has_entropy_bonus,
+        _last_world_entropy=float("inf"),
+        _entropy_window_stats=None,
         accelerator=accelerator,
         args=args,
         aux_loss_enabled=False,
@@ -111,8 +127,8 @@ def stand_in(config: GRPOConfig, scale: str = "group") -> SimpleNamespace:
         reward_func_names=["reward"],
         scale_rewards=scale,
         tools=None,
-        top_entropy_quantile=1.0,
-        use_adaptive_entropy=False,
+        top_entropy_quantile=config.top_entropy_quantile,
+        use_adaptive_entropy=config.use_adaptive_entropy,
         use_vllm=True,
         vllm_importance_sampling_clip_max=config.importance_sampling_clip_max,
         vllm_importance_sampling_clip_min=config.importance_sampling_clip_min,
@@ -132,13 +148,14 @@ def trl_rollout(of_trainer: Any, self: SimpleNamespace, arrays: dict[str, np.nda
     found = ([[5]] * B, completions, None, completions, sampler, {}, None, None)
     is_rloo = of_trainer.__name__ == "RLOOTrainer"
     self._generate = lambda prompts: (found[0], found[1], found[3]) if is_rloo else found
-    self._calculate_rewards = lambda *_: double("rewards").reshape(B, 1)
+    scores = arrays.get("scores", arrays["rewards"].reshape(B, 1))
+    self._calculate_rewards = lambda *_: torch.tensor(scores, dtype=torch.float64)
     self._get_per_token_logps_and_entropies = lambda model, *_, **__: (
         double("ref" if model == "the reference" else "old"),
         None,
         None,
     )
-    self.reward_weights = torch.ones(1, dtype=torch.float64)
+    self.reward_weights = torch.tensor(WEIGHTS[: scores.shape[1]], dtype=torch.float64)
     inputs = of_trainer._generate_and_score_completions(self, [{"prompt": "?"}] * B)
     assert torch.equal(inputs["completion_mask"].bool(), torch.tensor(arrays["mask"]))
     return inputs
@@ -153,17 +170,25 @@ def trl_loss(of_trainer: Any, self: SimpleNamespace, inputs: dict[str, Any], arr
     logprobs, entropy = (torch.tensor(arrays[k], dtype=torch.float64).requires_grad_() for k in ("logprobs", "entropy"))
     self._get_per_token_logps_and_entropies = lambda *_, **__: (logprobs, entropy, None)
     self.get_off_policy_mask = of_trainer.get_off_policy_mask
+    self.get_gamma_weights = of_trainer.get_gamma_weights
+    self.get_high_entropy_mask = partial(of_trainer.get_high_entropy_mask, self)
     loss = of_trainer._compute_loss(self, self.model, inputs)
     loss.backward()
     of_entropy = np.zeros(entropy.shape) if entropy.grad is None else entropy.grad.numpy()
     return loss.item(), logprobs.grad.numpy(), of_entropy
 
 
-def our_loss(arrays: dict[str, np.ndarray], advantages: np.ndarray, config: GRPOConfig, whole: Whole | None = None):
+def our_loss(
+    arrays: dict[str, np.ndarray], advantages: np.ndarray, config: GRPOConfig, whole: Whole | None = None, coef=None
+):
     def loss(logprobs, entropy):
         given = (*(jnp.asarray(arrays[k]) for k in ("old", "ref")), advantages, jnp.asarray(arrays["mask"]))
         sampler = jnp.asarray(arrays["sampler"])
-        return grpo_loss(logprobs, *given, config, entropy_BT=entropy, sampler_logprobs_BT=sampler, whole=whole)
+        high = None
+        if config.top_entropy_quantile < 1:
+            high = high_entropy(jnp.asarray(arrays["entropy"]), given[3], config.top_entropy_quantile)
+        options = {"sampler_logprobs_BT": sampler, "high_entropy_BT": high, "entropy_coef": coef}
+        return grpo_loss(logprobs, *given, config, entropy_BT=entropy, whole=whole, **options)
 
     inputs = jnp.asarray(arrays["logprobs"]), jnp.asarray(arrays["entropy"])
     (value, metrics), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(*inputs)
@@ -173,15 +198,15 @@ def our_loss(arrays: dict[str, np.ndarray], advantages: np.ndarray, config: GRPO
 @st.composite
 def configs(draw) -> GRPOConfig:
     """Any combination of settings that both know."""
-    kind = draw(st.sampled_from(["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"]))
+    kind = draw(st.sampled_from(["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]))
     levels = {"luspo": ["sequence"], "grpo": ["token", "sequence"], "sapo": ["token", "sequence"]}
     level = draw(st.sampled_from(levels.get(kind, ["token"])))
     high = draw(st.sampled_from([1.2, 5.0] if kind == "cispo" else [None, 0.05, 0.28]))
-    limits = {} if kind in ("cispo", "sapo") else {"delta": draw(st.sampled_from([None, 1.3, 1.6]))}
-    # At the sequence level TRL's corrected KL takes the sequence's ratio, ours the token's.
-    estimators = ["k3", "unbiased"] if level == "token" else ["k3"]
+    limits = {} if kind in ("cispo", "sapo", "vespo") else {"delta": draw(st.sampled_from([None, 1.3, 1.6]))}
+    # At the sequence level TRL's corrected KL takes the sequence's ratio, "unbiased" the token's.
+    estimator = draw(st.sampled_from(["k3", "unbiased"] if level == "token" else ["k3"]))
     bounds = draw(st.sampled_from([(None, None), (1.1, None), (1.3, 0.8), (None, 0.9)]))
-    modes = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+    modes = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"][: 2 if kind == "vespo" else 4]
     return GRPOConfig(
         loss_type=kind,
         importance_sampling_level=level,
@@ -190,7 +215,9 @@ def configs(draw) -> GRPOConfig:
         epsilon_high=high,
         sapo_temperature_neg=1.5,
         beta=draw(st.sampled_from([0.0, 0.5])),
-        kl_estimator=draw(st.sampled_from(estimators)),
+        kl_estimator=estimator,
+        use_bias_correction_kl=estimator == "k3" and draw(st.booleans()),
+        top_entropy_quantile=draw(st.sampled_from([1.0, 1.0, 0.5, 0.2, 0.0])),
         entropy_coef=draw(st.sampled_from([0.0, 0.3])),
         off_policy_mask_threshold=draw(st.sampled_from([None, 0.02, 0.2])),
         importance_sampling_clip_max=bounds[0],
@@ -230,13 +257,15 @@ def test_loss_gradients_and_metrics_equal_trls(config, seed, spread, truncated, 
         return  # TRL counts samples without tokens among the samples of its means
     theirs = {name: mean for name, (mean,) in self._metrics["train"].items()}
     shared = theirs.keys() & metrics.keys()
-    assert {name for name in theirs if name.startswith(("clip_ratio", "cispo", "kl", "policy", "sampling"))} <= shared
+    assert {
+        name for name in theirs if name.startswith(("clip_ratio", "cispo", "vespo", "kl", "policy", "sampling"))
+    } <= shared
     assert {name: metrics[name] for name in shared} == pytest.approx(
         {name: theirs[name] for name in shared}, rel=2e-6, abs=1e-6
     )
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
 def test_accumulation_equals_trls(loss_type):
     """Two micro-batches of a step, summed; all but bnpo, whose loss in TRL depends on the cut."""
     of_trainer = trl_trainer("GRPOTrainer")
@@ -272,6 +301,79 @@ def test_group_advantages_equal_trls(scale):
         inputs = trl_rollout(of_trainer, stand_in(GRPOConfig(), scale), arrays)
         found = group_advantages(jnp.asarray(arrays["rewards"]), scale=scale)
         np.testing.assert_allclose(np.ravel(found), inputs["advantages"].numpy(), **CLOSE)
+
+
+def test_advantages_and_metrics_with_unknown_rewards_equal_trls():
+    """Of two groups of three; TRL's rewards of a row are its functions' weighted sum, NaN where none applies."""
+    of_trainer = trl_trainer("GRPOTrainer")
+    for seed in range(20):
+        arrays, rng = numbers(seed), np.random.default_rng(seed)
+        arrays["rewards"].reshape(-1)[rng.permutation(B)[: rng.integers(1, 5)]] = np.nan
+        for scale in ("group", "batch", "none"):
+            self = stand_in(GRPOConfig(), scale)
+            inputs = trl_rollout(of_trainer, self, arrays)
+            found = group_advantages(jnp.asarray(arrays["rewards"]), scale=scale)
+            np.testing.assert_allclose(np.ravel(found), inputs["advantages"].numpy(), **CLOSE)
+        theirs = {name: mean for name, (mean,) in self._metrics["train"].items()}
+        parts = {"reward": [None if np.isnan(x) else float(x) for x in arrays["rewards"].ravel()]}
+        drawn = [TextCompletion("", np.arange(n), np.zeros(n), True) for n in arrays["lengths"]]
+        ours = rollout_metrics(Rollout([Prompt("?", [5], {})] * P, drawn, arrays["rewards"], parts))
+        for name in ("reward", "reward_std", "rewards/reward/mean", "rewards/reward/std", "frac_reward_zero_std"):
+            if not np.isnan(theirs[name]):
+                wanted = theirs[name]
+                if name == "frac_reward_zero_std" and np.isnan(group_deviations(arrays["rewards"])).any():
+                    continue  # TRL does not count a group of one known reward, whose deviation is NaN
+                assert ours[name] == pytest.approx(wanted, rel=1e-5, abs=1e-6), name
+
+
+def group_deviations(rewards_PG: np.ndarray) -> np.ndarray:
+    known = [row[~np.isnan(row)] for row in rewards_PG]
+    return np.array([row.std(ddof=1) if len(row) > 1 else np.nan for row in known])
+
+
+def test_normalize_then_sum_equals_trls():
+    of_trainer = trl_trainer("GRPOTrainer")
+    for seed in range(20):
+        arrays, rng = numbers(seed), np.random.default_rng(seed)
+        scores = (rng.normal(size=(B, 3)) * [1, 50, 0.1]).astype(np.float32)
+        scores[rng.random((B, 3)) < 0.2] = np.nan
+        if seed % 2:
+            scores[rng.integers(B)] = np.nan
+            scores[:G, 0] = 0.5
+        arrays["scores"], self = scores, stand_in(GRPOConfig())
+        self.multi_objective_aggregation, self.reward_func_names = "normalize_then_sum", ["a", "b", "c"]
+        inputs = trl_rollout(of_trainer, self, arrays)
+        found = normalized_sum_advantages(jnp.asarray(scores.reshape(P, G, 3)), jnp.asarray(WEIGHTS, jnp.float32))
+        np.testing.assert_allclose(np.ravel(found), inputs["advantages"].numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_adaptive_entropy_bonus_equals_trls():
+    """Update after update, some below the target and some above, up to both bounds."""
+    of_trainer = trl_trainer("GRPOTrainer")
+    config = GRPOConfig(
+        loss_type="dapo",
+        use_adaptive_entropy=True,
+        entropy_coef=0.01,
+        entropy_coef_delta=0.02,
+        entropy_coef_max=0.05,
+        entropy_target=1.0,
+        top_entropy_quantile=0.7,
+    )
+    self, control, weights = stand_in(config), first_control(config), []
+    for seed in range(14):
+        arrays = numbers(seed)
+        arrays["entropy"] = arrays["entropy"] * np.float32(0.3 if seed % 7 < 4 else 3.0)
+        inputs = trl_rollout(of_trainer, self, arrays)
+        advantages = jnp.asarray(inputs["advantages"].numpy(), jnp.float32)
+        wanted, _, of_entropy = trl_loss(of_trainer, self, inputs, arrays)
+        coef = weight_now(control, config)
+        found, _, gradient, metrics = our_loss(arrays, advantages, config, coef=coef)
+        np.testing.assert_allclose(found, wanted, **CLOSE)
+        np.testing.assert_allclose(gradient, of_entropy, **CLOSE)
+        control = next_control(control, jnp.float32(metrics["entropy_of_bonus"]), config)
+        assert float(control[0]) == pytest.approx(self.entropy_coef, abs=1e-6)
+        weights.append(float(coef))
+    assert weights[0] == 0 and 0 < max(weights) <= 0.05 + 1e-6
 
 
 def test_rloo_advantages_equal_trls():

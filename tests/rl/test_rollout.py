@@ -8,12 +8,12 @@ import pytest
 from flax import nnx
 
 from deepseek_jax.config import MLAConfig, preset
-from deepseek_jax.generate.engine import Generator, SamplingConfig
+from deepseek_jax.generate.engine import Generator, Record, SamplingConfig
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.ops.metrics import Whole
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl.advantage import group_advantages
-from deepseek_jax.rl.batch import make_batch
+from deepseek_jax.rl.batch import make_batch, pack
 from deepseek_jax.rl.loss import GRPOConfig
 from deepseek_jax.rl.objective import frozen_logprobs, grpo_objective
 from deepseek_jax.rl.rollout import Prompt, Roller, joined, roll_informative, rollout_metrics
@@ -86,6 +86,33 @@ def test_old_logprobs_are_the_trainers_at_the_samplers_temperature(model, rollou
     np.testing.assert_allclose(scored[batch.mask_BT], batch.old_logprobs_BT[batch.mask_BT], atol=1e-5)
     assert (batch.old_logprobs_BT[~batch.mask_BT] == 0).all()
     assert batch.mask_BT.sum() == sum(len(c.tokens) for c in rollout.completions)
+
+
+@pytest.mark.parametrize(
+    "shaped",
+    [
+        {"min_p": 0.3},
+        {"repetition_penalty": 1.7},
+        {"repetition_penalty": 0.6, "min_p": 0.1, "top_p": 0.9, "top_k": 11},
+    ],
+    ids=str,
+)
+def test_old_logprobs_are_the_trainers_within_what_min_p_and_the_penalty_leave(model, roll, rollout, shaped):
+    """One sample a row and packed; without the penalty the trainer would say otherwise."""
+    sampling = dataclasses.replace(roll.sampling, **shaped)
+    drawn = dataclasses.replace(roll, sampling=sampling, record=Record(support=True))(
+        model[1], prompts(), seed=1, step=2
+    )
+    given = [p.tokens for p in drawn.prompts_of_samples()], drawn.completions, np.zeros(2 * G, np.float32)
+    penalty = shaped.get("repetition_penalty", 1.0)
+    for batch in (make_batch(*given, width=32), pack(*given, width=64, per_row=4, rows_of=2)):
+        of = lambda penalty, batch=batch: np.asarray(
+            frozen_logprobs(model[0], model[1], batch, temperature=0.7, repetition_penalty=penalty)
+        )[batch.mask_BT]
+        np.testing.assert_allclose(of(penalty), batch.old_logprobs_BT[batch.mask_BT], atol=1e-5)
+        assert penalty == 1 or np.abs(of(1.0) - of(penalty)).max() > 1e-2
+    assert (drawn.completions[0].penalised is None) == (penalty == 1)
+    assert any(len(c.tokens) and (c.support != 2**24 - 1).any() for c in drawn.completions) == ("min_p" in shaped)
 
 
 def test_on_policy_the_loss_is_zero_and_its_gradient_is_not(model, rollout):
@@ -196,12 +223,49 @@ def test_metrics_of_a_rollout(rollout):
     metrics = rollout_metrics(rollout)
     lengths = [len(c.tokens) for c in rollout.completions]
     assert metrics["reward"] == pytest.approx(rollout.rewards.mean(), rel=1e-6)
-    assert metrics["reward_std"] == pytest.approx(rollout.rewards.std(axis=1, ddof=1).mean(), rel=1e-5)
+    assert metrics["reward_std"] == pytest.approx(rollout.rewards.std(ddof=1), rel=1e-5)
     assert metrics["rewards/digits/mean"] == pytest.approx(rollout.rewards.mean() / 2, rel=1e-5)
     assert metrics["completions/mean_length"] == np.mean(lengths)
     assert metrics["completions/clipped_ratio"] == np.mean([not c.finished for c in rollout.completions])
     equal = rollout._replace(rewards=np.array([[1, 1, 1, 1], [0, 1, 0, 0]], np.float32))
     assert rollout_metrics(equal)["frac_reward_zero_std"] == 0.5
+
+
+def test_metrics_leave_out_what_is_not_known(rollout):
+    nan = np.nan
+    unknown = rollout._replace(rewards=np.array([[1, nan, 1, nan], [0, 1, nan, 0]], np.float32))
+    metrics = rollout_metrics(unknown)
+    known = [1, 1, 0, 1, 0]
+    assert metrics["reward"] == pytest.approx(np.mean(known))
+    assert metrics["reward_std"] == pytest.approx(np.std(known, ddof=1))
+    assert metrics["frac_reward_zero_std"] == 0.5 and metrics["frac_reward_unknown"] == 3 / 8
+    none = rollout_metrics(rollout._replace(rewards=np.full((2, G), nan, np.float32)))
+    assert "reward" not in none and none["frac_reward_zero_std"] == none["frac_reward_unknown"] == 1
+    assert all(np.isfinite(list(none.values())))
+
+
+def test_a_group_whose_known_rewards_are_alike_is_not_informative(rollout):
+    nan = np.nan
+    roll = Rewarding(rollout, [[[1, 1, nan, nan], [nan] * 4], [[nan, nan, nan, 1], [1, 0, nan, nan]]])
+    draw = lambda: [Prompt("?", [1], {}) for _ in range(2)]
+    _, chosen = roll_informative(roll, None, draw, seed=0, step=0, rounds=2)
+    np.testing.assert_array_equal(chosen.rewards, np.float32([[1, 1, nan, nan], [1, 0, nan, nan]]))
+
+
+async def counted(completions, log_extra, log_metric, **kwargs):
+    log_extra("length", [len(c) for c in completions])
+    log_metric("seen", float(len(completions)))
+    return [float(len(c)) for c in completions]
+
+
+def test_what_reward_functions_log_comes_with_the_rollout(model, roll):
+    of = lambda at_once: dataclasses.replace(roll, at_once=at_once, reward=combine({"n": counted}, {"n": 1.0}))
+    whole, apart = (of(n)(model[1], prompts(), seed=1, step=2) for n in (None, 1))
+    assert whole.extra == apart.extra == {"length": [len(c.text) for c in whole.completions]}
+    assert whole.logged == {"seen": [2.0 * G]} and apart.logged == {"seen": [1.0 * G] * 2}
+    assert rollout_metrics(apart)["seen"] == G
+    both = joined([whole.groups([1]), whole.groups([0])])
+    assert both.extra["length"] == whole.extra["length"][G:] + whole.extra["length"][:G]
 
 
 def test_a_group_of_one_is_refused(roll):

@@ -23,6 +23,7 @@ class Sample(NamedTuple):
     advantages: np.ndarray
     entropy: np.ndarray
     sampler: np.ndarray
+    high: np.ndarray
 
 
 def smaller(a: complex, b: complex) -> complex:
@@ -42,6 +43,20 @@ def ratios(sample: Sample, level: str) -> list[complex]:
 
 def upper(config) -> float:
     return 1 + (config.epsilon if config.epsilon_high is None else config.epsilon_high)
+
+
+def acting(sample: Sample, config) -> np.ndarray:
+    """Tokens whose policy term counts."""
+    return sample.high if config.top_entropy_quantile < 1 else np.ones(len(sample.old), bool)
+
+
+def phi(sample: Sample, A: float, config) -> float:
+    """VESPO's weight of a sample, of its ratio to the sampler's."""
+    log_w = sum(float(np.real(lp)) - old for lp, old in zip(sample.logprobs, sample.old, strict=True))
+    log_w += sum(math.log(max(w, 1e-8)) for w in sampler_weights(sample, config))
+    w = math.exp(min(max(log_w, math.log(1e-8)), 20))
+    k, lam = (config.vespo_k_pos, config.vespo_lambda_pos) if A >= 0 else (config.vespo_k_neg, config.vespo_lambda_neg)
+    return math.exp(lam) * w**k * math.exp(-lam * w)
 
 
 def policy_of_token(ratio: complex, logprob: complex, A: float, config) -> complex:
@@ -76,16 +91,24 @@ def dropped(sample: Sample, config) -> list[bool]:
     return [A < 0 and gap > config.off_policy_mask_threshold for A in sample.advantages]
 
 
-def kl_of_token(logprob: complex, old: float, ref: float, config) -> complex:
+def kl_of_token(logprob: complex, old: float, ref: float, config, ratio: complex = 1.0) -> complex:
+    """`ratio`: of the level, with which use_bias_correction_kl corrects."""
     d = ref - logprob
     if config.kl_estimator == "k2":
         return d * d / 2
     k3 = cmath.exp(d) - d - 1
+    if config.use_bias_correction_kl:
+        return ratio * k3
     return cmath.exp(logprob - old) * k3 if config.kl_estimator == "unbiased" else k3
 
 
-def contribution(sample: Sample, config, samples: int, tokens: int) -> complex:
-    """What a sample adds to the loss of a batch of so many samples and tokens."""
+def kls(sample: Sample, config) -> list[complex]:
+    rows = zip(sample.logprobs, sample.old, sample.ref, ratios(sample, config.importance_sampling_level), strict=True)
+    return [kl_of_token(lp, old, ref, config, ratio) for lp, old, ref, ratio in rows]
+
+
+def contribution(sample: Sample, config, samples: int, tokens: int, high: int) -> complex:
+    """What a sample adds to the loss of a batch of so many samples and tokens, so many of high entropy."""
     n = len(sample.old)
     if not n:
         return 0.0
@@ -98,34 +121,42 @@ def contribution(sample: Sample, config, samples: int, tokens: int) -> complex:
         dropped(sample, config),
         sample.old,
         sample.ref,
+        acting(sample, config),
         strict=True,
     )
-    for ratio, logprob, A, weight, drop, old, ref in rows:
-        policy = 0.0 if drop else weight * policy_of_token(ratio, logprob, A, config)
-        terms.append(policy + (config.beta * kl_of_token(logprob, old, ref, config) if config.beta else 0.0))
+    for ratio, logprob, A, weight, drop, old, ref, acts in rows:
+        if config.loss_type == "vespo":
+            policy = -phi(sample, A, config) * A * logprob
+        else:
+            policy = weight * policy_of_token(ratio, logprob, A, config)
+        policy = policy if acts and not drop else 0.0
+        terms.append(policy + (config.beta * kl_of_token(logprob, old, ref, config, ratio) if config.beta else 0.0))
     divisor = {
         "grpo": n * samples,
         "sapo": n * samples,
         "luspo": samples,
         "dr_grpo": samples * (config.max_completion_length or 0),
     }.get(config.loss_type, tokens)
-    bonus = config.entropy_coef * sum(sample.entropy) / tokens
+    bonus = config.entropy_coef * sum(sample.entropy[acting(sample, config)]) / high
     return sum(terms) / divisor - bonus
 
 
+def of_whole(batch: list[Sample], config) -> tuple[int, int, int]:
+    """Samples, tokens, and tokens of high entropy."""
+    return len(batch), max(sum(len(s.old) for s in batch), 1), max(int(sum(acting(s, config).sum() for s in batch)), 1)
+
+
 def loss(batch: list[Sample], config) -> float:
-    tokens = max(sum(len(s.old) for s in batch), 1)
-    return sum(complex(contribution(s, config, len(batch), tokens)).real for s in batch)
+    return sum(complex(contribution(s, config, *of_whole(batch, config))).real for s in batch)
 
 
 def gradient(batch: list[Sample], config) -> list[np.ndarray]:
     """d loss / d logprobs, an array [n] a sample."""
-    tokens = max(sum(len(s.old) for s in batch), 1)
     found = []
     for sample in batch:
         steps = STEP * 1j * np.eye(len(sample.old))
         moved = [sample._replace(logprobs=sample.logprobs + step) for step in steps]
-        found.append(np.array([contribution(m, config, len(batch), tokens).imag / STEP for m in moved]))
+        found.append(np.array([contribution(m, config, *of_whole(batch, config)).imag / STEP for m in moved]))
     return found
 
 
@@ -142,13 +173,9 @@ def metrics(batch: list[Sample], config) -> dict[str, float]:
     apart = np.concatenate([np.abs(s.old - s.sampler) for s in batch])
     found = {
         "policy_loss": loss(batch, config)
-        + config.entropy_coef * sum(sum(s.entropy) for s in batch) / sum(len(s.old) for s in batch),
+        + config.entropy_coef * sum(sum(s.entropy[acting(s, config)]) for s in batch) / of_whole(batch, config)[2],
         "ratio": average(r),
-        "kl": mean_of(
-            per_token(lambda s: [kl_of_token(*x, config) for x in zip(s.logprobs, s.old, s.ref, strict=True)])
-        )
-        if config.beta
-        else 0.0,
+        "kl": mean_of(per_token(lambda s: kls(s, config))) if config.beta else 0.0,
         "entropy": mean_of([s.entropy for s in batch]),
         "sampling/sampling_logp_difference/mean": float(apart.mean()),
         "sampling/sampling_logp_difference/max": float(apart.max()),
@@ -156,6 +183,8 @@ def metrics(batch: list[Sample], config) -> dict[str, float]:
     each = lambda test: [[test(x, a) for x, a in zip(rs, As, strict=True)] for rs, As in zip(r, A, strict=True)]
     if config.loss_type == "cispo":
         found["cispo_clip_ratio"] = mean_of(each(lambda x, a: x > config.epsilon_high and a > 0))
+    elif config.loss_type == "vespo":
+        found["vespo/phi_seq_mean"] = mean_of_means([[phi(s, a, config) for a in s.advantages] for s in batch])
     elif config.loss_type != "sapo":
         low = each(lambda x, a: x < 1 - config.epsilon and a < 0)
         high = each(lambda x, a: x > upper(config) and a > 0)

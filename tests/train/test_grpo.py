@@ -1,6 +1,8 @@
 """The GRPO stage: what its options do to a step, and that none of them breaks a resumed run."""
 
 import dataclasses
+import itertools
+import math
 from functools import cache
 
 import jax
@@ -20,6 +22,7 @@ from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.train.data import batches
 from deepseek_jax.train.grpo import GRPOTrainer, GRPOTraining, _counted, followed, run_grpo, total_tokens
+from deepseek_jax.train.loop import NonFiniteError
 from deepseek_jax.train.metrics import MetricLog, read_metrics
 from deepseek_jax.train.samples import read_samples
 
@@ -331,3 +334,102 @@ def test_a_killed_stage_repeats_and_loses_no_prompt_and_ends_bit_identical(tmp_p
     assert read_samples(tmp_path / "broken") == read_samples(tmp_path / "whole")
     timeless = lambda folder: [{k: v for k, v in row.items() if not k.endswith("time")} for row in read_metrics(folder)]
     assert timeless(tmp_path / "broken") == timeless(tmp_path / "whole")
+
+
+# --- what is not finite ------------------------------------------------------------------------------
+
+
+def stage(folder, **changes):
+    of = trainer(steps=6, save_every=2, warmup=0, **changes)
+    data = batches(prompts(), size=2, seed=0)
+    return run_grpo(of, data, folder=folder, log=MetricLog(folder))
+
+
+def test_a_run_stops_at_the_step_whose_numbers_are_not_finite(tmp_path):
+    """Nothing good is overwritten, and with another learning rate the run goes on from what is left."""
+    with pytest.raises(NonFiniteError, match="grpo: step 1 of 6: new weights not finite.*last good checkpoint: none"):
+        stage(tmp_path / "inf", lr=math.inf)
+    assert read_metrics(tmp_path / "inf" / "metrics.jsonl")[-1]["nonfinite_updates"] == 1
+
+    updates = itertools.count(1)
+
+    def explodes(state, batch):
+        state, metrics = whole_update(state, batch)
+        if next(updates) == 4:
+            state = state._replace(weights=jax.tree.map(lambda w: w * np.nan, state.weights))
+        return state, metrics
+
+    of = trainer(steps=6, save_every=2)
+    whole_update, of.update = of.update, explodes
+    data = lambda: batches(prompts(), size=2, seed=0)
+    with pytest.raises(NonFiniteError, match=r"step 5 of 6: loss nan.*last good checkpoint: .*/checkpoints/grpo/4"):
+        run_grpo(of, data(), folder=tmp_path / "nan", log=MetricLog(tmp_path / "nan"))
+
+
+def test_spikes_are_left_out_and_counted():
+    of = trainer(skip_grad_norm=1e-6)
+    before = of.first_state()
+    kept = jax.tree.map(np.asarray, before.train)
+    learned = of.step(before, lambda: prompts(2), 0)
+    assert learned.metrics["skipped_updates"] == 1 and learned.metrics["nonfinite_updates"] == 0
+    for name, leaf in flat(kept.weights).items():
+        np.testing.assert_array_equal(flat(learned.state.train.weights)[name], leaf)
+    assert one_step(trainer(skip_grad_norm=1e6)).metrics["skipped_updates"] == 0
+    assert "skipped_updates" not in one_step(trainer()).metrics
+
+
+# --- options of TRL 1.16 -----------------------------------------------------------------------------
+
+
+def test_unknown_rewards_teach_nothing_whatever_they_are_compared_with():
+    nan = np.nan
+    rewards = np.array([[1, 0, nan, nan], [nan] * 4], np.float32)
+    for advantage in ("group", "rloo", "reinforce", "reinforce_baseline"):
+        found = trainer(advantage=advantage).advantages(rewards, 0)
+        assert (found[np.isnan(rewards)] == 0).all() and found[0, 0] == -found[0, 1] > 0.4
+    np.testing.assert_allclose(trainer().advantages(rewards, 0)[0, 0], 1 / np.sqrt(2), rtol=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{"micro_batches": 4}, {"pack": True}], ids=str)
+def test_high_entropy_tokens_are_those_of_the_whole_batch(changes):
+    loss = GRPOConfig(loss_type="dapo", beta=0.1, top_entropy_quantile=0.3, entropy_coef=0.1)
+    (wanted, metrics), (found, others) = gradients(trainer(loss=loss)), gradients(trainer(loss=loss, **changes))
+    for name, leaf in wanted.items():
+        np.testing.assert_allclose(found[name], leaf, rtol=0, atol=SGD_LIKE, err_msg=name)
+    for name in ("loss", "policy_loss", "grad_norm", "entropy_coef"):
+        assert others[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6), name
+
+
+def test_the_adaptive_weight_goes_through_a_resume(tmp_path):
+    loss = GRPOConfig(use_adaptive_entropy=True, entropy_coef=0.01, entropy_target=10.0, beta=0.0)
+    of = lambda steps: trainer(loss=loss, steps=steps, save_every=2)
+    data = lambda: batches(prompts(), size=2, seed=0)
+    run_grpo(of(2), data(), folder=tmp_path, log=MetricLog(tmp_path))
+    state = run_grpo(of(4), data(), folder=tmp_path, log=MetricLog(tmp_path))
+    weights = [row["entropy_coef"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    np.testing.assert_allclose(weights, [0.015, 0.02, 0.025, 0.03], rtol=1e-5)
+    assert float(state.entropy[0]) == pytest.approx(0.03)
+
+
+def test_each_reward_by_itself_then_summed():
+    of = trainer(multi_objective_aggregation="normalize_then_sum")
+    rewards = np.array([[1, 0, np.nan, 2], [1, 1, 1, 1]], np.float32)
+    found = of.advantages(rewards, 0, {"digits": [1.0, 0.0, None, 2.0, 1.0, 1.0, 1.0, 1.0]})
+    assert found[0, 2] == 0 and found[0, 1] < 0 < found[0, 3] and (found[1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"min_p": 0.1}, "keep_sampling_mask: got False with min_p 0.1"),
+        ({"repetition_penalty": 1.1}, "keep_sampling_mask: got False with repetition_penalty 1.1"),
+        ({"min_p": 2.0, "keep_sampling_mask": True}, "min_p: got 2.0"),
+        ({"skip_grad_norm": 0.0}, "skip_grad_norm: got 0.0"),
+        ({"multi_objective_aggregation": "sum"}, "multi_objective_aggregation: got 'sum'"),
+        ({"multi_objective_aggregation": "normalize_then_sum", "advantage": "rloo"}, "advantage: got 'rloo'"),
+        ({"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "batch"}, "scale_rewards: got 'batch'"),
+    ],
+)
+def test_new_options_that_contradict_others_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        GRPOTraining(**changes)
