@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from deepseek_jax.rewards.combine import RowsFailed
 from deepseek_jax.rewards.names import (
     assumed_imports,
     bound_names,
@@ -35,7 +36,7 @@ from deepseek_jax.rewards.sandbox import {role}
 """
 
 
-class TestsUnusable(RuntimeError):
+class TestsUnusable(RowsFailed):
     """The tests themselves fail, whatever the program does; the message says what is wrong with them."""
 
     __test__ = False  # for pytest, which collects classes of such names

@@ -84,10 +84,16 @@ class CodeReward:
         sources = [extract_program(*row) for row in zip(prompts, completions, names, strict=True)]
         references = self._references(columns, len(completions))
         if self.workers == 1 or len(parsed) < 2:
-            return [self._score(*row) for row in zip(sources, parsed, references, strict=True)]
+            return _known([self._tried_score(*row) for row in zip(sources, parsed, references, strict=True)])
         available()  # once, before the threads ask
         with ThreadPoolExecutor(self.workers or processors()) as pool:
-            return list(pool.map(self._score, sources, parsed, references))
+            return _known(list(pool.map(self._tried_score, sources, parsed, references)))
+
+    def _tried_score(self, *row: Any) -> float | None | TestsUnusable:
+        try:
+            return self._score(*row)
+        except TestsUnusable as error:
+            return error
 
     def _references(self, columns: Mapping[str, object], rows: int) -> Sequence[str | None]:
         if self.reference is None:
@@ -132,6 +138,16 @@ class CodeReward:
                 break
             passed += right
         return passed
+
+
+def _known(found: Sequence[float | None | TestsUnusable]) -> list[float | None]:
+    """The scores, or an error that has those of the other rows."""
+    errors = {row: of for row, of in enumerate(found) if isinstance(of, TestsUnusable)}
+    scores = [None if row in errors else of for row, of in enumerate(found)]
+    if errors:
+        first = errors[min(errors)]
+        raise TestsUnusable(str(first), scores, errors) from first
+    return scores
 
 
 def _is_text(value: object) -> bool:

@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol
 
 _LOG = logging.getLogger(__name__)
@@ -32,6 +33,22 @@ class RewardFunction(Protocol):
 
 class RewardError(RuntimeError):
     """A reward function raised; the message names the function and the row, the cause is what it raised."""
+
+
+class RowsFailed(RuntimeError):
+    """Raised by a function that scored a batch but for some rows, and so need not be asked again row by row.
+
+    Args:
+      message: what failed, for whoever calls the function by itself.
+      scores: one a row; None for those that failed.
+      errors: what failed, by row; none where the function has no rows.
+    """
+
+    def __init__(
+        self, message: str, scores: Sequence[float | None] = (), errors: Mapping[int, Exception] = MappingProxyType({})
+    ):
+        super().__init__(message)
+        self.scores, self.errors = list(scores), dict(errors)
 
 
 _Rows = Mapping[str, Sequence[Any]]
@@ -208,6 +225,11 @@ class CombinedReward:
         count = len(rows["completions"])
         if attempt.error is None:
             return _Scored(_checked(name, attempt.scores, count), frozenset(), attempt.logged)
+        if isinstance(attempt.error, RowsFailed) and attempt.error.errors:
+            for row, error in sorted(attempt.error.errors.items()):
+                self._failed(name, row, error, rows, row)
+            scores = _checked(name, attempt.error.scores, count)
+            return _Scored(scores, frozenset(attempt.error.errors), attempt.logged)
         _LOG.error("reward function %r raised %r for a batch of %d rows", name, attempt.error, count)
         # Row by row, so that the one at fault is named and the others keep their scores.
         alone = [self._score(name, row, {key: [column[row]] for key, column in rows.items()}) for row in range(count)]
@@ -226,19 +248,23 @@ class CombinedReward:
         attempt = _attempt_together([function], rows)[0] if _is_async(function) else _attempt(function, rows)
         if attempt.error is None:
             return _Scored(_checked(name, attempt.scores, 1), frozenset(), attempt.logged)
+        self._failed(name, row, attempt.error, rows, 0)
+        return _Scored([None], frozenset([0]), _Logged(1))
+
+    def _failed(self, name: str, row: int, error: Exception, rows: _Rows, place: int) -> None:
+        """Logs a row of the batch, which is at this place of `rows`, and ends the run unless it may fail."""
         _LOG.error(
             "reward function %r raised %r\nprompt: %s\ncompletion: %s",
             name,
-            attempt.error,
-            _cut(rows["prompts"][0]),
-            _cut(rows["completions"][0]),
+            error,
+            _cut(rows["prompts"][place]),
+            _cut(rows["completions"][place]),
         )
-        if self.on_error == "none":
-            return _Scored([None], frozenset([0]), _Logged(1))
-        raise RewardError(
-            f"reward function {name!r}: row {row}: raised {type(attempt.error).__name__}: {attempt.error};"
-            " see the log for the sample, mend the function, or count such rows as None with on_error='none'"
-        ) from attempt.error
+        if self.on_error == "raise":
+            raise RewardError(
+                f"reward function {name!r}: row {row}: raised {type(error).__name__}: {error};"
+                " see the log for the sample, mend the function, or count such rows as None with on_error='none'"
+            ) from error
 
     def _total(self, row: int, found: Mapping[str, _Scored]) -> float:
         applying = {name: scored.scores[row] for name, scored in found.items() if scored.scores[row] is not None}
@@ -258,10 +284,10 @@ def combine(
     Args:
       functions: reward functions by the names under which their parts are reported.
       weights: a finite weight for each of the same names; 0 reports a part that does not count.
-      on_error: a function that raises is called again row by row, and the rows at fault are logged with their prompt,
-        their completion and the exception. "raise" then ends the run with a RewardError. "none" makes those scores
-        None and, where the function has a weight, the rows' totals NaN, which whoever uses them must leave out: what
-        is not known is not 0, an error is not a wrong answer.
+      on_error: a function that raises is called again row by row, unless it says with `RowsFailed` which rows failed;
+        the rows at fault are logged with their prompt, their completion and the exception. "raise" then ends the run
+        with a RewardError. "none" makes those scores None and, where the function has a weight, the rows' totals NaN,
+        which whoever uses them must leave out: what is not known is not 0, an error is not a wrong answer.
 
     Returns:
       A callable with the functions' signature that returns (total, parts).
@@ -366,9 +392,13 @@ def _attempt_together(functions: Sequence[RewardFunction], rows: _Rows) -> list[
 
 def _plain(value: Any) -> Any:
     """What JSON can hold, which is what the table of samples is written in."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | bool | int) else str(value)
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, Integral):  # numpy's too
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else None
+    return str(value)
 
 
 def _stacked(rows: Sequence[_Logged]) -> _Logged:

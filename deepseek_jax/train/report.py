@@ -411,13 +411,16 @@ def _course(completions: Sequence[Mapping[str, Any]]) -> str:
 def _group(group: Mapping[str, Any]) -> str:
     samples = group["samples"]
     names = list(dict.fromkeys(name for sample in samples for name in sample["rewards"]))
+    extra = list(dict.fromkeys(name for sample in samples for name in sample.get("extra", {})))
     numbers = [*names, "reward", "advantage", "length", "finished"]
     head = "<th>completion</th>" + "".join(f'<th class="number">{_text(name)}</th>' for name in numbers)
+    head += "".join(f"<th>{_text(name)}</th>" for name in extra)
     body = []
     for sample in samples:
         cells = [_cell(sample["completion"])] + [_cell(sample["rewards"].get(name)) for name in names]
         cells += [_cell(sample[name]) for name in ("reward", "advantage", "length")]
         cells += [f'<td class="number">{"yes" if sample["finished"] else "cut off"}</td>']
+        cells += [_cell(sample.get("extra", {}).get(name)) for name in extra]
         body.append(f"<tr>{''.join(cells)}</tr>")
     rewards = [sample["reward"] for sample in samples if sample["reward"] is not None]
     mean = f" <small class='note'>mean reward {_value(float(np.mean(rewards)))}</small>" if rewards else ""

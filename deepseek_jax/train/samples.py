@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,8 @@ from deepseek_jax.train.metrics import StepLines, read_lines
 class Sample(NamedTuple):
     """A completion: its reward parts by name (None: does not apply), their weighted sum, and what came of it.
 
-    `length` is in tokens; `finished` says that it ended by itself and was not cut off.
+    `length` is in tokens; `finished` says that it ended by itself and was not cut off. `extra` is what reward
+    functions wrote of it with `log_extra`, by column, as JSON has it.
     """
 
     completion: str
@@ -24,6 +26,7 @@ class Sample(NamedTuple):
     advantage: float
     length: int
     finished: bool
+    extra: Mapping[str, Any] = MappingProxyType({})
 
 
 class SampleGroup(NamedTuple):
@@ -62,7 +65,8 @@ def sample_groups(
             drawn = rollout.completions[row]
             parts = {name: values[row] for name, values in rollout.parts.items()}
             reward, advantage = float(rollout.rewards[p, g]), float(advantages[p, g])
-            found.append(Sample(drawn.text, parts, reward, advantage, len(drawn.tokens), bool(drawn.finished)))
+            extra = {name: values[row] for name, values in rollout.extra.items() if values[row] is not None}
+            found.append(Sample(drawn.text, parts, reward, advantage, len(drawn.tokens), bool(drawn.finished), extra))
         answer = prompt.columns.get("answer")
         groups.append(SampleGroup(prompt.text, None if answer is None else str(answer), found))
     return groups
@@ -72,8 +76,9 @@ class SampleLog:
     """Appends groups of samples to `samples.jsonl`: one line a step, there once however often a run is killed.
 
     A line is `{"stage", "step", "groups": [{"prompt", "answer", "samples": [{"completion", "rewards", "reward",
-    "advantage", "length", "finished"}]}]}` in strict JSON; a number that is not finite is null. `truncate` has the law
-    of `MetricLog.truncate`: what a resumed run will write again goes.
+    "advantage", "length", "finished"}]}]}` in strict JSON; a number that is not finite is null. A sample of which
+    reward functions logged columns has them as `"extra"`. `truncate` has the law of `MetricLog.truncate`: what a
+    resumed run will write again goes.
 
     In several processes all may make one and call it alike: the main process alone reads and writes files.
 
@@ -159,6 +164,7 @@ def _sample(sample: Sample) -> dict[str, Any]:
         "advantage": _number(sample.advantage),
         "length": int(sample.length),
         "finished": bool(sample.finished),
+        **({"extra": dict(sample.extra)} if sample.extra else {}),
     }
 
 

@@ -20,7 +20,7 @@ from deepseek_jax.rewards.code import (
     outputs_equal,
     parse_tests,
 )
-from deepseek_jax.rewards.combine import combine
+from deepseek_jax.rewards.combine import RewardError, combine
 from deepseek_jax.rewards.sandbox import Limits, SandboxUnavailable
 from tests.rewards.honest import HONEST, Honest
 from tests.rewards.hostile import FORGERIES, Forgery
@@ -417,6 +417,25 @@ def test_a_reward_whose_tests_fail_by_themselves_is_unknown():
     tests[0]["asserts"] = ["assert solve(1) == SOLVED"]
     total, parts = reward([""] * 2, [fenced(RIGHT)] * 2, [[]] * 2, tests=tests)
     assert parts["code"] == [None, 1.0] and total[0] != total[0] and total[1] == 1.0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_row_whose_tests_fail_is_named_and_no_row_is_run_again(monkeypatch, workers):
+    need_sandbox()
+    ran, whole = [], CodeReward._score
+    monkeypatch.setattr(CodeReward, "_score", lambda self, *row: ran.append(row) or whole(self, *row))
+    reward = CodeReward(workers=workers)
+    broken = {"asserts": ["assert solve(1) == SOLVED"], "setup": "import no_such_library as n\nSOLVED = n.SOLVED"}
+    rows = [""] * 4, [fenced(RIGHT)] * 3 + [fenced("def solve(n): return 0")], [[]] * 4
+    tests = [SOLVE, broken, SOLVE, SOLVE]
+    total, parts = combine({"code": reward}, {"code": 1.0}, on_error="none")(*rows, tests=tests)
+    assert parts["code"] == [1.0, None, 1.0, 0.0] and total[1] != total[1] and len(ran) == 4
+    with pytest.raises(RewardError, match="'code': row 1: raised TestsUnusable: code_reward: tests: .*correct the row"):
+        combine({"code": reward}, {"code": 1.0})(*rows, tests=tests)
+    assert len(ran) == 8
+    with pytest.raises(TestsUnusable, match="correct the row") as raised:
+        reward(*rows, tests=tests)
+    assert list(raised.value.errors) == [1] and raised.value.scores == [1.0, None, 1.0, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,13 @@ import functools
 import math
 import threading
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_jax.rewards.accuracy import accuracy_reward
-from deepseek_jax.rewards.combine import RewardError, combine
+from deepseek_jax.rewards.combine import RewardError, RowsFailed, combine
 from deepseek_jax.rewards.format import format_reward
 
 SCORES = st.lists(st.none() | st.floats(-10, 10), min_size=3, max_size=3)
@@ -308,6 +309,41 @@ def graded(completions, functions, on_error="raise"):
     return combine(functions, dict.fromkeys(functions, 1.0), on_error=on_error).graded(
         [""] * rows, completions, [[1]] * rows
     )
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_function_that_knows_which_rows_failed_is_called_once(asynchronous, caplog):
+    calls = []
+
+    def partly(completions, log_metric, **kwargs):
+        calls.append(len(completions))
+        log_metric("known", 2)
+        raise RowsFailed("no", [1.0, None, 0.5, None], {3: KeyError("later"), 1: KeyError("sooner")})
+
+    async def awaited(**kwargs):
+        return partly(**kwargs)
+
+    functions = {"f": awaited if asynchronous else partly}
+    found = graded(["a", "b", "c", "d"], functions, on_error="none")
+    assert found.parts == {"f": [1.0, None, 0.5, None]} and np.isnan(found.total).tolist() == [False, True, False, True]
+    assert found.metrics == {"known": [2.0]} and "completion: 'b'" in caplog.text and "completion: 'd'" in caplog.text
+    with pytest.raises(RewardError, match="'f': row 1: raised KeyError: 'sooner'"):
+        graded(["a", "b", "c", "d"], functions)
+    assert calls == [4, 4]
+
+
+def test_the_scores_beside_failed_rows_are_checked():
+    def short(**kwargs):
+        raise RowsFailed("no", [1.0], {0: KeyError("x")})
+
+    with pytest.raises(ValueError, match="'f': got 1 scores, wanted a list of 2"):
+        graded(["a", "b"], {"f": short}, on_error="none")
+
+
+def test_numbers_of_numpy_are_logged_as_numbers():
+    values = [np.float32(0.5), np.int64(3)]
+    found = graded(["a", "b"], {"f": lambda log_extra, **k: log_extra("x", values) or [0.0, 0.0]})
+    assert found.extra == {"x": [0.5, 3]} and [type(v) for v in found.extra["x"]] == [float, int]
 
 
 def test_functions_log_columns_and_numbers():

@@ -221,6 +221,7 @@ def course(text: str = "t", step: int = 1, **values) -> list[dict]:
         "advantage": None,
         "length": 7,
         "finished": False,
+        "extra": {text: text, "tries": 3},
     }
     return [
         {"stage": text, "step": step, "groups": [{"prompt": text, "answer": text, "samples": [sample | values] * 2}]}
@@ -262,8 +263,12 @@ def test_completions_stand_under_their_step_with_every_number(tmp_path: Path):
     assert re.findall(r'<th class="number">([^<]*)', source)[:6] == [
         *("first", "format", "reward", "advantage", "length", "finished")
     ]
+    assert re.findall(r"<th>([^<]*)", source)[:3] == ["completion", "first", "tries"]
     cells = re.findall(r'<td class="number">([^<]*)', source)
-    assert cells == [*("1", "–", "0.5", "–", "7", "cut off") * 2, *("1", "–", "0.5", "-1.25", "7", "yes") * 2]
+    assert cells == [*("1", "–", "0.5", "–", "7", "cut off", "3") * 2, *("1", "–", "0.5", "-1.25", "7", "yes", "3") * 2]
+    without = [{k: v for k, v in s.items() if k != "extra"} for s in rows[0]["groups"][0]["samples"]]
+    rows[0]["groups"][0]["samples"] = without
+    assert "tries" not in with_course(tmp_path, rows[:1])[0]
     assert text.count("Wanted") == 2 and ("type", "search") in page.attributes
 
 

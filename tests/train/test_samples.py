@@ -54,6 +54,12 @@ def test_lines_are_strict_json(tmp_path: Path):
     assert row["groups"][0]["samples"][0]["advantage"] is None
 
 
+def test_what_reward_functions_logged_of_a_sample_is_read_back(tmp_path: Path):
+    extra = {"parsed": "\\frac{1}{2}\x1b[31m", "tries": 3, "share": 0.5, "sure": True}
+    SampleLog(tmp_path).write(1, groups(extra=extra), "grpo")
+    assert read_samples(tmp_path)[0]["groups"][0]["samples"][0]["extra"] == extra
+
+
 def test_the_first_step_and_every_nth_is_wanted(tmp_path: Path):
     assert [step for step in range(1, 25) if SampleLog(tmp_path, every=10).wants(step)] == [1, 10, 20]
     with pytest.raises(ValueError, match="every: got 0"):
@@ -156,5 +162,9 @@ def test_groups_come_from_a_rollout_with_what_the_loss_saw():
         Sample("c3", {"accuracy": 3.0}, 3.0, -3.0, 3, False),
     ]
     assert [len(g.samples) for g in sample_groups(rollout, -rewards, prompts=9, samples=1)] == [1, 1, 1]
+    assert all(not sample.extra for group in found for sample in group.samples)
+    logged = rollout._replace(extra={"parsed": ["0", "1", None, "3", "4", "5"], "tries": [0, 1, 2, None, 4, 5]})
+    of_second = sample_groups(logged, -rewards, prompts=2)[1].samples
+    assert [sample.extra for sample in of_second] == [{"tries": 2}, {"parsed": "3"}]
     with pytest.raises(ValueError, match=r"advantages: got shape \(6,\), wanted \(3, 2\)"):
         sample_groups(rollout, rewards.ravel(), prompts=1)
