@@ -3,6 +3,7 @@ start and end of several processes."""
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ def run(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
     Positional-only parameters of `main` are positional arguments, the others are options.
     A ValueError or a missing file is the user's to mend: its message goes to stderr in one line, exit status 1.
     Ctrl-C exits with 130. Anything else is our own mistake and keeps its traceback.
+    A warning is one line on stderr as well, without the line of source that Python shows.
     Set DEEPSEEK_JAX_TRACEBACK=1 to see the traceback of a ValueError as well.
 
     Where the environment says that there are several processes, they are joined first (`processes.start`): the main
@@ -24,10 +26,12 @@ def run(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
     """
     program = interrupt.raise_from_here()
     try:
-        if processes.start():
-            _call_in_one_of_several(main)
-        else:
-            _call(main)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            if processes.start():
+                _call_in_one_of_several(main)
+            else:
+                _call(main)
     except KeyboardInterrupt:
         interrupt.end(program=program)
     except BrokenPipeError:  # the reader of our output went away (`| head`)
@@ -38,6 +42,11 @@ def run(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
             raise
         processes.say(" ".join(str(problem).split()))
         raise SystemExit(1) from None
+
+
+def _warn(message: Warning | str, *of_source: Any) -> None:
+    """In the place of `warnings.showwarning`."""
+    processes.say(" ".join(str(message).split()), kind="warning")
 
 
 def _call(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:

@@ -17,9 +17,10 @@ import sys
 import threading
 import time
 import traceback
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -117,10 +118,10 @@ def fail(problem: BaseException, *, plain: bool) -> NoReturn:
     leave(1 if ended is None else PEER_ENDED)
 
 
-def say(text: str) -> None:
-    """An error on standard error, with the number of the process where there are several."""
+def say(text: str, *, kind: Literal["error", "warning"] = "error") -> None:
+    """An error or a warning on standard error, with the number of the process where there are several."""
     where = f"process {index()}: " if count() > 1 else ""
-    print(printable(f"error: {where}{text}"), file=sys.stderr, flush=True)
+    print(printable(f"{kind}: {where}{text}"), file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:
@@ -132,7 +133,14 @@ def printable(text: str) -> str:
     >>> print(printable(chr(27) + "[31mred, ü and 漢"))
     \\x1b[31mred, ü and 漢
     """
-    return "".join(of if of.isprintable() or of in "\n\t\u3000\u00a0" else repr(of)[1:-1] for of in text)
+    return "".join(of if of in _OF_TEXT or of.isprintable() or _is_space(of) else repr(of)[1:-1] for of in text)
+
+
+_OF_TEXT = "\n\t\u200c\u200d"  # joiners: Persian is spelled with the one, families of emoji are made by the other
+
+
+def _is_space(of: str) -> bool:
+    return unicodedata.category(of) == "Zs"
 
 
 def leave(status: int) -> NoReturn:

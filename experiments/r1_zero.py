@@ -161,7 +161,7 @@ class Config:
         model: Hugging Face or converted folder to start from; without it a small model is made from nothing.
         questions: of the data; without any, chains of arithmetic are generated.
         prompt: what a given model is asked; {question} stands for the question.
-        chat: put the prompt into the model's chat template, where it has one; base models want --no-chat.
+        chat: put the prompt into the model's chat template; base models, which have none, want --no-chat.
         terms: numbers in a generated question.
         largest: largest number in a generated question.
         operators: of generated questions, read from left to right: "+", "*" or "+*".
@@ -342,6 +342,11 @@ def prepare(config: Config, graded: Rewards) -> Setup:
         model = lay_out(small_model(config, tokenizer), layout)
     else:
         tokenizer = Tokenizer.from_folder(config.model)
+        if not tokenizer.eos_ids:
+            raise ValueError(
+                f"{config.model}: names no end-of-sequence token, wanted one for completions to end with; add "
+                "eos_token to tokenizer_config.json or eos_token_id to generation_config.json"
+            )
         # what an adapter leaves as it is needs no float32
         dtype = dtype_of(config.grpo.dtype if config.grpo.lora_rank else "float32")
         model = load_model(config.model, dtype=dtype, layout=layout)
@@ -431,8 +436,8 @@ def example_width(examples: Sequence[tuple[list[int], list[int]]]) -> int:
 
 
 def ask(config: Config, tokenizer: Tokenizer, text: str) -> list[int]:
-    """A prompt's tokens: the chat template's user turn, or the text as it is."""
-    if config.chat and tokenizer.chat_template is not None:
+    """A prompt's tokens: the user's turn of a chat, or the text as it is."""
+    if config.chat:
         return tokenizer.chat([{"role": "user", "content": text}])
     return tokenizer.encode(text, add_bos=True)
 

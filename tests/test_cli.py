@@ -1,5 +1,7 @@
 """What every command line shares: one line for a user's mistake, one start of several processes."""
 
+import warnings
+
 import pytest
 
 from deepseek_jax.cli import run
@@ -36,6 +38,8 @@ def test_a_half_set_environment_is_refused_before_the_tool_begins(capsys, monkey
         ("bell \x07 back \x08 del \x7f nul \0", r"bell \x07 back \x08 del \x7f nul \x00"),
         ("turned \u202etxt.exe", r"turned \u202etxt.exe"),
         ("half \ud800, byte \udcff", r"half \ud800, byte \udcff"),
+        ("می\u200cخواهم 👩\u200d👧", "می\u200cخواهم 👩\u200d👧"),
+        ("next\u2028line \u200b\u2066", r"next line \u200b\u2066"),
         ("ü 漢 ½ [bold]m[/bold] \\", "ü 漢 ½ [bold]m[/bold] \\"),
     ],
 )
@@ -47,3 +51,16 @@ def test_control_characters_do_not_reach_the_terminal(said, shown, capsys, monke
     with pytest.raises(SystemExit):
         run(refuse)
     assert capsys.readouterr().err == f"error: {shown}\n"
+
+
+def test_a_warning_is_one_line_without_source(capsys, monkeypatch):
+    def careful() -> None:
+        for _ in range(2):
+            warnings.warn("a file\nof \x1b[2Jothers", stacklevel=1)
+        print("done")
+
+    monkeypatch.setattr("sys.argv", ["tool"])
+    shown = warnings.showwarning
+    run(careful)
+    assert capsys.readouterr() == ("done\n", "warning: a file of \\x1b[2Jothers\n")
+    assert warnings.showwarning is shown

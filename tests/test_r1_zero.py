@@ -12,14 +12,18 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
 
-from deepseek_jax.checkpoint.folder import load_model
+from deepseek_jax.checkpoint.folder import Model, load_model, save_hf
 from deepseek_jax.cli import run
 from deepseek_jax.config import preset
+from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.text.tokenizer import Tokenizer
+from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.train.grpo import GRPOTraining
 from deepseek_jax.train.metrics import read_metrics
 from experiments import r1_zero
@@ -378,3 +382,24 @@ def test_ctrl_c_while_it_imports_is_one_line(tmp_path, script, seconds):
     if process.returncode == 0:
         pytest.skip("it was over before the signal")
     assert (process.returncode, error) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    "options, said", [([], "without a chat_template"), (["--no-chat"], "names no end-of-sequence")]
+)
+def test_a_model_without_template_or_end_is_refused_before_training(options, said, tmp_path, monkeypatch, capsys):
+    """A chat is never raw text in silence, and completions that cannot end teach nothing."""
+    moe = dataclasses.replace(preset("tiny").moe, first_k_dense_replace=0)
+    shape = dataclasses.replace(preset("tiny"), vocab_size=32, num_hidden_layers=1, moe=moe)
+    if options:
+        shape = dataclasses.replace(shape, eos_token_id=None)
+    model = jax.jit(lambda: split(Decoder(shape, rngs=nnx.Rngs(0)))[1])()
+    files = dict(Tokenizer.characters(ALPHABET, chat_template=TEMPLATE).files)
+    settings = json.loads(files["tokenizer_config.json"])
+    del settings["eos_token" if options else "chat_template"]
+    files["tokenizer_config.json"] = json.dumps(settings).encode()
+    save_hf(Model(shape, abstract_weights(shape)[0], model), tmp_path / "model", tokenizer=files)
+    given = [*arguments(tmp_path / "run"), "--model", str(tmp_path / "model"), "--prompt", "{question}", *options]
+    assert main(monkeypatch, *given) == 1
+    assert said in error_line(capsys)
+    assert not (tmp_path / "run").exists()

@@ -13,6 +13,7 @@ from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.cli import run
 from deepseek_jax.generate.engine import Generator, SamplingConfig
 from deepseek_jax.generate.text import complete
+from deepseek_jax.processes import printable, say
 from deepseek_jax.text.tokenizer import Tokenizer
 
 
@@ -51,7 +52,7 @@ def main(
     tokenizer = Tokenizer.from_folder(model)
     tokens = _encode(tokenizer, prompt, chat, thinking)
     if not tokenizer.eos_ids:
-        print(f"{model}: names no end-of-sequence token; sampling ends at --max-tokens alone", file=sys.stderr)
+        say(f"{model}: names no end-of-sequence token; sampling ends at --max-tokens alone", kind="warning")
     sampling = SamplingConfig(
         max_new_tokens=max_tokens,
         temperature=temperature,
@@ -72,7 +73,8 @@ def main(
     found = complete(generator, weights, tokenizer, [tokens], sampling, seeds=seeds, samples=samples)
     seconds = time.perf_counter() - start
     for completion in found:
-        print(completion.text)
+        # a terminal would obey what a model writes; a file or a pipe is to get it unchanged
+        print(printable(completion.text) if sys.stdout.isatty() else completion.text)
     count = sum(len(c.tokens) for c in found)
     print(f"{count} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 
 import jax
 import pytest
@@ -97,6 +98,23 @@ def test_the_switch_of_thinking_is_the_templates(folder, generate, tmp_path):
     assert "thinking is True" in generate(asks, "--prompt", "1", "--thinking", "True")[2]
     assert "thinking is False" in generate(asks, "--prompt", "1", "--thinking", "False")[2]
     assert "leave one out" in generate(asks, "--prompt", "1", "--no-chat", "--thinking", "True")[2]
+
+
+def test_what_a_template_says_does_not_reach_the_terminal_raw(folder, generate, tmp_path):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = r"{{ raise_exception('\x1b[2J\x1b]0;owned\x07 no\nsuch \u202echat') }}"
+    status, _, error = generate(variant(folder, tmp_path / "asks", tokenizer_config__json=config), "--prompt", "1")
+    assert status == 1 and error.count("\n") == 1 and r"\x1b[2J\x1b]0;owned\x07 no such \u202echat" in error
+    assert error[:-1].isprintable()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_completion_is_escaped_on_a_terminal_alone(terminal, folder, generate, monkeypatch):
+    written = "\x1b[31mred\x07\n\ttab 5\u202f%, 5\u2009m"
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: written)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    status, text, _ = generate(folder, "--prompt", "1", "--max-tokens", 2)
+    assert status == 0 and text == (r"\x1b[31mred\x07" + "\n\ttab 5\u202f%, 5\u2009m" if terminal else written) + "\n"
 
 
 def test_ids_that_the_model_does_not_have_are_refused(folder, generate, tmp_path):
