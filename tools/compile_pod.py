@@ -14,6 +14,7 @@ from deepseek_jax.cli import run
 from deepseek_jax.config import PRESETS, ModelConfig
 from deepseek_jax.plan import compiled
 from deepseek_jax.plan.compiled import DTYPES, Compiled, Step, Task
+from deepseek_jax.plan.topology import topology as device_topology
 from deepseek_jax.sharding import Layout, Remat, Transport, lanes_of, make_mesh
 from deepseek_jax.train.progress import format_bytes
 
@@ -58,7 +59,7 @@ def main(
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, wanted one of {', '.join(DTYPES)}")
     of_model = _config(preset, step)
-    of_chip, devices = compiled.topology(topology)
+    of_chip, devices = device_topology(topology)
     sizes = compiled.default_mesh(of_model, step, len(devices)) if mesh is None else _parsed(mesh)
     training = step in ("train", "grpo")
     layout = Layout(
@@ -68,7 +69,7 @@ def main(
         slack=slack,
         stacked=stacked,
         remat=remat if training else "nothing",
-        lanes=lanes_of("tpu"),
+        lanes=lanes_of(devices[0].platform),
     )
     if batch is None:
         batch = 8 * len(devices) if step == "decode" else layout.parts("batch") * micro_batches

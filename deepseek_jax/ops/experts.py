@@ -5,10 +5,15 @@ experts on CPU and GPU, where its cost grows with their number; there a loop ove
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+TILES = "tiles_"  # names a loop over tiles, for the account of a compiled program
+# Least and most rows of a tile. A GPU reads a group's weights once a tile, and computes sixteen rows in one's time.
+_CPU_TILES, _GPU_TILES = (1, 128), (16, 512)
 
 
 def expert_mlp(
@@ -42,7 +47,8 @@ def grouped_matmul(lhs: Float[Array, "W K"], rhs: Float[Array, "E K N"], sizes: 
         rhs: one matrix a group.
         sizes: rows of each group. Rows past the last group cost nothing, and are undefined in the result.
     """
-    return jax.lax.platform_dependent(lhs, rhs, sizes, tpu=ragged_matmul, default=tiled_matmul)
+    on_gpu = partial(tiled_matmul, tiles=_GPU_TILES)
+    return jax.lax.platform_dependent(lhs, rhs, sizes, tpu=ragged_matmul, cpu=tiled_matmul, default=on_gpu)
 
 
 @jax.custom_vjp
@@ -71,15 +77,15 @@ def _ragged_backward(saved, d_out):
 ragged_matmul.defvjp(_ragged_forward, _ragged_backward)
 
 
-@jax.custom_vjp
-def tiled_matmul(lhs, rhs, sizes):
-    """grouped_matmul as a loop over tiles of rows; only tiles that hold rows are computed.
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def tiled_matmul(lhs, rhs, sizes, tiles=_CPU_TILES):
+    """grouped_matmul as a loop over tiles of rows, `tiles` the least and most of one; empty ones are not computed.
 
     A tile may reach past its group's end. The rows there are wrong when written and right in the end, because
     the tiles of the next group come later and write them again.
     """
     W, N = lhs.shape[0], rhs.shape[-1]
-    block = _block_rows(W, rhs.shape[0])
+    block = _block_rows(W, rhs.shape[0], tiles)
     padded = jnp.pad(lhs, ((0, block), (0, 0)))
 
     def body(tile, out):
@@ -87,27 +93,29 @@ def tiled_matmul(lhs, rhs, sizes):
         rows = jax.lax.dynamic_slice_in_dim(padded, row, block)
         return jax.lax.dynamic_update_slice_in_dim(out, rows @ rhs[group], row, axis=0)
 
-    locate, tiles = _tiles(sizes, block)
-    out = jax.lax.fori_loop(0, tiles, body, jnp.zeros((W + block, N), lhs.dtype))
+    locate, count = _tiles(sizes, block)
+    with _named(block, lhs, rhs.shape):
+        out = jax.lax.fori_loop(0, count, body, jnp.zeros((W + block, N), lhs.dtype))
     return out[:W]
 
 
-def _forward(lhs, rhs, sizes):
-    return tiled_matmul(lhs, rhs, sizes), (lhs, rhs, sizes)
+def _forward(lhs, rhs, sizes, tiles):
+    return tiled_matmul(lhs, rhs, sizes, tiles), (lhs, rhs, sizes)
 
 
-def _backward(saved, d_out):
+def _backward(tiles, saved, d_out):
     lhs, rhs, sizes = saved
-    d_lhs = tiled_matmul(d_out, jnp.swapaxes(rhs, 1, 2), sizes)
-    return d_lhs, _tiled_outer(lhs, d_out, sizes, rhs.shape), None
+    d_lhs = tiled_matmul(d_out, jnp.swapaxes(rhs, 1, 2), sizes, tiles)
+    return d_lhs, _tiled_outer(lhs, d_out, sizes, rhs.shape, tiles), None
 
 
 tiled_matmul.defvjp(_forward, _backward)
 
 
-def _tiled_outer(lhs, d_out, sizes, shape):
+def _tiled_outer(lhs, d_out, sizes, shape, tiles):
     """d rhs: for each group the product lhs^T d_out over its own rows only."""
-    block = _block_rows(lhs.shape[0], shape[0])
+    block = _block_rows(lhs.shape[0], shape[0], tiles)
+    named = _named(block, lhs, shape)
     lhs, d_out = (jnp.pad(a, ((0, block), (0, 0))) for a in (lhs, d_out))
 
     def body(tile, total):
@@ -117,8 +125,9 @@ def _tiled_outer(lhs, d_out, sizes, shape):
         b = jnp.where(mine, jax.lax.dynamic_slice_in_dim(d_out, row, block), 0)
         return total.at[group].add(a.T @ b)
 
-    locate, tiles = _tiles(sizes, block)
-    return jax.lax.fori_loop(0, tiles, body, jnp.zeros(shape, lhs.dtype))
+    locate, count = _tiles(sizes, block)
+    with named:
+        return jax.lax.fori_loop(0, count, body, jnp.zeros(shape, lhs.dtype))
 
 
 def _tiles(sizes, block):
@@ -135,6 +144,12 @@ def _tiles(sizes, block):
     return locate, tile_ends[-1]
 
 
-def _block_rows(rows: int, groups: int) -> int:
+def _named(block, lhs, shape):
+    """Says in the program what `plan.account` counts a loop of tiles by, since only the data know its length."""
+    return jax.named_scope(f"{TILES}{block}_of_{lhs.shape[0]}_in_{shape[0]}")
+
+
+def _block_rows(rows: int, groups: int, tiles: tuple[int, int]) -> int:
     """A power of two near a quarter of the mean group: a group's last tile then wastes little, however many groups."""
-    return min(128, 1 << (max(1, rows // (4 * groups)) - 1).bit_length())
+    least, most = tiles
+    return min(most, max(least, 1 << (max(1, rows // (4 * groups)) - 1).bit_length()))

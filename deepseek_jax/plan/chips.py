@@ -25,7 +25,7 @@ class Chip:
         network_bytes_per_s: between islands, a chip, both directions; 400 Gbit/s each way where nothing is published.
         dimensions: of the torus; 0 for a switch.
         slices: in what numbers the planner looks for chips.
-        devices: that JAX sees of one chip; each has its share of the memory.
+        devices: that JAX sees of one chip; each has its share of the memory, of the peaks and of the links.
     """
 
     name: str
@@ -79,6 +79,8 @@ def _doubling(first: int, last: int) -> tuple[int, ...]:
 _3D = (1, *_doubling(4, 4096))
 _2D = (1, *_doubling(4, 256))
 _GPUS = _doubling(1, 4096)
+_BOX = _doubling(1, 8)  # GPUs on PCIe, in one machine
+_CARD = 25 * GB  # between such machines: 100 Gbit/s each way
 
 CHIPS: tuple[Chip, ...] = (
     Chip(
@@ -197,6 +199,78 @@ CHIPS: tuple[Chip, ...] = (
         island=8,
         slices=_GPUS,
     ),
+    Chip(
+        name="a100",
+        kind="gpu",
+        hbm_bytes=80 * GB,
+        bandwidth=2.039 * TERA,
+        bf16_flops=312 * TERA,
+        flops_8bit=624 * TERA,  # int8; FP8 it has not
+        link_bytes_per_s=600 * GB,
+        network_bytes_per_s=50 * GB,
+        island=8,
+        slices=_GPUS,
+    ),
+    Chip(
+        name="l4",
+        kind="gpu",
+        hbm_bytes=24 * GB,
+        bandwidth=0.3 * TERA,
+        bf16_flops=121 * TERA,
+        flops_8bit=242 * TERA,
+        link_bytes_per_s=64 * GB,
+        network_bytes_per_s=_CARD,
+        island=8,
+        slices=_BOX,
+    ),
+    Chip(
+        name="l40s",
+        kind="gpu",
+        hbm_bytes=48 * GB,
+        bandwidth=0.864 * TERA,
+        bf16_flops=362 * TERA,
+        flops_8bit=733 * TERA,
+        link_bytes_per_s=64 * GB,
+        network_bytes_per_s=_CARD,
+        island=8,
+        slices=_BOX,
+    ),
+    Chip(
+        name="a10g",
+        kind="gpu",
+        hbm_bytes=24 * GB,
+        bandwidth=0.6 * TERA,
+        bf16_flops=70 * TERA,
+        flops_8bit=140 * TERA,  # int8; FP8 it has not
+        link_bytes_per_s=64 * GB,
+        network_bytes_per_s=_CARD,
+        island=8,
+        slices=_BOX,
+    ),
+    Chip(
+        name="rtx4090",
+        kind="gpu",
+        hbm_bytes=24 * GB,
+        bandwidth=1.008 * TERA,
+        bf16_flops=165 * TERA,
+        flops_8bit=330 * TERA,
+        link_bytes_per_s=64 * GB,
+        network_bytes_per_s=_CARD,
+        island=8,
+        slices=_BOX,
+    ),
+    Chip(
+        name="rtx5090",
+        kind="gpu",
+        hbm_bytes=32 * GB,
+        bandwidth=1.792 * TERA,
+        bf16_flops=209 * TERA,
+        flops_8bit=419 * TERA,
+        link_bytes_per_s=128 * GB,
+        network_bytes_per_s=_CARD,
+        island=8,
+        slices=_BOX,
+    ),
 )
 
 _ALIASES = {
@@ -210,6 +284,13 @@ _ALIASES = {
     "h100-sxm": "h100",
     "h200-sxm": "h200",
     "nvl72": "gb200",
+    "a100-80": "a100",
+    "a100-80gb": "a100",
+    "a100-sxm": "a100",
+    "4090": "rtx4090",
+    "rtx-4090": "rtx4090",
+    "5090": "rtx5090",
+    "rtx-5090": "rtx5090",
 }
 
 

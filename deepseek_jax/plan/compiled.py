@@ -1,13 +1,14 @@
-"""What the TPU compiler says of a step: memory, arithmetic, traffic and collectives a chip, beside theory."""
+"""What the compiler of an accelerator says of a step: memory, arithmetic, traffic and collectives, beside theory.
+
+Figures are a device's, which is what JAX calls one: half a v7x, a whole chip of all others.
+"""
 
 import dataclasses
 import math
-import os
 import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import jax
@@ -16,8 +17,9 @@ import jax.numpy as jnp
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.plan import arithmetic, pod
 from deepseek_jax.plan.account import Account, account
-from deepseek_jax.plan.chips import Chip, chip
+from deepseek_jax.plan.chips import Chip
 from deepseek_jax.plan.exchange import least_sent
+from deepseek_jax.plan.topology import GPU_OPTIONS
 from deepseek_jax.sharding import Layout
 from deepseek_jax.train.step import StepConfig
 
@@ -62,12 +64,13 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """Figures of a compiled step, a chip's where nothing else is said; None where the compiler gave up.
+    """Figures of a compiled step, a device's where nothing else is said; None where the compiler gave up.
 
     Attributes:
-        fits: whether arguments, results and temporaries fit the chip's memory.
-        chips: of the mesh.
-        hbm_bytes: memory of a chip.
+        fits: whether arguments, results and temporaries fit the device's memory.
+        chips: of the mesh, whole ones.
+        devices: of the mesh, one or two a chip.
+        hbm_bytes: memory of a device.
         used_bytes: of it, arguments and temporaries and results that take no argument's place.
         argument_bytes, temp_bytes: as the compiler reports them.
         weight_bytes, optimizer_bytes, cache_bytes: parts of the arguments.
@@ -87,6 +90,7 @@ class Compiled:
 
     fits: bool
     chips: int
+    devices: int
     hbm_bytes: int
     used_bytes: int
     argument_bytes: int | None = None
@@ -113,34 +117,6 @@ class Compiled:
         return 1 - self.used_bytes / self.hbm_bytes
 
 
-def topology(name: str) -> tuple[Chip, list[jax.Device]]:
-    """The chips of a TPU slice that need not be there, for `sharding.make_mesh`.
-
-    Args:
-        name: generation and shape, such as v5p:4x4x4.
-
-    Raises:
-        ValueError: libtpu is not installed, or knows no such slice.
-    """
-    if find_spec("libtpu") is None:
-        raise ValueError("libtpu: not installed; the TPU compiler is in the extra: pip install 'deepseek_jax[pod]'")
-    # libtpu is here for its compiler alone: it must not look for TPUs, nor keep others from using it
-    alone = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-    for key, value in {**alone, "TPU_WORKER_ID": "0", "TPU_MIN_LOG_LEVEL": "3"}.items():
-        os.environ.setdefault(key, value)
-    from jax.experimental import topologies  # looks for libtpu when it is imported
-
-    generation, _, shape = name.partition(":")
-    wanted = f"topology: got {name!r}, wanted a generation and shape of TPU such as v5p:4x4x4 or v6e:4x4"
-    if not re.fullmatch(r"\d+(x\d+){1,2}", shape):
-        raise ValueError(wanted)
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    except jax.errors.JaxRuntimeError as problem:
-        raise ValueError(f"{wanted} ({str(problem).splitlines()[0]})") from None
-    return chip(generation), found
-
-
 def compile_step(task: Task, of_chip: Chip) -> Compiled:
     """Lower and compile a step from shapes alone.
 
@@ -148,18 +124,19 @@ def compile_step(task: Task, of_chip: Chip) -> Compiled:
         ValueError: the mesh does not divide the model or the batch.
     """
     task.check()
-    chips = task.layout.mesh.size
+    devices = task.layout.mesh.size
     start = time.perf_counter()
     program = lower(task)
     common = dict(
-        chips=chips,
-        hbm_bytes=of_chip.hbm_bytes,
-        analytic_flops=analytic_flops(task) / chips,
-        analytic_bytes=analytic_bytes(task) / chips,
+        chips=devices // of_chip.devices,
+        devices=devices,
+        hbm_bytes=of_chip.hbm_bytes // of_chip.devices,
+        analytic_flops=analytic_flops(task) / devices,
+        analytic_bytes=analytic_bytes(task) / devices,
         analytic_collective_bytes=least_sent(task.config, task.layout, task.step, task.batch, task.context),
     )
     try:
-        compiled = program.lowered.compile()
+        compiled = program.lowered.compile(GPU_OPTIONS if of_chip.kind == "gpu" else None)
     except jax.errors.JaxRuntimeError as problem:
         used = _USED.search(str(problem))
         if "RESOURCE_EXHAUSTED" not in str(problem) or used is None:
@@ -181,7 +158,7 @@ def compile_step(task: Task, of_chip: Chip) -> Compiled:
     times = _times(sums, of_chip, task.dtype)
     bound = max(times, key=times.get)
     return Compiled(
-        fits=used_bytes <= of_chip.hbm_bytes,
+        fits=used_bytes <= common["hbm_bytes"],
         used_bytes=used_bytes,
         argument_bytes=memory.argument_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,

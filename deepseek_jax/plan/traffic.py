@@ -26,6 +26,7 @@ _FREE = {
     "async-update",
 }
 _LAYER_OF = re.compile(rf'op_name="[^"]*{LAYER_OF}(\d+)')
+_LIBRARY = re.compile(r'custom_call_target="__(cublas|cudnn)\$(?:gemm|lt|conv)')
 _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "SliceBitcast")
 # What an update in place moves: the new values, and for a scatter, which may add, the old ones.
 _UPDATES = {
@@ -57,6 +58,8 @@ def instruction_bytes(computation: Computation, instruction: Instruction) -> int
         return read - operands[0].hbm_bytes + changed
     if opcode == "slice-start":
         return instruction.leaves[1].bytes if operands[0].hbm_bytes else 0
+    if opcode == "ragged-all-to-all-start":
+        return read - operands[1].hbm_bytes
     if opcode.endswith("-start"):
         return read
     if opcode.endswith("-done"):
@@ -73,9 +76,17 @@ def declared(call: Instruction, what: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
+def library(call: Instruction) -> str | None:
+    """Whether a custom call is a matrix product of "cublas" or a convolution of "cudnn"; None if neither."""
+    found = _LIBRARY.search(call.rest)
+    return None if found is None else "cublas" if found.group(1) == "cublas" else "cudnn"
+
+
 def _call_bytes(call: Instruction, operands: list[Instruction]) -> int:
     if any(f'custom_call_target="{name}"' in call.rest for name in _FREE_CALLS):
         return 0
+    if library(call) is not None:  # the rest of its result is scratch
+        return sum(i.hbm_bytes for i in operands) + call.leaves[0].bytes
     estimate = declared(call, "bytes_accessed")
     if estimate is None:
         return sum(i.hbm_bytes for i in (*operands, call))
