@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Mapping
 
 from deepseek_jax.ops.experts import TILES
-from deepseek_jax.parallel.experts import LAYER_OF
 from deepseek_jax.plan.flops import flops, is_unknown
 from deepseek_jax.plan.groups import Axes
 from deepseek_jax.plan.hlo import Computation, Frame, Instruction, parse
@@ -30,9 +29,8 @@ _SENT: Mapping[str, Callable[[int, int], int]] = {
 }
 # Rounds of dispatch that only skewed loads of the experts need.
 _RARE = "overflow_rounds"
-# A loop over tiles of rows in groups, and how many layers' experts the groups are.
-_TILED = re.compile(rf"{TILES}(\d+)_of_(\d+)_in_(\d+)/while$")
-_LAYERS = re.compile(rf"{LAYER_OF}(\d+)/")
+# A loop over so many tiles of the experts' rows, if the load is even.
+_TILED = re.compile(rf"{TILES}(\d+)/while$")
 # How the TPU compiler marks a product whose tiles outside their group are skipped.
 _SKIPS_GROUPS = re.compile(r"ITERATION_SKIPPER_MODE_(GROUP_STARTS|ITERATION_INDICES)")
 
@@ -199,7 +197,8 @@ class _Walk:
     def _trips(self, frame: Frame, loop: Instruction) -> int:
         times = frame.trips(loop)
         if times is None:
-            times = _even_tiles(loop.op_name)
+            tiled = _TILED.search(loop.op_name)
+            times = int(tiled.group(1)) if tiled else None
         if times is None:
             rare = _RARE in loop.op_name
             (self.skipped if rare else self.unknown).append(loop.op_name or loop.name)
@@ -229,17 +228,6 @@ class _Walk:
         if n > 1:
             total.sent[op, axis] += _SENT[op](size, n)
             total.counts[op, axis] += 1
-
-
-def _even_tiles(op_name: str) -> int | None:
-    """Turns of a loop over tiles of rows if all groups have as many; None of another loop."""
-    tiled = _TILED.search(op_name)
-    if tiled is None:
-        return None
-    block, rows, groups = map(int, tiled.groups())
-    layers = _LAYERS.search(op_name)
-    filled = min(rows, groups // int(layers.group(1)) if layers else groups)  # the other layers' groups have no rows
-    return filled * -(-rows // (filled * block))
 
 
 def _branches(conditional: Instruction) -> list[str]:
