@@ -182,8 +182,8 @@ class _Walk:
         elif opcode == "conditional":
             branches = [self.total(frame.enter(instruction, name)) for name in _branches(instruction)]
             total.add(max(branches, key=lambda branch: (branch.flops, branch.bytes)))
-        elif opcode in ("call", "async-start"):
-            name = instruction.called("to_apply" if opcode == "call" else "calls")
+        elif opcode in ("call", "call-start", "async-start"):  # the second on v7x, of what its sparse cores do
+            name = instruction.called("calls" if opcode == "async-start" else "to_apply")
             total.add(self.total(frame.enter(instruction, name)))
         elif opcode == "fusion":
             self._add_fusion(total, frame, instruction)

@@ -7,6 +7,7 @@ from typing import Literal
 GB = 10**9
 GIB = 2**30
 TERA = 10**12
+Kind = Literal["tpu", "gpu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class Chip:
     """
 
     name: str
-    kind: Literal["tpu", "gpu"]
+    kind: Kind
     hbm_bytes: int
     bandwidth: float
     bf16_flops: float
@@ -51,6 +52,23 @@ class Chip:
             islands = next(n for n in range(math.ceil(chips / self.island), chips + 1) if chips % n == 0)
             return str(chips) if islands == 1 else f"{islands} x {chips // islands}"
         return "x".join(map(str, _shape(chips, self.dimensions)))
+
+    def seconds_a_byte(self, members: int, together: int, *, exchange: bool = False) -> float:
+        """Of a collective, for each byte that a device sends in a ring of all `members`, at the peaks of the links.
+
+        What leaves an island goes over the network. Of a gather or a sum every island takes each byte in once, its
+        devices sharing the work; of an exchange every device has something for every other.
+
+        Args:
+            members: devices of a group.
+            together: of them, those of one island.
+            exchange: whether it is an all-to-all.
+        """
+        away = 0.0
+        if members > together:
+            away = (members - together if exchange else members / together - 1) / (members - 1)
+        fast, slow = (each / 2 / self.devices for each in (self.link_bytes_per_s, self.network_bytes_per_s))
+        return max((1 - away) / fast, away / slow)
 
     def check(self, chips: int) -> None:
         """ValueError for a number of these chips that cannot be had."""

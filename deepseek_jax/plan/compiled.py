@@ -9,14 +9,16 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.plan import arithmetic, pod
-from deepseek_jax.plan.account import Account, account
+from deepseek_jax.plan import arithmetic, planner, pod
+from deepseek_jax.plan.account import Account, Collective, account
 from deepseek_jax.plan.chips import Chip
 from deepseek_jax.plan.exchange import least_sent
 from deepseek_jax.plan.topology import GPU_OPTIONS
@@ -72,6 +74,7 @@ class Compiled:
         devices: of the mesh, one or two a chip.
         hbm_bytes: memory of a device.
         used_bytes: of it, arguments and temporaries and results that take no argument's place.
+        planned_bytes: what `plan.planner` says of the same mesh and batch.
         argument_bytes, temp_bytes: as the compiler reports them.
         weight_bytes, optimizer_bytes, cache_bytes: parts of the arguments.
         flops: of matrix products, loops counted as often as they turn.
@@ -82,9 +85,12 @@ class Compiled:
         analytic_bytes: weights touched, cache, gradients and moments, once each.
         collectives: op, mesh axis and bytes sent.
         collective_bytes, analytic_collective_bytes: their sum, and the least of `plan.exchange`.
+        uncounted: op names of loops that are counted once, since only the data know their length, and of kernels
+            whose arithmetic nothing tells.
         compile_seconds: lowering included.
-        seconds: a lower bound of the step's time, by compute, memory or links.
-        bound: which of them.
+        bounds: seconds of the step if "compute", "memory" or "links" were all there is, at the peaks.
+        seconds: the longest of them, a lower bound of the step's time.
+        bound: which that is.
         tokens_per_second: of all chips, in that time.
     """
 
@@ -93,6 +99,7 @@ class Compiled:
     devices: int
     hbm_bytes: int
     used_bytes: int
+    planned_bytes: int
     argument_bytes: int | None = None
     temp_bytes: int | None = None
     weight_bytes: int | None = None
@@ -106,7 +113,9 @@ class Compiled:
     collectives: tuple[Mapping[str, Any], ...] | None = None
     collective_bytes: int | None = None
     analytic_collective_bytes: float
+    uncounted: tuple[str, ...] = ()
     compile_seconds: float
+    bounds: Mapping[str, float] | None = None
     seconds: float | None = None
     bound: str | None = None
     tokens_per_second: float | None = None
@@ -131,6 +140,7 @@ def compile_step(task: Task, of_chip: Chip) -> Compiled:
         chips=devices // of_chip.devices,
         devices=devices,
         hbm_bytes=of_chip.hbm_bytes // of_chip.devices,
+        planned_bytes=planned_bytes(task),
         analytic_flops=analytic_flops(task) / devices,
         analytic_bytes=analytic_bytes(task) / devices,
         analytic_collective_bytes=least_sent(task.config, task.layout, task.step, task.batch, task.context),
@@ -155,7 +165,7 @@ def compile_step(task: Task, of_chip: Chip) -> Compiled:
     # of decoding one token a sequence is the step, without what the loop prepares once for all of them
     loop = "jit(_decode)/while" if task.step == "decode" else None
     sums = account(compiled.as_text(), task.layout.mesh.shape, loop=loop)
-    times = _times(sums, of_chip, task.dtype)
+    times = _times(sums, of_chip, task)
     bound = max(times, key=times.get)
     return Compiled(
         fits=used_bytes <= common["hbm_bytes"],
@@ -170,7 +180,9 @@ def compile_step(task: Task, of_chip: Chip) -> Compiled:
         bytes_accessed=sums.bytes_accessed,
         collectives=tuple(dataclasses.asdict(of) for of in sums.collectives),
         collective_bytes=sum(of.bytes for of in sums.collectives),
+        uncounted=sums.unknown_loops + sums.unknown_kernels,
         compile_seconds=spent,
+        bounds=times,
         seconds=times[bound],
         bound=bound,
         tokens_per_second=_tokens(task) / times[bound],
@@ -235,14 +247,40 @@ def _tokens(task: Task) -> int:
     return task.batch * (1 if task.step == "decode" else task.context)
 
 
-def _times(sums: Account, of_chip: Chip, dtype: str) -> dict[str, float]:
-    """Seconds of a step if arithmetic, memory or links were all there is, at the chip's peaks."""
-    peak = of_chip.bf16_flops if dtype == "bf16" else of_chip.bf16_flops / 4
+def planned_bytes(task: Task) -> int:
+    """What the planner says that a device holds of the step, on the task's own mesh."""
+    sizes = planner.Sizes(**task.layout.mesh.shape)
+    if task.step == "decode":
+        memory = partial(planner.serve_memory, multiple=task.layout.lanes)
+    elif task.step == "prefill":
+        memory = planner.prefill_memory
+    else:
+        memory = partial(
+            planner.train_memory, kind="tpu" if task.layout.mesh.devices.flat[0].platform == "tpu" else "gpu"
+        )
+    return memory(task.config, task.dtype, sizes, task.batch, task.context).total
+
+
+def _times(sums: Account, of_chip: Chip, task: Task) -> dict[str, float]:
+    """Seconds of a step if arithmetic, memory or links were all there is, at the peaks."""
+    peak = of_chip.bf16_flops if task.dtype == "bf16" else of_chip.bf16_flops / 4
     return {
-        "compute": sums.flops / peak,
-        "memory": sums.bytes_accessed / of_chip.bandwidth,
-        "links": sum(of.bytes for of in sums.collectives) / (of_chip.link_bytes_per_s / 2),
+        "compute": sums.flops / (peak / of_chip.devices),
+        "memory": sums.bytes_accessed / (of_chip.bandwidth / of_chip.devices),
+        "links": sum(_link_seconds(of, of_chip, task.layout.mesh) for of in sums.collectives),
     }
+
+
+def _link_seconds(of: Collective, of_chip: Chip, mesh: jax.sharding.Mesh) -> float:
+    """At the peaks, what leaves a host of GPUs over the network; a TPU's slice is one island."""
+    along = [mesh.axis_names.index(axis) for axis in of.axis.split("+")]
+    group = np.moveaxis(mesh.devices, along, range(len(along)))
+    group = group.reshape(
+        -1, math.prod(mesh.devices.shape[axis] for axis in set(range(mesh.devices.ndim)) - set(along))
+    )
+    hosts = [device.process_index if of_chip.kind == "gpu" else 0 for device in group[:, 0]]
+    exchange = of.op in ("all-to-all", "ragged-all-to-all", "collective-permute")
+    return of.bytes * of_chip.seconds_a_byte(len(hosts), hosts.count(hosts[0]), exchange=exchange)
 
 
 def _on_a_chip(tree: Any) -> int:

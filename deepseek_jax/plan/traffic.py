@@ -24,10 +24,18 @@ _FREE = {
     "replica-id",
     "async-done",
     "async-update",
+    "call-done",
 }
 _LAYER_OF = re.compile(rf'op_name="[^"]*{LAYER_OF}(\d+)')
 _LIBRARY = re.compile(r'custom_call_target="__(cublas|cudnn)\$(?:gemm|lt|conv)')
-_FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "SliceBitcast")
+_FREE_CALLS = (
+    "AllocateBuffer",
+    "AssumeGatherIndicesInBound",
+    "ConcatBitcast",
+    "PrepareAsyncCallDone",
+    "PrepareAsyncCallStart",
+    "SliceBitcast",
+)
 # What an update in place moves: the new values, and for a scatter, which may add, the old ones.
 _UPDATES = {
     "dynamic-update-slice": lambda operands: operands[1].bytes,
@@ -127,7 +135,11 @@ def _read(computations: Mapping[str, Computation], inside: Computation, value: I
             read += min(value.bytes, _read(computations, inside, user))
         elif user.opcode == "fusion":
             called = computations[user.called("calls")]
-            read += _read(computations, called, called.parameters[position])
+            parameter = called.parameters[position]
+            if user is not inside.root and _source(called, called.root) is parameter:  # only another layout of it
+                read += min(value.bytes, _read(computations, inside, user))
+            else:
+                read += _read(computations, called, parameter)
         else:
             return value.bytes
     return min(read, value.bytes)
