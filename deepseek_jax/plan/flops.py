@@ -15,6 +15,7 @@ from deepseek_jax.plan.traffic import declared, library
 
 # Kernels whose text says nothing of what they compute, unless they declare it.
 _KERNELS = re.compile(r'custom_call_target="[^"]*(mosaic|triton|tpu_custom_call|fmha)[^"]*"', re.IGNORECASE)
+_OFFSETS = "ragged-dot-metadata"  # on TPU, where the groups of a grouped product begin
 _LEFT = r"lhs_contracting_dims=\{([\d,]*)\}"
 
 
@@ -39,7 +40,7 @@ def flops(computation: Computation, instruction: Instruction) -> int:
 def is_unknown(instruction: Instruction) -> bool:
     """Whether it is a kernel whose arithmetic nothing tells."""
     kernel = instruction.opcode == "custom-call" and _KERNELS.search(instruction.rest)
-    return bool(kernel) and declared(instruction, "flops") is None
+    return bool(kernel) and declared(instruction, "flops") is None and instruction.op_name != _OFFSETS
 
 
 def _product(left: Leaf, result: Leaf, contracted: list[int]) -> int:

@@ -20,7 +20,9 @@ _ALONE = {
     "TPU_WORKER_ID": "0",
     "TPU_MIN_LOG_LEVEL": "3",
 }
-_OF_TPUS = {"v7x": "tpu7x"}  # names that libtpu has and makers have not
+# What libtpu calls the generations that it compiles for as one device a chip, or as two of a v7x. (A v4 it describes
+# by cores, of which it would want meshes.)
+_OF_TPUS = {"v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "v7x": "tpu7x"}
 # What kernels of matrix products are chosen by measuring on the GPU: without one, XLA's defaults.
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0}
 
@@ -48,16 +50,24 @@ def topology(name: str) -> tuple[Chip, list[jax.Device]]:
     return of_chip, (_gpus if of_chip.kind == "gpu" else _tpus)(of_chip, shape, wanted)
 
 
+def compilable(of_chip: Chip) -> bool:
+    """Whether there is a compiler for these chips that does not need one of them."""
+    return of_chip.name in _OF_TPUS or of_chip.name in _TARGETS
+
+
 def _tpus(of_chip: Chip, shape: str, wanted: str) -> list[jax.Device]:
+    if of_chip.name not in _OF_TPUS:
+        raise ValueError(f"{wanted}; of TPUs there are {', '.join(_OF_TPUS)}")
     if find_spec("libtpu") is None:
         raise ValueError("libtpu: not installed; the TPU compiler is in the extra: pip install 'deepseek_jax[pod]'")
     for key, value in _ALONE.items():
         os.environ.setdefault(key, value)
     from jax.experimental import topologies  # looks for libtpu when it is imported
 
-    named = f"{_OF_TPUS.get(of_chip.name, of_chip.name)}:{shape}"
+    named = f"{_OF_TPUS[of_chip.name]}:{shape}"
+    alone = {"chips_per_host_bounds": [1, 1, 1]} if set(shape) == {"1", "x"} else {}  # else four chips a host
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=named).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=named, **alone).devices
     except jax.errors.JaxRuntimeError as problem:
         raise ValueError(f"{wanted} ({str(problem).splitlines()[0]})") from None
 
