@@ -135,7 +135,7 @@ def compile_step(task: Task, of_chip: Chip) -> Compiled:
     task.check()
     devices = task.layout.mesh.size
     start = time.perf_counter()
-    program = lower(task)
+    program = trace(task)
     common = dict(
         chips=devices // of_chip.devices,
         devices=devices,
@@ -146,7 +146,7 @@ def compile_step(task: Task, of_chip: Chip) -> Compiled:
         analytic_collective_bytes=least_sent(task.config, task.layout, task.step, task.batch, task.context),
     )
     try:
-        compiled = program.lowered.compile(GPU_OPTIONS if of_chip.kind == "gpu" else None)
+        compiled = program.lower().compile(GPU_OPTIONS if of_chip.kind == "gpu" else None)
     except jax.errors.JaxRuntimeError as problem:
         used = _USED.search(str(problem))
         if "RESOURCE_EXHAUSTED" not in str(problem) or used is None:
@@ -209,10 +209,11 @@ def default_mesh(config: ModelConfig, step: Step, chips: int) -> dict[str, int]:
     return {"data": chips // spread, "expert": spread // tensor, "tensor": tensor}
 
 
-def lower(task: Task) -> pod.Program:
+def trace(task: Task) -> pod.Program:
+    """The function that experiments or the engine call, traced for a task's mesh."""
     arguments = task.config, task.layout, task.batch, task.context, DTYPES[task.dtype]
     if task.step in ("prefill", "decode"):
-        return {"prefill": pod.lower_prefill, "decode": pod.lower_decode}[task.step](*arguments)
+        return {"prefill": pod.trace_prefill, "decode": pod.trace_decode}[task.step](*arguments)
     # DeepSeek-V3's own settings, so that the balance loss and the bias update are among what is compiled
     has_bias = task.config.moe is not None
     step = StepConfig(
@@ -220,7 +221,7 @@ def lower(task: Task) -> pod.Program:
         balance_alpha=1e-4 if has_bias else 0.0,
         bias_gamma=1e-3 if has_bias else 0.0,
     )
-    return {"train": pod.lower_train, "grpo": pod.lower_grpo}[task.step](*arguments, step)
+    return {"train": pod.trace_train, "grpo": pod.trace_grpo}[task.step](*arguments, step)
 
 
 def analytic_flops(task: Task) -> int:

@@ -362,9 +362,9 @@ def train_memory(
     gathered with their gradient, embedding and head gathered with their gradients, and a chunk of logits with softmax
     and gradient in float32.
 
-    Differs by the compiler: XLA:GPU fuses a softmax, so that scores are there half as often, and reuses what a layer
-    worked on for the head; but where experts are gathered, it keeps a second copy of their whole stacks, and of the
-    saved attention, in the layout in which it sends them. `tests/tools/test_compile_pod.py` holds both.
+    Differs by the compiler. Of a dense model XLA:GPU has scores half as often, which it fuses, and reuses what a layer
+    worked on for the head. Where experts are gathered, it keeps a second copy of their whole stacks, and of the saved
+    attention, in the layout in which it sends them. `tests/tools/test_compile_gpus.py` holds both.
     """
     number = arithmetic.number_bytes(dtype)
     tokens = math.ceil(batch * length / sizes.over(("data", "fsdp", "expert", "context")))
@@ -376,12 +376,12 @@ def train_memory(
     pieces = layer_activations(config, tokens, length, sizes, "train", number=number)
     layer, head = _gathered_to_train(config, sizes, number)
     head += 3 * 4 * min(_LOGITS, tokens * config.vocab_size / sizes.tensor)
-    if kind == "gpu":
+    if kind == "gpu" and config.moe is None:
         pieces["scores"] //= 2
-        if config.moe is not None and sizes.fsdp * sizes.context > 1:
-            routed = (group for group in _groups(config, dtype, "train") if group.routed)
-            saved += heads + sum(group.nbytes / sizes.over(group.cut) for group in routed)
         head = max(0, head - layer - _live(pieces))
+    elif kind == "gpu" and sizes.fsdp * sizes.context > 1:
+        routed = (group for group in _groups(config, dtype, "train") if group.routed)
+        saved += heads + sum(group.nbytes / sizes.over(group.cut) for group in routed)
     return Memory(
         weights=_weights_a_device(config, dtype, "train", sizes),
         optimizer=2 * number * trained,
