@@ -297,6 +297,7 @@ _ALIASES = {
     "trillium": "v6e",
     "ironwood": "v7x",
     "v7": "v7x",
+    "7x": "v7x",  # tpu7x, as libtpu has it
     "h100-80": "h100",
     "h100-80gb": "h100",
     "h100-sxm": "h100",

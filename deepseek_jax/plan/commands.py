@@ -45,7 +45,7 @@ def _train(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
 
 def _grpo(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
     mesh = "".join(f" --mesh-{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
-    run = f"python experiments/r1_zero.py --model FOLDER --questions.data FILE{mesh}"
+    run = f"python experiments/r1_zero.py --model FOLDER --data FILE{mesh}"
     missing = () if _devices(plan) == 1 else ("a second layout to sample in: the experiment has one mesh for both",)
     return f"{run} --stacked --remat all_but_attention", missing
 
