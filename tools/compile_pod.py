@@ -1,4 +1,4 @@
-"""Compile a step of training or serving for a TPU pod that need not be there, and say what it costs each chip."""
+"""Compile a step of training or serving for a TPU pod or a GPU cluster that need not be there, with its cost."""
 
 if __name__ == "__main__":
     from deepseek_jax.interrupt import end_at_once
@@ -6,6 +6,7 @@ if __name__ == "__main__":
     end_at_once()
 
 import dataclasses
+from collections.abc import Callable
 from json import dumps
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from deepseek_jax.cli import run
 from deepseek_jax.config import PRESETS, ModelConfig
 from deepseek_jax.plan import compiled
 from deepseek_jax.plan.compiled import DTYPES, Compiled, Step, Task
+from deepseek_jax.plan.topology import topology as device_topology
 from deepseek_jax.sharding import Layout, Remat, Transport, lanes_of, make_mesh
 from deepseek_jax.train.progress import format_bytes
 
@@ -42,13 +44,14 @@ def main(
     stacked: bool = True,
     json: bool = False,
 ) -> None:
-    """Prove that a step compiles and fits, with the real TPU compiler. Exit status 0: it fits, 3: it does not.
+    """Prove that a step compiles and fits, with the TPU's or the GPU's own compiler. Exit status 0: it fits, 3: not.
 
     Args:
         preset: name of a published configuration, such as r1-671b, or a folder with config.json.
-        topology: generation and shape of the slice, such as v5p:4x4x4.
+        topology: TPU and shape of the slice, such as v5p:4x4x4 or v7x:4x4x4, or a GPU (a100, h100, h200, b200) and
+            hosts x GPUs of each, such as h200:2x8 or h100:8.
         step: prefill, decode, train (fine-tuning with the MTP loss, where there are modules) or grpo (the update).
-        batch: sequences in all; by default eight a chip to decode, else one for each part of the mesh that cuts them.
+        batch: sequences in all; by default eight a device to decode, else one for each part of the mesh that cuts them.
         context: tokens of a sequence, and slots of the cache to decode.
         mesh: sizes of axes, such as expert=64,fsdp=8; by default one that suits the model and the step.
         dtype: bf16 or f32, of weights, moments and activations.
@@ -57,13 +60,13 @@ def main(
         slack: room for an expert device in a round of it, as a multiple of the even share.
         remat: what an update's backward pass works out again.
         stacked: scan over stacks of layers; without, each layer is compiled by itself.
-        json: print one JSON object, figures a chip unless they say otherwise.
+        json: print one JSON object, figures a device (half a v7x, else a chip) unless they say otherwise.
     """
     jax.config.update("jax_platforms", "cpu")  # nothing here runs on an accelerator, even where there is one
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, wanted one of {', '.join(DTYPES)}")
     of_model = _config(preset, step)
-    of_chip, devices = compiled.topology(topology)
+    of_chip, devices = device_topology(topology)
     sizes = compiled.default_mesh(of_model, step, len(devices)) if mesh is None else _parsed(mesh)
     training = step in ("train", "grpo")
     layout = Layout(
@@ -73,7 +76,7 @@ def main(
         slack=slack,
         stacked=stacked,
         remat=remat if training else "nothing",
-        lanes=lanes_of("tpu"),
+        lanes=lanes_of(devices[0].platform),
     )
     if batch is None:
         batch = 8 * len(devices) if step == "decode" else layout.parts("batch") * micro_batches
@@ -118,28 +121,35 @@ def _show(found: Compiled, task: Task, topology: str, sizes: dict[str, int]) -> 
     console = Console(width=None if Console().is_terminal else _WIDTH)
     mesh = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
     console.print(f"{task.step} on {topology}: {mesh}, batch {task.batch}, context {task.context}, {task.dtype}")
-    table = Table("a chip", "", "beside theory")
+    halves = found.devices // found.chips
+    table = Table("a chip" if halves == 1 else f"a device, 1/{halves} of a chip", "", "beside theory")
     row = lambda name, value, beside="": table.add_row(name, value, beside)
     row("memory", format_bytes(found.hbm_bytes), "")
     row("  used", format_bytes(found.used_bytes), f"{found.headroom:.0%} left" if found.fits else "DOES NOT FIT")
+    row("  planned", format_bytes(found.planned_bytes), f"{found.planned_bytes / found.used_bytes:.2f} of used")
     if found.flops is not None:
-        for name in ("weight", "optimizer", "cache", "temp"):
-            row(f"  {name}", format_bytes(getattr(found, f"{name}_bytes")))
-        row("FLOPs", f"{found.flops:.4g}", f"{found.flops / found.analytic_flops:.3f} of {found.analytic_flops:.4g}")
-        if found.masked_flops:
-            row("  masked", f"{found.masked_flops:.4g}", "more, if they are not skipped")
-        ratio = found.bytes_accessed / found.analytic_bytes
-        row("bytes", format_bytes(found.bytes_accessed), f"{ratio:.2f} of {format_bytes(round(found.analytic_bytes))}")
-        row("sent", format_bytes(found.collective_bytes), _beside_least(found))
-        for of in found.collectives:
-            row(f"  {of['op']}", format_bytes(of["bytes"]), f"{of['count']} over {of['axis']}")
-        row(
-            "roofline",
-            f"{found.seconds * 1e3:.3g} ms",
-            f"{found.bound}, {found.tokens_per_second / found.chips:,.0f} tokens/s",
-        )
+        _show_account(found, row)
     row("compiled in", f"{found.compile_seconds:.0f} s")
     console.print(table)
+
+
+def _show_account(found: Compiled, row: Callable[..., None]) -> None:
+    for name in ("weight", "optimizer", "cache", "temp"):
+        row(f"  {name}", format_bytes(getattr(found, f"{name}_bytes")))
+    row("FLOPs", f"{found.flops:.4g}", f"{found.flops / found.analytic_flops:.3f} of {found.analytic_flops:.4g}")
+    if found.masked_flops:
+        row("  masked", f"{found.masked_flops:.4g}", "more, if they are not skipped")
+    ratio = found.bytes_accessed / found.analytic_bytes
+    row("bytes", format_bytes(found.bytes_accessed), f"{ratio:.2f} of {format_bytes(round(found.analytic_bytes))}")
+    row("sent", format_bytes(found.collective_bytes), _beside_least(found))
+    for of in found.collectives:
+        row(f"  {of['op']}", format_bytes(of["bytes"]), f"{of['count']} over {of['axis']}")
+    speed = f"{found.bound}, {found.tokens_per_second / found.chips:,.0f} tokens/s a chip"
+    row("roofline", f"{found.seconds * 1e3:.3g} ms", speed)
+    for name, seconds in found.bounds.items():
+        row(f"  {name}", f"{seconds * 1e3:.3g} ms", "")
+    if found.uncounted:
+        row("not counted", str(len(found.uncounted)), ", ".join(sorted(set(found.uncounted))))
 
 
 def _beside_least(found: Compiled) -> str:

@@ -20,6 +20,7 @@ from deepseek_jax.plan.arithmetic import DType
 from deepseek_jax.plan.chart import check_path, title, write_chart
 from deepseek_jax.plan.chips import CHIPS
 from deepseek_jax.plan.chips import chip as chip_of
+from deepseek_jax.plan.commands import commands
 from deepseek_jax.plan.planner import (
     ASSUMED,
     USABLE,
@@ -36,7 +37,7 @@ from deepseek_jax.plan.planner import (
 from deepseek_jax.train.progress import format_bytes
 
 _UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20, "TB": 10**12, "TIB": 2**40}
-_WIDTH = 150  # of tables that go to a file
+_WIDTH = 165  # of tables that go to a file
 _DTYPES: tuple[DType, ...] = ("bf16", "fp8", "int8", "int4")
 _PUBLISHED = tuple(name for name in PRESETS if name != "tiny")
 _DOES_NOT_FIT = 3
@@ -60,7 +61,7 @@ def main(
 
     Args:
         model: name of a published configuration, such as r1-671b, or a folder with config.json.
-        chip: v4, v5e, v5p, v6e, v7x, h100, h200, b200, gb200 or mi300x.
+        chip: v4, v5e, v5p, v6e, v7x, a100, h100, h200, b200, gb200, mi300x, l4, l40s, a10g, rtx4090 or rtx5090.
         chips: how many; by default the smallest slice that fits.
         memory: of one device, such as 24GB, in place of a chip: says what it holds.
         workload: serve, train or grpo.
@@ -90,16 +91,16 @@ def main(
         config = read_model(name)
         length = min(4096, config.max_position_embeddings) if context is None else context
         wanted = {"workload": workload, "context": length, "chips": chips, "batch": batch, "dtype": dtype}
-        found += [(config, plan(_label(name), config, each, **wanted)) for each in which]
+        found += [(name, config, plan(_label(name), config, each, **wanted)) for each in which]
     if one:
-        config, mine = found[0]
+        name, config, mine = found[0]
         if chart is not None:
             write_chart(chart, mine, config, which[0])
-        _print_one(config, mine, json)
+        _print_one(name, config, mine, json)
         if not mine.fits:
             raise SystemExit(_DOES_NOT_FIT)
     elif json:
-        print(dumps({"plans": [_as_json(config, each) for config, each in found]}, indent=2))
+        print(dumps({"plans": [_as_json(*each) for each in found]}, indent=2))
     else:
         _console().print(_many(found), *_notes(), sep="\n")
 
@@ -132,15 +133,16 @@ def _label(name: str) -> str:
 # --- one plan ------------------------------------------------------------------------------------
 
 
-def _as_json(config: ModelConfig, found: Plan) -> dict:
+def _as_json(name: str, config: ModelConfig, found: Plan) -> dict:
     share = weights_share(config, chip_of(found.chip), found.chips, found.dtype)
     whole = found.chips * chip_of(found.chip).hbm_bytes
     thumb = {"memory": rule_of_thumb(config), "tensor_parallel": thumb_tensor_parallel(whole)}
-    return found.as_json() | {"weights_share": share, "rule_of_thumb": thumb}
+    known = dataclasses.asdict(commands(found, name))
+    return found.as_json() | {"weights_share": share, "rule_of_thumb": thumb, "commands": known}
 
 
-def _print_one(config: ModelConfig, found: Plan, json: bool) -> None:
-    facts = _as_json(config, found)
+def _print_one(name: str, config: ModelConfig, found: Plan, json: bool) -> None:
+    facts = _as_json(name, config, found)
     if json:
         print(dumps(facts, indent=2))
         return
@@ -156,10 +158,18 @@ def _print_one(config: ModelConfig, found: Plan, json: bool) -> None:
         *([f"to sample     {_mesh(found.rollout_mesh)}"] if found.rollout_mesh is not None else []),
         f"batch         {found.batch} sequences of {found.context} tokens",
         *(_speeds(found) if found.fits else []),
+        *_commands(facts["commands"]),
         *_notes(),
         _thumb(facts["rule_of_thumb"]),
     ]
-    _console().print(table, *lines, sep="\n", highlight=False)
+    _console().print(table)
+    _console().print(*lines, sep="\n", highlight=False, soft_wrap=True)  # commands are to be copied
+
+
+def _commands(known: dict) -> list[str]:
+    lines = [f"run by        {known['run'] or 'no command yet: an estimate'}"]
+    lines += [f"missing       {what}" for what in known["missing"]]
+    return [*lines, f"compiled by   {known['compile']}"] if known["compile"] else lines
 
 
 def _verdict(found: Plan) -> str:
@@ -192,15 +202,30 @@ def _thumb(rule: dict) -> str:
 # --- many plans, and a given memory --------------------------------------------------------------
 
 
-def _many(found: list[tuple[ModelConfig, Plan]]) -> Table:
-    columns = ("model", "dtype", "chips", "fits", "mesh", "batch", "memory a device", "tokens/s", "bound", "thumb")
-    table = Table(*columns, title=f"{found[0][1].workload}, {found[0][1].context} tokens", title_justify="left")
-    for config, each in found:
+def _many(found: list[tuple[str, ModelConfig, Plan]]) -> Table:
+    columns = (
+        "model",
+        "dtype",
+        "chips",
+        "fits",
+        "mesh",
+        "batch",
+        "memory a device",
+        "tokens/s",
+        "bound",
+        "thumb",
+        "run by",
+    )
+    first = found[0][2]
+    table = Table(*columns, title=f"{first.workload}, {first.context} tokens", title_justify="left")
+    for name, config, each in found:
         memory = f"{format_bytes(each.memory.total)} of {format_bytes(each.hbm)}"
         speed = f"{each.tokens_per_second:,.0f}" if each.fits else "-"
         chips = f"{each.chips} x {each.chip}"
         cells = (each.model, each.dtype, chips, _verdict(each), _mesh(each.mesh), str(each.batch))
-        table.add_row(*cells, memory, speed, each.bound, rule_of_thumb(config) or "-")
+        run = commands(each, name).run
+        by = "nothing yet" if run is None else Path(run.split()[1]).name
+        table.add_row(*cells, memory, speed, each.bound, rule_of_thumb(config) or "-", by)
     return table
 
 
@@ -222,7 +247,12 @@ def _advise(model: str | None, memory: int, context: int | None, dtype: DType | 
     if not found:
         print(f"No published model fits in {format_bytes(memory)} with {length} tokens of context.")
         return
-    lines = [f"{100 * USABLE:.0f} % of the memory is used; the cache is bfloat16.", _recommendation(model, found)]
+    packed = "Weights in fp8, int8 and int4 are estimates: generation unpacks them to bf16, and no program computes so."
+    lines = [
+        f"{100 * USABLE:.0f} % of the memory is used; the cache is bfloat16.",
+        packed,
+        _recommendation(model, found),
+    ]
     thumbs = {advice.model: rule_of_thumb(read_model(model or advice.model)) for advice in found}
     _console().print(_advice(found, thumbs, memory, length), *lines, sep="\n", highlight=False)
 

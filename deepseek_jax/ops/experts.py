@@ -5,28 +5,34 @@ experts on CPU and GPU, where its cost grows with their number; there a loop ove
 """
 
 import math
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+TILES = "tiles_"  # names a loop over so many tiles, for the account of a compiled program
 
 
 def expert_mlp(
     x: Float[Array, "W D"],
     weights: Float[Array, "W A"],
     experts: Int[Array, "W A"],
-    gate: Float[Array, "E D M"],
-    up: Float[Array, "E D M"],
-    down: Float[Array, "E M D"],
+    gate: Float[Array, "*L E D M"],
+    up: Float[Array, "*L E D M"],
+    down: Float[Array, "*L E M D"],
 ) -> Float[Array, "W D"]:
     """sum_a weights[:, a] * SwiGLU_{experts[:, a]}(x), every row through all its experts.
 
-    Weights are applied in float32 to the experts' outputs, as in DeepSeek's code.
+    Weights are applied in float32 to the experts' outputs, as in DeepSeek's code. Of a whole stack of L layers all
+    experts are of one layer, l E to (l + 1) E - 1.
     """
     W, A = experts.shape
     flat = experts.reshape(-1)
     order = jnp.argsort(flat, stable=True)
-    sizes = jnp.sum(flat[:, None] == jnp.arange(gate.shape[0]), axis=0, dtype=jnp.int32)
+    groups = math.prod(gate.shape[:-2])
+    sizes = jnp.sum(flat[:, None] == jnp.arange(groups), axis=0, dtype=jnp.int32)
     rows = x[order // A]
     hidden = jax.nn.silu(grouped_matmul(rows, gate, sizes)) * grouped_matmul(rows, up, sizes)
     out = grouped_matmul(hidden, down, sizes)
@@ -34,15 +40,22 @@ def expert_mlp(
     return jnp.einsum("wad,wa->wd", out[back].reshape(W, A, -1), weights).astype(x.dtype)
 
 
-def grouped_matmul(lhs: Float[Array, "W K"], rhs: Float[Array, "E K N"], sizes: Int[Array, "E"]) -> Float[Array, "W N"]:
+def grouped_matmul(
+    lhs: Float[Array, "W K"], rhs: Float[Array, "*L E K N"], sizes: Int[Array, "G"]
+) -> Float[Array, "W N"]:
     """Rows of group e times rhs[e]; the groups lie one after another and fill all W rows.
 
     Args:
         lhs: rows sorted by group.
-        rhs: one matrix a group.
-        sizes: rows of each group. Rows past the last group cost nothing, and are undefined in the result.
+        rhs: one matrix a group, or those of a stack of L layers, of which one layer's groups alone have rows.
+        sizes: rows of each of the G = L E groups. Rows past the last group cost nothing, and are undefined in the
+            result.
     """
-    return jax.lax.platform_dependent(lhs, rhs, sizes, tpu=ragged_matmul, default=tiled_matmul)
+    tiled = lambda least, most: partial(tiled_matmul, tiles=Tiles.of(lhs.shape[0], rhs.shape[-3], least, most))
+    flat = rhs.reshape(-1, *rhs.shape[-2:])
+    # a GPU reads a group's weights once a tile, and computes sixteen rows in the time of one
+    branches = {"tpu": ragged_matmul, "cpu": tiled(1, 128), "default": tiled(16, 512)}
+    return jax.lax.platform_dependent(lhs, flat, sizes, **branches)
 
 
 @jax.custom_vjp
@@ -71,15 +84,38 @@ def _ragged_backward(saved, d_out):
 ragged_matmul.defvjp(_ragged_forward, _ragged_backward)
 
 
-@jax.custom_vjp
-def tiled_matmul(lhs, rhs, sizes):
+class Tiles(NamedTuple):
+    """How rows are cut into tiles: `rows` of one, and how many an even load of the groups makes."""
+
+    rows: int
+    even: int
+
+    @classmethod
+    def of(cls, rows: int, groups: int, least: int = 1, most: int = 128) -> "Tiles":
+        """A power of two near a quarter of the mean group: its last tile then wastes little, however many groups.
+
+        >>> Tiles.of(4096, 16), Tiles.of(72, 16, 16, 512)
+        (Tiles(rows=64, even=64), Tiles(rows=16, even=16))
+        """
+        block = min(most, max(least, 1 << (max(1, rows // (4 * groups)) - 1).bit_length()))
+        filled = max(1, min(rows, groups))
+        return cls(block, filled * -(-rows // (filled * block)))
+
+    def named(self):
+        """Says in the program how many there are, which only the data know there."""
+        return jax.named_scope(f"{TILES}{self.even}")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def tiled_matmul(lhs, rhs, sizes, tiles=None):
     """grouped_matmul as a loop over tiles of rows; only tiles that hold rows are computed.
 
     A tile may reach past its group's end. The rows there are wrong when written and right in the end, because
     the tiles of the next group come later and write them again.
     """
     W, N = lhs.shape[0], rhs.shape[-1]
-    block = _block_rows(W, rhs.shape[0])
+    tiles = tiles or Tiles.of(W, rhs.shape[0])
+    block = tiles.rows
     padded = jnp.pad(lhs, ((0, block), (0, 0)))
 
     def body(tile, out):
@@ -87,27 +123,29 @@ def tiled_matmul(lhs, rhs, sizes):
         rows = jax.lax.dynamic_slice_in_dim(padded, row, block)
         return jax.lax.dynamic_update_slice_in_dim(out, rows @ rhs[group], row, axis=0)
 
-    locate, tiles = _tiles(sizes, block)
-    out = jax.lax.fori_loop(0, tiles, body, jnp.zeros((W + block, N), lhs.dtype))
+    locate, count = _tiles(sizes, block)
+    with tiles.named():
+        out = jax.lax.fori_loop(0, count, body, jnp.zeros((W + block, N), lhs.dtype))
     return out[:W]
 
 
-def _forward(lhs, rhs, sizes):
-    return tiled_matmul(lhs, rhs, sizes), (lhs, rhs, sizes)
+def _forward(lhs, rhs, sizes, tiles):
+    return tiled_matmul(lhs, rhs, sizes, tiles), (lhs, rhs, sizes)
 
 
-def _backward(saved, d_out):
+def _backward(tiles, saved, d_out):
     lhs, rhs, sizes = saved
-    d_lhs = tiled_matmul(d_out, jnp.swapaxes(rhs, 1, 2), sizes)
-    return d_lhs, _tiled_outer(lhs, d_out, sizes, rhs.shape).astype(rhs.dtype), None
+    d_lhs = tiled_matmul(d_out, jnp.swapaxes(rhs, 1, 2), sizes, tiles)
+    return d_lhs, _tiled_outer(lhs, d_out, sizes, rhs.shape, tiles).astype(rhs.dtype), None
 
 
 tiled_matmul.defvjp(_forward, _backward)
 
 
-def _tiled_outer(lhs, d_out, sizes, shape):
+def _tiled_outer(lhs, d_out, sizes, shape, tiles):
     """d rhs in float32: for each group the product lhs^T d_out over its own rows only."""
-    block = _block_rows(lhs.shape[0], shape[0])
+    tiles = tiles or Tiles.of(lhs.shape[0], shape[0])
+    block = tiles.rows
     lhs, d_out = (jnp.pad(a, ((0, block), (0, 0))) for a in (lhs, d_out))
 
     def body(tile, total):
@@ -117,8 +155,9 @@ def _tiled_outer(lhs, d_out, sizes, shape):
         b = jnp.where(mine, jax.lax.dynamic_slice_in_dim(d_out, row, block), 0)
         return total.at[group].add(jnp.matmul(a.T, b, preferred_element_type=jnp.float32))
 
-    locate, tiles = _tiles(sizes, block)
-    return jax.lax.fori_loop(0, tiles, body, jnp.zeros(shape, jnp.float32))
+    locate, count = _tiles(sizes, block)
+    with tiles.named():
+        return jax.lax.fori_loop(0, count, body, jnp.zeros(shape, jnp.float32))
 
 
 def _tiles(sizes, block):
@@ -133,8 +172,3 @@ def _tiles(sizes, block):
         return group, row, ends[group] - row
 
     return locate, tile_ends[-1]
-
-
-def _block_rows(rows: int, groups: int) -> int:
-    """A power of two near a quarter of the mean group: a group's last tile then wastes little, however many groups."""
-    return min(128, 1 << (max(1, rows // (4 * groups)) - 1).bit_length())

@@ -156,7 +156,8 @@ def _at_home(x, weights, experts, matrices, layer, terms):
     """All experts on this device."""
     if layer is not None:
         experts = experts + layer * matrices[0].shape[1]
-        matrices = [stack.reshape(-1, *stack.shape[2:]) for stack in matrices]
+        with jax.named_scope(f"{LAYER_OF}{matrices[0].shape[0]}"):
+            return expert_mlp(x, weights, experts, *matrices)
     return expert_mlp(x, weights, experts, *matrices)
 
 
@@ -201,7 +202,6 @@ def _swiglu(rows, matrices, sizes, layer):
     if layer is not None:
         stacks, experts = matrices[0].shape[:2]
         sizes = jax.lax.dynamic_update_slice(jnp.zeros(stacks * experts, sizes.dtype), sizes, (layer * experts,))
-        matrices = [stack.reshape(-1, *stack.shape[2:]) for stack in matrices]
         with jax.named_scope(f"{LAYER_OF}{stacks}"):
             return swiglu_groups(rows, *matrices, sizes)
     return swiglu_groups(rows, *matrices, sizes)

@@ -38,12 +38,12 @@ take_rows.defvjp(_take_forward, _take_backward)
 
 def swiglu_groups(
     rows: Float[Array, "W D"],
-    gate: Float[Array, "E D M"],
-    up: Float[Array, "E D M"],
-    down: Float[Array, "E M D"],
-    sizes: Int[Array, "E"],
+    gate: Float[Array, "*L E D M"],
+    up: Float[Array, "*L E D M"],
+    down: Float[Array, "*L E M D"],
+    sizes: Int[Array, "G"],
 ) -> Float[Array, "W D"]:
-    """SwiGLU_e of the rows of each group e; the groups lie one after another.
+    """SwiGLU_e of the rows of each group e; the groups lie one after another. Of a stack, one layer's have rows.
 
     Rows past the last group cost nothing. They are undefined in the result, and nothing of them, NaN or not, reaches
     the other rows or a gradient of the weights.

@@ -10,14 +10,13 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
 
-import numpy as np
-
+from deepseek_jax.ops.experts import TILES
+from deepseek_jax.plan.flops import flops, is_unknown
 from deepseek_jax.plan.groups import Axes
-from deepseek_jax.plan.hlo import Computation, Frame, Instruction, Leaf, leaves, parse
-from deepseek_jax.plan.traffic import continues, declared, fusion_bytes, instruction_bytes
+from deepseek_jax.plan.hlo import Computation, Frame, Instruction, parse
+from deepseek_jax.plan.traffic import continues, fusion_bytes, instruction_bytes
 
 # Bytes that a chip sends, of an operand of so many bytes and a group of n chips.
 _SENT: Mapping[str, Callable[[int, int], int]] = {
@@ -30,6 +29,8 @@ _SENT: Mapping[str, Callable[[int, int], int]] = {
 }
 # Rounds of dispatch that only skewed loads of the experts need.
 _RARE = "overflow_rounds"
+# A loop over so many tiles of the experts' rows, if the load is even.
+_TILED = re.compile(rf"{TILES}(\d+)/while$")
 # How the TPU compiler marks a product whose tiles outside their group are skipped.
 _SKIPS_GROUPS = re.compile(r"ITERATION_SKIPPER_MODE_(GROUP_STARTS|ITERATION_INDICES)")
 
@@ -62,6 +63,7 @@ class Account:
         collectives: sorted by bytes, largest first.
         unknown_loops: op names of loops whose trip count only the data decide, counted once.
         skipped_loops: those of them that run only when the experts' load is skewed, not counted.
+        unknown_kernels: op names of custom calls that do not declare their arithmetic, which is not in `flops`.
     """
 
     flops: int
@@ -70,12 +72,14 @@ class Account:
     collectives: tuple[Collective, ...]
     unknown_loops: tuple[str, ...]
     skipped_loops: tuple[str, ...]
+    unknown_kernels: tuple[str, ...] = ()
 
 
 def account(text: str, mesh_shape: Mapping[str, int], *, loop: str | None = None) -> Account:
     """Adds up what a compiled program costs each chip, or what one turn of a loop of it does.
 
-    FLOPs are those of dot and convolution as XLA counts them, and those that a custom call declares. The weight
+    FLOPs are those of dot and convolution as XLA counts them, within Triton's fusions and the calls of cuBLAS and
+    cuDNN as well, and those that a custom call declares. The weight
     gradient of `ragged_dot` on TPU is a dense convolution over all groups whose masked tiles the
     compiler marks to be skipped: one group's share is counted, which leaves out only that tiles at the border of
     two groups run twice; no run on a TPU has confirmed it. Elementwise work is not counted.
@@ -88,7 +92,8 @@ def account(text: str, mesh_shape: Mapping[str, int], *, loop: str | None = None
     all-to-all (n-1)/n of their operand, all-reduce twice that, a permute its operand, ragged-all-to-all
     (n-1)/n of its whole send buffer (an upper bound).
 
-    Loops multiply what is inside; a conditional costs what its largest branch does.
+    Loops multiply what is inside; a conditional costs what its largest branch does. A loop over tiles of the experts'
+    rows, which is what GPUs and CPUs compute them by, turns as often as an even load has it.
 
     Args:
         text: of `compiled.as_text()`, partitioned and scheduled.
@@ -119,6 +124,7 @@ def account(text: str, mesh_shape: Mapping[str, int], *, loop: str | None = None
         collectives=tuple(sorted(sums, key=lambda c: (-c.bytes, c.op, c.axis))),
         unknown_loops=tuple(walk.unknown),
         skipped_loops=tuple(walk.skipped),
+        unknown_kernels=tuple(walk.kernels),
     )
 
 
@@ -154,6 +160,7 @@ class _Walk:
         self.axes = axes
         self.unknown: list[str] = []
         self.skipped: list[str] = []
+        self.kernels: list[str] = []
         self._totals: dict[str, _Sum] = {}
 
     def total(self, frame: Frame) -> _Sum:
@@ -175,18 +182,23 @@ class _Walk:
         elif opcode == "conditional":
             branches = [self.total(frame.enter(instruction, name)) for name in _branches(instruction)]
             total.add(max(branches, key=lambda branch: (branch.flops, branch.bytes)))
-        elif opcode in ("call", "async-start"):
-            name = instruction.called("to_apply" if opcode == "call" else "calls")
+        elif opcode in ("call", "call-start", "async-start"):  # the second on v7x, of what its sparse cores do
+            name = instruction.called("calls" if opcode == "async-start" else "to_apply")
             total.add(self.total(frame.enter(instruction, name)))
         elif opcode == "fusion":
             self._add_fusion(total, frame, instruction)
         else:
             total.bytes += instruction_bytes(frame.computation, instruction)
-            total.flops += _flops(frame.computation, instruction)
+            total.flops += flops(frame.computation, instruction)
+            if is_unknown(instruction):
+                self.kernels.append(instruction.op_name or instruction.name)
             self._add_collective(total, frame.computation, instruction)
 
     def _trips(self, frame: Frame, loop: Instruction) -> int:
         times = frame.trips(loop)
+        if times is None:
+            tiled = _TILED.search(loop.op_name)
+            times = int(tiled.group(1)) if tiled else None
         if times is None:
             rare = _RARE in loop.op_name
             (self.skipped if rare else self.unknown).append(loop.op_name or loop.name)
@@ -223,68 +235,6 @@ def _branches(conditional: Instruction) -> list[str]:
     if listed:
         return re.findall(r"%([^ ,]+)", listed.group(1))
     return [conditional.called("true_computation"), conditional.called("false_computation")]
-
-
-# --- arithmetic ----------------------------------------------------------------------------------
-
-
-def _flops(computation: Computation, instruction: Instruction) -> int:
-    if instruction.opcode == "dot":
-        (left, *_), (result,) = (i.leaves for i in (computation.operands(instruction)[0], instruction))
-        contracted = _numbers(instruction.rest, r"lhs_contracting_dims=\{([\d,]*)\}")
-        return 2 * math.prod(result.dims) * math.prod(left.dims[d] for d in contracted)
-    if instruction.opcode == "convolution":
-        left = computation.operands(instruction)[0]
-        return _convolution_flops(left.type, instruction.type, instruction.rest)
-    if instruction.opcode == "custom-call":
-        return declared(instruction, "flops") or 0
-    if instruction.opcode == "ragged-dot":
-        raise ValueError(
-            f"account: {instruction.name}: got a ragged-dot, wanted what the TPU or CPU compiler makes of it"
-        )
-    return 0
-
-
-def _numbers(text: str, pattern: str) -> list[int]:
-    found = re.search(pattern, text)
-    return [int(n) for n in found.group(1).split(",") if n] if found else []
-
-
-def _convolution_flops(left_type: str, result_type: str, rest: str) -> int:
-    (left,), (result,) = leaves(left_type), leaves(result_type)
-    left_labels, _, result_labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest).groups()
-    features, batch = (left.dims[left_labels.index(label)] for label in "fb")
-    shared = math.prod(_numbers(rest, r"feature_group_count=(\d+)") + _numbers(rest, r"batch_group_count=(\d+)"))
-    products = features * batch // shared * result.dims[result_labels.index("f")]
-    return 2 * products * math.prod(_positions(left, left_labels, result, result_labels, rest))
-
-
-def _positions(left: Leaf, left_labels: str, result: Leaf, result_labels: str, rest: str) -> Iterator[int]:
-    """For each spatial dimension, how many pairs of a kernel and an output position meet an input."""
-    window = re.search(r"window=\{([^}]*)\}", rest)
-    fields = dict(field.split("=") for field in window.group(1).split()) if window else {}
-    for number, size in enumerate(fields["size"].split("x") if fields else ()):
-        label = str(number)
-        field = lambda name, default, at=number: fields[name].split("x")[at] if name in fields else default
-        yield _meeting(
-            int(size),
-            left.dims[left_labels.index(label)],
-            result.dims[result_labels.index(label)],
-            int(field("stride", "1")),
-            int(field("pad", "0_0").split("_")[0]),
-            int(field("lhs_dilate", "1")),
-            int(field("rhs_dilate", "1")),
-        )
-
-
-@cache
-def _meeting(kernel: int, inputs: int, outputs: int, stride: int, pad: int, spread: int, step: int) -> int:
-    start = np.arange(outputs) * stride - pad
-    met = 0
-    for position in range(kernel):
-        at = start + position * step
-        met += int(np.sum((at >= 0) & (at < inputs * spread) & (at % spread == 0)))
-    return met
 
 
 def _groups(frame: Frame, fusion: Instruction) -> int:

@@ -7,6 +7,7 @@ from typing import Literal
 GB = 10**9
 GIB = 2**30
 TERA = 10**12
+Kind = Literal["tpu", "gpu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +26,11 @@ class Chip:
         network_bytes_per_s: between islands, a chip, both directions; 400 Gbit/s each way where nothing is published.
         dimensions: of the torus; 0 for a switch.
         slices: in what numbers the planner looks for chips.
-        devices: that JAX sees of one chip; each has its share of the memory.
+        devices: that JAX sees of one chip; each has its share of the memory, of the peaks and of the links.
     """
 
     name: str
-    kind: Literal["tpu", "gpu"]
+    kind: Kind
     hbm_bytes: int
     bandwidth: float
     bf16_flops: float
@@ -51,6 +52,23 @@ class Chip:
             islands = next(n for n in range(math.ceil(chips / self.island), chips + 1) if chips % n == 0)
             return str(chips) if islands == 1 else f"{islands} x {chips // islands}"
         return "x".join(map(str, _shape(chips, self.dimensions)))
+
+    def seconds_a_byte(self, members: int, together: int, *, exchange: bool = False) -> float:
+        """Of a collective, for each byte that a device sends in a ring of all `members`, at the peaks of the links.
+
+        What leaves an island goes over the network. Of a gather or a sum every island takes each byte in once, its
+        devices sharing the work; of an exchange every device has something for every other.
+
+        Args:
+            members: devices of a group.
+            together: of them, those of one island.
+            exchange: whether it is an all-to-all.
+        """
+        away = 0.0
+        if members > together:
+            away = (members - together if exchange else members / together - 1) / (members - 1)
+        fast, slow = (each / 2 / self.devices for each in (self.link_bytes_per_s, self.network_bytes_per_s))
+        return max((1 - away) / fast, away / slow)
 
     def check(self, chips: int) -> None:
         """ValueError for a number of these chips that cannot be had."""
@@ -79,6 +97,8 @@ def _doubling(first: int, last: int) -> tuple[int, ...]:
 _3D = (1, *_doubling(4, 4096))
 _2D = (1, *_doubling(4, 256))
 _GPUS = _doubling(1, 4096)
+_BOX = _doubling(1, 8)  # GPUs on PCIe, in one machine
+_CARD = 25 * GB  # between such machines: 100 Gbit/s each way
 
 CHIPS: tuple[Chip, ...] = (
     Chip(
@@ -197,6 +217,78 @@ CHIPS: tuple[Chip, ...] = (
         island=8,
         slices=_GPUS,
     ),
+    Chip(
+        name="a100",
+        kind="gpu",
+        hbm_bytes=80 * GB,
+        bandwidth=2.039 * TERA,
+        bf16_flops=312 * TERA,
+        flops_8bit=624 * TERA,  # int8; FP8 it has not
+        link_bytes_per_s=600 * GB,
+        network_bytes_per_s=50 * GB,
+        island=8,
+        slices=_GPUS,
+    ),
+    Chip(
+        name="l4",
+        kind="gpu",
+        hbm_bytes=24 * GB,
+        bandwidth=0.3 * TERA,
+        bf16_flops=121 * TERA,
+        flops_8bit=242 * TERA,
+        link_bytes_per_s=64 * GB,
+        network_bytes_per_s=_CARD,
+        island=8,
+        slices=_BOX,
+    ),
+    Chip(
+        name="l40s",
+        kind="gpu",
+        hbm_bytes=48 * GB,
+        bandwidth=0.864 * TERA,
+        bf16_flops=362 * TERA,
+        flops_8bit=733 * TERA,
+        link_bytes_per_s=64 * GB,
+        network_bytes_per_s=_CARD,
+        island=8,
+        slices=_BOX,
+    ),
+    Chip(
+        name="a10g",
+        kind="gpu",
+        hbm_bytes=24 * GB,
+        bandwidth=0.6 * TERA,
+        bf16_flops=70 * TERA,
+        flops_8bit=140 * TERA,  # int8; FP8 it has not
+        link_bytes_per_s=64 * GB,
+        network_bytes_per_s=_CARD,
+        island=8,
+        slices=_BOX,
+    ),
+    Chip(
+        name="rtx4090",
+        kind="gpu",
+        hbm_bytes=24 * GB,
+        bandwidth=1.008 * TERA,
+        bf16_flops=165 * TERA,
+        flops_8bit=330 * TERA,
+        link_bytes_per_s=64 * GB,
+        network_bytes_per_s=_CARD,
+        island=8,
+        slices=_BOX,
+    ),
+    Chip(
+        name="rtx5090",
+        kind="gpu",
+        hbm_bytes=32 * GB,
+        bandwidth=1.792 * TERA,
+        bf16_flops=209 * TERA,
+        flops_8bit=419 * TERA,
+        link_bytes_per_s=128 * GB,
+        network_bytes_per_s=_CARD,
+        island=8,
+        slices=_BOX,
+    ),
 )
 
 _ALIASES = {
@@ -205,11 +297,19 @@ _ALIASES = {
     "trillium": "v6e",
     "ironwood": "v7x",
     "v7": "v7x",
+    "7x": "v7x",  # tpu7x, as libtpu has it
     "h100-80": "h100",
     "h100-80gb": "h100",
     "h100-sxm": "h100",
     "h200-sxm": "h200",
     "nvl72": "gb200",
+    "a100-80": "a100",
+    "a100-80gb": "a100",
+    "a100-sxm": "a100",
+    "4090": "rtx4090",
+    "rtx-4090": "rtx4090",
+    "5090": "rtx5090",
+    "rtx-5090": "rtx5090",
 }
 
 

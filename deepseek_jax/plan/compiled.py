@@ -1,23 +1,27 @@
-"""What the TPU compiler says of a step: memory, arithmetic, traffic and collectives a chip, beside theory."""
+"""What the compiler of an accelerator says of a step: memory, arithmetic, traffic and collectives, beside theory.
+
+Figures are a device's, which is what JAX calls one: half a v7x, a whole chip of all others.
+"""
 
 import dataclasses
 import math
-import os
 import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.plan import arithmetic, pod
-from deepseek_jax.plan.account import Account, account
-from deepseek_jax.plan.chips import Chip, chip
+from deepseek_jax.plan import arithmetic, planner, pod
+from deepseek_jax.plan.account import Account, Collective, account
+from deepseek_jax.plan.chips import Chip
 from deepseek_jax.plan.exchange import least_sent
+from deepseek_jax.plan.topology import GPU_OPTIONS
 from deepseek_jax.sharding import Layout
 from deepseek_jax.train.step import StepConfig
 
@@ -62,13 +66,15 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """Figures of a compiled step, a chip's where nothing else is said; None where the compiler gave up.
+    """Figures of a compiled step, a device's where nothing else is said; None where the compiler gave up.
 
     Attributes:
-        fits: whether arguments, results and temporaries fit the chip's memory.
-        chips: of the mesh.
-        hbm_bytes: memory of a chip.
+        fits: whether arguments, results and temporaries fit the device's memory.
+        chips: of the mesh, whole ones.
+        devices: of the mesh, one or two a chip.
+        hbm_bytes: memory of a device.
         used_bytes: of it, arguments and temporaries and results that take no argument's place.
+        planned_bytes: what `plan.planner` says of the same mesh and batch.
         argument_bytes, temp_bytes: as the compiler reports them.
         weight_bytes, optimizer_bytes, cache_bytes: parts of the arguments.
         flops: of matrix products, loops counted as often as they turn.
@@ -79,16 +85,21 @@ class Compiled:
         analytic_bytes: weights touched, cache, gradients and moments, once each.
         collectives: op, mesh axis and bytes sent.
         collective_bytes, analytic_collective_bytes: their sum, and the least of `plan.exchange`.
+        uncounted: op names of loops that are counted once, since only the data know their length, and of kernels
+            whose arithmetic nothing tells.
         compile_seconds: lowering included.
-        seconds: a lower bound of the step's time, by compute, memory or links.
-        bound: which of them.
+        bounds: seconds of the step if "compute", "memory" or "links" were all there is, at the peaks.
+        seconds: the longest of them, a lower bound of the step's time.
+        bound: which that is.
         tokens_per_second: of all chips, in that time.
     """
 
     fits: bool
     chips: int
+    devices: int
     hbm_bytes: int
     used_bytes: int
+    planned_bytes: int
     argument_bytes: int | None = None
     temp_bytes: int | None = None
     weight_bytes: int | None = None
@@ -102,7 +113,9 @@ class Compiled:
     collectives: tuple[Mapping[str, Any], ...] | None = None
     collective_bytes: int | None = None
     analytic_collective_bytes: float
+    uncounted: tuple[str, ...] = ()
     compile_seconds: float
+    bounds: Mapping[str, float] | None = None
     seconds: float | None = None
     bound: str | None = None
     tokens_per_second: float | None = None
@@ -113,34 +126,6 @@ class Compiled:
         return 1 - self.used_bytes / self.hbm_bytes
 
 
-def topology(name: str) -> tuple[Chip, list[jax.Device]]:
-    """The chips of a TPU slice that need not be there, for `sharding.make_mesh`.
-
-    Args:
-        name: generation and shape, such as v5p:4x4x4.
-
-    Raises:
-        ValueError: libtpu is not installed, or knows no such slice.
-    """
-    if find_spec("libtpu") is None:
-        raise ValueError("libtpu: not installed; the TPU compiler is in the extra: pip install 'deepseek_jax[pod]'")
-    # libtpu is here for its compiler alone: it must not look for TPUs, nor keep others from using it
-    alone = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-    for key, value in {**alone, "TPU_WORKER_ID": "0", "TPU_MIN_LOG_LEVEL": "3"}.items():
-        os.environ.setdefault(key, value)
-    from jax.experimental import topologies  # looks for libtpu when it is imported
-
-    generation, _, shape = name.partition(":")
-    wanted = f"topology: got {name!r}, wanted a generation and shape of TPU such as v5p:4x4x4 or v6e:4x4"
-    if not re.fullmatch(r"\d+(x\d+){1,2}", shape):
-        raise ValueError(wanted)
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    except jax.errors.JaxRuntimeError as problem:
-        raise ValueError(f"{wanted} ({str(problem).splitlines()[0]})") from None
-    return chip(generation), found
-
-
 def compile_step(task: Task, of_chip: Chip) -> Compiled:
     """Lower and compile a step from shapes alone.
 
@@ -148,18 +133,20 @@ def compile_step(task: Task, of_chip: Chip) -> Compiled:
         ValueError: the mesh does not divide the model or the batch.
     """
     task.check()
-    chips = task.layout.mesh.size
+    devices = task.layout.mesh.size
     start = time.perf_counter()
-    program = lower(task)
+    program = trace(task)
     common = dict(
-        chips=chips,
-        hbm_bytes=of_chip.hbm_bytes,
-        analytic_flops=analytic_flops(task) / chips,
-        analytic_bytes=analytic_bytes(task) / chips,
+        chips=devices // of_chip.devices,
+        devices=devices,
+        hbm_bytes=of_chip.hbm_bytes // of_chip.devices,
+        planned_bytes=planned_bytes(task),
+        analytic_flops=analytic_flops(task) / devices,
+        analytic_bytes=analytic_bytes(task) / devices,
         analytic_collective_bytes=least_sent(task.config, task.layout, task.step, task.batch, task.context),
     )
     try:
-        compiled = program.lowered.compile()
+        compiled = program.lower().compile(GPU_OPTIONS if of_chip.kind == "gpu" else None)
     except jax.errors.JaxRuntimeError as problem:
         used = _USED.search(str(problem))
         if "RESOURCE_EXHAUSTED" not in str(problem) or used is None:
@@ -178,10 +165,10 @@ def compile_step(task: Task, of_chip: Chip) -> Compiled:
     # of decoding one token a sequence is the step, without what the loop prepares once for all of them
     loop = "jit(_decode)/while" if task.step == "decode" else None
     sums = account(compiled.as_text(), task.layout.mesh.shape, loop=loop)
-    times = _times(sums, of_chip, task.dtype)
+    times = _times(sums, of_chip, task)
     bound = max(times, key=times.get)
     return Compiled(
-        fits=used_bytes <= of_chip.hbm_bytes,
+        fits=used_bytes <= common["hbm_bytes"],
         used_bytes=used_bytes,
         argument_bytes=memory.argument_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
@@ -193,7 +180,9 @@ def compile_step(task: Task, of_chip: Chip) -> Compiled:
         bytes_accessed=sums.bytes_accessed,
         collectives=tuple(dataclasses.asdict(of) for of in sums.collectives),
         collective_bytes=sum(of.bytes for of in sums.collectives),
+        uncounted=sums.unknown_loops + sums.unknown_kernels,
         compile_seconds=spent,
+        bounds=times,
         seconds=times[bound],
         bound=bound,
         tokens_per_second=_tokens(task) / times[bound],
@@ -220,10 +209,11 @@ def default_mesh(config: ModelConfig, step: Step, chips: int) -> dict[str, int]:
     return {"data": chips // spread, "expert": spread // tensor, "tensor": tensor}
 
 
-def lower(task: Task) -> pod.Program:
+def trace(task: Task) -> pod.Program:
+    """The function that experiments or the engine call, traced for a task's mesh."""
     arguments = task.config, task.layout, task.batch, task.context, DTYPES[task.dtype]
     if task.step in ("prefill", "decode"):
-        return {"prefill": pod.lower_prefill, "decode": pod.lower_decode}[task.step](*arguments)
+        return {"prefill": pod.trace_prefill, "decode": pod.trace_decode}[task.step](*arguments)
     # DeepSeek-V3's own settings, so that the balance loss and the bias update are among what is compiled
     has_bias = task.config.moe is not None
     step = StepConfig(
@@ -231,7 +221,7 @@ def lower(task: Task) -> pod.Program:
         balance_alpha=1e-4 if has_bias else 0.0,
         bias_gamma=1e-3 if has_bias else 0.0,
     )
-    return {"train": pod.lower_train, "grpo": pod.lower_grpo}[task.step](*arguments, step)
+    return {"train": pod.trace_train, "grpo": pod.trace_grpo}[task.step](*arguments, step)
 
 
 def analytic_flops(task: Task) -> int:
@@ -258,14 +248,40 @@ def _tokens(task: Task) -> int:
     return task.batch * (1 if task.step == "decode" else task.context)
 
 
-def _times(sums: Account, of_chip: Chip, dtype: str) -> dict[str, float]:
-    """Seconds of a step if arithmetic, memory or links were all there is, at the chip's peaks."""
-    peak = of_chip.bf16_flops if dtype == "bf16" else of_chip.bf16_flops / 4
+def planned_bytes(task: Task) -> int:
+    """What the planner says that a device holds of the step, on the task's own mesh."""
+    sizes = planner.Sizes(**task.layout.mesh.shape)
+    if task.step == "decode":
+        memory = partial(planner.serve_memory, multiple=task.layout.lanes)
+    elif task.step == "prefill":
+        memory = planner.prefill_memory
+    else:
+        memory = partial(
+            planner.train_memory, kind="tpu" if task.layout.mesh.devices.flat[0].platform == "tpu" else "gpu"
+        )
+    return memory(task.config, task.dtype, sizes, task.batch, task.context).total
+
+
+def _times(sums: Account, of_chip: Chip, task: Task) -> dict[str, float]:
+    """Seconds of a step if arithmetic, memory or links were all there is, at the peaks."""
+    peak = of_chip.bf16_flops if task.dtype == "bf16" else of_chip.bf16_flops / 4
     return {
-        "compute": sums.flops / peak,
-        "memory": sums.bytes_accessed / of_chip.bandwidth,
-        "links": sum(of.bytes for of in sums.collectives) / (of_chip.link_bytes_per_s / 2),
+        "compute": sums.flops / (peak / of_chip.devices),
+        "memory": sums.bytes_accessed / (of_chip.bandwidth / of_chip.devices),
+        "links": sum(_link_seconds(of, of_chip, task.layout.mesh) for of in sums.collectives),
     }
+
+
+def _link_seconds(of: Collective, of_chip: Chip, mesh: jax.sharding.Mesh) -> float:
+    """At the peaks, what leaves a host of GPUs over the network; a TPU's slice is one island."""
+    along = [mesh.axis_names.index(axis) for axis in of.axis.split("+")]
+    group = np.moveaxis(mesh.devices, along, range(len(along)))
+    group = group.reshape(
+        -1, math.prod(mesh.devices.shape[axis] for axis in set(range(mesh.devices.ndim)) - set(along))
+    )
+    hosts = [device.process_index if of_chip.kind == "gpu" else 0 for device in group[:, 0]]
+    exchange = of.op in ("all-to-all", "ragged-all-to-all", "collective-permute")
+    return of.bytes * of_chip.seconds_a_byte(len(hosts), hosts.count(hosts[0]), exchange=exchange)
 
 
 def _on_a_chip(tree: Any) -> int:

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, get_args
 from deepseek_jax.config import PRESETS, GQAConfig, MLAConfig, ModelConfig, preset
 from deepseek_jax.plan import arithmetic
 from deepseek_jax.plan.arithmetic import DType
-from deepseek_jax.plan.chips import GB, Chip
+from deepseek_jax.plan.chips import GB, Chip, Kind
 from deepseek_jax.sharding import AXES, LOCAL, Layout
 
 Workload = Literal["serve", "train", "grpo"]
@@ -352,34 +352,53 @@ def _live(pieces: dict[str, int]) -> int:
     return pieces["states"] + max(pieces["attention"] + pieces["scores"], pieces["experts"] + pieces["dense"])
 
 
-def train_memory(config: ModelConfig, dtype: DType, sizes: Sizes, batch: int, length: int) -> Memory:
+def train_memory(
+    config: ModelConfig, dtype: DType, sizes: Sizes, batch: int, length: int, *, kind: Kind = "tpu"
+) -> Memory:
     """Bytes a device of one update: AdamW with moments in the weights' dtype, all of a layer worked out again but its
     attention, one pass over the batch.
 
     Activations are each layer's saved input and attention, and one layer at work. Workspace is one layer's weights
     gathered with their gradient, embedding and head gathered with their gradients, and a chunk of logits with softmax
     and gradient in float32.
+
+    Differs by the compiler. Of a dense model XLA:GPU has scores half as often, which it fuses, and reuses what a layer
+    worked on for the head. Where experts are gathered, it keeps a second copy of their whole stacks, and of the saved
+    attention, in the layout in which it sends them. `tests/tools/test_compile_gpus.py` holds both.
     """
     number = arithmetic.number_bytes(dtype)
     tokens = math.ceil(batch * length / sizes.over(("data", "fsdp", "expert", "context")))
-    layers = config.num_hidden_layers + config.num_nextn_predict_layers
-    a = config.attention
+    a, layers = config.attention, config.num_hidden_layers + config.num_nextn_predict_layers
     value = a.v_head_dim if isinstance(a, MLAConfig) else a.head_dim
-    heads = config.num_attention_heads * value / sizes.tensor
-    saved = math.ceil(layers * tokens * (config.hidden_size + heads) * number)
+    heads = layers * tokens * config.num_attention_heads * value / sizes.tensor * number
+    saved = layers * tokens * config.hidden_size * number + heads
     trained = _trained_a_device(config, sizes)
-    experts, rest = _widest_layer(config)
-    gathered = 2 * number * (experts / (sizes.expert * sizes.tensor) + rest / sizes.tensor)
-    vocabulary = config.vocab_size / sizes.tensor
-    tables = (1 if config.tie_word_embeddings else 2) * 2 * number * config.hidden_size * vocabulary
-    logits = 3 * 4 * min(_LOGITS, tokens * vocabulary)
+    pieces = layer_activations(config, tokens, length, sizes, "train", number=number)
+    layer, head = _gathered_to_train(config, sizes, number)
+    head += 3 * 4 * min(_LOGITS, tokens * config.vocab_size / sizes.tensor)
+    if kind == "gpu" and config.moe is None:
+        pieces["scores"] //= 2
+        head = max(0, head - layer - _live(pieces))
+    elif kind == "gpu" and sizes.fsdp * sizes.context > 1:
+        routed = (group for group in _groups(config, dtype, "train") if group.routed)
+        saved += heads + sum(group.nbytes / sizes.over(group.cut) for group in routed)
     return Memory(
         weights=_weights_a_device(config, dtype, "train", sizes),
         optimizer=2 * number * trained,
         gradient=number * trained,
-        activations=saved + _live(layer_activations(config, tokens, length, sizes, "train", number=number)),
-        workspace=math.ceil(gathered + tables + logits),
+        activations=math.ceil(saved) + _live(pieces),
+        workspace=math.ceil(layer + head),
     )
+
+
+def _gathered_to_train(config: ModelConfig, sizes: Sizes, number: int) -> tuple[float, float]:
+    """Bytes of a layer's and of the vocabulary's weights with their gradients, if any axis has to gather them."""
+    if sizes.fsdp * sizes.context == 1:
+        return 0.0, 0.0
+    experts, rest = _widest_layer(config)
+    tables = (1 if config.tie_word_embeddings else 2) * config.hidden_size * config.vocab_size
+    layer = experts / (sizes.expert * sizes.tensor) + rest / sizes.tensor
+    return 2 * number * layer, 2 * number * tables / sizes.tensor
 
 
 def serve_memory(
@@ -417,6 +436,19 @@ def serve_memory(
     )
 
 
+def prefill_memory(config: ModelConfig, dtype: DType, sizes: Sizes, batch: int, length: int) -> Memory:
+    """Bytes a device of `batch` whole prompts that pass through the layers at once, and of the cache they leave."""
+    shards = sizes.parts("serve", "batch")
+    tokens = math.ceil(batch / shards) * length
+    cut = shards if isinstance(config.attention, MLAConfig) else shards * sizes.parts("serve", "kv_heads")
+    return Memory(
+        weights=_weights_a_device(config, dtype, "serve", sizes),
+        cache=math.ceil(batch * length * arithmetic.cache_bytes_per_token(config, "bf16") / cut),
+        activations=_live(layer_activations(config, tokens, length, sizes, "serve")),
+        workspace=math.ceil(2 * 4 * batch / shards * config.vocab_size / sizes.tensor),
+    )
+
+
 def _decode_activations(config: ModelConfig, sizes: Sizes, batch: int, context: int) -> int:
     """One token a sequence: its heads' queries and sums, scores twice in float32, states and experts' rows.
 
@@ -439,14 +471,22 @@ def _decode_activations(config: ModelConfig, sizes: Sizes, batch: int, context: 
 
 
 def grpo_memory(
-    config: ModelConfig, dtype: DType, sizes: Sizes, rollout: Sizes, batch: int, length: int, *, multiple: int = 1
+    config: ModelConfig,
+    dtype: DType,
+    sizes: Sizes,
+    rollout: Sizes,
+    batch: int,
+    length: int,
+    *,
+    multiple: int = 1,
+    kind: Kind = "tpu",
 ) -> tuple[Memory, Memory]:
     """Bytes a device of the two phases of a step, update and rollout.
 
     Weights, moments and the reference's weights stay through both. Rollouts add a copy of the weights laid out for
     serving, the cache and what serving works on; the update adds gradient and activations.
     """
-    update = train_memory(config, dtype, sizes, batch, length)
+    update = train_memory(config, dtype, sizes, batch, length, kind=kind)
     update = dataclasses.replace(update, reference=update.weights)
     sampling = serve_memory(config, dtype, rollout, batch, length, multiple=multiple)
     sampling = dataclasses.replace(
@@ -464,9 +504,9 @@ def memory_at(plan: Plan, config: ModelConfig, chip: Chip, batch: int, context: 
     if plan.workload == "serve":
         return serve_memory(config, plan.dtype, sizes, batch, context, multiple=multiple)
     if plan.workload == "train":
-        return train_memory(config, plan.dtype, sizes, batch, context)
+        return train_memory(config, plan.dtype, sizes, batch, context, kind=chip.kind)
     rollout = Sizes(**plan.rollout_mesh)
-    phases = grpo_memory(config, plan.dtype, sizes, rollout, batch, context, multiple=multiple)
+    phases = grpo_memory(config, plan.dtype, sizes, rollout, batch, context, multiple=multiple, kind=chip.kind)
     return max(phases, key=lambda memory: memory.total)
 
 
@@ -478,12 +518,16 @@ def _multiple(chip: Chip) -> int:
 # --- speed ---------------------------------------------------------------------------------------
 
 
-def _rate(chip: Chip, sizes: Sizes, *axes: str) -> float:
-    """Bytes/s a device can send along some axes of the mesh, the slow network's where they leave an island."""
-    first = min((AXES.index(axis) for axis in axes if getattr(sizes, axis) > 1), default=len(AXES))
-    span = math.prod(sizes[first:])
-    speed = chip.link_bytes_per_s if span <= chip.island * chip.devices else chip.network_bytes_per_s
-    return ASSUMED["link"] * speed / 2 / chip.devices
+def _sending(chip: Chip, sizes: Sizes, *axes: str, exchange: bool = False) -> float:
+    """Seconds a byte that a device sends along some axes of the mesh."""
+    members = together = stride = 1
+    for axis in reversed(AXES):
+        size = getattr(sizes, axis)
+        if axis in axes:
+            members *= size
+            together *= min(size, max(1, chip.island * chip.devices // stride))
+        stride *= size
+    return chip.seconds_a_byte(members, together, exchange=exchange) / ASSUMED["link"]
 
 
 def _seconds(chip: Chip, devices: int, flops: float, nbytes: float, collective: float) -> Seconds:
@@ -514,7 +558,7 @@ def decode_seconds(config: ModelConfig, dtype: DType, chip: Chip, sizes: Sizes, 
         width = 2 * config.attention.kv_lora_rank + config.attention.qk_rope_head_dim
         sent += 2 * own * config.num_attention_heads * width * share * config.num_hidden_layers
     flops = arithmetic.decode_flops(config, batch, context).total
-    return _seconds(chip, devices, flops, nbytes, sent / _rate(chip, sizes, "expert", "tensor"))
+    return _seconds(chip, devices, flops, nbytes, sent * _sending(chip, sizes, "expert", "tensor", exchange=True))
 
 
 def prefill_seconds(config: ModelConfig, dtype: DType, chip: Chip, sizes: Sizes, length: int) -> Seconds:
@@ -524,7 +568,7 @@ def prefill_seconds(config: ModelConfig, dtype: DType, chip: Chip, sizes: Sizes,
     nbytes = _weights_a_device(config, dtype, "serve", sizes)
     sent = _dispatched(config, length / sizes.tensor, sizes.expert * sizes.tensor) + _summed(config, length, sizes)
     flops = arithmetic.prefill_flops(config, sequences, length).total
-    return _seconds(chip, devices, flops, nbytes, sent / _rate(chip, sizes, "expert", "tensor"))
+    return _seconds(chip, devices, flops, nbytes, sent * _sending(chip, sizes, "expert", "tensor", exchange=True))
 
 
 def _gathered(group: _Group) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -567,10 +611,10 @@ def update_seconds(
         used, mine = group.nbytes / sizes.over(kept), group.nbytes / sizes.over(group.cut)
         copies = tuple(axis for axis in ("data", "fsdp", "expert", "context") if axis not in group.cut)
         whole += used
-        collective += passes * used * (1 - 1 / sizes.over(gathered)) / _rate(chip, sizes, *gathered)
-        collective += 2 * mine * (1 - 1 / sizes.over(copies)) / _rate(chip, sizes, *copies)
-    collective += passes * _dispatched(config, tokens, sizes.expert) / _rate(chip, sizes, "expert")
-    collective += passes * _summed(config, tokens, sizes) / _rate(chip, sizes, "tensor")
+        collective += passes * used * (1 - 1 / sizes.over(gathered)) * _sending(chip, sizes, *gathered)
+        collective += 2 * mine * (1 - 1 / sizes.over(copies)) * _sending(chip, sizes, *copies)
+    collective += passes * _dispatched(config, tokens, sizes.expert) * _sending(chip, sizes, "expert", exchange=True)
+    collective += passes * _summed(config, tokens, sizes) * _sending(chip, sizes, "tensor")
     # gathered weights are written and read in each pass; the optimizer reads and writes what lies here
     nbytes = passes * 2 * whole + 2 * (state.weights + state.gradient + state.optimizer)
     nbytes += 2 * passes * tokens * config.hidden_size * number * config.num_hidden_layers
@@ -699,7 +743,7 @@ def _batches(task: _Task, sizes: Sizes) -> Iterator[int]:
 def _train_options(task: _Task, devices: int) -> Iterator[_Option]:
     for sizes in meshes(task.config, "train", devices):
         for batch in _batches(task, sizes):
-            memory = train_memory(task.config, task.dtype, sizes, batch, task.context)
+            memory = train_memory(task.config, task.dtype, sizes, batch, task.context, kind=task.chip.kind)
             yield _Option(sizes, None, batch, memory)
             if memory.total > task.limit:
                 break
@@ -710,9 +754,9 @@ def _grpo_options(task: _Task, devices: int) -> Iterator[_Option]:
     weights = lambda sizes: _weights_a_device(task.config, task.dtype, "serve", sizes)
     rollout = min(meshes(task.config, "serve", devices), key=weights)
     for option in _train_options(task, devices):
-        phases = grpo_memory(
-            task.config, task.dtype, option.sizes, rollout, option.batch, task.context, multiple=task.multiple
-        )
+        sizes, context = (option.sizes, rollout), task.context
+        form = {"multiple": task.multiple, "kind": task.chip.kind}
+        phases = grpo_memory(task.config, task.dtype, *sizes, option.batch, context, **form)
         yield option._replace(rollout=rollout, memory=max(phases, key=lambda memory: memory.total))
 
 

@@ -1,4 +1,4 @@
-"""The steps of training and serving, lowered for a pod from shapes alone."""
+"""The steps of training and serving, traced for a pod from shapes alone."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,21 +23,25 @@ from deepseek_jax.train.step import MaskedBatch, Objective, StepConfig, TrainSta
 
 
 class Program(NamedTuple):
-    """A lowered step, and the shapes and shardings of what it is given."""
+    """A traced step, and the shapes and shardings of what it is given."""
 
-    lowered: jax.stages.Lowered
+    traced: jax.stages.Traced
     weights: nnx.State
     moments: Any = ()
     cache: Any = ()
 
+    def lower(self, *platforms: str) -> jax.stages.Lowered:
+        """For the devices of its mesh, or for platforms such as "cuda" that need no device and no compiler."""
+        return self.traced.lower(lowering_platforms=platforms or None)
 
-def lower_prefill(config: ModelConfig, layout: Layout, batch: int, context: int, dtype: jnp.dtype) -> Program:
+
+def trace_prefill(config: ModelConfig, layout: Layout, batch: int, context: int, dtype: jnp.dtype) -> Program:
     """`batch` prompts of `context` tokens into the cache, and the first token drawn."""
     graphdef, weights = abstract_weights(config, dtype, layout)
     generator = Generator(config, graphdef, dtype=dtype, layout=layout)
     knobs, modes = generator.settings(SamplingConfig(max_new_tokens=1))
     of = partial(_everywhere, layout)
-    lowered = generator.prefill.lower(
+    traced = generator.prefill.trace(
         weights,
         of((batch, context), jnp.int32),
         of((batch,), jnp.int32),
@@ -49,10 +53,10 @@ def lower_prefill(config: ModelConfig, layout: Layout, batch: int, context: int,
         modes=modes,
         room=1,
     )
-    return Program(lowered, weights)
+    return Program(traced, weights)
 
 
-def lower_decode(config: ModelConfig, layout: Layout, batch: int, context: int, dtype: jnp.dtype) -> Program:
+def trace_decode(config: ModelConfig, layout: Layout, batch: int, context: int, dtype: jnp.dtype) -> Program:
     """The decoding loop of `batch` sequences over a cache of `context` slots; its body is one token a sequence."""
     graphdef, weights = abstract_weights(config, dtype, layout)
     generator = Generator(config, graphdef, dtype=dtype, layout=layout)
@@ -60,7 +64,7 @@ def lower_decode(config: ModelConfig, layout: Layout, batch: int, context: int, 
     of = partial(_everywhere, layout)
     cache = abstract_cache(config, batch, context, dtype, layout)
     small = jax.tree.map(lambda a: of(a.shape, a.dtype), (generator.first_state(batch, room=1), knobs))
-    lowered = generator.decode.lower(
+    traced = generator.decode.trace(
         weights,
         small[0]._replace(cache=cache),
         of((batch,), jnp.uint32),
@@ -68,29 +72,29 @@ def lower_decode(config: ModelConfig, layout: Layout, batch: int, context: int, 
         small[1],
         modes=modes,
     )
-    return Program(lowered, weights, cache=cache)
+    return Program(traced, weights, cache=cache)
 
 
-def lower_train(
+def trace_train(
     config: ModelConfig, layout: Layout, batch: int, context: int, dtype: jnp.dtype, step: StepConfig
 ) -> Program:
     """Supervised fine-tuning of `batch` sequences of `context` tokens, with the MTP loss where there are modules."""
     objective = make_sft_objective(mtp_weight=0.1 if config.num_nextn_predict_layers else 0.0)
     like = SFTBatch(*_of_tokens(batch, context, np.int32, np.int32, bool))
     untrained = ("indexer",) if config.num_nextn_predict_layers else ("indexer", "mtp")
-    return _lower_update(config, layout, dtype, objective, like, step, untrained)
+    return _trace_update(config, layout, dtype, objective, like, step, untrained)
 
 
-def lower_grpo(
+def trace_grpo(
     config: ModelConfig, layout: Layout, batch: int, context: int, dtype: jnp.dtype, step: StepConfig
 ) -> Program:
     """The update of GRPO on `batch` samples of `context` tokens, with log-probs of sampler and reference given."""
     objective = partial(grpo_objective, config=GRPOConfig(beta=0.001), temperature=1.0)
     like = Batch(*_of_tokens(batch, context, np.int32, np.int32, bool, np.float32, np.float32, np.float32))
-    return _lower_update(config, layout, dtype, objective, like, step, ("indexer", "mtp"))
+    return _trace_update(config, layout, dtype, objective, like, step, ("indexer", "mtp"))
 
 
-def _lower_update(
+def _trace_update(
     config: ModelConfig,
     layout: Layout,
     dtype: jnp.dtype,
@@ -104,8 +108,8 @@ def _lower_update(
     update = make_train_step(graphdef, objective, optimizer, step, layout)
     place = partial(_everywhere, layout)
     state = abstract_state(weights, optimizer, layout)
-    lowered = update.lower(state, jax.tree.map(lambda a: place(a.shape, a.dtype), like))
-    return Program(lowered, weights, moments=state.moments)
+    traced = update.trace(state, jax.tree.map(lambda a: place(a.shape, a.dtype), like))
+    return Program(traced, weights, moments=state.moments)
 
 
 def abstract_state(weights: nnx.State, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:

@@ -24,9 +24,18 @@ _FREE = {
     "replica-id",
     "async-done",
     "async-update",
+    "call-done",
 }
 _LAYER_OF = re.compile(rf'op_name="[^"]*{LAYER_OF}(\d+)')
-_FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "SliceBitcast")
+_LIBRARY = re.compile(r'custom_call_target="__(cublas|cudnn)\$(?:gemm|lt|conv)')
+_FREE_CALLS = (
+    "AllocateBuffer",
+    "AssumeGatherIndicesInBound",
+    "ConcatBitcast",
+    "PrepareAsyncCallDone",
+    "PrepareAsyncCallStart",
+    "SliceBitcast",
+)
 # What an update in place moves: the new values, and for a scatter, which may add, the old ones.
 _UPDATES = {
     "dynamic-update-slice": lambda operands: operands[1].bytes,
@@ -57,6 +66,8 @@ def instruction_bytes(computation: Computation, instruction: Instruction) -> int
         return read - operands[0].hbm_bytes + changed
     if opcode == "slice-start":
         return instruction.leaves[1].bytes if operands[0].hbm_bytes else 0
+    if opcode == "ragged-all-to-all-start":
+        return read - operands[1].hbm_bytes
     if opcode.endswith("-start"):
         return read
     if opcode.endswith("-done"):
@@ -73,9 +84,17 @@ def declared(call: Instruction, what: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
+def library(call: Instruction) -> str | None:
+    """Whether a custom call is a matrix product of "cublas" or a convolution of "cudnn"; None if neither."""
+    found = _LIBRARY.search(call.rest)
+    return None if found is None else "cublas" if found.group(1) == "cublas" else "cudnn"
+
+
 def _call_bytes(call: Instruction, operands: list[Instruction]) -> int:
     if any(f'custom_call_target="{name}"' in call.rest for name in _FREE_CALLS):
         return 0
+    if library(call) is not None:  # the rest of its result is scratch
+        return sum(i.hbm_bytes for i in operands) + call.leaves[0].bytes
     estimate = declared(call, "bytes_accessed")
     if estimate is None:
         return sum(i.hbm_bytes for i in (*operands, call))
@@ -116,7 +135,11 @@ def _read(computations: Mapping[str, Computation], inside: Computation, value: I
             read += min(value.bytes, _read(computations, inside, user))
         elif user.opcode == "fusion":
             called = computations[user.called("calls")]
-            read += _read(computations, called, called.parameters[position])
+            parameter = called.parameters[position]
+            if user is not inside.root and _source(called, called.root) is parameter:  # only another layout of it
+                read += min(value.bytes, _read(computations, inside, user))
+            else:
+                read += _read(computations, called, parameter)
         else:
             return value.bytes
     return min(read, value.bytes)

@@ -40,6 +40,12 @@ def test_chips_have_the_published_memories():
         "b200": 180 * GB,
         "gb200": 186 * GB,
         "mi300x": 192 * GB,
+        "a100": 80 * GB,
+        "l4": 24 * GB,
+        "l40s": 48 * GB,
+        "a10g": 24 * GB,
+        "rtx4090": 24 * GB,
+        "rtx5090": 32 * GB,
     }
 
 
@@ -53,10 +59,47 @@ def test_a_slice_is_named_by_sides_that_make_its_chips(each):
 
 
 @pytest.mark.parametrize(
-    "spelled, name", [("TPU v5e", "v5e"), ("tpu-v5p", "v5p"), ("Ironwood", "v7x"), ("NVL72", "gb200")]
+    "spelled, name",
+    [
+        ("TPU v5e", "v5e"),
+        ("tpu-v5p", "v5p"),
+        ("Ironwood", "v7x"),
+        ("tpu7x", "v7x"),
+        ("NVL72", "gb200"),
+        ("A100-80GB", "a100"),
+        ("RTX 4090", "rtx4090"),
+    ],
 )
 def test_a_chip_has_more_names_than_one(spelled, name):
     assert chip(spelled).name == name
+
+
+def test_a_byte_takes_as_long_as_its_slowest_link():
+    """On two hosts of eight H200 with 450 GB/s between GPUs and 50 GB/s between hosts, each way."""
+    h200 = chip("h200")
+    inside = h200.seconds_a_byte(8, 8)
+    assert inside == h200.seconds_a_byte(1, 1) == pytest.approx(1 / 450e9)
+    # of a gather every host takes in the other's half once, eight GPUs sharing the work: 1 of a ring's 15 parts
+    assert h200.seconds_a_byte(16, 8) == pytest.approx(max(14 / 15 / 450e9, 1 / 15 / 50e9))
+    # of an exchange each GPU has something for each of the eight there
+    assert h200.seconds_a_byte(16, 8, exchange=True) == pytest.approx(8 / 15 / 50e9)
+    # where no two of a group are on one host all goes over the network
+    for exchange in (False, True):
+        assert h200.seconds_a_byte(4, 1, exchange=exchange) == pytest.approx(1 / 50e9)
+    # a v7x is two devices, which share its links
+    assert chip("v7x").seconds_a_byte(128, 128) == pytest.approx(2 / 600e9)
+
+
+def test_an_axis_is_slow_as_far_as_it_leaves_an_island():
+    """Eight GPUs an island, the last axes within it."""
+    h100 = chip("h100")
+    sizes = Sizes(fsdp=4, expert=4, tensor=4)
+    one = lambda *axes, **how: planner._sending(h100, sizes, *axes, **how) * planner.ASSUMED["link"]
+    assert one("tensor") == pytest.approx(1 / 450e9)
+    assert one("expert", exchange=True) == pytest.approx(h100.seconds_a_byte(4, 2, exchange=True))
+    assert one("expert", "tensor") == pytest.approx(h100.seconds_a_byte(16, 8))
+    assert one("fsdp") == pytest.approx(h100.seconds_a_byte(4, 1))
+    assert planner._sending(chip("v5p"), sizes, "fsdp") == planner._sending(chip("v5p"), sizes, "tensor")
 
 
 # --- known fits ----------------------------------------------------------------------------------
@@ -226,6 +269,44 @@ def test_pieces_of_a_layer_by_hand():
     assert backward == twice
 
 
+@pytest.mark.parametrize(
+    "name, step, used, sizes, batch",
+    [
+        ("r1-671b", "train", 175.5, Sizes(expert=16, fsdp=4), 64),
+        ("r1-671b", "train", 106.6, Sizes(expert=16, fsdp=8), 128),
+        ("r1-671b", "grpo", 96.0, Sizes(expert=16, fsdp=8), 128),
+        ("v2-lite", "train", 47.1, Sizes(expert=2, fsdp=2), 4),
+        ("v2-lite", "train", 30.8, Sizes(expert=8), 8),
+        ("distill-qwen-32b", "train", 42.7, Sizes(fsdp=4, tensor=2), 4),
+        ("distill-qwen-1.5b", "train", 15.4, Sizes(), 1),
+        ("distill-llama-8b", "train", 35.0, Sizes(tensor=2), 1),
+    ],
+)
+def test_what_an_update_holds_on_gpus_is_what_the_compiler_says(name, step, used, sizes, batch):
+    """Gigabytes of XLA:GPU, bfloat16 weights and moments, 4,096 tokens; within 10 %."""
+    modules = preset(name).num_nextn_predict_layers if step == "train" else 0
+    config = dataclasses.replace(preset(name), num_nextn_predict_layers=modules)
+    found = planner.train_memory(config, "bf16", sizes, batch, 4096, kind="gpu").total
+    assert found == pytest.approx(used * GB, rel=0.10)
+
+
+@pytest.mark.parametrize(
+    "name, used, sizes, batch, prompts",
+    [
+        ("r1-671b", 117.6, Sizes(expert=16), 16, True),
+        ("r1-671b", 76.8, Sizes(expert=32), 32, True),
+        ("distill-qwen-7b", 16.1, Sizes(), 1, True),
+        ("r1-671b", 86.5, Sizes(tensor=16), 128, False),
+        ("v2-lite", 39.9, Sizes(), 64, False),
+        ("distill-llama-70b", 28.7, Sizes(tensor=8), 64, False),
+    ],
+)
+def test_what_serving_holds_on_gpus_is_what_the_compiler_says(name, used, sizes, batch, prompts):
+    """Whole prompts of 4,096 tokens, and decoding over as many; within 5 %."""
+    memory = planner.prefill_memory if prompts else planner.serve_memory
+    assert memory(preset(name), "bf16", sizes, batch, 4096).total == pytest.approx(used * GB, rel=0.05)
+
+
 def test_speed_is_bound_by_the_slowest():
     found = plan("r1", R1, chip("v5p"), chips=64, batch=512)
     assert getattr(found.seconds, found.bound) == found.seconds.longest
@@ -238,7 +319,7 @@ def test_grpo_keeps_what_both_phases_need():
     config = preset("distill-qwen-7b")
     found = plan("7b", config, chip("h100"), workload="grpo")
     update, rollout = planner.grpo_memory(
-        config, "bf16", Sizes(**found.mesh), Sizes(**found.rollout_mesh), found.batch, found.context
+        config, "bf16", Sizes(**found.mesh), Sizes(**found.rollout_mesh), found.batch, found.context, kind="gpu"
     )
     assert found.memory in (update, rollout) and found.memory.total == max(update.total, rollout.total)
     assert update.optimizer == rollout.optimizer and update.reference == rollout.reference > 0

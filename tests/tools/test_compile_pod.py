@@ -69,6 +69,19 @@ def test_smaller_models_on_sixteen_chips(preset, topology, step):
     assert found["fits"] and found["chips"] == 16
 
 
+@pytest.mark.parametrize("step", ["decode", "prefill"])
+def test_a_v7x_is_two_devices(step):
+    """Figures are a device's, half a chip's; names of the maker's and of the compiler's are the same chips."""
+    found = figures(preset="v2-lite", topology="v7x:2x2x1", step=step)
+    assert (found["fits"], found["chips"], found["devices"]) == (True, 4, 8)
+    assert found["hbm_bytes"] == 96 * 2**30 and found["headroom"] >= 0.5
+    assert 0.99 * found["analytic_flops"] <= found["flops"] <= 1.10 * found["analytic_flops"]
+    assert found["collective_bytes"] >= found["analytic_collective_bytes"]  # what the sparse cores send is counted
+    assert found["uncounted"] == []
+    assert found["seconds"] == max(found["bounds"].values())
+    assert found["bounds"]["compute"] == pytest.approx(found["flops"] / (2307e12 / 2))
+
+
 def test_what_does_not_fit_says_so():
     """V2-Lite's state of training on four chips of 16 GB: the compiler gives up, and says what it would have taken."""
     found = figures(preset="v2-lite", topology="v5e:2x2", step="train")
@@ -78,8 +91,10 @@ def test_what_does_not_fit_says_so():
 @pytest.mark.parametrize(
     "options, says",
     [
-        ({"topology": "v5p:2x3x4"}, "topology: got 'v5p:2x3x4', wanted a generation and shape of TPU"),
-        ({"topology": "v9z:4x4"}, "topology: got 'v9z:4x4', wanted a generation and shape of TPU"),
+        ({"topology": "v5p:2x3x4"}, "topology: got 'v5p:2x3x4', wanted a TPU and its shape"),
+        ({"topology": "v4:2x2x1"}, "of TPUs there are v5e, v5p, v6e, v7x"),
+        ({"topology": "h100"}, "topology: got 'h100', wanted a TPU and its shape"),
+        ({"topology": "v9z:4x4"}, "topology: got 'v9z:4x4', wanted a TPU and its shape"),
         ({"mesh": "expert=64,tensor=2"}, "mesh: 1 x 1 x 64 x 1 x 2 does not make the 64 devices there are"),
         ({"mesh": "expert=64,pipeline=1"}, "mesh: got axis 'pipeline', wanted one of data, fsdp, expert"),
         ({"mesh": "expert:64"}, "mesh: got 'expert:64', wanted sizes of axes such as expert=64,fsdp=8"),
@@ -105,8 +120,8 @@ def test_slices_lie_along_data():
     code = """
 import sys
 sys.path[:0] = [sys.argv[1]]
-from deepseek_jax.plan import compiled
-compiled.topology("v5p:2x2x2")
+from deepseek_jax.plan.topology import topology
+topology("v5p:2x2x2")
 from jax.experimental import topologies
 from deepseek_jax.sharding import make_mesh
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2", num_slices=2).devices

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KEYS = {
     *("model", "workload", "dtype", "chip", "chips", "slice", "mesh", "rollout_mesh", "batch", "context"),
     *("fits", "tight", "memory", "hbm", "limit", "seconds", "bound", "tokens_per_second"),
-    *("prefill_tokens_per_second", "assumed", "weights_share", "rule_of_thumb"),
+    *("prefill_tokens_per_second", "assumed", "weights_share", "rule_of_thumb", "commands"),
 }
 KINDS = {"weights", "reference", "optimizer", "gradient", "cache", "activations", "workspace", "total"}
 
@@ -98,7 +98,45 @@ def test_a_folder_is_a_model(call, tmp_path):
     mine = json.loads(call(tmp_path / "mine", "--chip", "h100", "--json")[1])
     known = json.loads(call("distill-qwen-7b", "--chip", "h100", "--json")[1])
     assert mine.pop("model") == "mine" and known.pop("model") == "distill-qwen-7b"
+    folder = mine["commands"].pop("compile")
+    assert folder == known["commands"].pop("compile").replace("distill-qwen-7b", str(tmp_path / "mine"))
     assert mine == known
+
+
+def test_a_plan_says_which_command_runs_it(call):
+    """Whole lines, to be copied; what no program does is an estimate, and says what is missing."""
+    text = call("distill-qwen-7b", "--chip", "rtx5090")[1]
+    assert "run by        python tools/generate.py FOLDER --prompt TEXT\n" in text
+    assert "missing" not in text and "compiled by" not in text  # there is no compiler's description of that GPU
+    text = call("r1-671b", "--chip", "h200")[1]
+    assert "run by        no command yet: an estimate\nmissing       a program that computes from fp8 weights" in text
+    assert "compiled by" not in text
+    text = call("r1-671b", "--chip", "h200", "--dtype", "bf16", "--chips", 16, "--batch", 128)[1]
+    assert "missing       a command that serves on several devices" in text
+    assert "compiled by   python tools/compile_pod.py --preset r1-671b --topology h200:2x8 --step decode " in text
+    found = json.loads(call("v2-lite", "--chip", "v6e", "--chips", 16, "--workload", "grpo", "--json")[1])
+    mesh = {axis: size for axis, size in found["mesh"].items() if size > 1}
+    run = found["commands"]["run"]
+    assert run.startswith("python experiments/r1_zero.py --model FOLDER --data FILE --mesh-")
+    assert all(f" --mesh-{axis} {size} " in run for axis, size in mesh.items())
+    assert f"--topology v6e:4x4 --step grpo --batch {found['batch']} " in found["commands"]["compile"]
+    assert [each.split(":")[0] for each in found["commands"]["missing"]] == ["a second layout to sample in"]
+    text = call("--chip", "h100")[1]
+    assert "generate.py" in text and "nothing yet" in text
+
+
+def test_the_commands_of_a_plan_parse(call):
+    """Their options are those that the programs have."""
+    train = json.loads(call("v2-lite", "--chip", "v7x", "--workload", "train", "--json")[1])["commands"]
+    assert train["run"] is None and "fine-tunes" in train["missing"][0]
+    grpo = json.loads(call("v2-lite", "--chip", "h100", "--workload", "grpo", "--json")[1])["commands"]
+    programs = (("experiments.r1_zero", grpo["run"]), ("tools.compile_pod", train["compile"]))
+    for module, line in programs:
+        command = [sys.executable, "-m", module, "--help"]
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+        shown = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=120).stdout
+        for option in (word for word in line.split() if word.startswith("--")):
+            assert option in shown, option
 
 
 @pytest.mark.parametrize("name", ["memory.png", "memory.html"])

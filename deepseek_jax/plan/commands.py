@@ -1,0 +1,67 @@
+"""Which command runs a plan, which one compiles its step, and what is still missing to run it."""
+
+from dataclasses import dataclass
+
+from deepseek_jax.plan.chips import chip
+from deepseek_jax.plan.planner import Plan
+from deepseek_jax.plan.topology import compilable
+
+_STEPS = {"serve": "decode", "train": "train", "grpo": "grpo"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commands:
+    """`run` and `compile` are command lines, FOLDER and FILE to be filled in; None where there is none yet. `missing`
+    says what keeps the plan from being run as it stands: without it the plan is more than an estimate."""
+
+    run: str | None
+    compile: str | None
+    missing: tuple[str, ...]
+
+
+def commands(plan: Plan, model: str) -> Commands:
+    """The commands of a plan.
+
+    Args:
+        plan: of `planner.plan`.
+        model: as given to the planner: a preset's name or a folder.
+    """
+    run, missing = {"serve": _serve, "train": _train, "grpo": _grpo}[plan.workload](plan)
+    return Commands(run=run, compile=_compile(plan, model), missing=missing)
+
+
+def _serve(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
+    if plan.dtype not in ("bf16", "f32"):
+        packed = f"a program that computes from {plan.dtype} weights: generation unpacks them; bf16 is what runs"
+        return None, (packed,)
+    if _devices(plan) > 1:
+        return None, ("a command that serves on several devices: tools/generate.py has one",)
+    return "python tools/generate.py FOLDER --prompt TEXT", ()
+
+
+def _train(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
+    return None, ("an experiment that fine-tunes a given checkpoint: the stage is deepseek_jax.train.sft",)
+
+
+def _grpo(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
+    mesh = "".join(f" --mesh-{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
+    run = f"python experiments/r1_zero.py --model FOLDER --data FILE{mesh}"
+    missing = () if _devices(plan) == 1 else ("a second layout to sample in: the experiment has one mesh for both",)
+    return f"{run} --stacked --remat all_but_attention", missing
+
+
+def _compile(plan: Plan, model: str) -> str | None:
+    """By the compiler of the plan's chips, where it can be had without them."""
+    of_chip = chip(plan.chip)
+    if not compilable(of_chip) or plan.dtype not in ("bf16", "f32"):
+        return None
+    topology = f"{of_chip.name}:{plan.slice.replace(' ', '')}"
+    mesh = ",".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1)
+    words = f"--preset {model} --topology {topology} --step {_STEPS[plan.workload]}"
+    shape = f"--batch {plan.batch} --context {plan.context}" + (f" --mesh {mesh}" if mesh else "")
+    dtype = "" if plan.dtype == "bf16" else f" --dtype {plan.dtype}"
+    return f"python tools/compile_pod.py {words} {shape}{dtype}"
+
+
+def _devices(plan: Plan) -> int:
+    return plan.chips * chip(plan.chip).devices
