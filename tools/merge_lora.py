@@ -29,7 +29,8 @@ def main(
         target: folder to make; it must not exist, and it appears only when it is whole.
         dtype: of the weights, as stored or another; sums are rounded to it.
     """
-    refuse_existing(target, model)
+    for source in (model, adapter):
+        refuse_existing(target, source)
     loaded = load_model(model, dtype=None if dtype == "stored" else jnp.dtype(dtype))
     lora, matrices = load_adapter(adapter, loaded.config)
     save_hf(loaded._replace(weights=merge(loaded.weights, matrices, lora)), target, source=model)

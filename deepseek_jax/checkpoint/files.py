@@ -244,11 +244,11 @@ def new_folder(target: Path, *, resume: str | None = None) -> Iterator[Path]:
     partial.mkdir(exist_ok=True)
     with _locked(partial, target):
         note = partial / "written-from"
-        if resume is None or not note.is_file() or note.read_text(encoding="utf-8") != resume:
-            for leftover in partial.iterdir():
-                remove(leftover)
-            write_whole(note, (resume or "").encode())
         try:
+            if resume is None or not note.is_file() or note.read_text(encoding="utf-8") != resume:
+                for leftover in partial.iterdir():
+                    remove(leftover)
+                write_whole(note, (resume or "").encode())
             yield partial
             note.unlink()
             sync(partial)

@@ -9,12 +9,16 @@ import jax.numpy as jnp
 import pytest
 
 from deepseek_jax.checkpoint import files, shelves, writer
+from deepseek_jax.checkpoint.adapters import new_adapter, save_adapter
 from deepseek_jax.checkpoint.convert import convert_hf, export_hf
 from deepseek_jax.checkpoint.folder import load_model, save_hf
 from deepseek_jax.checkpoint.headers import parse_header
 from deepseek_jax.checkpoint.opened import open_folder
 from deepseek_jax.checkpoint.state import RunCheckpoints
+from deepseek_jax.cli import run
+from deepseek_jax.model.lora import LoRAConfig
 from tests.checkpoint.folders import LLAMA_TIED, QWEN2, R1, random_folder
+from tools import merge_lora
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -119,6 +123,31 @@ def test_a_saved_model_that_does_not_fit_leaves_nothing(tmp_path: Path, monkeypa
     assert {path.name for path in tmp_path.iterdir()} == {"hf"}
 
 
+def with_adapter(folder: Path) -> None:
+    lora = LoRAConfig(rank=2, alpha=4, targets=("q_proj",))
+    save_adapter(new_adapter(LLAMA_TIED, lora, seed=0), lora, LLAMA_TIED, folder)
+
+
+@pytest.mark.parametrize("full", ["_pwrite", "write_whole"])
+def test_a_merged_model_that_does_not_fit_is_one_line_and_leaves_nothing(full, tmp_path: Path, monkeypatch, capsys):
+    """By the command; the first file of all may be what does not fit."""
+    random_folder(tmp_path / "hf", LLAMA_TIED, "float32")
+    with_adapter(tmp_path / "adapter")
+
+    def refuse(*of) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer if full == "_pwrite" else files, full, refuse)
+    monkeypatch.setattr("sys.argv", ["merge_lora.py", *(str(tmp_path / name) for name in ("hf", "adapter", "merged"))])
+    with pytest.raises(SystemExit) as end:
+        run(merge_lora.main)
+    said = capsys.readouterr()
+    assert end.value.code == 1 and not said.out and said.err.count("\n") == 1
+    assert said.err.startswith(f"error: {tmp_path}/merged: no space left on its disk")
+    assert "nothing of it is left" in said.err
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "adapter"}
+
+
 def test_a_checkpoint_of_a_run_says_a_full_disk_as_an_os_error(tmp_path: Path, monkeypatch):
     with RunCheckpoints(tmp_path / "run") as run:
         run.save(1, {"a": jnp.ones(3)}, {})
@@ -157,6 +186,11 @@ def test_every_tool_takes_a_path_as_it_is_spelled(name, tmp_path: Path, monkeypa
     export_hf(open_folder(target), exported)
     assert content(exported) == content(Path("hf"))
     save_hf(load_model(target), target.parent / "saved", source=target)
+    with_adapter(target.parent / "adapter")
+    merge_lora.main(target, target.parent / "adapter", target.parent / "merged")
+    merged, saved = content(target.parent / "merged"), content(target.parent / "saved")
+    # a new adapter changes no weight, but B A = 0 makes a 0 of its -0 and of subnormals
+    assert {name: len(of) for name, of in merged.items()} == {name: len(of) for name, of in saved.items()}
     run = target.parent / "run"
     with RunCheckpoints(run) as checkpoints:
         checkpoints.save(1, {"a": jnp.ones(2)}, {"at": 3})
@@ -195,4 +229,7 @@ def test_a_target_that_cannot_be_made_is_refused_at_once(name, said, tmp_path: P
             write(opened, Path(name))
     with pytest.raises(ValueError, match=re.escape(said)):
         save_hf(load_model(Path("hf")), Path(name), source=Path("hf"))
+    for model, adapter in (("hf", "elsewhere"), ("elsewhere", "hf")):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            merge_lora.main(Path(model), Path(adapter), Path(name))
     assert sorted(Path().rglob("*")) == before
