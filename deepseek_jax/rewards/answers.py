@@ -13,6 +13,7 @@ from deepseek_jax.rewards.notation import MAX_NESTING, canonical, letters, nesti
 from deepseek_jax.rewards.numbers import not_finite, number, same_number
 from deepseek_jax.rewards.parts import Parts, matrix_of, parts_of, union_of, unwrapped
 from deepseek_jax.rewards.units import measured
+from deepseek_jax.rewards.wording import worded
 
 Algebra = Callable[[str, str], bool]
 """(answer, gold) -> equal: decides two LaTeX expressions without top-level commas or units."""
@@ -217,12 +218,25 @@ def _parts_match(got: Parts, right: Parts, algebra: Algebra, depth: int) -> bool
         return False
     if max(len(got.items), len(right.items)) > _MAX_PARTS:
         return False
+    if kinds == {""} and len(got.items) == len(right.items):
+        return _same_in_any_order(got.items, right.items, algebra, depth)
     if kinds <= {"", "{}"}:
         # Every part on each side has its like on the other: {1, 1, 2} is {1, 2}.
         covered = all(any(_match(a, g, algebra, depth) for g in right.items) for a in got.items)
         return covered and all(any(_match(a, g, algebra, depth) for a in got.items) for g in right.items)
     same_length = len(got.items) == len(right.items)
     return same_length and all(_match(a, g, algebra, depth) for a, g in zip(got.items, right.items, strict=True))
+
+
+def _same_in_any_order(got: list[str], right: list[str], algebra: Algebra, depth: int) -> bool:
+    """Each part has a like of its own: 2, 2, 3 is not 2, 3, 3."""
+    left = list(right)
+    for answer in got:
+        like = next((index for index, gold in enumerate(left) if _match(answer, gold, algebra, depth)), None)
+        if like is None:
+            return False
+        del left[like]
+    return True
 
 
 def _rows_match(got: list[list[str]], right: list[list[str]], algebra: Algebra, depth: int) -> bool:
@@ -248,6 +262,7 @@ def _prepared(text: str) -> str:
     if not _WORD.search(text):
         return text
     text = _LEAD.sub("", text, count=1) if _LEAD.match(text) else text
+    text = worded(text)
     text = _TITLE.sub(r"\1 = \2", text, count=1) if _TITLE.fullmatch(text) else text
     if match := _CASES.fullmatch(text):
         text = ", ".join(row.strip(" ,;") for row in match[1].split("\\\\") if row.strip(" ,;"))

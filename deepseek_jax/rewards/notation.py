@@ -117,6 +117,7 @@ _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _PLAIN_ROOT = re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)")
 _PLAIN_NAME = re.compile(r"(?<![\\A-Za-z])(sqrt|pi|sin|cos|tan|log|ln|infty)(?![A-Za-z])")
 _QUOTES = (("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"), ('"', '"'), ("'", "'"), ("“", "”"))
+_BOARD = re.compile(r"\\(?:mathbb|Bbb)\s*(?:\{\s*([A-Z])\s*\}|([A-Z]))")
 _EMPTY_GROUP = re.compile(r"(?<![A-Za-z}\]^_\\])\{\s*\}")
 
 
@@ -164,6 +165,7 @@ def canonical(text: str) -> str:
         text = _without_fonts(text)
         text = _SAME_COMMAND.sub(_same_command, text)
         text = _PRIME.sub(lambda match: match[1] or match[2], text)
+        text = _BOARD.sub(lambda match: rf"\mathbb{{{match[1] or match[2]}}}", text)
         text = _OVER.sub(r"\\frac{\1}{\2}", text)
     text = trim(text)
     text = _PLAIN_NAME.sub(r"\\\1", _PLAIN_ROOT.sub(r"\\sqrt{\1}", text))
@@ -175,7 +177,7 @@ def trim(text: str) -> str:
 
     A dollar sign that is money becomes `DOLLAR`.
     """
-    text = text.replace("{,}", ",").replace("\\$", DOLLAR).strip()
+    text = text.replace("{,}", ",").replace("{:}", ":").replace("\\$", DOLLAR).strip()
     for opened, closed in _QUOTES:
         if text.startswith(opened) and text.endswith(closed) and len(text) > len(opened + closed):
             text = text[len(opened) : -len(closed)].strip()

@@ -23,6 +23,7 @@ _POWER_OF_TEN = re.compile(
     r"10\s*\^\s*(?:\{\s*([+-]?[0-9]{1,9})\s*\}|([+-]?[0-9]{1,9}))"
 )
 _REPEATING = re.compile(r"([+-]?)([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{([0-9]+)\}|([0-9]))")
+_GOES_ON = re.compile(r"([+-]?)([0-9]*)\.([0-9]*?)([0-9]{1,6}?)(\4{2,})\s*(?:\.{2,3}|\\ldots)")
 _QUOTIENT = re.compile(r"([^/]+)/([^/]+)")
 _MIXED = re.compile(
     r"([+-]?)\s*([0-9]+)(?:\s+([0-9]+)\s*/\s*([0-9]+)"
@@ -154,7 +155,7 @@ def _mixed(text: str) -> Fraction | None:
 
 
 def _repeating(text: str) -> Fraction | None:
-    match = _REPEATING.fullmatch(text)
+    match = _REPEATING.fullmatch(text) or (_GOES_ON.fullmatch(text) if text[-1:] in ".s" else None)
     if match is None:
         return None
     sign, whole, fixed, period, digit = match.groups()
