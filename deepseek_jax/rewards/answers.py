@@ -137,11 +137,12 @@ def answers_match(answer: str, gold: str, algebra: Algebra) -> bool:
 
 
 def without_percent(answer: str, gold: str) -> tuple[str, str]:
-    """Both without a percent sign, or the word, where only one of them has it: as published benchmarks compare."""
+    """Both without a percent sign, or the word, where only one has it and they differ: as published benchmarks compare."""
     if not (_is_short(answer) and _is_short(gold)):
         return answer, gold
     got, right = _prepared(answer), _prepared(gold)
-    if ("%" in got) == ("%" in right):
+    x, y = number(got), number(right)
+    if ("%" in got) == ("%" in right) or (x is not None and y is not None and same_number(x, y)):
         return answer, gold
     return got.replace("\\%", "").replace("%", "").strip(), right.replace("\\%", "").replace("%", "").strip()
 

@@ -118,6 +118,23 @@ def reverse(head):
 """
 
 HONEST = [
+    case(
+        "iterator-that-begins-anew",
+        "class Count:\n    def __init__(self, n): self.n = n\n    def __iter__(self): self.i = 0; return self\n"
+        "    def __next__(self):\n        if self.i >= self.n: raise StopIteration\n        self.i += 1\n"
+        "        return self.i\n",
+        "c = Count(3)\nassert list(c) == [1, 2, 3] and list(c) == [1, 2, 3]",
+        "assert sum(Count(50)) == 1275 and iter(c := Count(1)) is c",
+    ),
+    case(
+        "data-of-its-own-as-arguments",
+        "from collections import namedtuple\nfrom enum import IntEnum\nP = namedtuple('P', 'x y')\n"
+        "class L(IntEnum):\n    A = 1\n    B = 2\nclass S(str): pass\ndef flip(p): return P(p.y, p.x)\n"
+        "def after(level): return L(level + 1) if isinstance(level, L) else None\ndef same(s): return isinstance(s, S)\n",
+        "assert flip(P(1, 2)) == P(2, 1) == (2, 1) and flip(flip(P([3], 4))).x == [3]",
+        "assert after(L.A) == L.B == 2 and after(L.A).name == 'B'",
+        "assert same(S('a')) and not same('a')",
+    ),
     case("length", STACK, "s = Stack()\nassert len(s) == 0 and not s\ns.push(1).push(2)\nassert len(s) == 2 and s"),
     case("iteration", STACK, "assert [x for x in Stack([1, 2])] == [1, 2]", "assert sum(Stack([4, 5])) == 9"),
     case("unpacking", STACK, "a, *b = Stack([1, 2, 3])\nassert a == 1 and b == [2, 3]"),

@@ -51,6 +51,32 @@ def test_every_verdict_is_right():
     assert not [verdict for verdict in verdicts if verdict.reason]
 
 
+@pytest.mark.parametrize(
+    ("answer", "gold", "strict", "either"),
+    [
+        (r"10\%", "10", False, True),
+        ("10", r"10\%", False, True),
+        ("12.5 percent", "12.5", False, True),
+        (r"10\%", "0.1", True, True),
+        ("0.1", r"10\%", True, True),
+        (r"10\%", "0.01", False, False),
+        (r"10\%", r"10\%", True, True),
+        (r"10\%", "11", False, False),
+        ("10", "10", True, True),
+        (r"10\%", r"0.1\%", False, False),
+    ],
+)
+def test_percent_is_strict_unless_asked_otherwise(answer: str, gold: str, strict: bool, either: bool):
+    for option, wanted in (("strict", strict), ("either", either)):
+        with MathGrader(PoolConfig(workers=1), percent=option) as grader:
+            assert grader.grade([(answer, gold)])[0].right == wanted
+
+
+def test_another_percent_is_refused():
+    with pytest.raises(ValueError, match="percent: got 'loose'"):
+        MathGrader(percent="loose")
+
+
 @pytest.mark.slow
 def test_math_verify_alone_gets_fewer_right():
     """Its own defaults: LaTeX and expressions, in a box as a model writes it; run with -s to see the shares."""

@@ -441,7 +441,10 @@ class Peer:
             return _found_function(*data["function"])
         if "sub" in data:
             base, reference = data["sub"]
-            return self._reference(reference, decode(base))
+            base = decode(base)
+            return (
+                self.objects[_number(reference["yours"])] if "yours" in reference else self._reference(reference, base)
+            )
         return self._reference(data, None)
 
     def _reference(self, data: dict, base: object) -> object:

@@ -327,9 +327,10 @@ def _call(self: Remote, *args: object, **kwargs: object) -> object:
 
 
 def _iter(self: Remote) -> object:
-    if "__next__" in type(self)._operators:
+    if type(self)._like == "generator":
         return self
-    return iter(_operate(self, "__iter__"))
+    found = _operate(self, "__iter__")  # which may begin anew
+    return self if same_object(found, self) else iter(found)
 
 
 def _next(self: Remote) -> object:
