@@ -65,7 +65,7 @@ from deepseek_jax.train.loop import Stage, run_stage
 from deepseek_jax.train.metrics import MetricLog, WandbConfig, read_metrics
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from deepseek_jax.train.report import write_report
-from deepseek_jax.train.runs import RunSettings, check_folder, enter_folder, held_folder, write_json
+from deepseek_jax.train.runs import RunSettings, check_folder, enter_folder, held_folder, room_needed, write_json
 from deepseek_jax.train.samples import read_samples
 from deepseek_jax.train.sft import sft_batch, sft_objective
 from deepseek_jax.train.step import TrainState, init_state, make_train_step
@@ -247,7 +247,7 @@ def main(config: Config) -> None:
     """Train by reinforcement learning with rule-based rewards; see the top of this file."""
     start = time.perf_counter()
     config = shortened(config, sys.argv[1:]) if config.quick else config
-    with held_folder(config.output):
+    with room_needed(config.output), held_folder(config.output):
         base = processes.on_main(lambda: check(config))
         with rewards(config.rewards, max_new_tokens=config.grpo.max_new_tokens) as graded:
             stages(config, prepare(config, graded), base, start)
@@ -267,6 +267,7 @@ def stages(config: Config, setup: Setup, base: str | None, start: float) -> None
     """Cold start, GRPO, and the accuracies before and after it."""
     run_id = processes.on_main(lambda: enter_folder(config.output, run_settings(config, base)))
     wandb = config.wandb_project and WandbConfig(project=config.wandb_project, offline=config.wandb_offline)
+    print(computing(config))
     log = MetricLog(config.output, wandb=wandb or None)
     weights = cold_start(config, setup, log) if setup.cold_start else setup.model.weights
     before = evaluate_once(config, setup, weights, "before")
@@ -277,6 +278,15 @@ def stages(config: Config, setup: Setup, base: str | None, start: float) -> None
     log.close()
     save_model(config, setup, weights, run_id)
     processes.on_main(lambda: report(config, setup, before, after, time.perf_counter() - start))
+
+
+def computing(config: Config) -> str:
+    """What a run computes in, and where, in a line."""
+    dtype, kept = dtype_of(config.grpo.dtype).name, "an adapter of" if config.grpo.lora_rank else "weights of"
+    given = " (--dtype auto)" if config.grpo.dtype == "auto" else ""
+    device = jax.devices()[0]
+    where = f"{jax.device_count()} x {device.device_kind}" if device.platform != "cpu" else "the CPU"
+    return processes.printable(f"computes in {dtype}{given} on {where}, and updates {kept} float32")
 
 
 def check(config: Config) -> str | None:
@@ -309,6 +319,7 @@ def settings(config: Config) -> dict[str, Any]:
     flat = json.loads(json.dumps(_flat(dataclasses.asdict(config)), default=str))
     whole = lambda name: os.path.realpath(name) if os.path.exists(name) else name
     flat |= {name: [whole(file) for file in flat[name]] for name in ("data", "held_out")}
+    flat["dtype"] = dtype_of(config.grpo.dtype).name  # what "auto" is here: elsewhere it may be another
     return flat | {"pass_rates": flat["pass_rates"] and whole(flat["pass_rates"])}
 
 
@@ -412,7 +423,7 @@ def read(config: Config, tokenizer: Tokenizer) -> Asked:
         held_out, data = data.split(config.eval_questions)
     if processes.is_main():
         for line in data.report:
-            print(line)
+            print(processes.printable(line))
     for examples in (held_out, data):
         for example in examples:
             check_columns(config.rewards, example.columns)
@@ -576,7 +587,7 @@ def report(config: Config, setup: Setup, before: dict[str, float], after: Accura
     write_report(config.output, title="R1-Zero", summary=summary, rows=rows, samples=samples, completions=drawn)
     write_json(config.output / "summary.json", summary)
     print(json.dumps(summary, indent=2))
-    print(f"report: {config.output / 'report.html'}   model: {config.output / 'model'}")
+    print(processes.printable(f"report: {config.output / 'report.html'}   model: {config.output / 'model'}"))
 
 
 if __name__ == "__main__":

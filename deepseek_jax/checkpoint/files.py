@@ -52,6 +52,7 @@ def write_whole(path: Path, content: bytes) -> None:
         draft.write_bytes(content)
         os.replace(draft, path)
     except OSError as problem:  # a full disk is said without a name
+        draft.unlink(missing_ok=True)
         raise OSError(problem.errno, problem.strerror, str(path)) from None
 
 

@@ -41,6 +41,7 @@ def write_owned(folder: Path, *, run: str, steps: int, write: Callable[[Path], N
 
     Raises:
         ValueError: the folder is not of this run.
+        OSError: it cannot be written; what was there before stays.
     """
     mark = {"run": run, "steps": steps}
     processes.on_main(lambda: check_owned(folder, run))
@@ -48,7 +49,12 @@ def write_owned(folder: Path, *, run: str, steps: int, write: Callable[[Path], N
         return
     draft = folder.with_name(f"{folder.name}.new")
     processes.on_main(lambda: files.remove(draft))
-    write(draft)
+    try:
+        write(draft)
+    except OSError:  # a half on a full disk is in the way of going on
+        if processes.is_main():
+            files.remove(draft)
+        raise
     processes.on_main(lambda: _publish(draft, folder, mark))
 
 

@@ -29,6 +29,10 @@ class RewardConfig:
             the hidden tests of the column `tests`.
         percent: for "math": 10% is a tenth and never ten ("strict"), or right beside 10 as well ("either"), as for
             published benchmarks.
+        tolerance: for "code": by how much a printed decimal fraction may miss the wanted one, absolutely or in
+            proportion; 0 compares exactly.
+        reference_column: for "code": a column with right programs. A row whose own program fails its tests is an error
+            of the row and no model's.
         choices: letters of the options, in order, for "choice".
         weight_accuracy: of the right answer.
         weight_format: of the exact <think>/<answer> format.
@@ -46,6 +50,8 @@ class RewardConfig:
 
     accuracy: Literal["exact", "math", "choice", "code"] = "exact"
     percent: Literal["strict", "either"] = "strict"
+    tolerance: float = 1e-6
+    reference_column: str | None = None
     choices: str = "ABCDE"
     weight_accuracy: float = 1.0
     weight_format: float = 0.3
@@ -63,6 +69,13 @@ class RewardConfig:
         for name, weight in vars(self).items():
             if name.startswith("weight_") and not math.isfinite(weight):
                 raise ValueError(f"{name}: got {weight}, wanted a finite number")
+        if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
+            raise ValueError(f"tolerance: got {self.tolerance}, wanted a finite number, 0 or more")
+        if self.reference_column is not None and self.accuracy != "code":
+            raise ValueError(
+                f"reference_column: got {self.reference_column!r} with accuracy {self.accuracy!r}, wanted it with "
+                "--accuracy code alone; leave it out"
+            )
         if self.weight_overlong and self.overlong_cache < 1:
             raise ValueError(f"overlong_cache: got {self.overlong_cache}, wanted at least 1 token for weight_overlong")
 
@@ -94,7 +107,7 @@ def rewards(config: RewardConfig, *, max_new_tokens: int) -> Iterator[Rewards]:
     if config.accuracy == "code" and not config.allow_unsandboxed:
         reason = processes.on_main(available)
         if reason is not None:
-            raise ValueError(f"accuracy: got 'code', but {reason}; or run programs unprotected: allow_unsandboxed")
+            raise ValueError(f"accuracy: got 'code', but {reason}; or run programs unprotected: --allow-unsandboxed")
     with MathGrader(percent=config.percent) as grader:  # starts no process before the first answer that needs one
         functions: dict[str, RewardFunction] = {}
         if config.weight_accuracy:
@@ -135,8 +148,13 @@ def check_columns(config: RewardConfig, columns: Mapping[str, object]) -> None:
     name = "tests" if config.accuracy == "code" else "answer"
     if name not in columns:
         raise ValueError(
-            f"{name}: got columns {', '.join(columns) or 'none'}, wanted {name!r} for accuracy {config.accuracy!r};"
-            " name the column so, or choose another accuracy"
+            f"{name}: got columns {', '.join(columns) or 'none'}, wanted {name!r} for --accuracy {config.accuracy}; "
+            f"say which column holds it by --{name}-column, or choose another --accuracy"
+        )
+    if config.reference_column is not None and config.reference_column not in columns:
+        raise ValueError(
+            f"reference_column: got {config.reference_column!r}, wanted one of {', '.join(columns)}; name the column "
+            "of right programs by --reference-column, or leave it out"
         )
     wanted = columns[name]
     if config.accuracy == "code":
@@ -156,5 +174,9 @@ def _accuracy(config: RewardConfig, grader: MathGrader, *, counted: bool) -> Rew
     if config.accuracy == "choice":
         return choice_reward(letters=config.choices)
     if config.accuracy == "code":
-        return CodeReward(allow_unsandboxed=config.allow_unsandboxed)
+        return CodeReward(
+            tolerance=config.tolerance,
+            reference=config.reference_column,
+            allow_unsandboxed=config.allow_unsandboxed,
+        )
     return accuracy_reward

@@ -12,16 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from tensorboardX import SummaryWriter
-
 from deepseek_jax import processes
-from deepseek_jax.checkpoint.files import read_json, write_whole
+from deepseek_jax.checkpoint.files import read_json, write_whole, writing
+from deepseek_jax.train.events import EventFile
 
 RESERVED = ("stage", "step", "time", "nonfinite")
-
-# A kill loses at most these last seconds of TensorBoard events, and nothing of metrics.jsonl.
-_EVENT_FLUSH_SECONDS = 5
-
 
 # A loss that prints as 0.0000. Rounding leaves 1e-8 or so of a sum of advantages that is 0.
 _SMALL_LOSS = 5e-5
@@ -82,7 +77,7 @@ class MetricLog:
     def __init__(self, folder: str | Path, *, wandb: WandbConfig | None = None):
         self.folder = Path(folder)
         self.path = self.folder / "metrics.jsonl"
-        self._writers: dict[str, SummaryWriter] = {}
+        self._writers: dict[str, EventFile] = {}
         self._wandb: _WandbRun | None = None
         if not processes.is_main():
             return
@@ -117,10 +112,9 @@ class MetricLog:
         self._lines.append(row)
 
         writer = self._writers.get(stage) or self._open_writer(stage, purge_step=int(step))
-        for name, number in numbers.items():
-            # TensorBoard draws no point for these, and its writer would warn at each.
-            if math.isfinite(number):
-                writer.add_scalar(f"{stage}/{name}", number, int(step), now)
+        # TensorBoard draws no point for what is not finite.
+        drawn = {f"{stage}/{name}": number for name, number in numbers.items() if math.isfinite(number)}
+        writer.add(drawn, int(step), now)
 
         if self._wandb is not None:
             self._wandb.send(place, stage, int(step), numbers)
@@ -159,16 +153,8 @@ class MetricLog:
             writer.close()
         self._writers.clear()
 
-    def _open_writer(self, stage: str, purge_step: int) -> SummaryWriter:
-        run = self.folder / "tensorboard" / stage
-        # Files are named by the second: the number keeps two resumes within one second apart, and in order.
-        number = len(list(run.glob("events*")))
-        self._writers[stage] = SummaryWriter(
-            str(run),
-            purge_step=purge_step,
-            flush_secs=_EVENT_FLUSH_SECONDS,
-            filename_suffix=f".{number:04d}",
-        )
+    def _open_writer(self, stage: str, purge_step: int) -> EventFile:
+        self._writers[stage] = EventFile(self.folder / "tensorboard" / stage, purge_step=purge_step)
         return self._writers[stage]
 
 
@@ -265,6 +251,7 @@ class StepLines:
 
         Raises:
             ValueError: the stage cannot name a folder, or the step goes back.
+            OSError: the line cannot be written, with the file's name.
         """
         stage, step = row["stage"], row["step"]
         if not stage.replace("_", "").replace("-", "").replace(".", "").isalnum():
@@ -272,7 +259,7 @@ class StepLines:
         if step < (last := self.last_step.get(stage, step)):
             raise ValueError(f"{stage} step {step} comes after step {last}: call truncate({stage!r}, {step - 1})")
         # Closed at each line, so that a kill can cut the last line short and do nothing worse.
-        with self.path.open("ab") as file:
+        with writing(self.path), self.path.open("ab") as file:
             file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
             end = file.tell()
         self._marks.append(_Mark(stage, step, end))

@@ -217,9 +217,7 @@ def write_report(
     )
     path = Path(folder) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".html.tmp")
-    draft.write_text(page, encoding="utf-8")
-    os.replace(draft, path)
+    write_whole(path, page.encode())
     return path
 
 

@@ -1,5 +1,6 @@
 """A run's folder over several starts: who may go on in it, with which settings, and what it may write there."""
 
+import errno
 import json
 import uuid
 from collections.abc import Collection, Iterator, Mapping
@@ -14,6 +15,7 @@ from deepseek_jax.checkpoint.owned import check_owned
 
 SETTINGS, SUMMARY = "config.json", "summary.json"
 RUN, BASE = "run", "base"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunSettings(NamedTuple):
@@ -46,6 +48,27 @@ def held_folder(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def room_needed(folder: Path) -> Iterator[None]:
+    """Around all that a run writes: where a disk, a quota or a file is full, say what is kept and how to go on.
+
+    Raises:
+        OSError: what the system refused, with its file, and the newest whole checkpoint of the run.
+    """
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno not in _NO_ROOM:
+            raise
+        there = (path for path in folder.glob("checkpoints/*/*") if path.name.isdecimal())
+        newest = max(there, key=lambda path: path.stat().st_mtime_ns, default=None)
+        kept = "no checkpoint is whole yet" if newest is None else f"the last whole checkpoint is {newest}"
+        raise OSError(
+            f"{problem.filename or folder}: {str(problem.strerror).lower()}; {kept}: make room, then the same command "
+            f"{'begins anew' if newest is None else 'goes on from it'}"
+        ) from problem
+
+
 def check_folder(folder: Path, settings: RunSettings, *, stage: str, writes: Collection[str]) -> None:
     """Refuse a folder in which a run with these settings cannot begin or go on. Changes nothing.
 
@@ -74,6 +97,8 @@ def check_folder(folder: Path, settings: RunSettings, *, stage: str, writes: Col
 def _check_settings(path: Path, held: Mapping[str, Any], settings: RunSettings) -> None:
     for name, value in settings.values.items():
         before = held.get(name, settings.defaults.get(name))
+        if before == "auto":  # an earlier version wrote what it was given, not what that came to
+            continue
         if name != "steps" and name not in settings.free and before != value:
             raise ValueError(
                 f"{path}: the run there has {name} {before!r}, not {value!r}; give the same settings to go on with it, "
