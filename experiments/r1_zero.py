@@ -30,7 +30,6 @@ from typing import Any, Literal, NamedTuple
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -227,6 +226,8 @@ QUICK_GRPO = {"steps": 8, "eval_every": 4, "save_every": 4}
 NAMES = {"output", "model", "quick", "wandb_project", "wandb_offline"}
 PLACE = {"remat", "at_once", "profile_steps", *(f"mesh_{axis}" for axis in AXES)}
 INTERVALS = {"save_every", "eval_every", "samples_every"}
+# What may change too where numbers that were not finite ended the run: what such a run wants changed.
+REMEDIES = {"lr", "cold_start_lr", "skip_grad_norm"}
 
 
 class Setup(NamedTuple):
@@ -311,7 +312,7 @@ def base_of(config: Config) -> str | None:
 
 
 def run_settings(config: Config, base: str | None) -> RunSettings:
-    return RunSettings(settings(config), settings(Config()), NAMES | PLACE | INTERVALS, base)
+    return RunSettings(settings(config), settings(Config()), NAMES | PLACE | INTERVALS, base, REMEDIES)
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -507,7 +508,6 @@ def reinforce(config: Config, setup: Setup, weights: nnx.State, log: MetricLog, 
         take_metrics=setup.rewards.take_metrics,
     )
     state = run_grpo(trainer, setup.prompts, folder=config.output, log=log, evaluate=held_out)
-    check_finite(state.train.weights)
     if trainer.lora is not None:
         base = None if config.model is None else str(config.model)
         save = lambda target: save_adapter(state.train.weights, trainer.lora, setup.model.config, target, base=base)
@@ -545,20 +545,8 @@ def evaluate_once(config: Config, setup: Setup, weights: nnx.State, name: str) -
     return processes.on_main(lambda: json.loads(path.read_text(encoding="utf-8")))
 
 
-def check_finite(weights: nnx.State) -> None:
-    """Refuse weights that no loader would take."""
-    finite = jax.jit(lambda tree: jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree))(weights)
-    for path, whole in jax.tree_util.tree_leaves_with_path(finite):
-        if not whole:
-            raise ValueError(
-                f"the weights after training hold NaN or infinity, first in {jax.tree_util.keystr(path)}: no model is "
-                "written; lower --lr, and begin in another --output"
-            )
-
-
 def save_model(config: Config, setup: Setup, weights: nnx.State, run_id: str) -> None:
     """As a Hugging Face folder, in the place of the one that the run wrote when it had fewer steps."""
-    check_finite(weights)
     trained = setup.model._replace(weights=weights)
     save = lambda target: save_hf(trained, target, source=config.model, tokenizer=setup.tokenizer.files)
     write_owned(config.output / "model", run=run_id, steps=config.grpo.steps, write=save)

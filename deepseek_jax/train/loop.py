@@ -13,7 +13,7 @@ import jax
 
 from deepseek_jax import processes
 from deepseek_jax.checkpoint.state import RunCheckpoints
-from deepseek_jax.train.metrics import MetricLog
+from deepseek_jax.train.metrics import MetricLog, read_metrics
 from deepseek_jax.train.progress import Progress
 
 State = TypeVar("State")
@@ -137,6 +137,12 @@ class NonFiniteError(ValueError):
     """Training came to numbers that are not finite; the message says where, and what is left to go on from."""
 
 
+def ended_nonfinite(folder: Path) -> bool:
+    """Whether the last step in a run's folder is one that `NonFiniteError` ended the run for."""
+    rows = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
+    return bool(rows) and _is_bad(rows[-1])
+
+
 def _is_bad(metrics: Mapping[str, float]) -> bool:
     """Whether weights may have been spoiled: what a step left out did not spoil them."""
     if metrics.get("nonfinite_updates"):
@@ -149,8 +155,8 @@ def _stopped(stage: Stage, step: int, metrics: Mapping[str, float], good: Path |
     found = [f"{name} {metrics[name]}" for name in ("loss", "grad_norm") if not math.isfinite(metrics.get(name, 0.0))]
     return (
         f"{stage.name}: step {step} of {stage.steps}: {' and '.join(found) or 'new weights'} not finite, not saved; "
-        f"last good checkpoint: {'none' if good is None else good}; lower the learning rate, or leave updates out that "
-        "spike (skip_grad_norm)"
+        f"last good checkpoint: {'none' if good is None else good}; go on in the same folder with a lower learning "
+        "rate, or leave updates out that spike (skip_grad_norm)"
     )
 
 

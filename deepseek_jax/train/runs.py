@@ -12,6 +12,7 @@ from deepseek_jax import processes
 from deepseek_jax.checkpoint.files import read_json, write_whole
 from deepseek_jax.checkpoint.lock import locked
 from deepseek_jax.checkpoint.owned import check_owned
+from deepseek_jax.train.loop import ended_nonfinite
 
 SETTINGS, SUMMARY = "config.json", "summary.json"
 RUN, BASE = "run", "base"
@@ -24,13 +25,15 @@ class RunSettings(NamedTuple):
     values: by the names of their options, as JSON has them. defaults: the same of a run without any option, for what
     a folder of an earlier version does not name. free: names of those that may change when the run goes on, because
     they say where it is computed, how often it reports, or how a thing is called. base: the fingerprint of the model
-    it starts from, if there is one.
+    it starts from, if there is one. remedies: names of those that may change too where the run was ended by numbers
+    that are not finite.
     """
 
     values: Mapping[str, Any]
     defaults: Mapping[str, Any]
     free: Collection[str]
     base: str | None = None
+    remedies: Collection[str] = ()
 
 
 @contextmanager
@@ -72,7 +75,8 @@ def room_needed(folder: Path) -> Iterator[None]:
 def check_folder(folder: Path, settings: RunSettings, *, stage: str, writes: Collection[str]) -> None:
     """Refuse a folder in which a run with these settings cannot begin or go on. Changes nothing.
 
-    A run may go on with other `free` settings and with more steps, also when it is finished.
+    A run may go on with other `free` settings and with more steps, also when it is finished; with other `remedies`
+    where its last step was not finite.
 
     Args:
         folder: of the run.
@@ -87,19 +91,17 @@ def check_folder(folder: Path, settings: RunSettings, *, stage: str, writes: Col
     path = folder / SETTINGS
     held = read_json(path) if path.exists() else None
     if held is not None:
-        _check_settings(path, held, settings)
+        _check_settings(path, held, settings, {*settings.free, *(settings.remedies if ended_nonfinite(folder) else ())})
         _check_base(path, held, settings)
         _check_steps(folder, held, settings, stage)
     for name in writes:
         check_owned(folder / name, None if held is None else held.get(RUN))
 
 
-def _check_settings(path: Path, held: Mapping[str, Any], settings: RunSettings) -> None:
+def _check_settings(path: Path, held: Mapping[str, Any], settings: RunSettings, free: Collection[str]) -> None:
     for name, value in settings.values.items():
         before = held.get(name, settings.defaults.get(name))
-        if before == "auto":  # an earlier version wrote what it was given, not what that came to
-            continue
-        if name != "steps" and name not in settings.free and before != value:
+        if name != "steps" and name not in free and before != value:
             raise ValueError(
                 f"{path}: the run there has {name} {before!r}, not {value!r}; give the same settings to go on with it, "
                 "or another --output"

@@ -341,7 +341,9 @@ def test_normalize_then_sum_equals_trls():
             scores[rng.integers(B)] = np.nan
             scores[:G, 0] = 0.5
         arrays["scores"], self = scores, stand_in(GRPOConfig())
-        self.multi_objective_aggregation, self.reward_func_names = "normalize_then_sum", ["a", "b", "c"]
+        names = ["a", "b", "c"]
+        self.multi_objective_aggregation = "normalize_then_sum"
+        self.reward_func_names = self.reward_funcs = names
         inputs = trl_rollout(of_trainer, self, arrays)
         found = normalized_sum_advantages(jnp.asarray(scores.reshape(P, G, 3)), jnp.asarray(WEIGHTS, jnp.float32))
         np.testing.assert_allclose(np.ravel(found), inputs["advantages"].numpy(), rtol=1e-5, atol=1e-5)
