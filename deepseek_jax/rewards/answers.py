@@ -137,7 +137,7 @@ def answers_match(answer: str, gold: str, algebra: Algebra) -> bool:
 
 
 def without_percent(answer: str, gold: str) -> tuple[str, str]:
-    """Both without a percent sign or word, where only one has it and they differ: as published benchmarks compare."""
+    """Both without a percent sign where only one has it and they differ: as published benchmarks compare."""
     if not (_is_short(answer) and _is_short(gold)):
         return answer, gold
     got, right = _prepared(answer), _prepared(gold)
