@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -13,6 +14,7 @@ from deepseek_jax.checkpoint.convert import convert_hf
 from deepseek_jax.checkpoint.folder import Model, save_hf
 from deepseek_jax.checkpoint.opened import open_folder
 from deepseek_jax.config import preset
+from deepseek_jax.generate.text import TextCompletion
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE
@@ -111,7 +113,8 @@ def test_what_a_template_says_does_not_reach_the_terminal_raw(folder, generate, 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_completion_is_escaped_on_a_terminal_alone(terminal, folder, generate, monkeypatch):
     written = "\x1b[31mred\x07\n\ttab 5\u202f%, 5\u2009m"
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: written)
+    completion = TextCompletion(written, np.array([1, 2]), np.zeros(2), finished=False)
+    monkeypatch.setattr("tools.generate.complete", lambda *of, **options: [completion])
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     status, text, _ = generate(folder, "--prompt", "1", "--max-tokens", 2)
     assert status == 0 and text == (r"\x1b[31mred\x07" + "\n\ttab 5\u202f%, 5\u2009m" if terminal else written) + "\n"
