@@ -1,6 +1,7 @@
 """The R1-Zero experiment from its command line: a whole small run, and runs that are killed on their way."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -26,7 +27,8 @@ from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.train.grpo import GRPOTraining
-from deepseek_jax.train.metrics import read_metrics
+from deepseek_jax.train.metrics import MetricLog, read_metrics
+from deepseek_jax.train.runs import room_needed
 from experiments import r1_zero
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -382,6 +384,34 @@ def test_a_base_whose_weights_changed_is_refused(tmp_path):
         r1_zero.check(moved)
     with pytest.raises(ValueError, match="began with a base model"):
         r1_zero.check(dataclasses.replace(config, model=None))
+
+
+def test_a_run_begun_in_another_precision_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    held = begun(folder)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"  # "auto" on the CPU
+    r1_zero.check(dataclasses.replace(held, grpo=GRPOTraining(dtype="float32")))
+    assert r1_zero.computing(held) == "computes in float32 (--dtype auto) on the CPU, and updates weights of float32"
+    monkeypatch.setattr(r1_zero.jax, "default_backend", lambda: "gpu")  # "auto" is bfloat16 there
+    with pytest.raises(ValueError, match="has dtype 'float32', not 'bfloat16'"):
+        r1_zero.check(held)
+    r1_zero.check(dataclasses.replace(held, grpo=GRPOTraining(dtype="float32")))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_names_the_file_and_the_last_whole_checkpoint(tmp_path, number):
+    def write():
+        with room_needed(tmp_path):
+            raise OSError(number, os.strerror(number), str(tmp_path / "metrics.jsonl"))
+
+    with pytest.raises(OSError, match="metrics.jsonl: .*no checkpoint is whole yet: make room") as caught:
+        write()
+    assert os.strerror(number).lower() in str(caught.value)
+    for place in ("cold_start/9", "grpo/4", "grpo/6.orbax-checkpoint-tmp"):
+        (tmp_path / "checkpoints" / place).mkdir(parents=True)
+    os.utime(tmp_path / "checkpoints" / "cold_start" / "9", (1, 1))
+    with pytest.raises(OSError, match="the last whole checkpoint is .*checkpoints/grpo/4: make room"):
+        write()
 
 
 def test_the_columns_are_named_on_the_command_line(tmp_path, monkeypatch, capsys):

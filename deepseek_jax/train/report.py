@@ -22,6 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from deepseek_jax.checkpoint.files import write_whole
 from deepseek_jax.train.metrics import explain_first_loss
 
 # Drawn in colours that nothing else uses, and then exchanged for the page's own, which follow light and dark.

@@ -83,7 +83,7 @@ def test_an_evaluation_follows_reward_error():
 
 def test_programs_that_cannot_be_isolated_are_refused_at_the_start(monkeypatch):
     monkeypatch.setattr(recipe, "available", lambda: "no namespaces here")
-    with pytest.raises(ValueError, match="no namespaces here; or .* allow_unsandboxed"):
+    with pytest.raises(ValueError, match="no namespaces here; or .* --allow-unsandboxed"):
         score(RewardConfig(accuracy="code"), "", tests=[None])
     config = RewardConfig(accuracy="code", allow_unsandboxed=True)
     assert score(config, "", tests=[None]) == ([0.0], {"accuracy": [None], "format": [0.0]})
@@ -115,13 +115,26 @@ def test_columns_that_can_be_graded(settings, columns):
 @pytest.mark.parametrize(
     ("settings", "columns", "message"),
     [
-        ({}, {}, "answer: got columns none, wanted 'answer' for accuracy 'exact'"),
-        ({"accuracy": "code"}, {"answer": "4"}, "tests: got columns answer, wanted 'tests' for accuracy 'code'"),
+        (
+            {},
+            {},
+            "answer: got columns none, wanted 'answer' for --accuracy exact; .*--answer-column",
+        ),
+        (
+            {"accuracy": "code"},
+            {"answer": "4"},
+            "tests: got columns answer, wanted 'tests' for --accuracy code; .*--tests-column",
+        ),
         ({"accuracy": "math"}, {"answer": 4}, "answer: got int 4, wanted a string or None"),
         (ALONE, {"answer": None}, "answer: got none, wanted some where accuracy is the only reward"),
         ({"accuracy": "code", **ALONE}, {"tests": []}, "tests: got none, wanted some"),
         ({"accuracy": "code"}, {"tests": "no JSON"}, "tests: got 'no JSON', wanted JSON"),
         ({"accuracy": "code"}, {"tests": ["assert ("]}, "is not Python"),
+        (
+            {"accuracy": "code", "reference_column": "solved"},
+            {"tests": ["assert f(1) == 2"], "code": ""},
+            "reference_column: got 'solved', wanted one of tests, code; .*--reference-column",
+        ),
         ({"accuracy": "choice"}, {"answer": "F"}, "answer: got 'F', wanted one of A, B, C, D, E"),
         ({"accuracy": "choice"}, {"answer": "C", "choices": ["x", "y"]}, "answer: got 'C', wanted one of A, B;"),
         ({"accuracy": "choice"}, {"answer": "A", "choices": "xy"}, "choices: got 'xy', wanted a list of strings"),
@@ -137,6 +150,8 @@ def test_columns_that_cannot_be_graded_are_refused(settings, columns, message):
     ("settings", "message"),
     [
         ({"weight_overlong": 1.0}, "overlong_cache: got 0, wanted at least 1"),
+        ({"tolerance": -1.0}, "tolerance: got -1.0, wanted a finite number"),
+        ({"reference_column": "code"}, "reference_column: got 'code' with accuracy 'exact'"),
         ({"weight_format": float("nan")}, "weight_format: got nan, wanted a finite number"),
         ({"weight_accuracy": 0.0, "weight_format": 0.0}, "weight_accuracy: got 0, and no other reward"),
         ({"accuracy": "choice", "choices": "AA"}, "letters: got 'AA', wanted different letters"),

@@ -314,3 +314,23 @@ def test_wandb_itself_takes_a_run_and_its_resume_offline(tmp_path: Path):
 def test_a_first_loss_of_zero_is_explained(metrics: dict, word: str | None):
     told = explain_first_loss(metrics)
     assert told is None if word is None else word in told
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
+def test_a_full_disk_is_an_error_with_the_name_of_the_file(tmp_path, name, monkeypatch):
+    """Also of TensorBoard's files, whose own library would wait for ever once its thread has died of it."""
+    log = MetricLog(tmp_path)
+    log.write(1, {"loss": 1.0}, "grpo")
+    if name == "tensorboard":
+        with Path("/dev/full").open("wb") as full:
+            monkeypatch.setattr(log._writers["grpo"]._writer._py_recordio_writer, "_writer", full)
+            with pytest.raises(OSError, match=r"No space left on device: .*tensorboard/grpo"):
+                log.write(2, {"loss": 1.0}, "grpo")
+            monkeypatch.undo()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+    else:
+        log.path.unlink()
+        log.path.symlink_to("/dev/full")
+        with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
+            log.write(2, {"loss": 1.0}, "grpo")
