@@ -351,9 +351,9 @@ def test_numbers_that_are_not_finite_end_a_run_which_goes_on_with_another_rate(t
     folder = tmp_path / "run"
     begin = lambda **changes: main(monkeypatch, *arguments(folder, steps=3, save_every=1, warmup=0, **changes))
     assert begin(cold_start_lr="inf", lr="inf") == 1
-    assert re.search("^r1_zero.py: error: cold_start: step 1 of 4: .* not finite, .*: none; go on", error_line(capsys))
+    assert re.search("^error: cold_start: step 1 of 4: .* not finite, .*: none; go on", error_line(capsys))
     assert begin(lr="inf") == 1
-    assert re.search("^r1_zero.py: error: grpo: step 1 of 3: .* not finite, .*: none; go on", error_line(capsys))
+    assert re.search("^error: grpo: step 1 of 3: .* not finite, .*: none; go on", error_line(capsys))
     assert not {"model", "summary.json", "report.html"} & {path.name for path in folder.iterdir()}
     assert begin() == 0
     tensors = load_file(folder / "model" / "model.safetensors")
