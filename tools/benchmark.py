@@ -418,7 +418,7 @@ def _header(shard: list[names.Tensor]) -> bytes:
 def _random_bytes(tensor: names.Tensor, seed: int) -> memoryview:
     """Every FP8 code but the NaNs, bfloat16 below 2 in magnitude, float32 (the scales) from 2**-13 to 2**-12."""
     # a copy has its original's path but for the first two steps, and so its original's bytes
-    path = names.key(tensor.path[2:] if tensor.copy else tensor.path)
+    path = names.key(tensor.copy_of or tensor.path)
     rng = np.random.default_rng([seed, zlib.crc32(f"{path} {tensor.expert}".encode())])
     count = math.prod(tensor.shape)
     words = rng.integers(0, 2**64, -(-count * BYTES[tensor.dtype] // 8), dtype=np.uint64)
