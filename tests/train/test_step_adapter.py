@@ -172,5 +172,5 @@ def test_an_objective_may_say_nothing_of_the_forward_pass():
     np.add.at(slope, batch().tokens_BT[mask], 2 * (table[batch().tokens_BT[mask]] - 0.5) / mask.sum())
     np.testing.assert_allclose(state.weights.table[...], table - slope, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(state.weights.bias[...], np.ones(8))
-    assert metrics.keys() == {"loss", "grad_norm"}
+    assert metrics.keys() == {"loss", "grad_norm", "nonfinite_updates"}
     assert values(metrics)["loss"] == pytest.approx(((table[batch().tokens_BT] - 0.5)[mask] ** 2).mean(), rel=1e-5)
