@@ -1,6 +1,7 @@
 """The state of a training run on disk: any tree of arrays beside the position in the data, by Orbax."""
 
 import json
+import logging
 import math
 import os
 from contextlib import suppress
@@ -14,9 +15,17 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from deepseek_jax import processes
-from deepseek_jax.checkpoint.files import system_error
+from deepseek_jax.checkpoint.files import system_error, writing
 
 State = TypeVar("State")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Orbax also prints the tracebacks of the exceptions that `RunCheckpoints` raises."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+logging.getLogger("absl").addFilter(_is_news)
 
 
 class RunCheckpoints:
@@ -70,13 +79,14 @@ class RunCheckpoints:
             raise ValueError(f"score: got {score}, wanted a finite number, or None where there is none")
         # Orbax waits too, but only after it has put this save where the end of the one before looks for its own.
         self.wait()
-        self._saving = self._checkpointer.save_async(
-            step,
-            {name: _own(leaf) for name, leaf in _named(state).items()},
-            metrics=None if score is None else {"score": float(score)},
-            custom_metadata={"data": json.loads(json.dumps(data))},  # a copy, for it is written only at the end
-            force=True,
-        )
+        with writing(Path(self._checkpointer.directory)):
+            self._saving = self._checkpointer.save_async(
+                step,
+                {name: _own(leaf) for name, leaf in _named(state).items()},
+                metrics=None if score is None else {"score": float(score)},
+                custom_metadata={"data": json.loads(json.dumps(data))},  # a copy, for it is written only at the end
+                force=True,
+            )
 
     def wait(self) -> None:
         """Wait until the save under way is whole."""
@@ -135,7 +145,11 @@ class RunCheckpoints:
         """Wait for the save under way, raise what went wrong with it, and end."""
         try:
             self.wait()
-        finally:
+        except BaseException:
+            with suppress(Exception):  # the same once more, without a name
+                self._checkpointer.close()
+            raise
+        with writing(Path(self._checkpointer.directory)):
             self._checkpointer.close()
 
     def __enter__(self) -> Self:

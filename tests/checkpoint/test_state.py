@@ -3,6 +3,8 @@
 import ctypes
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -312,3 +314,32 @@ def test_what_a_killed_run_left_half_written_is_ignored_and_removed(tmp_path: Pa
     again.save(9, {"w": jnp.zeros(3)}, {})
     again.close()
     assert steps(folder) == {"7", "9"}
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import jax
+import jax.numpy as jnp
+from deepseek_jax.checkpoint.state import RunCheckpoints
+
+try:
+    with RunCheckpoints(Path(sys.argv[1])) as checkpoints:
+        checkpoints.save(1, {"a": jnp.arange(4.0)}, {})
+        checkpoints.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+        checkpoints.save(2, {"a": jax.random.normal(jax.random.key(0), 50_000)}, {})
+except OSError as problem:
+    print(problem, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("room", [20, 3_000])  # not even the save's metadata; all but the array
+def test_what_cannot_be_written_is_said_once(tmp_path, room):
+    """And not by Orbax as well, with a traceback of each of its threads. What was whole before stays."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", FULL, str(tmp_path), str(room)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, f"[Errno 27] File too large: '{tmp_path}'\n")
+    with RunCheckpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest() == 1
