@@ -443,16 +443,24 @@ def interruptible() -> None:
 @pytest.mark.parametrize("seconds", [0.15, 0.6])
 def test_ctrl_c_while_it_imports_is_one_line(tmp_path, script, seconds):
     root = SCRIPT.parents[1]
+    begins = (root / script).read_text().split('"""', 2)[2].lstrip()
+    assert begins.startswith('if __name__ == "__main__":\n    from deepseek_jax.interrupt import end_at_once\n')
+    # counted from where the script begins, which the interpreter itself may take long to come to
+    code = "import runpy, sys; sys.argv = sys.argv[1:]; "
+    code += "from deepseek_jax.interrupt import end_at_once; end_at_once(); print('begun', flush=True); "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(
-        [sys.executable, script, "--help"],
+        [sys.executable, "-c", code, script, "--help"],
         cwd=root,
         env=environment,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=interruptible,
     )
+    while process.stdout.readline() != "begun\n":
+        assert process.poll() is None
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1]
