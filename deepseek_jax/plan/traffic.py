@@ -5,6 +5,7 @@ Differs: buffers that TPU keeps in VMEM or SMEM are free, and a fusion that upda
 it is charged the whole buffer, which it must write.
 """
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -128,7 +129,7 @@ def _read(computations: Mapping[str, Computation], inside: Computation, value: I
     read = 0
     for user, position in inside.users.get(value.name, ()):
         if user.opcode in _TAKES and position == 0:
-            read += user.bytes
+            read += _taken(value, user)
         elif _leaves_alone(inside, user, position):
             continue
         elif user.opcode in _SEEN_THROUGH and user is not inside.root:
@@ -143,6 +144,12 @@ def _read(computations: Mapping[str, Computation], inside: Computation, value: I
         else:
             return value.bytes
     return min(read, value.bytes)
+
+
+def _taken(value: Instruction, slice_: Instruction) -> int:
+    """Bytes of a value in a slice or gather of it, which on v7x may be of another dtype."""
+    numbers = lambda i: sum(math.prod(leaf.dims) for leaf in i.leaves)
+    return numbers(slice_) * value.bytes // max(1, numbers(value))
 
 
 def _leaves_alone(inside: Computation, user: Instruction, position: int) -> bool:

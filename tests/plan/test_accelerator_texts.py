@@ -197,6 +197,22 @@ def test_a_slice_of_an_array_in_another_tiling_reads_the_slice():
     assert account(text, MESH).bytes_accessed == 2 * 2 * 64 * 32 + 4
 
 
+def test_a_slice_that_converts_reads_the_width_of_what_it_slices():
+    halved = (
+        "%halved (x: f32[4,64,32]) -> (bf16[1,64,32], bf16[1,64,32]) {\n  %x = f32[4,64,32]{2,1,0} parameter(0)\n"
+        "  %s = bf16[1,64,32]{2,1,0} slice(%x), slice={[3:4], [0:64], [0:32]}\n"
+        "  %t = bf16[1,64,32]{2,1,0} slice(%x), slice={[0:1], [0:64], [0:32]}\n"
+        "  ROOT %r = (bf16[1,64,32]{2,1,0}, bf16[1,64,32]{2,1,0}) tuple(%s, %t)\n}\n\n"
+    )
+    text = program(
+        "a: f32[4,64,32]",
+        "%a = f32[4,64,32]{2,1,0} parameter(0)",
+        "ROOT %f = (bf16[1,64,32]{2,1,0:S(1)}, bf16[1,64,32]{2,1,0:S(1)}) fusion(%a), kind=kLoop, calls=%halved",
+        before=halved,
+    )
+    assert account(text, MESH).bytes_accessed == 2 * 4 * 64 * 32
+
+
 @pytest.mark.parametrize(
     "rows, groups, least, most, block, even",
     [
