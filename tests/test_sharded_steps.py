@@ -26,6 +26,8 @@ from deepseek_jax.checkpoint import names
 from deepseek_jax.generate.engine import Generator, SamplingConfig
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.stacks import stacked, unstacked
+from deepseek_jax.ops.logprobs import to_bits, token_logprobs
+from deepseek_jax.parallel.logprobs import sharded_logprobs
 from deepseek_jax.rl.batch import Batch
 from deepseek_jax.rl.loss import GRPOConfig
 from deepseek_jax.rl.objective import grpo_objective
@@ -203,6 +205,36 @@ def what_is_sampled_on_a_mesh_is_what_one_device_samples():
         same([of for _, of in got], [of for _, of in wanted], f"{kind} {layout}")
 
 
+def scored(given, function, *more, **bits):
+    """((a number of both, (log-probs, entropies)), its gradients in states and head)."""
+    hidden, head, tokens = given
+
+    def total(hidden, head):
+        logp, entropy = function(hidden, head, tokens, *more, temperature=0.7, penalty=1.6, **bits)
+        return jnp.sum(jnp.sin(logp) + entropy), (logp, entropy)
+
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(hidden, head)
+
+
+def log_probs_after_a_penalty_on_a_mesh_are_those_of_one_device():
+    """Values and gradients, also where a part of the vocabulary begins inside a word of the bits."""
+    rng = np.random.default_rng(0)
+    for sizes, V in (({"tensor": 8}, 200), ({"fsdp": 2, "tensor": 4}, 64), ({"data": 2, "context": 4}, 64)):
+        layout = Layout(mesh=make_mesh(**sizes))
+        hidden, head = (rng.normal(size=size).astype(np.float32) for size in ((B, T, 16), (16, V)))
+        tokens = rng.integers(0, V, (B, T)).astype(np.int32)
+        penalised = to_bits(jnp.asarray(rng.random((B, T, V)) < 0.4))
+        support = to_bits(jnp.asarray((rng.random((B, T, V)) < 0.6) | (np.arange(V) == tokens[..., None])))
+        of = partial(scored, (hidden, head, tokens))
+        for kept in (support, None):
+            wanted = of(token_logprobs, support=kept, penalised=penalised)
+            got = of(sharded_logprobs, layout, support_BTW=kept, penalised_BTW=penalised)
+            same(got[0][1], wanted[0][1], f"{sizes}")
+            same(got[1], wanted[1], f"gradients, {sizes}", tolerance=1e-4)
+        plain = of(token_logprobs, support=None, penalised=None)
+        assert not np.allclose(wanted[0][1][0], plain[0][1][0], atol=0.1)
+
+
 def micro_batches_change_nothing_on_a_mesh():
     layout = Layout(mesh=make_mesh(fsdp=2, expert=2, tensor=2), stacked=True, remat="layers")
     same(stepped("mla", "sft", layout, 2), stepped("mla", "sft", LOCAL), "micro batches")
@@ -246,6 +278,7 @@ THOROUGH = [
     a_step_on_a_mesh_is_that_of_one_device,
     logits_on_a_mesh_are_those_of_one_device,
     what_is_sampled_on_a_mesh_is_what_one_device_samples,
+    log_probs_after_a_penalty_on_a_mesh_are_those_of_one_device,
     adamw_on_a_mesh_is_that_of_one_device,
     a_state_keeps_lying_as_its_weights_do,
 ]

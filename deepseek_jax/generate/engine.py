@@ -413,6 +413,10 @@ def _draw(state: _State, logits_BV, seeds_B, limits_B, knobs: _Knobs, modes: _Mo
     )
 
 
+class NonFiniteLogitsError(ValueError):
+    """A model's logits are no finite numbers, so that nothing can be drawn from them."""
+
+
 def _completions(state: _State, limits: np.ndarray, stop_ids: tuple[int, ...]) -> list[Completion]:
     tokens, logprobs = np.asarray(state.tokens_BN), np.asarray(state.logprobs_BN)
     bits = state.record.support_BNW, state.record.penalised_BNW
@@ -422,7 +426,7 @@ def _completions(state: _State, limits: np.ndarray, stop_ids: tuple[int, ...]) -
         stops = np.flatnonzero(np.isin(tokens[row, :limit], stop_ids))
         length = int(stops[0]) + 1 if stops.size else limit
         if not np.all(np.isfinite(logprobs[row, :length])):
-            raise ValueError(
+            raise NonFiniteLogitsError(
                 f"completion {row}: the model's logits are no finite numbers; its weights are damaged, or too large to "
                 "compute with"
             )

@@ -13,6 +13,7 @@ import jax
 
 from deepseek_jax import processes
 from deepseek_jax.checkpoint.state import RunCheckpoints
+from deepseek_jax.generate.engine import NonFiniteLogitsError
 from deepseek_jax.train.metrics import MetricLog, read_metrics
 from deepseek_jax.train.progress import Progress
 
@@ -91,7 +92,7 @@ def run_stage(
 
     Raises:
         SystemExit: with status `processes.PREEMPTED`, after SIGTERM.
-        NonFiniteError: a step had a loss, a gradient or weights that are not finite. It is logged and not saved.
+        NonFiniteError: a step had a loss, a gradient, weights or logits that are not finite. It is logged, not saved.
     """
     with (
         processes.preemption() as preempted,
@@ -110,7 +111,10 @@ def run_stage(
             for number in range(done, stage.steps):
                 trace.before(number + 1)
                 start = time.perf_counter()
-                state, metrics = step(state, next(data), number)
+                try:
+                    state, metrics = step(state, next(data), number)
+                except NonFiniteLogitsError:  # weights that are too large, though finite
+                    metrics = {"nonfinite_updates": 1.0}
                 metrics = {**metrics, "step_time": time.perf_counter() - start}
                 trace.after(number + 1, state)
                 log.write(number + 1, metrics, stage.name)
@@ -153,8 +157,9 @@ def _is_bad(metrics: Mapping[str, float]) -> bool:
 
 def _stopped(stage: Stage, step: int, metrics: Mapping[str, float], good: Path | None) -> str:
     found = [f"{name} {metrics[name]}" for name in ("loss", "grad_norm") if not math.isfinite(metrics.get(name, 0.0))]
+    what = " and ".join(found) or "weights or logits"
     return (
-        f"{stage.name}: step {step} of {stage.steps}: {' and '.join(found) or 'new weights'} not finite, not saved; "
+        f"{stage.name}: step {step} of {stage.steps}: {what} not finite, not saved; "
         f"last good checkpoint: {'none' if good is None else good}; go on in the same folder with a lower learning "
         "rate, or leave updates out that spike (skip_grad_norm)"
     )

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_jax.ops.sampling import keep_top_k, keep_top_p, penalise_repeats, sample, uniform_noise
+from deepseek_jax.ops.sampling import keep_min_p, keep_top_k, keep_top_p, penalise_repeats, sample, uniform_noise
 
 LARGEST_NOISE = np.nextafter(np.float32(1), np.float32(0))
 
@@ -89,6 +89,20 @@ def test_top_p_counts_the_token_that_crosses_the_mark():
     logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32))
     for p, count in ((0.4, 1), (0.6, 2), (0.85, 3), (0.96, 4)):
         assert np.isfinite(top_p(logits, np.array([p], np.float32))).sum() == count
+
+
+@given(seed=st.integers(0, 2**31), kind=KINDS, V=WIDTHS)
+def test_min_p_keeps_what_is_probable_enough_beside_the_best(seed, kind, V):
+    logits = lines(seed, kind, 5, V)
+    p = np.array([0, 0.01, 0.3, 0.9, 1], np.float32)
+    ratio = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))  # to the best one's probability
+    got = np.asarray(jax.jit(keep_min_p)(logits, p))
+    kept = np.isfinite(got)
+    np.testing.assert_array_equal(got[kept], logits[kept])
+    sure = np.abs(ratio - p[:, None]) > 1e-5  # rounding may decide the others
+    np.testing.assert_array_equal(kept[sure], ((ratio >= p[:, None]) & np.isfinite(logits))[sure])
+    np.testing.assert_array_equal(kept[4], ratio[4] == 1)
+    np.testing.assert_array_equal(got[0], logits[0])
 
 
 @given(seed=st.integers(0, 2**31))

@@ -22,7 +22,7 @@ from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.train.data import batches
 from deepseek_jax.train.grpo import GRPOTrainer, GRPOTraining, _counted, followed, run_grpo, total_tokens
-from deepseek_jax.train.loop import NonFiniteError
+from deepseek_jax.train.loop import NonFiniteError, ended_nonfinite
 from deepseek_jax.train.metrics import MetricLog, read_metrics
 from deepseek_jax.train.samples import read_samples
 
@@ -148,8 +148,8 @@ def test_kept_routing_changes_nothing_on_policy_and_something_off_policy():
     # Now the weights are far from the sampler's: the router would choose other experts, and is not asked.
     moved = lambda: first._replace(train=jax.tree.map(np.array, on_policy[0]))
     further = [of.learn(moved(), rollout, 1) for of in (kept, free)]
-    assert further[0][1]["sampling/experts_differ"].value() > 0
-    kept_weights, free_weights = (flat(train.weights) for train, _ in further)
+    assert further[0][2]["sampling/experts_differ"].value() > 0
+    kept_weights, free_weights = (flat(train.weights) for train, *_ in further)
     assert any((leaf != free_weights[name]).any() for name, leaf in kept_weights.items())
 
 
@@ -171,7 +171,7 @@ def test_the_correction_for_the_sampler_is_one_where_sampler_and_trainer_are_the
     # A sampler that said 0.3 nats more than the trainer: the weight is trainer over sampler, not the inverse.
     drawn = learned.rollout
     off = drawn._replace(completions=[c._replace(logprobs=c.logprobs + 0.3) for c in drawn.completions])
-    _, metrics = of.learn(of.first_state(), off, 0)
+    *_, metrics = of.learn(of.first_state(), off, 0)
     assert metrics["sampling/importance_sampling_ratio/mean"].value() == pytest.approx(np.exp(-0.3), abs=1e-4)
     assert metrics["sampling/sampling_logp_difference/mean"].value() == pytest.approx(0.3, abs=1e-4)
 
@@ -347,7 +347,7 @@ def stage(folder, **changes):
 
 def test_a_run_stops_at_the_step_whose_numbers_are_not_finite(tmp_path):
     """Nothing good is overwritten, and with another learning rate the run goes on from what is left."""
-    with pytest.raises(NonFiniteError, match="grpo: step 1 of 6: new weights not finite.*last good checkpoint: none"):
+    with pytest.raises(NonFiniteError, match="grpo: step 1 of 6: weights or .*not finite.*last good checkpoint: none"):
         stage(tmp_path / "inf", lr=math.inf)
     assert read_metrics(tmp_path / "inf" / "metrics.jsonl")[-1]["nonfinite_updates"] == 1
 
@@ -362,8 +362,10 @@ def test_a_run_stops_at_the_step_whose_numbers_are_not_finite(tmp_path):
     of = trainer(steps=6, save_every=2)
     whole_update, of.update = of.update, explodes
     data = lambda: batches(prompts(), size=2, seed=0)
-    with pytest.raises(NonFiniteError, match=r"step 5 of 6: loss nan.*last good checkpoint: .*/checkpoints/grpo/4"):
+    with pytest.raises(NonFiniteError, match=r"step 5 of 6: weights or .*last good checkpoint: .*/checkpoints/grpo/4"):
         run_grpo(of, data(), folder=tmp_path / "nan", log=MetricLog(tmp_path / "nan"))
+    assert ended_nonfinite(tmp_path / "inf") and ended_nonfinite(tmp_path / "nan")
+    assert not ended_nonfinite(tmp_path)
 
 
 def test_spikes_are_left_out_and_counted():
