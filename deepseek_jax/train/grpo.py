@@ -385,8 +385,10 @@ class GRPOTrainer:
 
     def trained(self, state: Reinforced) -> nnx.State:
         """What a run is for: the weights that are trained, in float32, or the frozen ones with the adapter."""
-        trained = state.train.weights
-        return trained if self.lora is None else merge(self.frozen, trained, self.lora)
+        return self._whole(state.train)
+
+    def _whole(self, train: TrainState) -> nnx.State:
+        return train.weights if self.lora is None else merge(self.frozen, train.weights, self.lora)
 
     def policy(self, state: Reinforced) -> nnx.State:
         """The weights that sample: the trained ones as they are computed in."""
@@ -455,9 +457,7 @@ class GRPOTrainer:
             batch = batch._replace(entropy_coef_B=np.full(len(batch.mask_BT), weight, np.float32))
         if loss.top_entropy_quantile == 1:
             return batch
-        trained = train.weights
-        weights = trained if self.lora is None else merge(self.model.weights, trained, self.lora)
-        parts = self.config.micro_batches
+        weights, parts = computed(self._whole(train), self._dtype), self.config.micro_batches
         entropy_BT = frozen_entropy(self.model.graphdef, weights, batch, micro_batches=parts, **self.score)
         high = entropy.high_entropy(entropy_BT, jnp.asarray(batch.mask_BT), loss.top_entropy_quantile)
         return batch._replace(high_entropy_BT=high)

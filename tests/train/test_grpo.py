@@ -19,6 +19,7 @@ from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl.loss import GRPOConfig
 from deepseek_jax.rl.rollout import Prompt
 from deepseek_jax.text.tokenizer import Tokenizer
+from deepseek_jax.train import grpo
 from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.train.data import batches
 from deepseek_jax.train.grpo import GRPOTrainer, GRPOTraining, _counted, followed, run_grpo, total_tokens
@@ -390,6 +391,28 @@ def test_unknown_rewards_teach_nothing_whatever_they_are_compared_with():
         found = trainer(advantage=advantage).advantages(rewards, 0)
         assert (found[np.isnan(rewards)] == 0).all() and found[0, 0] == -found[0, 1] > 0.4
     np.testing.assert_allclose(trainer().advantages(rewards, 0)[0, 0], 1 / np.sqrt(2), rtol=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2, "lora_targets": ("o_proj",)}], ids=["weights", "adapter"])
+def test_all_that_is_scored_is_computed_in_what_samples(changes, monkeypatch):
+    """Reference, policy and entropy alike; else the update would meet other numbers than chose its tokens."""
+    seen = {}
+
+    def spy(name):
+        real = getattr(grpo, name)
+
+        def called(graphdef, weights, *args, **options):
+            params, _ = nnx.split_state(weights, nnx.Param, ...)
+            seen.setdefault(name, set()).update(str(leaf.dtype) for leaf in jax.tree.leaves(params))
+            return real(graphdef, weights, *args, **options)
+
+        monkeypatch.setattr(grpo, name, called)
+
+    for name in ("frozen_logprobs", "frozen_entropy"):
+        spy(name)
+    loss = GRPOConfig(loss_type="dapo", beta=0.1, top_entropy_quantile=0.5)
+    one_step(trainer(loss=loss, dtype="bfloat16", **changes))
+    assert seen == {"frozen_logprobs": {"bfloat16"}, "frozen_entropy": {"bfloat16"}}
 
 
 @pytest.mark.parametrize("changes", [{"micro_batches": 4}, {"pack": True}], ids=str)
