@@ -366,7 +366,7 @@ def _attempt(function: RewardFunction, rows: _Rows) -> _Attempt:
     logged = _Logged(len(rows["completions"]))
     try:
         return _Attempt(_call(function, rows, logged), None, logged)
-    except Exception as error:
+    except Exception as error:  # a user's function; `reward_error` says what becomes of it
         return _Attempt(None, error, logged)
 
 
@@ -377,7 +377,7 @@ def _attempt_together(functions: Sequence[RewardFunction], rows: _Rows) -> list[
         logged = _Logged(len(rows["completions"]))
         try:
             return _Attempt(await _call(function, rows, logged), None, logged)
-        except Exception as error:
+        except Exception as error:  # as in `_attempt`
             return _Attempt(None, error, logged)
 
     async def together() -> list[_Attempt]:

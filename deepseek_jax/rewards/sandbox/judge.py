@@ -63,7 +63,7 @@ class Judge(Peer):
                 value = self.ask("get", None, [name])
             except Ended:
                 return
-            except BaseException:
+            except BaseException:  # the program may raise anything at all where its name is looked up
                 self.namespace.pop(local, None)
                 continue
             self.namespace[local] = value
@@ -73,7 +73,7 @@ class Judge(Peer):
     def _set_up(self, source: str, module: types.ModuleType) -> None:
         try:
             _Text(source).exec_module(module)
-        except BaseException as error:
+        except BaseException as error:  # a setup may exit too
             # Where the setup used the program, what it got may be why.
             if not (self.ended or self.heard or self._is_programs(error) or self.failure):
                 self.failure = f"setup: {source[:80]!r}: {type(error).__name__}: {error}"
@@ -87,7 +87,7 @@ class Judge(Peer):
             before = self.received
             vars(module).update(self.namespace, __name__="checks")
             _Text(source).exec_module(module)
-        except BaseException as error:
+        except BaseException as error:  # a program's SystemExit is a failed test like any other
             if self.ended or self._has_crossed(error) or not (self.failure or self._is_tests(error, before)):
                 return "0"
             if not self.failure:

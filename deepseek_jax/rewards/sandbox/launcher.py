@@ -200,7 +200,7 @@ def _keep(
             os.closerange(first, end)
         _, status, used = os.wait4(program, 0)
         os.write(report, b"x" + struct.pack("<id", status, used.ru_utime + used.ru_stime))
-    except BaseException as error:
+    except BaseException as error:  # a forked process must not run on in its parent's code
         os.write(report, _failure(error))
     os._exit(0)
 
@@ -298,7 +298,7 @@ def _become_program(request: dict[str, Any], cell: dict[str, Any], pipes: dict[s
             folders = dict.fromkeys(os.path.dirname(path) for path, _ in request["packages"])
             variables = {**variables, "PYTHONPATH": os.pathsep.join(folders)}
         os.execve(python, [python, "-s", "-B", "-X", "utf8", "main.py"], variables)
-    except BaseException as error:
+    except BaseException as error:  # a forked process must not run on in its parent's code
         os.write(report, _failure(error))
     os._exit(1)
 

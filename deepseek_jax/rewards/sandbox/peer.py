@@ -111,7 +111,7 @@ class Peer:
             self._hear_held(reply, decode)
             if "holds" in reply:
                 value = self._hold(_number(reply["holds"]), value)
-        except Exception as problem:
+        except Exception as problem:  # whatever the other side's line holds: it ends the talk
             self._end(problem)
         if reply.get("out") and sys.stdout is not sys.__stdout__:
             sys.stdout.write(str(reply["out"]))
@@ -179,7 +179,7 @@ class Peer:
             args = [decode(item) for item in sent]
             kwargs = {str(key): decode(value) for key, value in dict(request["kwargs"]).items()}
             self._hear_held(request, decode)
-        except Exception as problem:
+        except Exception as problem:  # as above
             self._end(problem)
         encode, new = self._encoder(decode.containers)
         try:
@@ -190,7 +190,7 @@ class Peer:
                 self._hold(reply["holds"], value)
         except Ended:
             raise
-        except BaseException as error:
+        except BaseException as error:  # what the call raised is its answer
             if self.guarded and not isinstance(error, Exception):
                 raise
             encode, new = self._encoder(decode.containers)
@@ -319,7 +319,7 @@ class Peer:
                 items.append(next(target))
             except StopIteration:
                 break
-            except Exception as error:
+            except Exception as error:  # of the iterator; what came before it is given first
                 if not items:
                     raise
                 self.late[number] = error
@@ -532,7 +532,7 @@ _CALLABLES = ("functools:partial", "operator:itemgetter", "operator:attrgetter",
 def _text(error: BaseException) -> str:
     try:
         return str.__str__(str(error))[:10_000]
-    except Exception:
+    except Exception:  # its __str__ is the program's
         return ""
 
 

@@ -360,7 +360,7 @@ def _eq(self: Remote, other: object) -> object:
 def _equals_a_stranger(value: Remote) -> bool:
     try:
         found = _operate(value, "__eq__", STRANGER)
-    except Exception:
+    except Exception:  # its __eq__ is the program's
         return False
     return found is not NotImplemented and bool(found)
 
