@@ -32,7 +32,7 @@ from deepseek_jax.ops.logprobs import logprobs_of_logits, token_logprobs
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl.batch import Batch
 from deepseek_jax.rl.loss import GRPOConfig
-from deepseek_jax.rl.objective import frozen_logprobs, grpo_objective
+from deepseek_jax.rl.objective import frozen_scores, grpo_objective
 from deepseek_jax.rl.ppo import (
     PPOConfig,
     critic_objective,
@@ -266,12 +266,12 @@ def cost(*, samples: int = 16, tokens: int = 64, vocabulary: int = 4096, rounds:
     held: dict[str, Any] = {"grpo": first(), "ppo": (first(), init_state(critic_weights, optimizer))}
 
     def grpo() -> None:
-        reference = frozen_logprobs(graphdef, weights, batch, temperature=1.0)
+        reference = frozen_scores(graphdef, weights, batch, temperature=1.0)
         held["grpo"] = jax.block_until_ready(grpo_step(held["grpo"], batch._replace(ref_logprobs_BT=reference))[0])
 
     def with_critic() -> None:
         policy, critic = held["ppo"]
-        reference = frozen_logprobs(graphdef, weights, batch, temperature=1.0)
+        reference = frozen_scores(graphdef, weights, batch, temperature=1.0)
         values = frozen_values(critic_graphdef, critic.weights, batch.tokens_BT, batch.mask_BT)
         targets, _ = ppo_targets(rewards_B, batch.old_logprobs_BT, reference, values, batch.mask_BT, config=ppo)
         steps = {"policy_step": policy_step, "critic_step": critic_step, "config": ppo}

@@ -1,6 +1,7 @@
 """The model's part of a GRPO update: score the samples, take the loss."""
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -85,45 +86,27 @@ def experts_differ(sampled_BTLA: jax.Array, chosen_BTLA: jax.Array, mask_BT: jax
     return masked_mean(other.astype(jnp.float32), mask_BT)
 
 
-def frozen_logprobs(
-    graphdef: nnx.GraphDef,
-    weights: nnx.State,
-    batch: Batch,
-    *,
-    temperature: float,
-    repetition_penalty: float = 1.0,
-    keep_routing: bool = False,
-    micro_batches: int = 1,
-) -> jax.Array:
-    """Log-probs [B, T] of the batch's targets under weights that are not trained.
-
-    They are the reference model's, or the policy's own before an update.
-    """
-    of_sampler = {"temperature": temperature, "repetition_penalty": repetition_penalty}
-    return _frozen(graphdef, weights, batch, "logprobs_BT", micro_batches, keep_routing=keep_routing, **of_sampler)
-
-
-def frozen_entropy(
-    graphdef: nnx.GraphDef,
-    weights: nnx.State,
-    batch: Batch,
-    *,
-    temperature: float,
-    repetition_penalty: float = 1.0,
-    keep_routing: bool = False,
-    micro_batches: int = 1,
-) -> jax.Array:
-    """Entropies [B, T] of the distributions that the batch's targets are of, nats; arguments of `frozen_logprobs`."""
-    of_sampler = {"temperature": temperature, "repetition_penalty": repetition_penalty}
-    return _frozen(graphdef, weights, batch, "entropy_BT", micro_batches, keep_routing=keep_routing, **of_sampler)
-
-
-_OPTIONS = ("graphdef", "wanted", "micro_batches", "temperature", "repetition_penalty", "keep_routing")
+_OPTIONS = ("graphdef", "temperature", "repetition_penalty", "keep_routing", "micro_batches", "wanted")
 
 
 @partial(jax.jit, static_argnames=_OPTIONS)
-def _frozen(graphdef, weights, batch, wanted: str, micro_batches: int, **options) -> jax.Array:
+def frozen_scores(
+    graphdef: nnx.GraphDef,
+    weights: nnx.State,
+    batch: Batch,
+    *,
+    temperature: float,
+    repetition_penalty: float = 1.0,
+    keep_routing: bool = False,
+    micro_batches: int = 1,
+    wanted: Literal["logprobs_BT", "entropy_BT"] = "logprobs_BT",
+) -> jax.Array:
+    """Log-probs [B, T] of the batch's targets under weights that are not trained, or entropies of their distributions.
+
+    The weights are the reference model's, or the policy's own before an update. Both are in nats.
+    """
     model = nnx.merge(graphdef, weights)
+    options = {"temperature": temperature, "repetition_penalty": repetition_penalty, "keep_routing": keep_routing}
 
     def of_part(part: Batch) -> jax.Array:
         return getattr(scored_batch(model, model.layout.rows(part), **options), wanted)

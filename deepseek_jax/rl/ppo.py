@@ -1,6 +1,6 @@
 """PPO beside GRPO: a critic says what to expect, so that one sample a prompt is enough, at the price of training it.
 
-A step: sample, score, `frozen_logprobs` of the reference, `frozen_values` of the critic, `ppo_targets`,
+A step: sample, score, `frozen_scores` of the reference, `frozen_values` of the critic, `ppo_targets`,
 `with_targets`, `ppo_update`. The policy's objective is `grpo_objective` with advantages a token; for PPO proper its
 config has loss_type "dapo" (a mean over the batch's tokens) and beta 0, for the KL is in the rewards.
 """

@@ -34,7 +34,7 @@ from deepseek_jax.rl.advantage import (
 )
 from deepseek_jax.rl.batch import Batch, make_batch, pack
 from deepseek_jax.rl.loss import GRPOConfig
-from deepseek_jax.rl.objective import frozen_entropy, frozen_logprobs, grpo_objective
+from deepseek_jax.rl.objective import frozen_scores, grpo_objective
 from deepseek_jax.rl.rollout import Prompt, Roller, Rollout, roll_informative, rollout_metrics
 from deepseek_jax.sharding import LOCAL, Layout
 from deepseek_jax.text.tokenizer import Tokenizer
@@ -458,7 +458,8 @@ class GRPOTrainer:
         if loss.top_entropy_quantile == 1:
             return batch
         weights, parts = computed(self._whole(train), self._dtype), self.config.micro_batches
-        entropy_BT = frozen_entropy(self.model.graphdef, weights, batch, micro_batches=parts, **self.score)
+        wanted = {"micro_batches": parts, "wanted": "entropy_BT"}
+        entropy_BT = frozen_scores(self.model.graphdef, weights, batch, **self.score, **wanted)
         high = entropy.high_entropy(entropy_BT, jnp.asarray(batch.mask_BT), loss.top_entropy_quantile)
         return batch._replace(high_entropy_BT=high)
 
@@ -500,7 +501,7 @@ class GRPOTrainer:
 
     def _scored(self, batch: Batch, reference: nnx.State | None, policy: nnx.State | None) -> Batch:
         """With the log-probs of the reference, and of the policy where sampling is corrected for."""
-        frozen = partial(frozen_logprobs, self.model.graphdef, batch=batch, micro_batches=self.config.micro_batches)
+        frozen = partial(frozen_scores, self.model.graphdef, batch=batch, micro_batches=self.config.micro_batches)
         if policy is not None:
             own = frozen(policy, **self.score)
             batch = batch._replace(sampler_logprobs_BT=batch.old_logprobs_BT, old_logprobs_BT=own)

@@ -21,7 +21,7 @@ from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.ops.metrics import Mean, Whole, values
 from deepseek_jax.rl.batch import Batch
 from deepseek_jax.rl.loss import GRPOConfig
-from deepseek_jax.rl.objective import frozen_logprobs, grpo_objective
+from deepseek_jax.rl.objective import frozen_scores, grpo_objective
 from deepseek_jax.rl.ppo import (
     CriticBatch,
     PPOConfig,
@@ -353,7 +353,7 @@ def train(alter, rounds=40):
         tokens, old = sampled(graphdef, policy.weights, jax.random.key(number))
         rewards = np.mean(np.asarray(tokens[:, 1:] == tokens[:, :1]), axis=1, dtype=np.float32)
         batch = Batch(tokens[:, :-1], tokens[:, 1:], mask, old, zeros, zeros)
-        batch = batch._replace(ref_logprobs_BT=frozen_logprobs(graphdef, weights, batch, temperature=1.0))
+        batch = batch._replace(ref_logprobs_BT=frozen_scores(graphdef, weights, batch, temperature=1.0))
         expected = frozen_values(critic_graphdef, critic.weights, batch.tokens_BT, mask)
         targets, metrics = ppo_targets(alter(rewards, number), old, batch.ref_logprobs_BT, expected, mask, config=PPO)
         policy, critic, _ = ppo_update(policy, critic, *with_targets(batch, expected, targets), **steps(), config=PPO)

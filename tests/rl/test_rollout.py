@@ -15,7 +15,7 @@ from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl.advantage import group_advantages
 from deepseek_jax.rl.batch import make_batch, pack
 from deepseek_jax.rl.loss import GRPOConfig
-from deepseek_jax.rl.objective import frozen_logprobs, grpo_objective
+from deepseek_jax.rl.objective import frozen_scores, grpo_objective
 from deepseek_jax.rl.rollout import Prompt, Roller, joined, roll_informative, rollout_metrics
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE
@@ -80,8 +80,8 @@ def batch_of(rollout):
 
 def test_old_logprobs_are_the_trainers_at_the_samplers_temperature(model, rollout):
     batch = batch_of(rollout)
-    scored = np.asarray(frozen_logprobs(model[0], model[1], batch, temperature=0.7))
-    in_parts = frozen_logprobs(model[0], model[1], batch, temperature=0.7, micro_batches=4)
+    scored = np.asarray(frozen_scores(model[0], model[1], batch, temperature=0.7))
+    in_parts = frozen_scores(model[0], model[1], batch, temperature=0.7, micro_batches=4)
     np.testing.assert_allclose(in_parts, scored, atol=1e-5)
     np.testing.assert_allclose(scored[batch.mask_BT], batch.old_logprobs_BT[batch.mask_BT], atol=1e-5)
     assert (batch.old_logprobs_BT[~batch.mask_BT] == 0).all()
@@ -107,7 +107,7 @@ def test_old_logprobs_are_the_trainers_within_what_min_p_and_the_penalty_leave(m
     penalty = shaped.get("repetition_penalty", 1.0)
     for batch in (make_batch(*given, width=32), pack(*given, width=64, per_row=4, rows_of=2)):
         of = lambda penalty, batch=batch: np.asarray(
-            frozen_logprobs(model[0], model[1], batch, temperature=0.7, repetition_penalty=penalty)
+            frozen_scores(model[0], model[1], batch, temperature=0.7, repetition_penalty=penalty)
         )[batch.mask_BT]
         np.testing.assert_allclose(of(penalty), batch.old_logprobs_BT[batch.mask_BT], atol=1e-5)
         assert penalty == 1 or np.abs(of(1.0) - of(penalty)).max() > 1e-2

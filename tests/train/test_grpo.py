@@ -396,23 +396,18 @@ def test_unknown_rewards_teach_nothing_whatever_they_are_compared_with():
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 2, "lora_targets": ("o_proj",)}], ids=["weights", "adapter"])
 def test_all_that_is_scored_is_computed_in_what_samples(changes, monkeypatch):
     """Reference, policy and entropy alike; else the update would meet other numbers than chose its tokens."""
-    seen = {}
+    seen, real = {}, grpo.frozen_scores
 
-    def spy(name):
-        real = getattr(grpo, name)
+    def spy(graphdef, weights, *args, **options):
+        params, _ = nnx.split_state(weights, nnx.Param, ...)
+        dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
+        seen.setdefault(options.get("wanted", "logprobs_BT"), set()).update(dtypes)
+        return real(graphdef, weights, *args, **options)
 
-        def called(graphdef, weights, *args, **options):
-            params, _ = nnx.split_state(weights, nnx.Param, ...)
-            seen.setdefault(name, set()).update(str(leaf.dtype) for leaf in jax.tree.leaves(params))
-            return real(graphdef, weights, *args, **options)
-
-        monkeypatch.setattr(grpo, name, called)
-
-    for name in ("frozen_logprobs", "frozen_entropy"):
-        spy(name)
+    monkeypatch.setattr(grpo, "frozen_scores", spy)
     loss = GRPOConfig(loss_type="dapo", beta=0.1, top_entropy_quantile=0.5)
     one_step(trainer(loss=loss, dtype="bfloat16", **changes))
-    assert seen == {"frozen_logprobs": {"bfloat16"}, "frozen_entropy": {"bfloat16"}}
+    assert seen == {"logprobs_BT": {"bfloat16"}, "entropy_BT": {"bfloat16"}}
 
 
 @pytest.mark.parametrize("changes", [{"micro_batches": 4}, {"pack": True}], ids=str)
