@@ -389,7 +389,7 @@ def turned_as_read(folders: Path, layout: Layout) -> int:
         folder_module.part = real
     turned = 0
     for array in open_folder(folders / "hf").arrays:
-        if array.copy:
+        if array.copy_of is not None:
             continue
         if array.path[-1] == "scale":  # small ones: cut by experts alone
             ways = layout.parts("expert") if array.stacked else 1

@@ -45,7 +45,7 @@ def case(request, tmp_path_factory):
     table = names.tensors(config, abstract_weights(config)[1])
     main = {(t.path[-1], t.shape): t.name for t in table if len(t.path) == 1}
     # the module's copies of embedding and head hold what the model's own do
-    source = lambda t: main[t.path[-1], t.shape] if t.copy else t.name
+    source = lambda t: main[t.path[-1], t.shape] if t.copy_of else t.name
     arrays = {t.name: make_golden.tensor_of(seed, source(t), t.shape) for t in table}
     save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -65,7 +65,7 @@ def weights_of(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> tuple[n
     graphdef, abstract = abstract_weights(config)
     parts: dict[str, list[np.ndarray]] = {}
     for tensor in names.tensors(config, abstract):
-        if not tensor.copy:
+        if not tensor.copy_of:
             value = arrays[tensor.name]
             parts.setdefault(names.key(tensor.path), []).append(value.T if tensor.transposed else value)
     whole = {key: jnp.asarray(np.stack(values) if "experts" in key else values[0]) for key, values in parts.items()}
