@@ -7,9 +7,11 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -30,7 +32,7 @@ from deepseek_jax.ops.logprobs import to_bits, token_logprobs
 from deepseek_jax.parallel.logprobs import sharded_logprobs
 from deepseek_jax.rl.batch import Batch
 from deepseek_jax.rl.loss import GRPOConfig
-from deepseek_jax.rl.objective import grpo_objective
+from deepseek_jax.rl.objective import frozen_scores, grpo_objective
 from deepseek_jax.sharding import LOCAL, Layout, Remat, Transport, make_mesh
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.sft import SFTBatch, make_sft_objective
@@ -240,6 +242,35 @@ def micro_batches_change_nothing_on_a_mesh():
     same(stepped("mla", "sft", layout, 2), stepped("mla", "sft", LOCAL), "micro batches")
 
 
+def cutting_a_batch_in_parts_moves_no_row():
+    """A part has the collectives that a whole batch has, and none beside them; scores come in the batch's order."""
+    layout = Layout(mesh=make_mesh(data=8))
+    graphdef, weights = laid("gqa", layout)
+    objective, batch = objectives("gqa")["grpo"]
+    rows = np.random.default_rng(1).permutation(np.repeat(np.arange(B), 4))
+    batch = jax.tree.map(lambda a: a[rows], batch)
+    on_mesh = jax.tree.map(lambda a: jax.device_put(a, layout.sharding("batch", None)), batch)
+
+    def of_step(parts):
+        step = make_train_step(graphdef, objective, optax.sgd(1.0), StepConfig(micro_batches=parts), layout)
+        return collectives(step.lower(init_state(weights, optax.sgd(1.0), layout), on_mesh))
+
+    whole, cut = of_step(1), of_step(4)
+    assert cut <= whole + whole, (whole, cut)  # the first part stands before the loop over the others
+    score = partial(frozen_scores, temperature=0.9)
+    of_scores = lambda parts: frozen_scores.lower(graphdef, weights, on_mesh, temperature=0.9, micro_batches=parts)
+    assert collectives(of_scores(4)) <= collectives(of_scores(1))
+    wanted = np.asarray(score(*laid("gqa", LOCAL), batch))
+    same(score(graphdef, weights, on_mesh, micro_batches=4), wanted, "scores")
+    assert len(np.unique(wanted[:, 0])) == B
+
+
+def collectives(lowered: jax.stages.Lowered) -> Counter[str]:
+    """How many of each kind stand in a compiled program."""
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
+    return Counter(re.findall(rf" ({kinds})(?:-start)?\(", lowered.compile().as_text()))
+
+
 def adamw_on_a_mesh_is_that_of_one_device():
     """Two steps, moments included; a small gradient divided by its own size shows its rounding."""
 
@@ -273,7 +304,7 @@ def a_state_keeps_lying_as_its_weights_do():
     assert step._cache_size() == 1
 
 
-QUICK = [micro_batches_change_nothing_on_a_mesh]
+QUICK = [micro_batches_change_nothing_on_a_mesh, cutting_a_batch_in_parts_moves_no_row]
 THOROUGH = [
     a_step_on_a_mesh_is_that_of_one_device,
     logits_on_a_mesh_are_those_of_one_device,

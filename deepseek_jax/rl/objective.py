@@ -10,6 +10,7 @@ from flax import nnx
 from deepseek_jax.model.decoder import Decoder
 from deepseek_jax.model.scoring import Scored, score
 from deepseek_jax.ops.metrics import Mean, Metrics, Whole, masked_mean
+from deepseek_jax.ops.micro_batches import join_rows, split_rows
 from deepseek_jax.rl.batch import Batch
 from deepseek_jax.rl.loss import GRPOConfig, grpo_loss
 
@@ -113,5 +114,4 @@ def frozen_scores(
 
     if micro_batches == 1:
         return of_part(batch)
-    parts = jax.tree.map(lambda a: a.reshape(micro_batches, -1, *a.shape[1:]), batch)
-    return jax.lax.map(of_part, parts).reshape(batch.mask_BT.shape)
+    return join_rows(jax.lax.map(of_part, split_rows(batch, micro_batches)))
