@@ -481,7 +481,7 @@ def cold_start(config: Config, setup: Setup, log: MetricLog) -> nnx.State:
     width = example_width(setup.cold_start)
 
     def step(state: TrainState, examples: Sequence, number: int) -> tuple[TrainState, Mapping[str, float]]:
-        state, metrics = update(state, sft_batch(examples, width=width))
+        state, metrics = update(state, setup.layout.put(sft_batch(examples, width=width)))
         rate = float(schedule(adamw, steps)(number))
         return state, ops_metrics.values(metrics) | {"learning_rate": rate}
 

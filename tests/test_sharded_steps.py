@@ -249,7 +249,7 @@ def cutting_a_batch_in_parts_moves_no_row():
     objective, batch = objectives("gqa")["grpo"]
     rows = np.random.default_rng(1).permutation(np.repeat(np.arange(B), 4))
     batch = jax.tree.map(lambda a: a[rows], batch)
-    on_mesh = jax.tree.map(lambda a: jax.device_put(a, layout.sharding("batch", None)), batch)
+    on_mesh = layout.put(batch)
 
     def of_step(parts):
         step = make_train_step(graphdef, objective, optax.sgd(1.0), StepConfig(micro_batches=parts), layout)
@@ -263,6 +263,47 @@ def cutting_a_batch_in_parts_moves_no_row():
     wanted = np.asarray(score(*laid("gqa", LOCAL), batch))
     same(score(graphdef, weights, on_mesh, micro_batches=4), wanted, "scores")
     assert len(np.unique(wanted[:, 0])) == B
+
+
+def a_batch_is_put_shard_by_shard():
+    """Each device gets its own rows and positions, the step is the same bit for bit, and compiles once."""
+    for sizes in ({"data": 2, "fsdp": 4}, {"fsdp": 2, "expert": 2, "context": 2}, {"context": 2, "tensor": 4}):
+        layout = Layout(mesh=make_mesh(**sizes))
+        rows = layout.parts("batch")
+        graphdef, weights = laid("mla", layout)
+        of, batch = objectives("mla")["grpo"]
+        routes = np.arange(B * T * 6).reshape(B, T, 3, 2)
+        lengths = np.full((B, 1), T, np.int32)
+        put = layout.put(batch._replace(routes_BTLA=routes, entropy_coef_B=np.arange(B), lengths_BK=lengths))
+        for name, value in zip(put._fields, put, strict=True):
+            if value is None:
+                continue
+            wanted = {"routes_BTLA": routes, "entropy_coef_B": np.arange(B), "lengths_BK": lengths}.get(name)
+            wanted = getattr(batch, name) if wanted is None else wanted
+            by_position = T // layout.parts("sequence") if name.endswith(("_BT", "_BTLA")) else 1
+            np.testing.assert_array_equal(value, wanted)
+            assert len(value.addressable_shards) == DEVICES
+            for shard in value.addressable_shards:
+                assert shard.data.shape[0] == B // rows, (sizes, name)
+                assert value.ndim == 1 or shard.data.shape[1] == by_position, (sizes, name)
+        again = layout.put(put)
+        assert all(a is b for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(put), strict=True))
+
+        def after(batches, graphdef=graphdef, weights=weights, of=of, layout=layout):
+            step = make_train_step(graphdef, of, optax.sgd(1.0), StepConfig(), layout)
+            state = init_state(weights, optax.sgd(1.0), layout)
+            for given in batches:
+                state, metrics = step(state, given)
+            assert step._cache_size() == 1
+            return jax.tree.map(np.asarray, (state, metrics))
+
+        got, wanted = after([layout.put(batch) for _ in range(2)]), after([batch] * 2)
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_array_equal(one, other, err_msg=str(sizes))
+        if rows > 1:
+            with pytest.raises(ValueError, match=f"batch 7 is not divisible by mesh ax[ie]s .*{sizes['fsdp']}"):
+                layout.put(jax.tree.map(lambda a: a[:7], batch))
+    assert LOCAL.put(batch) is batch
 
 
 def collectives(lowered: jax.stages.Lowered) -> Counter[str]:
@@ -304,7 +345,7 @@ def a_state_keeps_lying_as_its_weights_do():
     assert step._cache_size() == 1
 
 
-QUICK = [micro_batches_change_nothing_on_a_mesh, cutting_a_batch_in_parts_moves_no_row]
+QUICK = [micro_batches_change_nothing_on_a_mesh, cutting_a_batch_in_parts_moves_no_row, a_batch_is_put_shard_by_shard]
 THOROUGH = [
     a_step_on_a_mesh_is_that_of_one_device,
     logits_on_a_mesh_are_those_of_one_device,

@@ -114,4 +114,5 @@ def frozen_scores(
 
     if micro_batches == 1:
         return of_part(batch)
-    return join_rows(jax.lax.map(of_part, split_rows(batch, micro_batches)))
+    scores_BT = join_rows(jax.lax.map(of_part, split_rows(batch, micro_batches)))
+    return model.layout.constrain(scores_BT, "batch", "sequence")

@@ -454,14 +454,14 @@ class GRPOTrainer:
         loss = self.config.loss
         if control is not None:
             weight = float(entropy.weight_now(control, loss))
-            batch = batch._replace(entropy_coef_B=np.full(len(batch.mask_BT), weight, np.float32))
+            batch = self.layout.put(batch._replace(entropy_coef_B=np.full(len(batch.mask_BT), weight, np.float32)))
         if loss.top_entropy_quantile == 1:
             return batch
         weights, parts = computed(self._whole(train), self._dtype), self.config.micro_batches
         wanted = {"micro_batches": parts, "wanted": "entropy_BT"}
         entropy_BT = frozen_scores(self.model.graphdef, weights, batch, **self.score, **wanted)
         high = entropy.high_entropy(entropy_BT, jnp.asarray(batch.mask_BT), loss.top_entropy_quantile)
-        return batch._replace(high_entropy_BT=high)
+        return self.layout.put(batch._replace(high_entropy_BT=high))
 
     def batches(self, rollout: Rollout, number: int) -> Iterator[Batch]:
         """The samples of a rollout with their advantages, a batch for each update of one pass."""
@@ -501,6 +501,7 @@ class GRPOTrainer:
 
     def _scored(self, batch: Batch, reference: nnx.State | None, policy: nnx.State | None) -> Batch:
         """With the log-probs of the reference, and of the policy where sampling is corrected for."""
+        batch = self.layout.put(batch)
         frozen = partial(frozen_scores, self.model.graphdef, batch=batch, micro_batches=self.config.micro_batches)
         if policy is not None:
             own = frozen(policy, **self.score)
