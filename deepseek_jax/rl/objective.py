@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.model.decoder import Decoder
+from deepseek_jax.model.lora import decoder_of
 from deepseek_jax.model.scoring import Scored, score
 from deepseek_jax.ops.metrics import Mean, Metrics, Whole, masked_mean
 from deepseek_jax.ops.micro_batches import join_rows, split_rows
@@ -104,9 +105,10 @@ def frozen_scores(
 ) -> jax.Array:
     """Log-probs [B, T] of the batch's targets under weights that are not trained, or entropies of their distributions.
 
-    The weights are the reference model's, or the policy's own before an update. Both are in nats.
+    The weights are the reference model's, or the policy's own before an update, plain or beside an adapter. Both are
+    in nats.
     """
-    model = nnx.merge(graphdef, weights)
+    model = decoder_of(graphdef, weights)
     options = {"temperature": temperature, "repetition_penalty": repetition_penalty, "keep_routing": keep_routing}
 
     def of_part(part: Batch) -> jax.Array:

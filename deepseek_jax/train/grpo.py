@@ -19,7 +19,7 @@ from deepseek_jax.checkpoint.adapters import adapted_paths, new_adapter
 from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.generate.engine import Generator, Record, SamplingConfig
-from deepseek_jax.model.lora import ALL_LINEAR, LoRAConfig, merge
+from deepseek_jax.model.lora import ALL_LINEAR, LoRAConfig, beside, merge
 from deepseek_jax.model.precision import Precision, cast, computed, dtype_of
 from deepseek_jax.model.scoring import check_routes
 from deepseek_jax.ops import metrics as ops_metrics
@@ -384,15 +384,17 @@ class GRPOTrainer:
         return entropy.first_control(self.config.loss) if self.config.loss.use_adaptive_entropy else None
 
     def trained(self, state: Reinforced) -> nnx.State:
-        """What a run is for: the weights that are trained, in float32, or the frozen ones with the adapter."""
-        return self._whole(state.train)
-
-    def _whole(self, train: TrainState) -> nnx.State:
-        return train.weights if self.lora is None else merge(self.frozen, train.weights, self.lora)
+        """What a run is for: the weights that are trained, in float32, or the frozen ones with the adapter in them."""
+        weights = state.train.weights
+        return weights if self.lora is None else merge(self.frozen, weights, self.lora)
 
     def policy(self, state: Reinforced) -> nnx.State:
-        """The weights that sample: the trained ones as they are computed in."""
-        return computed(self.trained(state), self._dtype)
+        """The weights that sample: the trained ones as they are computed in, an adapter beside the frozen ones."""
+        return self._policy(state.train)
+
+    def _policy(self, train: TrainState) -> nnx.State:
+        weights = computed(train.weights, self._dtype)
+        return weights if self.lora is None else beside(self.frozen, weights, self.lora)
 
     def step(self, state: Reinforced, draw: Callable[[], Sequence[Prompt]], number: int) -> Learned:
         """One step: rollout and updates. `draw` gives the next prompts, and is asked again by dynamic sampling."""
@@ -457,7 +459,7 @@ class GRPOTrainer:
             batch = self.layout.put(batch._replace(entropy_coef_B=np.full(len(batch.mask_BT), weight, np.float32)))
         if loss.top_entropy_quantile == 1:
             return batch
-        weights, parts = computed(self._whole(train), self._dtype), self.config.micro_batches
+        weights, parts = self._policy(train), self.config.micro_batches
         wanted = {"micro_batches": parts, "wanted": "entropy_BT"}
         entropy_BT = frozen_scores(self.model.graphdef, weights, batch, **self.score, **wanted)
         high = entropy.high_entropy(entropy_BT, jnp.asarray(batch.mask_BT), loss.top_entropy_quantile)

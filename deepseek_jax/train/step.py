@@ -12,7 +12,7 @@ from flax import nnx
 
 from deepseek_jax.model.decoder import Decoder
 from deepseek_jax.model.layers import RouterBias
-from deepseek_jax.model.lora import LoRAConfig, adapted
+from deepseek_jax.model.lora import LoRAConfig, beside, decoder_of
 from deepseek_jax.model.precision import cast
 from deepseek_jax.model.scoring import Scored
 from deepseek_jax.ops.metrics import Mean, Metrics, Sum, Whole, merge
@@ -133,7 +133,9 @@ def make_adapter_step(
         raise ValueError(f"bias_gamma: got {config.bias_gamma} with an adapter, wanted 0: router biases stay frozen")
 
     def step(state: TrainState, batch: MaskedBatch, frozen: nnx.State) -> tuple[TrainState, Metrics]:
-        model = lambda adapter: nnx.merge(graphdef, adapted(frozen, adapter, lora))
+        params, _ = nnx.split_state(frozen, nnx.Param, ...)
+        dtype = jax.tree.leaves(params)[0].dtype
+        model = lambda adapter: decoder_of(graphdef, beside(frozen, cast(adapter, dtype), lora))
         return _stepped(state, batch, model, objective, optimizer, config, layout)
 
     return jax.jit(step, donate_argnames="state")
