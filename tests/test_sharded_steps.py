@@ -25,9 +25,11 @@ import pytest
 from flax import nnx
 
 from deepseek_jax.checkpoint import names
+from deepseek_jax.checkpoint.adapters import adapted_paths, new_adapter
 from deepseek_jax.generate.engine import Generator, SamplingConfig
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
-from deepseek_jax.model.stacks import stacked, unstacked
+from deepseek_jax.model.lora import LoRAConfig, abstract_adapter, beside, laid_out
+from deepseek_jax.model.stacks import members, stacked, unstacked
 from deepseek_jax.ops.logprobs import to_bits, token_logprobs
 from deepseek_jax.parallel.logprobs import sharded_logprobs
 from deepseek_jax.rl.batch import Batch
@@ -36,7 +38,7 @@ from deepseek_jax.rl.objective import frozen_scores, grpo_objective
 from deepseek_jax.sharding import LOCAL, Layout, Remat, Transport, make_mesh
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.sft import SFTBatch, make_sft_objective
-from deepseek_jax.train.step import StepConfig, init_state, make_train_step
+from deepseek_jax.train.step import StepConfig, init_state, make_adapter_step, make_train_step
 from tests.checkpoint.folders import QWEN2, R1, V32
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -312,6 +314,74 @@ def collectives(lowered: jax.stages.Lowered) -> Counter[str]:
     return Counter(re.findall(rf" ({kinds})(?:-start)?\(", lowered.compile().as_text()))
 
 
+LORA = LoRAConfig(rank=4, alpha=8, targets="all-linear")
+
+
+@functools.cache
+def adapted_step(kind: str, layout: Layout):
+    """An adapter, by layer, after a step of plain gradient descent beside frozen weights, with the metrics."""
+    config, (graphdef, weights) = CONFIGS[kind], laid(kind, layout)
+    of, batch = objectives(kind)["grpo"]
+    step = make_adapter_step(graphdef, of, optax.sgd(1.0), StepConfig(balance_alpha=0.01), LORA, layout)
+    state, metrics = step(init_state(adapter_of(kind, layout), optax.sgd(1.0), layout), layout.put(batch), weights)
+    found = {}
+    for path, leaf in nnx.to_flat_state(state.weights):
+        values = np.asarray(leaf[...])
+        apart = values if path[0] == "stacks" else [values]
+        found |= dict(zip(members(path, config), map(np.asarray, apart), strict=True))
+    return found, jax.tree.map(np.asarray, metrics)
+
+
+def adapter_of(kind: str, layout: Layout) -> nnx.State:
+    """Neither matrix is zero; the same numbers under every layout."""
+    config, paths = CONFIGS[kind], adapted_paths(CONFIGS[kind], LORA)
+    first, random = dict(nnx.to_flat_state(new_adapter(config, LORA, seed=0))), np.random.default_rng(3)
+    arrays = {path: random.normal(0, 0.1, leaf[...].shape).astype(np.float32) for path, leaf in first.items()}
+    return laid_out(arrays, abstract_adapter(config, LORA, paths, layout=layout), config)
+
+
+ADAPTED = {
+    "experts": ("mla", {"fsdp": 2, "expert": 2, "tensor": 2}, {"stacked": True, "remat": "layers", "slack": 1.0}),
+    "context": ("mla", {"data": 2, "expert": 2, "context": 2}, {"transport": "all_to_all"}),
+    "rows": ("mla", {"expert": 4, "tensor": 2}, {"transport": "all_gather", "slack": 1.0}),
+    "sparse": ("sparse", {"fsdp": 4, "expert": 2}, {"remat": "all_but_attention"}),
+    "dense": ("gqa", {"data": 2, "fsdp": 2, "tensor": 2}, {"stacked": True}),
+}
+
+
+def an_adapters_step_on_a_mesh_is_that_of_one_device(*names: str):
+    """Metrics and the gradients of both matrices, whatever cuts rows and columns, and in every transport."""
+    for name in names or ADAPTED:
+        kind, sizes, settings = ADAPTED[name]
+        got = adapted_step(kind, Layout(mesh=make_mesh(**sizes), **settings))
+        wanted = adapted_step(kind, LOCAL)
+        assert got[0].keys() == wanted[0].keys()
+        same([got[0][key] for key in wanted[0]], list(wanted[0].values()), name)
+        same(got[1], wanted[1], name)
+
+
+def an_adapters_step_among_experts_is_that_of_one_device():
+    an_adapters_step_on_a_mesh_is_that_of_one_device("experts")
+
+
+def samples_beside_an_adapter_on_a_mesh_are_those_of_one_device():
+    """The same tokens and log-probs of a serving layout, from frozen weights and adapter laid out for it."""
+
+    def sampled(kind, layout):
+        graphdef, weights = laid(kind, layout)
+        given = [row[:length].tolist() for row, length in zip(TOKENS, (3, 7, 5), strict=False)]
+        generator = Generator(CONFIGS[kind], graphdef, layout=layout)
+        sampling = SamplingConfig(max_new_tokens=6)
+        found = generator(beside(weights, adapter_of(kind, layout), LORA), given, sampling, seeds=range(6), samples=2)
+        return [of.tokens.tolist() for of in found], [of.logprobs for of in found]
+
+    for kind, sizes, stack in (("mla", {"fsdp": 2, "expert": 2, "tensor": 2}, True), ("gqa", {"tensor": 8}, False)):
+        layout = Layout(mesh=make_mesh(**sizes), workload="serve", transport="all_gather", stacked=stack)
+        got, wanted = sampled(kind, layout), sampled(kind, LOCAL)
+        assert got[0] == wanted[0]
+        same(got[1], wanted[1], kind)
+
+
 def adamw_on_a_mesh_is_that_of_one_device():
     """Two steps, moments included; a small gradient divided by its own size shows its rounding."""
 
@@ -345,7 +415,12 @@ def a_state_keeps_lying_as_its_weights_do():
     assert step._cache_size() == 1
 
 
-QUICK = [micro_batches_change_nothing_on_a_mesh, cutting_a_batch_in_parts_moves_no_row, a_batch_is_put_shard_by_shard]
+QUICK = [
+    micro_batches_change_nothing_on_a_mesh,
+    cutting_a_batch_in_parts_moves_no_row,
+    a_batch_is_put_shard_by_shard,
+    an_adapters_step_among_experts_is_that_of_one_device,
+]
 THOROUGH = [
     a_step_on_a_mesh_is_that_of_one_device,
     logits_on_a_mesh_are_those_of_one_device,
@@ -353,6 +428,8 @@ THOROUGH = [
     log_probs_after_a_penalty_on_a_mesh_are_those_of_one_device,
     adamw_on_a_mesh_is_that_of_one_device,
     a_state_keeps_lying_as_its_weights_do,
+    an_adapters_step_on_a_mesh_is_that_of_one_device,
+    samples_beside_an_adapter_on_a_mesh_are_those_of_one_device,
 ]
 
 
