@@ -44,7 +44,7 @@ from deepseek_jax.evals.accuracy import Accuracy, greedy_accuracy
 from deepseek_jax.generate.engine import Generator, bucket
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.precision import dtype_of
-from deepseek_jax.model.transfer import make_transfer, sampled_config, serving_layout
+from deepseek_jax.model.transfer import Transfer, sampled_config, serving_layout
 from deepseek_jax.ops import metrics as ops_metrics
 from deepseek_jax.rewards.recipe import RewardConfig, Rewards, check_columns, rewards
 from deepseek_jax.rl.rollout import Prompt
@@ -383,7 +383,7 @@ def prepare(config: Config, graded: Rewards) -> Setup:
     if examples:
         layout.check_batch(config.cold_start_batch // config.grpo.micro_batches, example_width(examples))
     generator = make_sampler(config, model.config, layout)
-    to_sampler = make_transfer(generator.config, layout, generator.layout, dtype_of(config.grpo.dtype))
+    to_sampler = Transfer(generator.config, layout, generator.layout, dtype_of(config.grpo.dtype))
     return Setup(layout, model, tokenizer, generator, to_sampler, prompts, width, held_out, examples, graded)
 
 
@@ -501,7 +501,7 @@ def cold_start(config: Config, setup: Setup, log: MetricLog) -> nnx.State:
     width = example_width(setup.cold_start)
 
     def step(state: TrainState, examples: Sequence, number: int) -> tuple[TrainState, Mapping[str, float]]:
-        state, metrics = update(state, sft_batch(examples, width=width))
+        state, metrics = update(state, setup.layout.put(sft_batch(examples, width=width)))
         rate = float(schedule(adamw, steps)(number))
         return state, ops_metrics.values(metrics) | {"learning_rate": rate}
 

@@ -106,9 +106,9 @@ def _trace_update(
     graphdef, weights = abstract_weights(config, dtype, layout)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-6), 1, untrained=untrained)
     update = make_train_step(graphdef, objective, optimizer, step, layout)
-    place = partial(_everywhere, layout)
     state = abstract_state(weights, optimizer, layout)
-    traced = update.trace(state, jax.tree.map(lambda a: place(a.shape, a.dtype), like))
+    place = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
+    traced = update.trace(state, jax.tree.map(place, like, layout.row_shardings(like)))
     return Program(traced, weights, moments=state.moments)
 
 
