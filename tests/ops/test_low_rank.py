@@ -80,17 +80,23 @@ def test_bfloat16_terms_are_added_in_float32_and_rounded_once(use):
     assert np.all(np.abs(in_float64(got)[0] - wanted) <= 2.0**-8 * (np.abs(wanted) + 1.01 * low) + 1e-5)
 
 
-def test_a_term_below_the_last_bit_moves_the_mean():
+def of_groups(x, weight):
+    return grouped_matmul(x, weight, jnp.asarray([9_000, 0, 8_000, 3_000], jnp.int32))
+
+
+@pytest.mark.parametrize("multiply", [product, of_groups])
+def test_a_term_below_the_last_bit_moves_the_mean(multiply):
     """x W in bfloat16 plus 2^-13 of it: rounded apart it would vanish in every number, and in their mean."""
-    x, w = (of.astype(jnp.bfloat16) for of in drawn([(20_000, 64), (64, 64)]))
-    eye = jnp.eye(64, dtype=jnp.bfloat16)
-    given = LowRank(w=w, a=w, b=eye, scale=2.0**-13)
-    whole, small = in_float64(product(x, LowRank(w=w, a=w, b=eye, scale=0.0)), product(x, given))
-    plain = in_float64(product(x, w))[0]
-    slope = np.sum((small - whole) * plain) / np.sum(plain * plain)
+    groups = () if multiply is product else (4,)
+    x, w = (of.astype(jnp.bfloat16) for of in drawn([(20_000, 64), (*groups, 64, 64)]))
+    eye = jnp.broadcast_to(jnp.eye(64, dtype=jnp.bfloat16), w.shape)
+    moved = multiply(x, LowRank(w=w, a=w, b=eye, scale=2.0**-13))
+    whole, small = in_float64(multiply(x, LowRank(w=w, a=w, b=eye, scale=0.0)), moved)
+    slope = np.sum((small - whole) * whole) / np.sum(whole * whole)
     assert slope == pytest.approx(2.0**-13, rel=0.05)
-    apart = (product(x, w) + (2.0**-13 * product(x, w)).astype(jnp.bfloat16)).astype(jnp.float32)
-    np.testing.assert_array_equal(apart, plain)
+    plain = multiply(x, w)
+    apart = plain + (2.0**-13 * plain).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(*in_float64(apart, plain))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
