@@ -13,6 +13,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.cache import stack_sizes
 from deepseek_jax.model.precision import cast, computed
 from deepseek_jax.model.stacks import members
+from deepseek_jax.parallel.reshard import reshard
 from deepseek_jax.sharding import Layout
 
 MOST_TENSOR = 16  # parts of heads: cut further, a step's sums over chips cost more than the reading they save
@@ -121,11 +122,17 @@ class Transfer:
         return _program(self, jax.tree.structure(weights), tuple(leaf.shape for leaf in jax.tree.leaves(weights)))
 
     def move(self, weights: nnx.State) -> nnx.State:
-        """What is compiled, without its shardings."""
-        weights = self._sampled(weights)
-        if self.of.stacked != self.to.stacked:
-            weights = (_stacked if self.to.stacked else _by_layer)(weights, self.config)
-        return cast(weights, self.dtype)
+        """What is compiled, without the shardings of its result."""
+        weights = cast(self._sampled(weights), self.dtype)
+        if self.of.mesh is not None:
+            weights = jax.tree.map(self._moved, weights, is_leaf=_is_weight)
+        if self.of.stacked == self.to.stacked:
+            return weights
+        return (_stacked if self.to.stacked else _by_layer)(weights, self.config)
+
+    def _moved(self, leaf: nnx.Variable) -> nnx.Variable:
+        axes = leaf.get_metadata()["axes"]
+        return leaf.replace(reshard(leaf.get_raw_value(), self.of.sharding(*axes), self.to.sharding(*axes)))
 
     def _sampled(self, weights: nnx.State) -> nnx.State:
         modules = self.config.num_nextn_predict_layers
@@ -139,8 +146,12 @@ def _program(transfer: Transfer, structure: jax.tree_util.PyTreeDef, shapes: tup
     leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     found = jax.eval_shape(transfer.move, jax.tree.unflatten(structure, leaves))
     place = lambda leaf: leaf.replace(transfer.to.sharding(*leaf.get_metadata()["axes"]))
-    places = jax.tree.map(place, found, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    places = jax.tree.map(place, found, is_leaf=_is_weight)
     return jax.jit(transfer.move, out_shardings=places)
+
+
+def _is_weight(leaf: object) -> bool:
+    return isinstance(leaf, nnx.Variable)
 
 
 def _by_layer(weights: nnx.State, config: ModelConfig) -> nnx.State:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.config import ModelConfig, preset
@@ -24,6 +25,7 @@ from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.model.stacks import members, stacked
 from deepseek_jax.model.transfer import Transfer, sampled_config, serving_layout, serving_sizes
+from deepseek_jax.parallel.reshard import reshard
 from deepseek_jax.plan.account import account
 from deepseek_jax.plan.exchange import least_moved
 from deepseek_jax.rewards.combine import combine
@@ -225,6 +227,29 @@ def single_layers_become_stacks():
         assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
 
 
+def an_array_lies_as_it_is_asked_to():
+    """From any sharding to any other of meshes of any shape, whose axes may have no finer mesh in common."""
+    rng = np.random.default_rng(0)
+    shapes = [(8,), (2, 4), (4, 2), (2, 2, 2), (1, 8)]
+    x = np.arange(16 * 32 * 24, dtype=np.float32).reshape(16, 32, 24)
+
+    def drawn() -> NamedSharding:
+        shape = shapes[rng.integers(len(shapes))]
+        names = tuple("abc"[: len(shape)])
+        spec: list[tuple[str, ...]] = [(), (), ()]
+        for name in rng.permutation(names):
+            if (dim := rng.integers(4)) < 3:
+                spec[dim] += (str(name),)
+        mesh = Mesh(np.asarray(jax.devices()).reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
+        return NamedSharding(mesh, PartitionSpec(*(axes or None for axes in spec)))
+
+    for _ in range(30):
+        of, to = drawn(), drawn()
+        moved = jax.jit(lambda x, of=of, to=to: reshard(x, of, to), out_shardings=to)(jax.device_put(x, of))
+        np.testing.assert_array_equal(moved, x)
+        assert moved.sharding.is_equivalent_to(to, x.ndim)
+
+
 def what_is_moved_is_what_arithmetic_says():
     for kind, sizes, serve, times in (
         ("gqa", {"fsdp": 8}, {"data": 8}, 1.0),  # a gather
@@ -232,14 +257,18 @@ def what_is_moved_is_what_arithmetic_says():
         ("gqa", {"tensor": 8}, {"tensor": 8}, 0.0),  # lies there already
         ("gqa", {"fsdp": 2, "tensor": 4}, {"data": 2, "tensor": 4}, 1.0),
         ("mla", {"fsdp": 4, "expert": 2}, {"expert": 2, "tensor": 4}, None),
+        ("mla", {"fsdp": 2, "expert": 2, "tensor": 2}, {"tensor": 8}, None),
         ("sparse", {"expert": 4, "context": 2}, {"data": 2, "expert": 2, "tensor": 2}, None),
+        ("gqa", {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 8}, None),
     ):
         train = Layout(mesh=make_mesh(**sizes), stacked=True)
         to, config = train.serving(**serve), sampled_config(CONFIGS[kind])
         transfer = Transfer(config, train, to, jnp.dtype(jnp.float32))
         like = abstract_weights(CONFIGS[kind], layout=train)[1]
-        text = transfer.program(like).lower(like).compile().as_text()
-        sent = sum(of.bytes for of in account(text, train.mesh.shape).collectives)
+        compiled = transfer.program(like).lower(like).compile()
+        sent = sum(of.bytes for of in account(compiled.as_text(), train.mesh.shape).collectives)
+        memory = compiled.memory_analysis()
+        assert memory.temp_size_in_bytes <= 4 * (memory.argument_size_in_bytes + memory.output_size_in_bytes)
         least = least_moved(config, train, to, jnp.dtype(jnp.float32))
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(laid(kind, LOCAL)[1]))
         assert (least > held / 100) == (times != 0), (kind, serve)
@@ -248,12 +277,16 @@ def what_is_moved_is_what_arithmetic_says():
             file=sys.stderr,
         )
         if times is None:  # XLA goes by way of more than one collective
-            assert least <= sent <= 3 * least, (kind, serve, sent / least)
+            assert least <= sent <= 2.5 * least, (kind, serve, sent / least)
         else:
             assert sent == pytest.approx(times * least, rel=1e-6), (kind, serve)
 
 
-QUICK = [a_step_in_two_layouts_is_that_of_one_device, single_layers_become_stacks]
+QUICK = [
+    a_step_in_two_layouts_is_that_of_one_device,
+    an_array_lies_as_it_is_asked_to,
+    single_layers_become_stacks,
+]
 THOROUGH = [
     a_step_in_any_two_layouts_is_that_of_one_device,
     an_adapter_goes_along,
