@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from json import dumps
 from pathlib import Path
+from typing import Literal
 
 import jax
 from rich.console import Console
@@ -37,6 +38,7 @@ def main(
     context: int = 4096,
     mesh: str | None = None,
     dtype: str = "bf16",
+    moments: Literal["float32", "bfloat16"] = "float32",
     micro_batches: int = 1,
     transport: Transport = "ragged_all_to_all",
     slack: float = 1.1,
@@ -54,7 +56,8 @@ def main(
         batch: sequences in all; by default eight a device to decode, else one for each part of the mesh that cuts them.
         context: tokens of a sequence, and slots of the cache to decode.
         mesh: sizes of axes, such as expert=64,fsdp=8; by default one that suits the model and the step.
-        dtype: bf16 or f32, of weights, moments and activations.
+        dtype: bf16 or f32: what is computed in, and to serve that of weights and cache. An update's weights are float32.
+        moments: what the optimizer's are kept in.
         micro_batches: parts of an update, one after another.
         transport: of tokens to their experts.
         slack: room for an expert device in a round of it, as a multiple of the even share.
@@ -87,6 +90,7 @@ def main(
         batch=batch,
         context=context,
         dtype=dtype,
+        moments=moments,
         micro_batches=micro_batches,
     )
     found = compiled.compile_step(task, of_chip)
@@ -114,6 +118,8 @@ def _parsed(mesh: str) -> dict[str, int]:
 
 def _as_json(found: Compiled, sizes: dict[str, int], task: Task) -> dict[str, object]:
     asked = {"step": task.step, "batch": task.batch, "context": task.context, "dtype": task.dtype, "mesh": sizes}
+    if task.step in ("train", "grpo"):
+        asked["moments"] = task.moments
     return dataclasses.asdict(found) | {"headroom": found.headroom} | asked
 
 

@@ -19,11 +19,12 @@ import numpy as np
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.plan import arithmetic, planner, pod
 from deepseek_jax.plan.account import Account, Collective, account
+from deepseek_jax.plan.arithmetic import StateDTypes
 from deepseek_jax.plan.chips import Chip
 from deepseek_jax.plan.exchange import least_sent
 from deepseek_jax.plan.topology import GPU_OPTIONS
 from deepseek_jax.sharding import Layout
-from deepseek_jax.train.step import StepConfig
+from deepseek_jax.train.grpo import GRPOTraining
 
 Step = Literal["prefill", "decode", "train", "grpo"]
 DTYPES: Mapping[str, Any] = {"bf16": jnp.bfloat16, "f32": jnp.float32}
@@ -41,7 +42,8 @@ class Task:
         step: which; the function that experiments and servers call.
         batch: sequences in all.
         context: tokens of each; for decode, slots of the cache.
-        dtype: of weights and activations.
+        dtype: what is computed in; to serve, also that of weights and cache. What is trained is float32.
+        moments: what the optimizer's are kept in.
         micro_batches: parts of an update, one after another.
     """
 
@@ -51,7 +53,23 @@ class Task:
     batch: int
     context: int
     dtype: Literal["bf16", "f32"] = "bf16"
+    moments: planner.Moments = "float32"
     micro_batches: int = 1
+
+    @property
+    def settings(self) -> GRPOTraining:
+        """Of the run whose update this is: what they leave out has the program's own defaults."""
+        return GRPOTraining(
+            prompts_per_step=self.micro_batches,  # which then divide a rollout
+            micro_batches=self.micro_batches,
+            dtype=DTYPES[self.dtype].__name__,
+            moments=self.moments,
+        )
+
+    @property
+    def state(self) -> StateDTypes:
+        """The same for the planner."""
+        return planner.state_of(self.dtype, self.moments)
 
     def check(self) -> None:
         """Refuse what the mesh does not divide, before anything is compiled. Raises ValueError with the numbers."""
@@ -211,17 +229,10 @@ def default_mesh(config: ModelConfig, step: Step, chips: int) -> dict[str, int]:
 
 def trace(task: Task) -> pod.Program:
     """The function that experiments or the engine call, traced for a task's mesh."""
-    arguments = task.config, task.layout, task.batch, task.context, DTYPES[task.dtype]
+    arguments = task.config, task.layout, task.batch, task.context
     if task.step in ("prefill", "decode"):
-        return {"prefill": pod.trace_prefill, "decode": pod.trace_decode}[task.step](*arguments)
-    # DeepSeek-V3's own settings, so that the balance loss and the bias update are among what is compiled
-    has_bias = task.config.moe is not None
-    step = StepConfig(
-        micro_batches=task.micro_batches,
-        balance_alpha=1e-4 if has_bias else 0.0,
-        bias_gamma=1e-3 if has_bias else 0.0,
-    )
-    return {"train": pod.trace_train, "grpo": pod.trace_grpo}[task.step](*arguments, step)
+        return {"prefill": pod.trace_prefill, "decode": pod.trace_decode}[task.step](*arguments, DTYPES[task.dtype])
+    return {"train": pod.trace_train, "grpo": pod.trace_grpo}[task.step](*arguments, task.settings)
 
 
 def analytic_flops(task: Task) -> int:
@@ -241,7 +252,7 @@ def analytic_bytes(task: Task) -> float:
         return arithmetic.prefill_bytes(config, task.batch, task.context, dtype, cache_dtype=dtype).total
     if task.step == "decode":
         return arithmetic.decode_bytes(config, task.batch, task.context, dtype, cache_dtype=dtype).total
-    return arithmetic.train_bytes(config, dtype, dtype).total
+    return arithmetic.train_bytes(config, task.state, mtp=task.step == "train").total
 
 
 def _tokens(task: Task) -> int:
@@ -251,14 +262,13 @@ def _tokens(task: Task) -> int:
 def planned_bytes(task: Task) -> int:
     """What the planner says that a device holds of the step, on the task's own mesh."""
     sizes = planner.Sizes(**task.layout.mesh.shape)
+    if task.step in ("train", "grpo"):
+        kind = "tpu" if task.layout.mesh.devices.flat[0].platform == "tpu" else "gpu"
+        return planner.train_memory(task.config, task.state, sizes, task.batch, task.context, kind=kind).total
     if task.step == "decode":
         memory = partial(planner.serve_memory, multiple=task.layout.lanes)
-    elif task.step == "prefill":
-        memory = planner.prefill_memory
     else:
-        memory = partial(
-            planner.train_memory, kind="tpu" if task.layout.mesh.devices.flat[0].platform == "tpu" else "gpu"
-        )
+        memory = planner.prefill_memory
     return memory(task.config, task.dtype, sizes, task.batch, task.context).total
 
 

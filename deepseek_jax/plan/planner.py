@@ -14,11 +14,12 @@ from typing import Literal, NamedTuple, get_args
 
 from deepseek_jax.config import PRESETS, GQAConfig, MLAConfig, ModelConfig, preset
 from deepseek_jax.plan import arithmetic
-from deepseek_jax.plan.arithmetic import DType
+from deepseek_jax.plan.arithmetic import DType, StateDTypes
 from deepseek_jax.plan.chips import GB, Chip, Kind
 from deepseek_jax.sharding import AXES, LOCAL, Layout
 
 Workload = Literal["serve", "train", "grpo"]
+Moments = Literal["float32", "bfloat16"]
 USABLE = 0.9  # of a device's memory; the rest is headroom
 TIGHT = 0.75  # weights that take more than this share of all memory leave little for anything else
 ASSUMED = {
@@ -55,13 +56,15 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes a device holds at its fullest. `reference`: the frozen model of GRPO. `activations`: what a pass through
+    """Bytes a device holds at its fullest. `reference`: the frozen model of GRPO. `computed`: the weights that are
+    trained once more, as they are computed with. `activations`: what a pass through
     the layers keeps and works on. `workspace`: weights gathered or unpacked for a layer, and logits."""
 
     weights: int
     reference: int = 0
     optimizer: int = 0
     gradient: int = 0
+    computed: int = 0
     cache: int = 0
     activations: int = 0
     workspace: int = 0
@@ -99,6 +102,7 @@ class Plan:
     model: str
     workload: Workload
     dtype: DType
+    moments: Moments | None
     chip: str
     chips: int
     slice: str
@@ -134,6 +138,7 @@ def plan(
     chips: int | None = None,
     batch: int | None = None,
     dtype: DType | None = None,
+    moments: Moments = "float32",
 ) -> Plan:
     """The fastest mesh and batch on the fewest chips that hold the model, or why it does not fit.
 
@@ -146,7 +151,8 @@ def plan(
         context: tokens of a sequence.
         chips: how many; None takes the smallest slice that fits, or the largest there is.
         batch: sequences at once; None takes as many as fit.
-        dtype: of the weights; None takes the checkpoint's to serve, bf16 to train.
+        dtype: of the weights to serve, None takes the checkpoint's; of what is computed in to train, None takes bf16.
+        moments: what the optimizer's are kept in. What is trained is float32.
 
     Raises:
         ValueError: a number out of range, chips that cannot be had in that number, quantized weights to be trained,
@@ -162,9 +168,11 @@ def plan(
     arithmetic.weight_bytes(config, dtype)  # refuses an unknown one
     if workload != "serve" and dtype not in ("bf16", "f32"):
         raise ValueError(f"dtype: got {dtype!r} to train, wanted bf16; quantized weights are only served")
+    if moments not in get_args(Moments):
+        raise ValueError(f"moments: got {moments!r}, wanted one of {', '.join(get_args(Moments))}")
     if chips is not None:
         chip.check(chips)
-    task = _Task(name, config, chip, workload, context, batch, dtype)
+    task = _Task(name, config, chip, workload, context, batch, dtype, moments)
     tried = chip.slices if chips is None else (chips,)
     best = None
     for count in tried:
@@ -175,6 +183,11 @@ def plan(
     if best is None:
         raise ValueError(_no_mesh(task, tried))
     return best
+
+
+def state_of(dtype: DType, moments: Moments) -> StateDTypes:
+    """What training keeps, in the words of the programs' options."""
+    return StateDTypes(compute=dtype, moments="f32" if moments == "float32" else "bf16")
 
 
 def default_dtype(config: ModelConfig, workload: Workload) -> DType:
@@ -353,9 +366,9 @@ def _live(pieces: dict[str, int]) -> int:
 
 
 def train_memory(
-    config: ModelConfig, dtype: DType, sizes: Sizes, batch: int, length: int, *, kind: Kind = "tpu"
+    config: ModelConfig, state: StateDTypes, sizes: Sizes, batch: int, length: int, *, kind: Kind = "tpu"
 ) -> Memory:
-    """Bytes a device of one update: AdamW with moments in the weights' dtype, all of a layer worked out again but its
+    """Bytes a device of one update: AdamW, all of a layer worked out again but its
     attention, one pass over the batch.
 
     Activations are each layer's saved input and attention, and one layer at work. Workspace is one layer's weights
@@ -366,7 +379,7 @@ def train_memory(
     worked on for the head. Where experts are gathered, it keeps a second copy of their whole stacks, and of the saved
     attention, in the layout in which it sends them. `tests/tools/test_compile_gpus.py` holds both.
     """
-    number = arithmetic.number_bytes(dtype)
+    number = arithmetic.number_bytes(state.compute)
     tokens = math.ceil(batch * length / sizes.over(("data", "fsdp", "expert", "context")))
     a, layers = config.attention, config.num_hidden_layers + config.num_nextn_predict_layers
     value = a.v_head_dim if isinstance(a, MLAConfig) else a.head_dim
@@ -380,12 +393,13 @@ def train_memory(
         pieces["scores"] //= 2
         head = max(0, head - layer - _live(pieces))
     elif kind == "gpu" and sizes.fsdp * sizes.context > 1:
-        routed = (group for group in _groups(config, dtype, "train") if group.routed)
+        routed = (group for group in _groups(config, state.compute, "train") if group.routed)
         saved += heads + sum(group.nbytes / sizes.over(group.cut) for group in routed)
     return Memory(
-        weights=_weights_a_device(config, dtype, "train", sizes),
-        optimizer=2 * number * trained,
+        weights=_weights_a_device(config, state.weights, "train", sizes),
+        optimizer=2 * arithmetic.number_bytes(state.moments) * trained,
         gradient=number * trained,
+        computed=number * trained,
         activations=math.ceil(saved) + _live(pieces),
         workspace=math.ceil(layer + head),
     )
@@ -504,7 +518,7 @@ def memory_at(plan: Plan, config: ModelConfig, chip: Chip, batch: int, context: 
     if plan.workload == "serve":
         return serve_memory(config, plan.dtype, sizes, batch, context, multiple=multiple)
     if plan.workload == "train":
-        return train_memory(config, plan.dtype, sizes, batch, context, kind=chip.kind)
+        return train_memory(config, state_of(plan.dtype, plan.moments), sizes, batch, context, kind=chip.kind)
     rollout = Sizes(**plan.rollout_mesh)
     phases = grpo_memory(config, plan.dtype, sizes, rollout, batch, context, multiple=multiple, kind=chip.kind)
     return max(phases, key=lambda memory: memory.total)
@@ -593,22 +607,30 @@ def _summed(config: ModelConfig, tokens: float, sizes: Sizes) -> float:
 
 
 def update_seconds(
-    config: ModelConfig, dtype: DType, chip: Chip, sizes: Sizes, batch: int, length: int, *, mtp: bool, scored: int = 0
+    config: ModelConfig,
+    state: StateDTypes,
+    chip: Chip,
+    sizes: Sizes,
+    batch: int,
+    length: int,
+    *,
+    mtp: bool,
+    scored: int = 0,
 ) -> Seconds:
     """Of one update with full remat: four forward passes' work, and `scored` more passes of a frozen model.
 
     Collectives: weights gathered forward and backward and their gradient scattered, rows to experts and back in three
     passes, sums over `tensor`, and the gradient's sum over the axes that hold copies of a weight.
     """
-    devices, number = math.prod(sizes), arithmetic.number_bytes(dtype)
+    devices, number = math.prod(sizes), arithmetic.number_bytes(state.compute)
     tokens = batch * length / sizes.over(("data", "fsdp", "expert", "context"))
     forward = arithmetic.prefill_flops(config, batch, length, logits=batch * length, mtp=mtp).total
-    state = train_memory(config, dtype, sizes, batch, length)
+    kept = train_memory(config, state, sizes, batch, length)
     passes = 3 + scored
     collective, whole = 0.0, 0.0
-    for group in _groups(config, dtype, "train"):
-        gathered, kept = _gathered(group)
-        used, mine = group.nbytes / sizes.over(kept), group.nbytes / sizes.over(group.cut)
+    for group in _groups(config, state.compute, "train"):
+        gathered, cut = _gathered(group)
+        used, mine = group.nbytes / sizes.over(cut), group.nbytes / sizes.over(group.cut)
         copies = tuple(axis for axis in ("data", "fsdp", "expert", "context") if axis not in group.cut)
         whole += used
         collective += passes * used * (1 - 1 / sizes.over(gathered)) * _sending(chip, sizes, *gathered)
@@ -616,7 +638,7 @@ def update_seconds(
     collective += passes * _dispatched(config, tokens, sizes.expert) * _sending(chip, sizes, "expert", exchange=True)
     collective += passes * _summed(config, tokens, sizes) * _sending(chip, sizes, "tensor")
     # gathered weights are written and read in each pass; the optimizer reads and writes what lies here
-    nbytes = passes * 2 * whole + 2 * (state.weights + state.gradient + state.optimizer)
+    nbytes = passes * 2 * whole + 2 * (kept.weights + kept.computed + kept.gradient + kept.optimizer)
     nbytes += 2 * passes * tokens * config.hidden_size * number * config.num_hidden_layers
     return _seconds(chip, devices, (4 + scored) * forward, nbytes, collective)
 
@@ -632,6 +654,16 @@ class _Task(NamedTuple):
     context: int
     batch: int | None
     dtype: DType
+    moments: Moments
+
+    @property
+    def state(self) -> StateDTypes:
+        return state_of(self.dtype, self.moments)
+
+    @property
+    def kept(self) -> DType:
+        """Of the weights that lie there for good."""
+        return self.dtype if self.workload == "serve" else self.state.weights
 
     @property
     def multiple(self) -> int:
@@ -687,6 +719,7 @@ def _plan_of(task: _Task, chips: int, option: _Option, speed: tuple[Seconds, flo
         model=task.name,
         workload=task.workload,
         dtype=task.dtype,
+        moments=None if task.workload == "serve" else task.moments,
         chip=task.chip.name,
         chips=chips,
         slice=task.chip.slice_name(chips),
@@ -695,7 +728,7 @@ def _plan_of(task: _Task, chips: int, option: _Option, speed: tuple[Seconds, flo
         batch=option.batch,
         context=task.context,
         fits=option.memory.total <= task.limit,
-        tight=weights_share(task.config, task.chip, chips, task.dtype) > TIGHT,
+        tight=weights_share(task.config, task.chip, chips, task.kept) > TIGHT,
         memory=option.memory,
         hbm=task.hbm,
         limit=task.limit,
@@ -743,7 +776,7 @@ def _batches(task: _Task, sizes: Sizes) -> Iterator[int]:
 def _train_options(task: _Task, devices: int) -> Iterator[_Option]:
     for sizes in meshes(task.config, "train", devices):
         for batch in _batches(task, sizes):
-            memory = train_memory(task.config, task.dtype, sizes, batch, task.context, kind=task.chip.kind)
+            memory = train_memory(task.config, task.state, sizes, batch, task.context, kind=task.chip.kind)
             yield _Option(sizes, None, batch, memory)
             if memory.total > task.limit:
                 break
@@ -768,9 +801,9 @@ def _speed(task: _Task, option: _Option) -> tuple[Seconds, float]:
         return step, batch / step.longest
     if task.workload == "train":
         mtp = config.num_nextn_predict_layers > 0
-        step = update_seconds(config, task.dtype, chip, option.sizes, batch, context, mtp=mtp)
+        step = update_seconds(config, task.state, chip, option.sizes, batch, context, mtp=mtp)
         return step, batch * context / step.longest
-    update = update_seconds(config, task.dtype, chip, option.sizes, batch, context, mtp=False, scored=1)
+    update = update_seconds(config, task.state, chip, option.sizes, batch, context, mtp=False, scored=1)
     # a token drawn sees half of the context on average
     token = decode_seconds(config, task.dtype, chip, option.rollout, batch, max(1, context // 2))
     both = Seconds(*(u + context * t for u, t in zip(update, token, strict=True)))
