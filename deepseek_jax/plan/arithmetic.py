@@ -458,8 +458,8 @@ def _cache_widths(config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]
 class StateDTypes:
     """What the parts of training are kept in: the one description that planner and compiler share.
 
-    The program's are `train.step.StepConfig.dtype` (compute) and `train.optimizer.OptimizerConfig.moments`; its weights,
-    and so their gradient, are float32 (docs/decisions/0010).
+    The program's are `train.step.StepConfig.dtype` (compute) and `train.optimizer.OptimizerConfig.moments`; its
+    weights, and so their gradient, are float32 (docs/decisions/0010).
 
     Args:
         compute: of the weights as they are computed with, of activations, and of a frozen reference.
