@@ -101,8 +101,8 @@ def main(
 
 def _config(name: str, step: Step) -> ModelConfig:
     found = config.preset(name) if name in PRESETS or not Path(name).is_dir() else load_config(Path(name))
-    # packed weights are unpacked to be computed with, and only training runs the modules
-    modules = found.num_nextn_predict_layers if step == "train" else 0
+    # packed weights are unpacked to be computed with; sampling leaves the modules out, whose weights a run keeps
+    modules = found.num_nextn_predict_layers if step in ("train", "grpo") else 0
     return dataclasses.replace(found, quantization=None, num_nextn_predict_layers=modules)
 
 

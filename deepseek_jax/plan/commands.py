@@ -6,13 +6,16 @@ from deepseek_jax.plan.chips import chip
 from deepseek_jax.plan.planner import Plan
 from deepseek_jax.plan.topology import compilable
 
+_DTYPES = {"bf16": "bfloat16", "f32": "float32"}
+_GROUP = 16  # samples a question, if the batch has as many (R1)
 _STEPS = {"serve": "decode", "train": "train", "grpo": "grpo"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Commands:
-    """`run` and `compile` are command lines, FOLDER and FILE to be filled in; None where there is none yet. `missing`
-    says what keeps the plan from being run as it stands: without it the plan is more than an estimate."""
+    """`run` and `compile` are command lines; None where there is none yet. FOLDER, FILE and NEW are to be filled in,
+    NEW with the tokens of a context that the longest prompt leaves. `missing` says what keeps the plan from being run
+    as it stands: without it the plan is more than an estimate."""
 
     run: str | None
     compile: str | None
@@ -45,9 +48,14 @@ def _train(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
 
 def _grpo(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
     mesh = "".join(f" --mesh-{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
-    run = f"python experiments/r1_zero.py --model FOLDER --data FILE{mesh}"
-    missing = () if _devices(plan) == 1 else ("a second layout to sample in: the experiment has one mesh for both",)
-    return f"{run} --stacked --remat all_but_attention", missing
+    if _devices(plan) > 1:
+        mesh += "".join(f" --serve-{axis} {plan.rollout_mesh[axis]}" for axis in ("expert", "tensor"))
+    dtypes = f"--dtype {_DTYPES[plan.dtype]} --moments {plan.moments}"
+    run = f"python experiments/r1_zero.py --model FOLDER --data FILE{mesh} --stacked --remat all_but_attention {dtypes}"
+    if plan.batch == 1:
+        return None, ("a plan with more samples than one: a group of one learns nothing; give a batch",)
+    group = max(of for of in range(2, min(plan.batch, _GROUP) + 1) if plan.batch % of == 0 or of == 2)
+    return f"{run} --prompts-per-step {plan.batch // group} --group-size {group} --max-new-tokens NEW", ()
 
 
 def _compile(plan: Plan, model: str) -> str | None:
@@ -60,6 +68,7 @@ def _compile(plan: Plan, model: str) -> str | None:
     words = f"--preset {model} --topology {topology} --step {_STEPS[plan.workload]}"
     shape = f"--batch {plan.batch} --context {plan.context}" + (f" --mesh {mesh}" if mesh else "")
     dtype = "" if plan.dtype == "bf16" else f" --dtype {plan.dtype}"
+    dtype += f" --moments {plan.moments}" if plan.moments == "bfloat16" else ""
     return f"python tools/compile_pod.py {words} {shape}{dtype}"
 
 

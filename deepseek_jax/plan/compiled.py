@@ -252,7 +252,7 @@ def analytic_bytes(task: Task) -> float:
         return arithmetic.prefill_bytes(config, task.batch, task.context, dtype, cache_dtype=dtype).total
     if task.step == "decode":
         return arithmetic.decode_bytes(config, task.batch, task.context, dtype, cache_dtype=dtype).total
-    return arithmetic.train_bytes(config, task.state, mtp=task.step == "train").total
+    return arithmetic.train_bytes(config, task.state).total
 
 
 def _tokens(task: Task) -> int:

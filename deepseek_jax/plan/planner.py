@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
 from deepseek_jax.config import PRESETS, GQAConfig, MLAConfig, ModelConfig, preset
+from deepseek_jax.model.transfer import serving_sizes
 from deepseek_jax.plan import arithmetic
 from deepseek_jax.plan.arithmetic import DType, StateDTypes
 from deepseek_jax.plan.chips import GB, Chip, Kind
@@ -56,15 +57,19 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes a device holds at its fullest. `reference`: the frozen model of GRPO. `computed`: the weights that are
-    trained once more, as they are computed with. `activations`: what a pass through
-    the layers keeps and works on. `workspace`: weights gathered or unpacked for a layer, and logits."""
+    """Bytes a device holds at its fullest.
+
+    reference: the frozen model of GRPO. computed: what is trained once more, as it is computed with. serving: the same
+    laid out to be sampled from. activations: what a pass through the layers keeps and works on. workspace: weights
+    gathered or unpacked for a layer, or on their way to another layout, and logits.
+    """
 
     weights: int
     reference: int = 0
     optimizer: int = 0
     gradient: int = 0
     computed: int = 0
+    serving: int = 0
     cache: int = 0
     activations: int = 0
     workspace: int = 0
@@ -96,7 +101,8 @@ class Plan:
 
     `memory`, `hbm` and `limit` are bytes a device (half a v7x, a whole chip of the others); `limit` is the usable part.
     `tokens_per_second` counts all chips: drawn when serving, trained on, or for GRPO drawn and trained on.
-    `prefill_tokens_per_second` is for prompts, when serving. `rollout_mesh` is where GRPO samples.
+    `prefill_tokens_per_second` is for prompts, when serving. `rollout_mesh` is where GRPO samples, and `phases` what
+    each phase of its step holds, of which `memory` is the fullest. `moments` are None when serving.
     """
 
     model: str
@@ -113,6 +119,7 @@ class Plan:
     fits: bool
     tight: bool
     memory: Memory
+    phases: dict[str, Memory] | None
     hbm: int
     limit: int
     seconds: Seconds
@@ -124,6 +131,8 @@ class Plan:
         """Everything as plain numbers; memory with its total, seconds by name."""
         found = dataclasses.asdict(self)
         found["memory"]["total"] = self.memory.total
+        for name, memory in (self.phases or {}).items():
+            found["phases"][name]["total"] = memory.total
         found["seconds"] = self.seconds._asdict()
         return found | {"assumed": ASSUMED | {"usable": USABLE}}
 
@@ -366,22 +375,39 @@ def _live(pieces: dict[str, int]) -> int:
 
 
 def train_memory(
-    config: ModelConfig, state: StateDTypes, sizes: Sizes, batch: int, length: int, *, kind: Kind = "tpu"
+    config: ModelConfig,
+    state: StateDTypes,
+    sizes: Sizes,
+    batch: int,
+    length: int,
+    *,
+    kind: Kind = "tpu",
+    modules: bool = True,
 ) -> Memory:
-    """Bytes a device of one update: AdamW, all of a layer worked out again but its
-    attention, one pass over the batch.
+    """Bytes a device of one update: AdamW, all of a layer worked out again but its attention, one pass over the batch.
 
-    Activations are each layer's saved input and attention, and one layer at work. Workspace is one layer's weights
-    gathered with their gradient, embedding and head gathered with their gradients, and a chunk of logits with softmax
-    and gradient in float32.
+    Weights are cast to what is computed in before anything else, and this copy of the layers, the gradient to it and
+    the layers' activations are there at once while the backward pass goes through the layers. Only the optimizer makes
+    a number of the gradient float32, where it uses it. Activations are each layer's saved input and attention, and one
+    layer at work. Workspace is one layer's weights gathered with their gradient, embedding and head gathered with
+    their gradients, and a chunk of logits with softmax and gradient in float32.
 
     Differs by the compiler. Of a dense model XLA:GPU has scores half as often, which it fuses, and reuses what a layer
-    worked on for the head. Where experts are gathered, it keeps a second copy of their whole stacks, and of the saved
-    attention, in the layout in which it sends them. `tests/tools/test_compile_gpus.py` holds both.
+    worked on for the head. Where experts are gathered, it keeps a second copy of the saved attention, in the layout in
+    which it sends it. `tests/tools/test_compile_gpus.py` holds both.
+
+    Args:
+        config: the architecture.
+        state: dtypes.
+        sizes: of the mesh.
+        batch: sequences.
+        length: tokens of each.
+        kind: of chip.
+        modules: whether MTP modules run; their weights, gradient and moments there are all the same.
     """
     number = arithmetic.number_bytes(state.compute)
     tokens = math.ceil(batch * length / sizes.over(("data", "fsdp", "expert", "context")))
-    a, layers = config.attention, config.num_hidden_layers + config.num_nextn_predict_layers
+    a, layers = config.attention, config.num_hidden_layers + config.num_nextn_predict_layers * modules
     value = a.v_head_dim if isinstance(a, MLAConfig) else a.head_dim
     heads = layers * tokens * config.num_attention_heads * value / sizes.tensor * number
     saved = layers * tokens * config.hidden_size * number + heads
@@ -393,13 +419,12 @@ def train_memory(
         pieces["scores"] //= 2
         head = max(0, head - layer - _live(pieces))
     elif kind == "gpu" and sizes.fsdp * sizes.context > 1:
-        routed = (group for group in _groups(config, state.compute, "train") if group.routed)
-        saved += heads + sum(group.nbytes / sizes.over(group.cut) for group in routed)
+        saved += heads
     return Memory(
         weights=_weights_a_device(config, state.weights, "train", sizes),
         optimizer=2 * arithmetic.number_bytes(state.moments) * trained,
         gradient=number * trained,
-        computed=number * trained,
+        computed=0 if state.compute == state.weights else number * trained,
         activations=math.ceil(saved) + _live(pieces),
         workspace=math.ceil(layer + head),
     )
@@ -484,9 +509,43 @@ def _decode_activations(config: ModelConfig, sizes: Sizes, batch: int, context: 
     return math.ceil(scores + 2 * rows * (3 * D + 2 * N * width / sizes.tensor) + experts)
 
 
+def transfer_memory(
+    config: ModelConfig, state: StateDTypes, sizes: Sizes, rollout: Sizes, *, kind: Kind = "tpu"
+) -> Memory:
+    """Bytes a device of the call that lays the trained weights out for sampling, beside what it is not given.
+
+    Workspace is the cast weights in the layout that they come from; on GPUs, which start all exchanges before they
+    wait for the first, what arrives in between as well.
+    """
+    cast = _weights_a_device(_sampled(config), state.compute, "train", sizes)
+    return Memory(
+        weights=_weights_a_device(config, state.weights, "train", sizes),
+        serving=_weights_a_device(config, state.compute, "serve", rollout),
+        workspace=cast * (2 if kind == "gpu" else 1),
+    )
+
+
+def scoring_memory(config: ModelConfig, state: StateDTypes, sizes: Sizes, batch: int, length: int) -> Memory:
+    """Bytes a device of the reference's log-probs of a batch: one forward pass, of which nothing is saved.
+
+    The trained weights and their moments, which it does not read, are not among them.
+    """
+    number = arithmetic.number_bytes(state.compute)
+    tokens = math.ceil(batch * length / sizes.over(("data", "fsdp", "expert", "context")))
+    pieces = layer_activations(config, tokens, length, sizes, "train", number=number)
+    layer, head = _gathered_to_train(config, sizes, number)
+    logits = 2 * 4 * min(_LOGITS, tokens * config.vocab_size / sizes.tensor)
+    return Memory(
+        weights=0,
+        reference=_weights_a_device(config, state.compute, "train", sizes),
+        activations=math.ceil(_live(pieces) / 2),
+        workspace=math.ceil((layer + head) / 2 + logits),
+    )
+
+
 def grpo_memory(
     config: ModelConfig,
-    dtype: DType,
+    state: StateDTypes,
     sizes: Sizes,
     rollout: Sizes,
     batch: int,
@@ -494,34 +553,55 @@ def grpo_memory(
     *,
     multiple: int = 1,
     kind: Kind = "tpu",
-) -> tuple[Memory, Memory]:
-    """Bytes a device of the two phases of a step, update and rollout.
+) -> dict[str, Memory]:
+    """Bytes a device of each phase of a step: transfer, rollout, scoring, update.
 
-    Weights, moments and the reference's weights stay through both. Rollouts add a copy of the weights laid out for
-    serving, the cache and what serving works on; the update adds gradient and activations.
+    Trained weights, moments and the reference's weights, these as they are computed with, stay through all. A rollout
+    has a copy of the weights laid out for serving, which the transfer makes and which is gone when samples are scored,
+    the cache and what serving works on; the update gradient and activations.
     """
-    update = train_memory(config, dtype, sizes, batch, length, kind=kind)
-    update = dataclasses.replace(update, reference=update.weights)
-    sampling = serve_memory(config, dtype, rollout, batch, length, multiple=multiple)
-    sampling = dataclasses.replace(
-        sampling,
-        weights=update.weights + sampling.weights,
-        reference=update.reference,
-        optimizer=update.optimizer,
-    )
-    return update, sampling
+    update = train_memory(config, state, sizes, batch, length, kind=kind, modules=False)
+    kept = {
+        "weights": update.weights,
+        "optimizer": update.optimizer,
+        "reference": _weights_a_device(config, state.compute, "train", sizes),
+    }
+    serve = serve_memory(config, state.compute, rollout, batch, length, multiple=multiple)
+    phases = {
+        "transfer": transfer_memory(config, state, sizes, rollout, kind=kind),
+        "rollout": dataclasses.replace(serve, serving=serve.weights),
+        "scoring": scoring_memory(config, state, sizes, batch, length),
+        "update": update,
+    }
+    return {name: dataclasses.replace(memory, **kept) for name, memory in phases.items()}
+
+
+def rollout_sizes(config: ModelConfig, devices: int) -> Sizes:
+    """The mesh that a run samples on unless it is told otherwise: `model.transfer.serving_layout`."""
+    most = serving_sizes(config, devices)["tensor"]
+    tried = (Sizes(**serving_sizes(config, devices, tensor=of)) for of in reversed(_divisors(most)))
+    return next(sizes for sizes in tried if divides(config, "serve", sizes))
+
+
+def _sampled(config: ModelConfig) -> ModelConfig:
+    """Without the MTP modules, which sampling leaves out."""
+    return dataclasses.replace(config, num_nextn_predict_layers=0)
 
 
 def memory_at(plan: Plan, config: ModelConfig, chip: Chip, batch: int, context: int) -> Memory:
-    """What a plan's mesh holds a device with another batch and context; of GRPO's two phases the fuller."""
+    """What a plan's mesh holds a device with another batch and context; of GRPO's phases the fullest."""
     sizes, multiple = Sizes(**plan.mesh), _multiple(chip)
     if plan.workload == "serve":
         return serve_memory(config, plan.dtype, sizes, batch, context, multiple=multiple)
     if plan.workload == "train":
         return train_memory(config, state_of(plan.dtype, plan.moments), sizes, batch, context, kind=chip.kind)
     rollout = Sizes(**plan.rollout_mesh)
-    phases = grpo_memory(config, plan.dtype, sizes, rollout, batch, context, multiple=multiple, kind=chip.kind)
-    return max(phases, key=lambda memory: memory.total)
+    state = state_of(plan.dtype, plan.moments)
+    return _fullest(grpo_memory(config, state, sizes, rollout, batch, context, multiple=multiple, kind=chip.kind))
+
+
+def _fullest(phases: dict[str, Memory]) -> Memory:
+    return max(phases.values(), key=lambda memory: memory.total)
 
 
 def _multiple(chip: Chip) -> int:
@@ -685,6 +765,7 @@ class _Option(NamedTuple):
     rollout: Sizes | None
     batch: int
     memory: Memory
+    phases: dict[str, Memory] | None = None
 
 
 def _on_slice(task: _Task, chips: int) -> Plan | None:
@@ -730,6 +811,7 @@ def _plan_of(task: _Task, chips: int, option: _Option, speed: tuple[Seconds, flo
         fits=option.memory.total <= task.limit,
         tight=weights_share(task.config, task.chip, chips, task.kept) > TIGHT,
         memory=option.memory,
+        phases=option.phases,
         hbm=task.hbm,
         limit=task.limit,
         seconds=seconds,
@@ -783,14 +865,12 @@ def _train_options(task: _Task, devices: int) -> Iterator[_Option]:
 
 
 def _grpo_options(task: _Task, devices: int) -> Iterator[_Option]:
-    # beside the training state, sampling has to make do with the least memory; one mesh there always is: all `data`
-    weights = lambda sizes: _weights_a_device(task.config, task.dtype, "serve", sizes)
-    rollout = min(meshes(task.config, "serve", devices), key=weights)
+    rollout = rollout_sizes(task.config, devices)
     for option in _train_options(task, devices):
         sizes, context = (option.sizes, rollout), task.context
         form = {"multiple": task.multiple, "kind": task.chip.kind}
-        phases = grpo_memory(task.config, task.dtype, *sizes, option.batch, context, **form)
-        yield option._replace(rollout=rollout, memory=max(phases, key=lambda memory: memory.total))
+        phases = grpo_memory(task.config, task.state, *sizes, option.batch, context, **form)
+        yield option._replace(rollout=rollout, memory=_fullest(phases), phases=phases)
 
 
 def _speed(task: _Task, option: _Option) -> tuple[Seconds, float]:
