@@ -1,5 +1,6 @@
 """Where arrays lie on a mesh: one table from logical axes, of weights and activations, to the axes of the mesh."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,16 +67,24 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
         ValueError: an unknown axis, a size below 1, sizes that do not multiply to the number of devices, or a number
             of slices that does not divide `data`.
     """
+    devices = jax.devices() if devices is None else devices
+    return _mesh(_arranged(devices, _shape(sizes, len(devices))))
+
+
+def _shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
     unknown = sizes.keys() - set(AXES)
     if unknown:
         raise ValueError(f"mesh: got axis {min(unknown)!r}, wanted one of {', '.join(AXES)}")
     for axis, size in sizes.items():
         check_whole(f"mesh: {axis}", size)
-    devices = jax.devices() if devices is None else devices
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    if math.prod(shape) != len(devices):
-        raise ValueError(f"mesh: {' x '.join(map(str, shape))} does not make the {len(devices)} devices there are")
-    return Mesh(_arranged(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    if math.prod(shape) != devices:
+        raise ValueError(f"mesh: {' x '.join(map(str, shape))} does not make the {devices} devices there are")
+    return shape
+
+
+def _mesh(devices: np.ndarray) -> Mesh:
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _arranged(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
@@ -129,6 +138,18 @@ class Layout:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(get_args(known))}")
         if not 1 <= self.slack < math.inf:
             raise ValueError(f"slack: got {self.slack}, wanted 1 or more")
+
+    def serving(self, **sizes: int) -> "Layout":
+        """The same to serve, on a mesh of other sizes over the same devices in the same order.
+
+        The order stays, for one compiled call moves arrays between meshes whose devices have the same.
+
+        Raises:
+            ValueError: as `make_mesh` does.
+        """
+        devices = self.mesh.devices
+        mesh = _mesh(devices.reshape(_shape(sizes, devices.size)))
+        return dataclasses.replace(self, mesh=mesh, workload="serve", remat="nothing")
 
     def cut(self, axis: str | None) -> tuple[str, ...]:
         """The mesh axes that cut a logical axis."""

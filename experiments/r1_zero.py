@@ -22,7 +22,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,11 +39,12 @@ from deepseek_jax.checkpoint.fingerprint import fingerprint
 from deepseek_jax.checkpoint.folder import Model, lay_out, load_model, save_hf
 from deepseek_jax.checkpoint.owned import write_owned
 from deepseek_jax.cli import run
-from deepseek_jax.config import preset
+from deepseek_jax.config import ModelConfig, preset
 from deepseek_jax.evals.accuracy import Accuracy, greedy_accuracy
 from deepseek_jax.generate.engine import Generator, bucket
-from deepseek_jax.model.decoder import Decoder, split
-from deepseek_jax.model.precision import computed, dtype_of
+from deepseek_jax.model.decoder import Decoder, abstract_weights, split
+from deepseek_jax.model.precision import dtype_of
+from deepseek_jax.model.transfer import make_transfer, sampled_config, serving_layout
 from deepseek_jax.ops import metrics as ops_metrics
 from deepseek_jax.rewards.recipe import RewardConfig, Rewards, check_columns, rewards
 from deepseek_jax.rl.rollout import Prompt
@@ -183,6 +184,11 @@ class Config:
         mesh_expert: groups of devices that the experts are divided between; batches are cut by them as well.
         mesh_context: parts of every sequence, and of the weights' width.
         mesh_tensor: parts of heads, inner widths and vocabulary.
+        serve_expert: groups that whole experts are divided between, with serve_tensor, while samples are drawn: on a
+            mesh weights are moved to a layout of its own for that, in which none is gathered. None chooses what suits
+            the model; what is left of the devices are replicas.
+        serve_tensor: parts of heads, inner widths and vocabulary while samples are drawn; None chooses.
+        serve_unstacked: draw samples from layers one by one, also where --stacked: on GPUs faster, slower to compile.
         stacked: layers of one kind are one stack: a deep model compiles in the time of one layer.
         remat: what the backward pass works out again: nothing, whole layers, or all of a layer but its attention.
     """
@@ -215,6 +221,9 @@ class Config:
     mesh_expert: int = 1
     mesh_context: int = 1
     mesh_tensor: int = 1
+    serve_expert: int | None = None
+    serve_tensor: int | None = None
+    serve_unstacked: bool = False
     stacked: bool = False
     remat: Remat = "nothing"
 
@@ -225,18 +234,20 @@ QUICK_GRPO = {"steps": 8, "eval_every": 4, "save_every": 4}
 # how often it saves and reports. The model's name is free, but not its fingerprint. `steps` may be raised.
 NAMES = {"output", "model", "quick", "wandb_project", "wandb_offline"}
 PLACE = {"remat", "at_once", "profile_steps", *(f"mesh_{axis}" for axis in AXES)}
+PLACE |= {"serve_expert", "serve_tensor", "serve_unstacked"}
 INTERVALS = {"save_every", "eval_every", "samples_every"}
 # What may change too where numbers that were not finite ended the run: what such a run wants changed.
 REMEDIES = {"lr", "cold_start_lr", "skip_grad_norm"}
 
 
 class Setup(NamedTuple):
-    """What both stages work with."""
+    """What both stages work with. `to_sampler` lays weights out for the generator; they stay where they are too."""
 
     layout: Layout
     model: Model
     tokenizer: Tokenizer
     generator: Generator
+    to_sampler: Callable[[nnx.State], nnx.State]
     prompts: grain.DatasetIterator
     width: int
     held_out: list[Prompt]
@@ -274,7 +285,7 @@ def stages(config: Config, setup: Setup, base: str | None, start: float) -> None
     before = evaluate_once(config, setup, weights, "before")
     print(f"accuracy before GRPO: {before['accuracy']:.1%} +- {before['stderr']:.1%}")
     weights = reinforce(config, setup, weights, log, run_id)
-    after = evaluate(config, setup, weights)
+    after = evaluate(config, setup, setup.to_sampler(weights))
     print(f"accuracy after GRPO: {after.mean:.1%} +- {after.stderr:.1%}")
     log.close()
     save_model(config, setup, weights, run_id)
@@ -371,8 +382,17 @@ def prepare(config: Config, graded: Rewards) -> Setup:
     layout.check_batch(config.grpo.prompts_per_step * config.grpo.group_size // parts, width)
     if examples:
         layout.check_batch(config.cold_start_batch // config.grpo.micro_batches, example_width(examples))
-    generator = Generator(model.config, model.graphdef, layout=layout)
-    return Setup(layout, model, tokenizer, generator, prompts, width, held_out, examples, graded)
+    generator = make_sampler(config, model.config, layout)
+    to_sampler = make_transfer(generator.config, layout, generator.layout, dtype_of(config.grpo.dtype))
+    return Setup(layout, model, tokenizer, generator, to_sampler, prompts, width, held_out, examples, graded)
+
+
+def make_sampler(config: Config, architecture: ModelConfig, layout: Layout) -> Generator:
+    """The generator, in a layout of its own on the devices of training."""
+    given = {"expert": config.serve_expert, "tensor": config.serve_tensor, "unstacked": config.serve_unstacked}
+    serving = serving_layout(architecture, layout, **given)
+    sampled = sampled_config(architecture)
+    return Generator(sampled, abstract_weights(sampled, layout=serving)[0], layout=serving)
 
 
 class Asked(NamedTuple):
@@ -487,7 +507,7 @@ def cold_start(config: Config, setup: Setup, log: MetricLog) -> nnx.State:
 
     stage = Stage(name="cold_start", steps=steps, save_every=200, shown={"loss": "loss"})
     data = batches(setup.cold_start, size=config.cold_start_batch, seed=config.seed)
-    state = init_state(setup.model.weights, optimizer, setup.layout)
+    state = init_state(setup.model.weights, optimizer, setup.layout, donate=True)
     return run_stage(stage, state, data, step, folder=config.output, log=log).weights
 
 
@@ -504,6 +524,7 @@ def reinforce(config: Config, setup: Setup, weights: nnx.State, log: MetricLog, 
         width=setup.width,
         seed=config.seed,
         layout=setup.layout,
+        donate=True,
         alter_rewards=shuffled if config.control == "shuffled" else None,
         take_metrics=setup.rewards.take_metrics,
     )
@@ -524,10 +545,10 @@ def shuffle_rewards(rewards_PG: np.ndarray, step: int, *, seed: int) -> np.ndarr
 
 
 def evaluate(config: Config, setup: Setup, weights: nnx.State, most: int | None = None) -> Accuracy:
-    """Greedy accuracy on the held-out questions, or on the first `most` of them."""
+    """Greedy accuracy of weights in the sampler's layout on the held-out questions, or on the first `most` of them."""
     return greedy_accuracy(
         setup.generator,
-        computed(weights, dtype_of(config.grpo.dtype)),
+        weights,
         setup.tokenizer,
         setup.held_out[:most],
         max_new_tokens=config.grpo.max_new_tokens,
@@ -540,7 +561,7 @@ def evaluate_once(config: Config, setup: Setup, weights: nnx.State, name: str) -
     """An evaluation that a resumed run reads back instead of repeating."""
     path = config.output / f"accuracy_{name}.json"
     if not processes.on_main(path.exists):
-        found = evaluate(config, setup, weights)
+        found = evaluate(config, setup, setup.to_sampler(weights))
         processes.on_main(lambda: write_json(path, {"accuracy": found.mean, "stderr": found.stderr}))
     return processes.on_main(lambda: json.loads(path.read_text(encoding="utf-8")))
 

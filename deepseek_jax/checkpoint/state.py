@@ -5,6 +5,7 @@ import logging
 import math
 import os
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -119,7 +120,8 @@ class RunCheckpoints:
 
         Args:
             like: a tree of the same structure, shapes and dtypes. Its shardings decide where the arrays go, whatever
-                mesh they were saved from. A leaf may be a `jax.ShapeDtypeStruct` with a sharding, but for typed keys.
+                mesh they were saved from. It may be of `shapes`, or have leaves that are `jax.ShapeDtypeStruct` with a
+                sharding, but for typed keys.
             step: which checkpoint, for example `best()`; the newest by default.
 
         Raises:
@@ -161,6 +163,22 @@ class RunCheckpoints:
         self.close()
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What `RunCheckpoints.restore` has to know of an array; committed: whether it is bound to its devices."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    sharding: jax.sharding.Sharding
+    committed: bool
+
+
+def shapes(state: Any) -> Any:
+    """A state to restore into, without its arrays, so that these need not be there as well; typed keys stay."""
+    of = lambda leaf: leaf if _is_key(leaf) else Shape(leaf.shape, leaf.dtype, leaf.sharding, leaf.committed)
+    return jax.tree.map(of, state)
+
+
 def _score(metrics: dict[str, float]) -> float:
     return metrics["score"]
 
@@ -187,15 +205,15 @@ def _own(leaf: jax.Array) -> jax.Array:
     return jnp.copy(leaf) if on_cpu else leaf
 
 
-def _abstract(name: str, leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def _abstract(name: str, leaf: jax.Array | jax.ShapeDtypeStruct | Shape) -> jax.ShapeDtypeStruct:
     if leaf.sharding is None:
         raise ValueError(f"array {name}: got no sharding, wanted one, to know where to restore it to")
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def _placed(array: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+def _placed(array: jax.Array, like: jax.Array | jax.ShapeDtypeStruct | Shape) -> jax.Array:
     """The restored array as `like` is: a key, and free to follow other arguments of a jitted function to their mesh."""
-    if not isinstance(like, jax.Array):
+    if not isinstance(like, jax.Array | Shape):
         return array
     if not like.committed:  # Orbax commits every array to its devices
         array = jnp.asarray(np.asarray(array))

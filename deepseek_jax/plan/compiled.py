@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.transfer import serving_sizes
 from deepseek_jax.plan import arithmetic, planner, pod
 from deepseek_jax.plan.account import Account, Collective, account
 from deepseek_jax.plan.arithmetic import StateDTypes
@@ -218,13 +219,8 @@ def default_mesh(config: ModelConfig, step: Step, chips: int) -> dict[str, int]:
             return {"fsdp": chips // tensor, "tensor": tensor}
         expert = math.gcd(2 ** (2 * int(math.log2(chips)) // 3), moe.n_routed_experts)
         return {"expert": expert, "fsdp": chips // expert}
-    if moe is None:
-        tensor = math.gcd(chips, config.attention.num_key_value_heads)
-        return {"data": chips // tensor, "tensor": tensor}
-    spread = math.gcd(chips, moe.n_routed_experts)
-    # decoding reads every weight for few tokens, and cuts dense ones too; prefill would send more than it saves
-    tensor = math.gcd(16, spread, config.num_attention_heads) if step == "decode" else 1
-    return {"data": chips // spread, "expert": spread // tensor, "tensor": tensor}
+    # prefill would send more for dense weights that are cut than it saves
+    return serving_sizes(config, chips, tensor=1 if step == "prefill" and moe is not None else None)
 
 
 def trace(task: Task) -> pod.Program:

@@ -1,13 +1,17 @@
 """The least that chips have to send one another in a step, for the meshes and layouts of `sharding`.
 
 Tokens' rows to their experts and back, the weights that training keeps cut gathered where they run, forward and
-again backward, and their gradients summed. Nothing is counted for recomputation, for padding, or for activations cut
+again backward, and their gradients summed; and weights that move from the layout that they are trained in to the one
+that they are sampled in. Nothing is counted for recomputation, for padding, or for activations cut
 over `tensor` and `context`.
 """
 
+import dataclasses
 import math
 
+import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.decoder import abstract_weights
@@ -62,3 +66,35 @@ def moved_for_training(config: ModelConfig, layout: Layout, modules: bool, width
 
 def _of_others(chips: int) -> float:
     return (chips - 1) / chips
+
+
+def least_moved(config: ModelConfig, of: Layout, to: Layout, dtype: jnp.dtype) -> float:
+    """Bytes that a device has to be sent, on average, for weights to be in another layout too.
+
+    What it is to hold there, less what it holds of that already.
+
+    Args:
+        config: the architecture that is moved.
+        of, to: layouts on meshes of the same devices in the same order.
+        dtype: that travels.
+    """
+    _, like = abstract_weights(config, dtype, dataclasses.replace(to, stacked=False))
+    numbers: dict[tuple, float] = {}
+    total = 0.0
+    for _, leaf in nnx.to_flat_state(like):
+        value, axes = leaf.get_raw_value(), leaf.get_metadata()["axes"]
+        if (value.shape, axes) not in numbers:
+            numbers[value.shape, axes] = _missing(value.shape, of.sharding(*axes), to.sharding(*axes))
+        total += numbers[value.shape, axes] * value.dtype.itemsize
+    return total
+
+
+def _missing(shape: tuple[int, ...], of: NamedSharding, to: NamedSharding) -> float:
+    """Numbers of an array that a device holds in one sharding and not in the other, on average."""
+    held, wanted = of.devices_indices_map(shape), to.devices_indices_map(shape)
+    missing = 0
+    for device, parts in wanted.items():
+        pairs = [(range(n)[a], range(n)[b]) for a, b, n in zip(parts, held[device], shape, strict=True)]
+        shared = math.prod(max(0, min(a.stop, b.stop) - max(a.start, b.start)) for a, b in pairs)
+        missing += math.prod(len(a) for a, _ in pairs) - shared
+    return missing / len(wanted)

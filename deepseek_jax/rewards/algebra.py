@@ -19,6 +19,7 @@ _NORMALIZATION = NormalizationConfig(
 _LATEX = (LatexExtractionConfig(boxed_match_priority=0, normalization_config=_NORMALIZATION),)
 _PARSED = 4096
 _DIGITS = 20
+_WIDELY = 1e-3  # more than any rounding of an answer's numbers
 # Powers of numbers and brackets, negative and long powers, long numbers.
 _MAY_BE_SMALL = re.compile(r"[0-9)}]\s*\^|\^\s*\{?\s*(?:-|[0-9]{2})|0\.000|[0-9]{6}")
 
@@ -41,13 +42,15 @@ def algebra_equal(answer: str, gold: str) -> bool:
     Source: huggingface/math-verify 0.9.
     """
     right, got = _parsed(gold), _parsed(answer)
+    if _apart(got, right, _WIDELY):
+        return False  # as `verify` would say, after it has tried to simplify their difference
     if not verify(right, got, timeout_seconds=None, allow_set_relation_comp=True):
         return False
-    return not (_MAY_BE_SMALL.search(answer) or _MAY_BE_SMALL.search(gold)) or not _apart(got, right)
+    return not (_MAY_BE_SMALL.search(answer) or _MAY_BE_SMALL.search(gold)) or not _apart(got, right, float(TOLERANCE))
 
 
-def _apart(got: list, right: list) -> bool:
-    """Whether the first expressions have values, at one point of their variables, that are not the same."""
+def _apart(got: list, right: list, tolerance: float) -> bool:
+    """Whether the first expressions have values, at one point of their variables, that differ by this share of them."""
     if not (got and right and isinstance(got[0], Expr) and isinstance(right[0], Expr)):
         return False
     variables = sorted(got[0].free_symbols | right[0].free_symbols, key=str)
@@ -55,7 +58,7 @@ def _apart(got: list, right: list) -> bool:
     x, y = (expression.subs(point).evalf(_DIGITS) for expression in (got[0], right[0]))
     if not (x.is_number and y.is_number and x.is_finite and y.is_finite):
         return False
-    return bool(abs(x - y) > float(TOLERANCE) * max(abs(x), abs(y)))
+    return bool(abs(x - y) > tolerance * max(abs(x), abs(y)))
 
 
 def grade(pair: list[str]) -> bool:

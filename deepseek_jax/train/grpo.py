@@ -22,6 +22,7 @@ from deepseek_jax.generate.engine import Generator, Record, SamplingConfig
 from deepseek_jax.model.lora import ALL_LINEAR, LoRAConfig, merge
 from deepseek_jax.model.precision import Precision, cast, computed, dtype_of
 from deepseek_jax.model.scoring import check_routes
+from deepseek_jax.model.transfer import make_transfer
 from deepseek_jax.ops import metrics as ops_metrics
 from deepseek_jax.rewards.combine import CombinedReward
 from deepseek_jax.rl import entropy
@@ -315,11 +316,12 @@ class GRPOTrainer:
         config: settings.
         model: architecture and first weights, which become policy and reference.
         tokenizer: of prompts and completions.
-        generator: the sampler.
+        generator: the sampler, in a layout of its own or that of the model (`model.transfer.serving_layout`).
         reward: of texts and columns.
         width: columns of an update's rows, at least the longest prompt and completion; fixed, so that it compiles once.
         seed: of sampling.
-        layout: the one that the model was made with.
+        layout: the one that the model was made with, to train in.
+        donate: train the model's weights themselves: whoever gave them has them no longer (`first_state` takes them).
         alter_rewards: (rewards [P, G], step) to those that advantages are made of (controls: shuffling them, say).
         take_metrics: further numbers of a step, such as those of a grader.
     """
@@ -335,11 +337,13 @@ class GRPOTrainer:
         width: int,
         seed: int,
         layout: Layout = LOCAL,
+        donate: bool = False,
         alter_rewards: Callable[[np.ndarray, int], np.ndarray] | None = None,
         take_metrics: Callable[[], Mapping[str, float]] = dict,
     ):
         self.config, self.model, self.layout, self.lora = config, model, layout, config.lora
-        self._dtype = jnp.dtype(config.step_config.dtype)
+        self.donate, self._dtype = donate, jnp.dtype(config.step_config.dtype)
+        self._to_sampler = make_transfer(generator.config, layout, generator.layout, self._dtype)
         self.width, self.seed, self.alter, self.take_metrics = width, seed, alter_rewards, take_metrics
         self.optimizer = make_optimizer(config.adamw, self._updates)
         self.rate = schedule(config.adamw, self._updates)
@@ -377,7 +381,7 @@ class GRPOTrainer:
                 init_state(adapter, self.optimizer, self.layout), None, _counted(0), self._first_control()
             )
         reference = self._followed(weights, weights) if self.config.loss.beta else None
-        train = init_state(weights, self.optimizer, self.layout)
+        train = init_state(weights, self.optimizer, self.layout, donate=self.donate)
         return Reinforced(train, reference, _counted(0), self._first_control())
 
     def _first_control(self) -> jax.Array | None:
@@ -391,8 +395,11 @@ class GRPOTrainer:
         return train.weights if self.lora is None else merge(self.frozen, train.weights, self.lora)
 
     def policy(self, state: Reinforced) -> nnx.State:
-        """The weights that sample: the trained ones as they are computed in."""
-        return computed(self.trained(state), self._dtype)
+        """The weights that sample: the trained ones in the sampler's layout, as they are computed in.
+
+        With two layouts it is a copy, to be let go of before an update: that needs the room for its gradient.
+        """
+        return self._to_sampler(self.trained(state))
 
     def step(self, state: Reinforced, draw: Callable[[], Sequence[Prompt]], number: int) -> Learned:
         """One step: rollout and updates. `draw` gives the next prompts, and is asked again by dynamic sampling."""
@@ -435,7 +442,7 @@ class GRPOTrainer:
 
         Those that compare sampler and trainer are of the first update: later ones meet weights that have moved.
         """
-        policy = self.policy(state) if self.config.loss.corrects_sampler else None
+        policy = computed(self.trained(state), self._dtype) if self.config.loss.corrects_sampler else None
         parts = [self._scored(batch, state.reference, policy) for batch in self.batches(rollout, number)]
         train, control, first, total = state.train, state.entropy, {}, None
         for _ in range(self.config.num_iterations):
@@ -560,7 +567,7 @@ def run_grpo(
         prompts: endless batches of prompts, `prompts_per_step` each.
         folder: of the run.
         log: of the run.
-        evaluate: accuracy of weights on held-out questions, for every `eval_every` steps.
+        evaluate: accuracy of weights in the sampler's layout on held-out questions, for every `eval_every` steps.
 
     Returns:
         The state after the last step.

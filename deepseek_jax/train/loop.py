@@ -12,7 +12,7 @@ import grain
 import jax
 
 from deepseek_jax import processes
-from deepseek_jax.checkpoint.state import RunCheckpoints
+from deepseek_jax.checkpoint.state import RunCheckpoints, shapes
 from deepseek_jax.generate.engine import NonFiniteLogitsError
 from deepseek_jax.train.metrics import MetricLog, read_metrics
 from deepseek_jax.train.progress import Progress
@@ -100,6 +100,7 @@ def run_stage(
     ):
         done = 0
         if checkpoints.latest() is not None:
+            state = shapes(state)  # else there would be two of it for a while
             state, position, done = checkpoints.restore(state)
             data.set_state(position)
         if done >= stage.steps:

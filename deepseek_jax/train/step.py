@@ -79,16 +79,24 @@ class StepConfig:
             raise ValueError(f"micro_batches: got {self.micro_batches}, wanted at least 1")
 
 
-def init_state(weights: nnx.State, optimizer: optax.GradientTransformation, layout: Layout = LOCAL) -> TrainState:
-    """A state at step 0. The weights are copied: an update donates its input, and the caller keeps theirs."""
+def init_state(
+    weights: nnx.State, optimizer: optax.GradientTransformation, layout: Layout = LOCAL, *, donate: bool = False
+) -> TrainState:
+    """A state at step 0.
 
-    @jax.jit
+    Args:
+        weights: to begin with. An update donates its state, so that they are copied.
+        optimizer: for the moments.
+        layout: of both.
+        donate: take the weights themselves; whoever gave them has them no longer, and there is no second copy.
+    """
+
     def first(weights):
         params, _ = nnx.split_state(weights, nnx.Param, ...)
-        copied = jax.tree.map(jnp.copy, weights)
-        return layout.stored(TrainState(copied, optimizer.init(params), jnp.int32(0)))
+        own = weights if donate else jax.tree.map(jnp.copy, weights)
+        return layout.stored(TrainState(own, optimizer.init(params), jnp.int32(0)))
 
-    return first(weights)
+    return jax.jit(first, donate_argnums=0 if donate else ())(weights)
 
 
 def make_train_step(

@@ -17,7 +17,7 @@ import optax
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from deepseek_jax.checkpoint.state import RunCheckpoints
+from deepseek_jax.checkpoint.state import RunCheckpoints, shapes
 from deepseek_jax.config import preset
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.train.step import TrainState, init_state
@@ -64,6 +64,7 @@ def assert_same(found, wanted) -> None:
 def test_a_state_comes_back_bit_for_bit(checkpoints, state):
     checkpoints.save(41, state, POSITION)
     back, position, step = checkpoints.restore(jax.tree.map(jnp.zeros_like, state))
+    assert_same(checkpoints.restore(shapes(state))[0], state)
     assert (step, position) == (41, POSITION)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(back)} == {"bfloat16", "float32", "int32"}
     assert_same(back, state)
@@ -83,7 +84,7 @@ def test_an_array_comes_back_committed_to_a_device_only_where_it_was(checkpoints
     """One that is committed to a device cannot be an argument beside arrays on a mesh of several."""
     free, held = jnp.int32(1), jax.device_put(jnp.float32(2), jax.devices()[0])
     checkpoints.save(1, {"free": free, "held": held}, {})
-    back, _, _ = checkpoints.restore({"free": free, "held": held})
+    back, _, _ = checkpoints.restore(shapes({"free": free, "held": held}))
     assert (back["free"].committed, back["held"].committed) == (False, True)
 
 

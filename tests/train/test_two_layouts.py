@@ -1,0 +1,337 @@
+"""GRPO that trains in one layout and samples in another, on eight devices: the same as on one, and what it moves."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import traceback
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deepseek_jax.checkpoint.folder import Model
+from deepseek_jax.config import ModelConfig, preset
+from deepseek_jax.generate.engine import Generator
+from deepseek_jax.model.decoder import abstract_weights
+from deepseek_jax.model.layers import RouterBias
+from deepseek_jax.model.stacks import members, stacked
+from deepseek_jax.model.transfer import make_transfer, sampled_config, serving_layout, serving_sizes
+from deepseek_jax.plan.account import account
+from deepseek_jax.plan.exchange import least_moved
+from deepseek_jax.rewards.combine import combine
+from deepseek_jax.rl.loss import GRPOConfig
+from deepseek_jax.rl.rollout import Prompt
+from deepseek_jax.sharding import LOCAL, Layout, make_mesh
+from deepseek_jax.text.tokenizer import Tokenizer
+from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE
+from deepseek_jax.train.grpo import GRPOTrainer, GRPOTraining
+from tests.test_sharded_steps import CONFIGS, laid
+
+ROOT = Path(__file__).resolve().parents[2]
+DEVICES = 8
+TOKENIZER = Tokenizer.characters(ALPHABET, chat_template=TEMPLATE)
+SMALL = GRPOTraining(
+    steps=4,
+    prompts_per_step=4,
+    group_size=4,
+    max_new_tokens=8,
+    lr=1e-3,
+    warmup=1,
+    loss=GRPOConfig(beta=0.1),
+)
+# kind of model, how it is trained, and how it is sampled: sizes of meshes and what else is set
+LAYOUTS = {
+    "heads": ("mla", {"fsdp": 4, "expert": 2}, {"stacked": True, "remat": "layers"}, {"expert": 1, "tensor": 4}),
+    "experts": ("mla", {"fsdp": 4, "expert": 2}, {}, {"expert": 4, "tensor": 2}),
+    "apart": ("sparse", {"expert": 4, "context": 2}, {"stacked": True}, {"expert": 2, "tensor": 2, "unstacked": True}),
+    "dense": ("gqa", {"fsdp": 8}, {"stacked": True}, {"tensor": 4}),
+    "chosen": ("gqa", {"data": 2, "fsdp": 2, "tensor": 2}, {}, {}),
+}
+# Beside one device's: of log-probs, and of Adam's moments after an update, whose gradient is clipped to norm 1.
+LOGPROBS, MOMENTS = 2e-5, 2e-5
+
+
+def config_of(kind: str) -> ModelConfig:
+    return dataclasses.replace(CONFIGS[kind], max_position_embeddings=64)
+
+
+def digits(prompts, completions, completion_ids, **columns):
+    return [sum(ch.isdigit() for ch in c) / (1 + len(i)) for c, i in zip(completions, completion_ids, strict=True)]
+
+
+def prompts(count: int = 4) -> list[Prompt]:
+    tokens = lambda text: TOKENIZER.chat([{"role": "user", "content": text}])
+    return [Prompt(t, tokens(t), {}) for t in (f"{n}+{n + 1}=?" for n in range(count))]
+
+
+def layouts(name: str) -> tuple[str, Layout, Layout]:
+    kind, sizes, further, serve = LAYOUTS[name]
+    train = Layout(mesh=make_mesh(**sizes), **further)
+    return kind, train, serving_layout(config_of(kind), train, **serve)
+
+
+def trainer(kind: str, train: Layout = LOCAL, serve: Layout = LOCAL, **changes) -> GRPOTrainer:
+    graphdef, weights = laid(kind, train)
+    config = sampled_config(config_of(kind))
+    generator = Generator(config, abstract_weights(config, layout=serve)[0], layout=serve)
+    return GRPOTrainer(
+        dataclasses.replace(SMALL, **changes),
+        Model(config_of(kind), graphdef, weights),
+        TOKENIZER,
+        generator,
+        combine({"digits": digits}, {"digits": 1.0}),
+        width=32,
+        seed=3,
+        layout=train,
+    )
+
+
+def by_layer(weights: nnx.State, config: ModelConfig) -> dict[tuple, np.ndarray]:
+    found = {}
+    for path, leaf in nnx.to_flat_state(weights):
+        value = np.asarray(leaf.get_raw_value())
+        parts = value if path[0] == "stacks" else [value]
+        found |= dict(zip(members(path, config), parts, strict=True))
+    return found
+
+
+def assert_same_update(got: GRPOTrainer, wanted: GRPOTrainer) -> None:
+    config = got.model.config
+    states = [of.first_state() for of in (got, wanted)]
+    # a reference far away, that its share of the gradient is seen
+    apart = [state._replace(reference=jax.tree.map(lambda w: 1.1 * w, state.reference)) for state in states]
+    one, other = (of.step(state, prompts, 0) for of, state in zip((got, wanted), apart, strict=True))
+    assert len({tuple(c.tokens) for c in other.rollout.completions}) > 4
+    for mine, theirs in zip(one.rollout.completions, other.rollout.completions, strict=True):
+        np.testing.assert_array_equal(mine.tokens, theirs.tokens)
+        np.testing.assert_allclose(mine.logprobs, theirs.logprobs, rtol=0, atol=LOGPROBS)
+    moments = [by_layer(learned.state.train.moments[1][0].mu, config) for learned in (one, other)]
+    assert max(np.abs(m).max() for m in moments[1].values()) > 1e-3
+    for path, value in moments[1].items():
+        np.testing.assert_allclose(moments[0][path], value, rtol=0, atol=MOMENTS, err_msg=str(path))
+    assert abs(other.metrics["kl"]) > 1e-3 and other.metrics["grad_norm"] > 0.1
+    for name in ("loss", "kl", "grad_norm", "entropy", "reward", "sampling/sampling_logp_difference/max"):
+        assert one.metrics[name] == pytest.approx(other.metrics[name], rel=1e-4, abs=2e-5), name
+
+
+@contextmanager
+def copies_gone_before_updates(of: GRPOTrainer) -> Iterator[None]:
+    """Checks that nothing holds the sampler's copy of the weights once a rollout is over."""
+    copies, gone = [], []
+    transfer, learn = of._to_sampler, of.learn
+
+    def noted(weights):
+        moved = transfer(weights)
+        copies.extend(weakref.ref(leaf) for leaf in jax.tree.leaves(moved))
+        return moved
+
+    def looked_at(*arguments):
+        gone.extend(ref() is None for ref in copies)
+        return learn(*arguments)
+
+    of._to_sampler, of.learn = noted, looked_at
+    yield
+    assert gone and all(gone)
+
+
+# --- laws in a process with eight devices ----------------------------------------------------------
+
+
+def a_step_in_two_layouts_is_that_of_one_device():
+    kind, train, serve = layouts("heads")
+    of = trainer(kind, train, serve)
+    with copies_gone_before_updates(of):
+        assert_same_update(of, trainer(kind))
+
+
+def a_step_in_any_two_layouts_is_that_of_one_device():
+    for name in LAYOUTS:
+        kind, train, serve = layouts(name)
+        assert_same_update(trainer(kind, train, serve, updates_per_rollout=2), trainer(kind, updates_per_rollout=2))
+
+
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    found: list[str] = []
+    listen = lambda event, seconds, **_: found.append(event) if "backend_compile" in event else None
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def nothing_is_compiled_after_the_first_step():
+    kind, train, serve = layouts("heads")
+    of = trainer(kind, train, serve, dtype="bfloat16")
+    with compilations() as first:
+        state = of.step(of.first_state(), prompts, 0).state
+    with compilations() as later:
+        for number in (1, 2):
+            state = of.step(state, prompts, number).state
+    assert first and not later
+
+
+def weights_arrive_as_they_are():
+    """Bit for bit the cast of the masters, where the sampler's layout has them, from stacks and from single layers."""
+    for name in LAYOUTS:
+        kind, train, serve = layouts(name)
+        _, weights = laid(kind, train)
+        config = sampled_config(CONFIGS[kind])
+        for dtype in (jnp.float32, jnp.bfloat16):
+            moved = make_transfer(config, train, serve, dtype)(weights)
+            _, like = abstract_weights(config, dtype, serve)
+            assert jax.tree.structure(moved) == jax.tree.structure(like), name
+            for path, leaf in nnx.to_flat_state(moved):
+                value, want = leaf.get_raw_value(), dict(nnx.to_flat_state(like))[path].get_raw_value()
+                assert value.sharding.is_equivalent_to(want.sharding, value.ndim), path
+                assert value.dtype == (jnp.float32 if isinstance(leaf, RouterBias) else dtype), path
+            masters = by_layer(weights, CONFIGS[kind])
+            for path, value in by_layer(moved, config).items():
+                np.testing.assert_array_equal(value, masters[path].astype(value.dtype), err_msg=str(path))
+
+
+def single_layers_become_stacks():
+    train = Layout(mesh=make_mesh(fsdp=8))
+    serve = dataclasses.replace(train.serving(data=2, tensor=4), stacked=True)
+    moved = make_transfer(CONFIGS["gqa"], train, serve, jnp.dtype(jnp.float32))(laid("gqa", train)[1])
+    wanted = stacked(laid("gqa", train)[1], CONFIGS["gqa"], serve)
+    for one, other in zip(jax.tree.leaves(moved), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
+
+
+def what_is_moved_is_what_arithmetic_says():
+    for kind, sizes, serve, times in (
+        ("gqa", {"fsdp": 8}, {"data": 8}, 1.0),  # a gather
+        ("mla", {"fsdp": 8}, {"data": 8}, 1.0),
+        ("gqa", {"tensor": 8}, {"tensor": 8}, 0.0),  # lies there already
+        ("gqa", {"fsdp": 2, "tensor": 4}, {"data": 2, "tensor": 4}, 1.0),
+        ("mla", {"fsdp": 4, "expert": 2}, {"expert": 2, "tensor": 4}, None),
+        ("sparse", {"expert": 4, "context": 2}, {"data": 2, "expert": 2, "tensor": 2}, None),
+    ):
+        train = Layout(mesh=make_mesh(**sizes), stacked=True)
+        to, config = train.serving(**serve), sampled_config(CONFIGS[kind])
+        transfer = make_transfer(config, train, to, jnp.dtype(jnp.float32))
+        text = transfer.lower(abstract_weights(CONFIGS[kind], layout=train)[1]).compile().as_text()
+        sent = sum(of.bytes for of in account(text, train.mesh.shape).collectives)
+        least = least_moved(config, train, to, jnp.dtype(jnp.float32))
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(laid(kind, LOCAL)[1]))
+        assert (least > held / 100) == (times != 0), (kind, serve)
+        print(
+            f"{kind} {sizes} to {serve}: sends {sent} bytes a device, {sent / max(least, 1):.2f} of the least",
+            file=sys.stderr,
+        )
+        if times is None:  # XLA goes by way of more than one collective
+            assert least <= sent <= 3 * least, (kind, serve, sent / least)
+        else:
+            assert sent == pytest.approx(times * least, rel=1e-6), (kind, serve)
+
+
+QUICK = [a_step_in_two_layouts_is_that_of_one_device, single_layers_become_stacks]
+THOROUGH = [
+    a_step_in_any_two_layouts_is_that_of_one_device,
+    nothing_is_compiled_after_the_first_step,
+    weights_arrive_as_they_are,
+    what_is_moved_is_what_arithmetic_says,
+]
+
+
+def run_laws(*laws: str) -> None:
+    """In the process with eight devices: prints what went wrong with each law, as JSON."""
+    assert jax.device_count() == DEVICES
+    found = {}
+    for law in laws:
+        try:
+            globals()[law]()
+            found[law] = ""
+        except Exception:  # told to the process that asked, whatever it is
+            found[law] = traceback.format_exc()
+    print(json.dumps(found))
+
+
+def found_of(laws) -> dict[str, str]:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
+    code = "import sys; from tests.train.test_two_layouts import run_laws; run_laws(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, *(law.__name__ for law in laws)]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
+    print(child.stderr)
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def quick() -> dict[str, str]:
+    return found_of(QUICK)
+
+
+@pytest.mark.parametrize("law", [law.__name__ for law in QUICK])
+def test_on_eight_devices(law, quick):
+    assert quick[law] == "", quick[law]
+
+
+@pytest.fixture(scope="module")
+def thorough() -> dict[str, str]:
+    return found_of(THOROUGH)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("law", [law.__name__ for law in THOROUGH])
+def test_on_eight_devices_at_length(law, thorough):
+    assert thorough[law] == "", thorough[law]
+
+
+# --- what a model is sampled on --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "given", "wanted"),
+    [
+        ("r1-671b", 512, {}, {"data": 2, "expert": 16, "tensor": 16}),
+        ("r1-671b", 64, {}, {"data": 1, "expert": 4, "tensor": 16}),
+        ("r1-671b", 64, {"tensor": 1}, {"data": 1, "expert": 64, "tensor": 1}),
+        ("r1-671b", 64, {"expert": 8}, {"data": 1, "expert": 8, "tensor": 8}),
+        ("v2-lite", 16, {}, {"data": 1, "expert": 1, "tensor": 16}),
+        ("distill-qwen-32b", 16, {}, {"data": 2, "expert": 1, "tensor": 8}),
+        ("distill-qwen-1.5b", 8, {}, {"data": 4, "expert": 1, "tensor": 2}),
+        ("distill-qwen-1.5b", 8, {"tensor": 1}, {"data": 8, "expert": 1, "tensor": 1}),
+    ],
+)
+def test_the_mesh_to_sample_on_suits_the_model(name, devices, given, wanted):
+    assert serving_sizes(preset(name), devices, **given) == wanted
+
+
+@pytest.mark.parametrize(("given", "message"), [({"tensor": 3}, "tensor 3"), ({"expert": 16}, "expert 16")])
+def test_sizes_that_do_not_divide_the_devices_are_refused(given, message):
+    with pytest.raises(ValueError, match=f"{message}.* do not divide the 8 devices"):
+        serving_sizes(preset("r1-671b"), 8, **given)
+
+
+def test_without_a_mesh_weights_are_the_very_same_arrays():
+    _, weights = laid("gqa", LOCAL)
+    assert serving_layout(CONFIGS["gqa"], LOCAL) == LOCAL
+    moved = make_transfer(CONFIGS["gqa"], LOCAL, LOCAL, jnp.dtype(jnp.float32))(weights)
+    assert all(one is other for one, other in zip(jax.tree.leaves(moved), jax.tree.leaves(weights), strict=True))
+    with pytest.raises(ValueError, match="tensor 2 do not divide the one device"):
+        serving_layout(CONFIGS["gqa"], LOCAL, tensor=2)
+
+
+def test_weights_that_are_given_up_are_trained_themselves():
+    kept = trainer("gqa")
+    given = trainer("gqa")
+    given.model = given.model._replace(weights=jax.tree.map(jnp.copy, given.model.weights))
+    given.donate = True
+    leaves, states = jax.tree.leaves(given.model.weights), [kept.first_state(), given.first_state()]
+    assert all(leaf.is_deleted() for leaf in leaves)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(kept.model.weights))
+    for one, other in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(one, other)
