@@ -386,15 +386,16 @@ def train_memory(
 ) -> Memory:
     """Bytes a device of one update: AdamW, all of a layer worked out again but its attention, one pass over the batch.
 
-    Weights are cast to what is computed in before anything else, and this copy of the layers, the gradient to it and
-    the layers' activations are there at once while the backward pass goes through the layers. Only the optimizer makes
-    a number of the gradient float32, where it uses it. Activations are each layer's saved input and attention, and one
-    layer at work. Workspace is one layer's weights gathered with their gradient, embedding and head gathered with
-    their gradients, and a chunk of logits with softmax and gradient in float32.
+    Weights are cast to what is computed in before anything else; this copy, and a gradient in the same dtype, are there
+    at once. Only where the optimizer uses it is a number of the gradient made float32. Activations are each layer's
+    saved input and attention, and one layer at work. Workspace is one layer's weights gathered with their gradient,
+    embedding and head gathered with their gradients, and a chunk of logits with softmax and gradient in float32.
 
-    Differs by the compiler. Of a dense model XLA:GPU has scores half as often, which it fuses, and reuses what a layer
-    worked on for the head. Where experts are gathered, it keeps a second copy of the saved attention, in the layout in
-    which it sends it. `tests/tools/test_compile_gpus.py` holds both.
+    Differs by the compiler. XLA:GPU has the fuller of two moments: logits are worked on before the layers have a
+    gradient; and while the layers are gone back through, the cast embedding and head are gone, and the embedding has no
+    gradient yet. Of a dense model it has scores half as often, which it fuses. Where experts are gathered, it keeps a
+    second copy of the saved attention, in the layout in which it sends it. `tests/tools/test_compile_gpus.py` and
+    `tests/tools/test_compile_pod.py` hold both compilers.
 
     Args:
         config: the architecture.
@@ -417,17 +418,28 @@ def train_memory(
     head += 3 * 4 * min(_LOGITS, tokens * config.vocab_size / sizes.tensor)
     if kind == "gpu" and config.moe is None:
         pieces["scores"] //= 2
-        head = max(0, head - layer - _live(pieces))
     elif kind == "gpu" and sizes.fsdp * sizes.context > 1:
         saved += heads
-    return Memory(
+    copied = 0 if state.compute == state.weights else 1
+    kept = Memory(
         weights=_weights_a_device(config, state.weights, "train", sizes),
         optimizer=2 * arithmetic.number_bytes(state.moments) * trained,
         gradient=number * trained,
-        computed=0 if state.compute == state.weights else number * trained,
+        computed=copied * number * trained,
         activations=math.ceil(saved) + _live(pieces),
         workspace=math.ceil(layer + head),
     )
+    if kind == "tpu":
+        return kept
+    table = number * config.hidden_size * config.vocab_size // sizes.over(("tensor", "fsdp", "context"))
+    tables = 1 if config.tie_word_embeddings else 2
+    logits = {"gradient": table, "activations": math.ceil(saved), "workspace": math.ceil(head)}
+    layers = {
+        "gradient": kept.gradient - (tables - 1) * table,
+        "computed": kept.computed - copied * tables * table,
+        "workspace": math.ceil(layer),
+    }
+    return max((dataclasses.replace(kept, **of) for of in (logits, layers)), key=lambda memory: memory.total)
 
 
 def _gathered_to_train(config: ModelConfig, sizes: Sizes, number: int) -> tuple[float, float]:

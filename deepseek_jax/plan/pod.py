@@ -13,6 +13,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.generate.engine import Generator, SamplingConfig
 from deepseek_jax.model.cache import abstract_cache
 from deepseek_jax.model.decoder import abstract_weights
+from deepseek_jax.model.transfer import make_transfer, sampled_config
 from deepseek_jax.rl.batch import Batch
 from deepseek_jax.rl.objective import grpo_objective
 from deepseek_jax.sharding import Layout
@@ -23,12 +24,13 @@ from deepseek_jax.train.step import MaskedBatch, Objective, TrainState, init_sta
 
 
 class Program(NamedTuple):
-    """A traced step, and the shapes and shardings of what it is given."""
+    """A traced step, and the shapes and shardings of what it is given, and of the weights that a sync gives."""
 
     traced: jax.stages.Traced
     weights: nnx.State
     moments: Any = ()
     cache: Any = ()
+    serving: Any = ()
 
     def lower(self, *platforms: str) -> jax.stages.Lowered:
         """For the devices of its mesh, or for platforms such as "cuda" that need no device and no compiler."""
@@ -91,6 +93,14 @@ def trace_grpo(config: ModelConfig, layout: Layout, batch: int, context: int, se
     objective = partial(grpo_objective, config=settings.loss, temperature=settings.temperature)
     like = Batch(*_of_tokens(batch, context, np.int32, np.int32, bool, np.float32, np.float32, np.float32))
     return _trace_update(config, layout, objective, like, settings, ("indexer", "mtp"))
+
+
+def trace_sync(config: ModelConfig, layout: Layout, serving: Layout, dtype: jnp.dtype) -> Program:
+    """The call that lays weights out for sampling: `GRPOTrainer.policy` of a step."""
+    _, weights = abstract_weights(config, jnp.float32, layout)
+    sampled = sampled_config(config)
+    transfer = make_transfer(sampled, layout, serving, dtype)
+    return Program(transfer.trace(weights), weights, serving=abstract_weights(sampled, dtype, serving)[1])
 
 
 def _trace_update(

@@ -11,6 +11,7 @@ from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.config import MLAConfig, preset
 from deepseek_jax.generate.engine import Generator
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
+from deepseek_jax.model.transfer import serving_layout
 from deepseek_jax.plan import arithmetic, compiled, planner
 from deepseek_jax.plan.compiled import Task
 from deepseek_jax.rewards.combine import combine
@@ -41,7 +42,8 @@ def layout() -> Layout:
 
 
 def task(step="grpo", **changes) -> Task:
-    return Task(config=CONFIG, layout=layout(), step=step, batch=8, context=WIDTH, **changes)
+    serving = serving_layout(CONFIG, layout()) if step == "sync" else None
+    return Task(config=CONFIG, layout=layout(), step=step, batch=8, context=WIDTH, serving=serving, **changes)
 
 
 def trainer(settings: GRPOTraining) -> GRPOTrainer:
@@ -49,7 +51,8 @@ def trainer(settings: GRPOTraining) -> GRPOTrainer:
     graphdef, _ = abstract_weights(CONFIG, layout=layout())
     weights = jax.jit(lambda: split(Decoder(CONFIG, rngs=nnx.Rngs(0), layout=layout()))[1])()
     model, tokenizer = Model(CONFIG, graphdef, weights), Tokenizer.characters(ALPHABET, chat_template=TEMPLATE)
-    generator = Generator(CONFIG, graphdef, layout=layout())
+    serving = serving_layout(CONFIG, layout())
+    generator = Generator(CONFIG, abstract_weights(CONFIG, layout=serving)[0], layout=serving)
     reward = combine({"length": lambda prompts, completions, **_: list(map(len, completions))}, {"length": 1.0})
     return GRPOTrainer(settings, model, tokenizer, generator, reward, width=WIDTH, seed=0, layout=layout())
 
@@ -68,6 +71,21 @@ def test_the_update_that_is_compiled_is_the_one_that_runs(dtype, moments):
     shapes = lambda traced: jax.tree.map(lambda info: (info.shape, info.dtype), traced.args_info)
     assert shapes(traced) == shapes(ran)
     assert str(traced.jaxpr) == str(ran.jaxpr)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_the_sync_that_is_compiled_is_the_one_that_runs(dtype):
+    mine = task("sync", dtype=dtype)
+    of = trainer(dataclasses.replace(mine.settings, prompts_per_step=2, group_size=4, max_new_tokens=9))
+    state, program = of.first_state(), compiled.trace(mine)
+    ran = of._to_sampler.trace(state.train.weights)
+    assert str(program.traced.jaxpr) == str(ran.jaxpr)
+    found = of.policy(state)
+    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert shapes(program.serving) == shapes(found)
+    planned = planner.transfer_memory(CONFIG, mine.state, planner.Sizes(), planner.Sizes())
+    assert planned.serving == compiled._on_a_chip(program.serving)
+    assert planned.weights == compiled._on_a_chip(program.weights)
 
 
 def test_settings_are_a_runs_own():

@@ -15,11 +15,27 @@ from tools.plan import main, read_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {
-    *("model", "workload", "dtype", "chip", "chips", "slice", "mesh", "rollout_mesh", "batch", "context"),
+    *(
+        "model",
+        "workload",
+        "dtype",
+        "moments",
+        "phases",
+        "chip",
+        "chips",
+        "slice",
+        "mesh",
+        "rollout_mesh",
+        "batch",
+        "context",
+    ),
     *("fits", "tight", "memory", "hbm", "limit", "seconds", "bound", "tokens_per_second"),
     *("prefill_tokens_per_second", "assumed", "weights_share", "rule_of_thumb", "commands"),
 }
-KINDS = {"weights", "reference", "optimizer", "gradient", "cache", "activations", "workspace", "total"}
+KINDS = {
+    *("weights", "reference", "optimizer", "gradient", "computed", "serving", "cache", "activations", "workspace"),
+    "total",
+}
 
 
 @pytest.fixture
@@ -119,8 +135,16 @@ def test_a_plan_says_which_command_runs_it(call):
     run = found["commands"]["run"]
     assert run.startswith("python experiments/r1_zero.py --model FOLDER --data FILE --mesh-")
     assert all(f" --mesh-{axis} {size} " in run for axis, size in mesh.items())
+    sampling = found["rollout_mesh"]
+    assert f" --serve-expert {sampling['expert']} --serve-tensor {sampling['tensor']} --stacked " in run
+    assert f" --dtype bfloat16 --moments float32 --prompts-per-step {found['batch'] // 16} --group-size 16 " in run
+    assert found["phases"].keys() == {"transfer", "rollout", "scoring", "update"}
+    assert max(each["total"] for each in found["phases"].values()) == found["memory"]["total"]
+    text = call("v2-lite", "--chip", "v6e", "--chips", 16, "--workload", "grpo", "--moments", "bfloat16")[1]
+    assert all(word in text for word in ("transfer", "rollout", "scoring", "update", "of its memory", "serving"))
+    assert " --moments bfloat16 --prompts-per-step " in text and text.count("--moments bfloat16") == 2
     assert f"--topology v6e:4x4 --step grpo --batch {found['batch']} " in found["commands"]["compile"]
-    assert [each.split(":")[0] for each in found["commands"]["missing"]] == ["a second layout to sample in"]
+    assert found["commands"]["missing"] == []
     text = call("--chip", "h100")[1]
     assert "generate.py" in text and "nothing yet" in text
 
