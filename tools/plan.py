@@ -199,7 +199,8 @@ def _phases(found: Plan) -> Table:
 def _commands(known: dict) -> list[str]:
     lines = [f"run by        {known['run'] or 'no command yet: an estimate'}"]
     lines += [f"missing       {what}" for what in known["missing"]]
-    return [*lines, f"compiled by   {known['compile']}"] if known["compile"] else lines
+    compiled = [known["compile"], *known["compile_also"]] if known["compile"] else []
+    return lines + [f"compiled by   {line}" for line in compiled]
 
 
 def _verdict(found: Plan) -> str:

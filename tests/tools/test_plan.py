@@ -154,12 +154,14 @@ def test_the_commands_of_a_plan_parse(call):
     train = json.loads(call("v2-lite", "--chip", "v7x", "--workload", "train", "--json")[1])["commands"]
     assert train["run"] is None and "fine-tunes" in train["missing"][0]
     grpo = json.loads(call("v2-lite", "--chip", "h100", "--workload", "grpo", "--json")[1])["commands"]
-    programs = (("experiments.r1_zero", grpo["run"]), ("tools.compile_pod", train["compile"]))
-    for module, line in programs:
+    lines = [train["compile"], grpo["compile"], *grpo["compile_also"]]
+    assert [line.split("--step ")[1].split()[0] for line in lines] == ["train", "grpo", "sync", "decode"]
+    programs = [("experiments.r1_zero", [grpo["run"]]), ("tools.compile_pod", lines)]
+    for module, lines in programs:
         command = [sys.executable, "-m", module, "--help"]
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
         shown = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=120).stdout
-        for option in (word for word in line.split() if word.startswith("--")):
+        for option in (word for word in " ".join(lines).split() if word.startswith("--")):
             assert option in shown, option
 
 
