@@ -87,7 +87,7 @@ def main(
     )
     serving = None
     if step == "sync":
-        serving = serving_layout(of_model, layout, **({} if serve_mesh is None else _parsed(serve_mesh)))
+        serving = serving_layout(of_model, layout, **_of_serving(serve_mesh))
     elif serve_mesh is not None:
         raise ValueError(f"serve_mesh: got {serve_mesh!r} to {step}, wanted it with --step sync alone; use --mesh")
     if batch is None:
@@ -123,6 +123,13 @@ def _parsed(mesh: str) -> dict[str, int]:
         if not size.isdecimal():
             raise ValueError(f"mesh: got {mesh!r}, wanted sizes of axes such as expert=64,fsdp=8")
         sizes[axis.strip()] = int(size)
+    return sizes
+
+
+def _of_serving(mesh: str | None) -> dict[str, int]:
+    sizes = {} if mesh is None else _parsed(mesh)
+    if unknown := sizes.keys() - {"expert", "tensor"}:
+        raise ValueError(f"serve_mesh: got axis {min(unknown)!r}, wanted expert or tensor; what is left is data")
     return sizes
 
 

@@ -121,6 +121,7 @@ def test_what_does_not_fit_says_so():
         ({"step": "train", "batch": 100}, "batch 100 is not divisible by mesh ax"),
         ({"preset": "r1"}, "preset: got 'r1'"),
         ({"serve_mesh": "tensor=8"}, "serve_mesh: got 'tensor=8' to decode, wanted it with --step sync alone"),
+        ({"step": "sync", "serve_mesh": "data=2"}, "serve_mesh: got axis 'data', wanted expert or tensor"),
         ({"step": "sync", "serve_mesh": "tensor=3"}, "mesh: expert 1 x tensor 3 do not divide the 64 devices"),
     ],
 )
