@@ -287,7 +287,7 @@ def planned_memory(task: Task) -> planner.Memory:
             task.config, task.state, sizes, planner.Sizes(**task.serving.mesh.shape), kind=kind
         )
     if task.step in TRAINED:
-        form = {"kind": kind, "modules": task.step == "train"}
+        form = {"kind": kind, "modules": task.step == "train", "micro_batches": task.micro_batches}
         return planner.train_memory(task.config, task.state, sizes, task.batch, task.context, **form)
     if task.step == "decode":
         memory = partial(planner.serve_memory, multiple=task.layout.lanes)

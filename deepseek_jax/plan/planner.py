@@ -383,11 +383,13 @@ def train_memory(
     *,
     kind: Kind = "tpu",
     modules: bool = True,
+    micro_batches: int = 1,
 ) -> Memory:
-    """Bytes a device of one update: AdamW, all of a layer worked out again but its attention, one pass over the batch.
+    """Bytes a device of one update: AdamW, all of a layer worked out again but its attention.
 
     Weights are cast to what is computed in before anything else; this copy, and a gradient in the same dtype, are there
-    at once. Only where the optimizer uses it is a number of the gradient made float32. Activations are each layer's
+    at once. Only where the optimizer uses it is a number of the gradient made float32, or where those of micro-batches
+    are added up: their sum is float32, and beside it there is no other. Activations are each layer's
     saved input and attention, and one layer at work. Workspace is one layer's weights gathered with their gradient,
     embedding and head gathered with their gradients, and a chunk of logits with softmax and gradient in float32.
 
@@ -405,9 +407,10 @@ def train_memory(
         length: tokens of each.
         kind: of chip.
         modules: whether MTP modules run; their weights, gradient and moments there are all the same.
+        micro_batches: parts of the batch, one after another.
     """
     number = arithmetic.number_bytes(state.compute)
-    tokens = math.ceil(batch * length / sizes.over(("data", "fsdp", "expert", "context")))
+    tokens = math.ceil(batch / micro_batches * length / sizes.over(("data", "fsdp", "expert", "context")))
     a, layers = config.attention, config.num_hidden_layers + config.num_nextn_predict_layers * modules
     value = a.v_head_dim if isinstance(a, MLAConfig) else a.head_dim
     heads = layers * tokens * config.num_attention_heads * value / sizes.tensor * number
@@ -424,7 +427,7 @@ def train_memory(
     kept = Memory(
         weights=_weights_a_device(config, state.weights, "train", sizes),
         optimizer=2 * arithmetic.number_bytes(state.moments) * trained,
-        gradient=number * trained,
+        gradient=(number if micro_batches == 1 else arithmetic.number_bytes(state.weights)) * trained,
         computed=copied * number * trained,
         activations=math.ceil(saved) + _live(pieces),
         workspace=math.ceil(layer + head),
@@ -433,9 +436,14 @@ def train_memory(
         return kept
     table = number * config.hidden_size * config.vocab_size // sizes.over(("tensor", "fsdp", "context"))
     tables = 1 if config.tie_word_embeddings else 2
-    logits = {"gradient": table, "activations": math.ceil(saved), "workspace": math.ceil(head)}
+    parted = micro_batches > 1
+    logits = {
+        "gradient": kept.gradient if parted else table,
+        "activations": math.ceil(saved),
+        "workspace": math.ceil(head),
+    }
     layers = {
-        "gradient": kept.gradient - (tables - 1) * table,
+        "gradient": kept.gradient if parted else kept.gradient - (tables - 1) * table,
         "computed": kept.computed - copied * tables * table,
         "workspace": math.ceil(layer),
     }
