@@ -200,13 +200,36 @@ class Layout:
 
     def rows(self, batch: Any) -> Any:
         """The arrays [B, ...] of a batch, cut by row, and those [B, T, ...] by position too."""
+        if self.mesh is None:
+            return batch
+        return jax.tree.map(jax.lax.with_sharding_constraint, batch, self.row_shardings(batch))
+
+    def put(self, batch: Any) -> Any:
+        """A batch on the devices of the mesh, cut as `rows` cuts it: each device receives its own part alone.
+
+        Every process holds the whole batch as NumPy arrays, and places what its devices are to have. Arrays that lie
+        there already stay. Without a mesh nothing is moved: a jitted step takes the batch as it is.
+
+        Args:
+            batch: a NamedTuple of arrays [B, ...], mask_BT among them.
+
+        Raises:
+            ValueError: the mesh does not divide the rows or their length.
+        """
+        if self.mesh is None:
+            return batch
+        self.check_batch(*batch.mask_BT.shape)
+        return jax.tree.map(_placed, batch, self.row_shardings(batch))
+
+    def row_shardings(self, batch: Any) -> Any:
+        """How `rows` lays each array of a batch out, on a layout with a mesh."""
         T = batch.mask_BT.shape[1]
 
-        def cut(a: jax.Array) -> jax.Array:
+        def of(a: Any) -> NamedSharding:
             by_position = ("sequence",) if a.ndim > 1 and a.shape[1] == T else (None,) * (a.ndim > 1)
-            return self.constrain(a, "batch", *by_position, *(None,) * (a.ndim - 2))
+            return self.sharding("batch", *by_position, *(None,) * (a.ndim - 2))
 
-        return jax.tree.map(cut, batch)
+        return jax.tree.map(of, batch)
 
     def check(self, config: ModelConfig) -> None:
         """Refuse a mesh that does not divide the model, before anything is compiled.
@@ -290,6 +313,12 @@ def weight_sharding(layout: Layout, shape: Sequence[int], axes: Sequence[str | N
             by = layout._named(layout.cut(axis))
             raise ValueError(f"{name}: axis {axis} of size {size} is not divisible by {by}")
     return layout.sharding(*axes)
+
+
+def _placed(value: np.ndarray | jax.Array, where: NamedSharding) -> jax.Array:
+    if isinstance(value, jax.Array):
+        return jax.device_put(value, where)
+    return jax.make_array_from_callback(value.shape, where, lambda part: value[part])
 
 
 def _move(value: jax.Array, used: NamedSharding, stored: NamedSharding) -> jax.Array:

@@ -30,6 +30,7 @@ from typing import Any, Literal, NamedTuple
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -43,8 +44,8 @@ from deepseek_jax.config import ModelConfig, preset
 from deepseek_jax.evals.accuracy import Accuracy, greedy_accuracy
 from deepseek_jax.generate.engine import Generator, bucket
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
-from deepseek_jax.model.precision import dtype_of
-from deepseek_jax.model.transfer import make_transfer, sampled_config, serving_layout
+from deepseek_jax.model.precision import Precision, computed, dtype_of
+from deepseek_jax.model.transfer import Transfer, sampled_config, serving_layout
 from deepseek_jax.ops import metrics as ops_metrics
 from deepseek_jax.rewards.recipe import RewardConfig, Rewards, check_columns, rewards
 from deepseek_jax.rl.rollout import Prompt
@@ -191,6 +192,7 @@ class Config:
         serve_unstacked: draw samples from layers one by one, also where --stacked: on GPUs faster, slower to compile.
         stacked: layers of one kind are one stack: a deep model compiles in the time of one layer.
         remat: what the backward pass works out again: nothing, whole layers, or all of a layer but its attention.
+        save_dtype: of the model's folder at the end; auto is that of the model to start from, and float32 without one.
     """
 
     output: Path = Path("runs/r1_zero")
@@ -226,13 +228,14 @@ class Config:
     serve_unstacked: bool = False
     stacked: bool = False
     remat: Remat = "nothing"
+    save_dtype: Precision = "auto"
 
 
 QUICK = {"cold_start_epochs": 4, "eval_questions": 64}
 QUICK_GRPO = {"steps": 8, "eval_every": 4, "save_every": 4}
 # What may change when a run goes on, because its weights do not depend on it: names, where and how it is computed, and
 # how often it saves and reports. The model's name is free, but not its fingerprint. `steps` may be raised.
-NAMES = {"output", "model", "quick", "wandb_project", "wandb_offline"}
+NAMES = {"output", "model", "quick", "wandb_project", "wandb_offline", "save_dtype"}
 PLACE = {"remat", "at_once", "profile_steps", *(f"mesh_{axis}" for axis in AXES)}
 PLACE |= {"serve_expert", "serve_tensor", "serve_unstacked"}
 INTERVALS = {"save_every", "eval_every", "samples_every"}
@@ -383,7 +386,7 @@ def prepare(config: Config, graded: Rewards) -> Setup:
     if examples:
         layout.check_batch(config.cold_start_batch // config.grpo.micro_batches, example_width(examples))
     generator = make_sampler(config, model.config, layout)
-    to_sampler = make_transfer(generator.config, layout, generator.layout, dtype_of(config.grpo.dtype))
+    to_sampler = Transfer(generator.config, layout, generator.layout, dtype_of(config.grpo.dtype))
     return Setup(layout, model, tokenizer, generator, to_sampler, prompts, width, held_out, examples, graded)
 
 
@@ -501,7 +504,7 @@ def cold_start(config: Config, setup: Setup, log: MetricLog) -> nnx.State:
     width = example_width(setup.cold_start)
 
     def step(state: TrainState, examples: Sequence, number: int) -> tuple[TrainState, Mapping[str, float]]:
-        state, metrics = update(state, sft_batch(examples, width=width))
+        state, metrics = update(state, setup.layout.put(sft_batch(examples, width=width)))
         rate = float(schedule(adamw, steps)(number))
         return state, ops_metrics.values(metrics) | {"learning_rate": rate}
 
@@ -568,9 +571,18 @@ def evaluate_once(config: Config, setup: Setup, weights: nnx.State, name: str) -
 
 def save_model(config: Config, setup: Setup, weights: nnx.State, run_id: str) -> None:
     """As a Hugging Face folder, in the place of the one that the run wrote when it had fewer steps."""
-    trained = setup.model._replace(weights=weights)
+    trained = setup.model._replace(weights=computed(weights, saved_dtype(config)))
     save = lambda target: save_hf(trained, target, source=config.model, tokenizer=setup.tokenizer.files)
     write_owned(config.output / "model", run=run_id, steps=config.grpo.steps, write=save)
+
+
+def saved_dtype(config: Config) -> jnp.dtype:
+    """What the model's folder is written in."""
+    if config.save_dtype != "auto" or config.model is None:
+        return jnp.dtype("float32" if config.save_dtype == "auto" else config.save_dtype)
+    values = json.loads((config.model / "config.json").read_text(encoding="utf-8"))
+    stored = values.get("dtype") or values.get("torch_dtype")
+    return jnp.dtype("bfloat16" if stored == "bfloat16" else "float32")
 
 
 def report(config: Config, setup: Setup, before: dict[str, float], after: Accuracy, seconds: float) -> None:

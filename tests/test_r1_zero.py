@@ -386,6 +386,26 @@ def test_a_base_whose_weights_changed_is_refused(tmp_path):
         r1_zero.check(dataclasses.replace(config, model=None))
 
 
+@pytest.mark.parametrize(
+    ("written", "asked", "wanted"),
+    [
+        ({"torch_dtype": "bfloat16"}, "auto", "bfloat16"),
+        ({"dtype": "bfloat16"}, "auto", "bfloat16"),
+        ({"dtype": "bfloat16"}, "float32", "float32"),
+        ({"torch_dtype": "float16"}, "auto", "float32"),  # which bfloat16 could not hold
+        ({}, "auto", "float32"),
+        ({}, "bfloat16", "bfloat16"),
+        (None, "auto", "float32"),
+        (None, "bfloat16", "bfloat16"),
+    ],
+)
+def test_a_model_is_saved_as_the_one_it_began_with(tmp_path, written, asked, wanted):
+    if written is not None:
+        (tmp_path / "config.json").write_text(json.dumps(written))
+    config = r1_zero.Config(model=None if written is None else tmp_path, save_dtype=asked)
+    assert r1_zero.saved_dtype(config) == wanted
+
+
 def test_a_run_begun_in_another_precision_is_refused(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     held = begun(folder)

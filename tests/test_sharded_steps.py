@@ -7,9 +7,11 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,18 +25,20 @@ import pytest
 from flax import nnx
 
 from deepseek_jax.checkpoint import names
+from deepseek_jax.checkpoint.adapters import adapted_paths, new_adapter
 from deepseek_jax.generate.engine import Generator, SamplingConfig
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
-from deepseek_jax.model.stacks import stacked, unstacked
+from deepseek_jax.model.lora import LoRAConfig, abstract_adapter, beside, laid_out
+from deepseek_jax.model.stacks import members, stacked, unstacked
 from deepseek_jax.ops.logprobs import to_bits, token_logprobs
 from deepseek_jax.parallel.logprobs import sharded_logprobs
 from deepseek_jax.rl.batch import Batch
 from deepseek_jax.rl.loss import GRPOConfig
-from deepseek_jax.rl.objective import grpo_objective
+from deepseek_jax.rl.objective import frozen_scores, grpo_objective
 from deepseek_jax.sharding import LOCAL, Layout, Remat, Transport, make_mesh
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.sft import SFTBatch, make_sft_objective
-from deepseek_jax.train.step import StepConfig, init_state, make_train_step
+from deepseek_jax.train.step import StepConfig, init_state, make_adapter_step, make_train_step
 from tests.checkpoint.folders import QWEN2, R1, V32
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -240,6 +244,144 @@ def micro_batches_change_nothing_on_a_mesh():
     same(stepped("mla", "sft", layout, 2), stepped("mla", "sft", LOCAL), "micro batches")
 
 
+def cutting_a_batch_in_parts_moves_no_row():
+    """A part has the collectives that a whole batch has, and none beside them; scores come in the batch's order."""
+    layout = Layout(mesh=make_mesh(data=8))
+    graphdef, weights = laid("gqa", layout)
+    objective, batch = objectives("gqa")["grpo"]
+    rows = np.random.default_rng(1).permutation(np.repeat(np.arange(B), 4))
+    batch = jax.tree.map(lambda a: a[rows], batch)
+    on_mesh = layout.put(batch)
+
+    def of_step(parts):
+        step = make_train_step(graphdef, objective, optax.sgd(1.0), StepConfig(micro_batches=parts), layout)
+        return collectives(step.lower(init_state(weights, optax.sgd(1.0), layout), on_mesh))
+
+    whole, cut = of_step(1), of_step(4)
+    assert cut <= whole + whole, (whole, cut)  # the first part stands before the loop over the others
+    score = partial(frozen_scores, temperature=0.9)
+    of_scores = lambda parts: frozen_scores.lower(graphdef, weights, on_mesh, temperature=0.9, micro_batches=parts)
+    assert collectives(of_scores(4)) <= collectives(of_scores(1))
+    wanted = np.asarray(score(*laid("gqa", LOCAL), batch))
+    same(score(graphdef, weights, on_mesh, micro_batches=4), wanted, "scores")
+    assert len(np.unique(wanted[:, 0])) == B
+
+
+def a_batch_is_put_shard_by_shard():
+    """Each device gets its own rows and positions, the step is the same bit for bit, and compiles once."""
+    for sizes in ({"data": 2, "fsdp": 4}, {"fsdp": 2, "expert": 2, "context": 2}, {"context": 2, "tensor": 4}):
+        layout = Layout(mesh=make_mesh(**sizes))
+        rows = layout.parts("batch")
+        graphdef, weights = laid("mla", layout)
+        of, batch = objectives("mla")["grpo"]
+        routes = np.arange(B * T * 6).reshape(B, T, 3, 2)
+        lengths = np.full((B, 1), T, np.int32)
+        put = layout.put(batch._replace(routes_BTLA=routes, entropy_coef_B=np.arange(B), lengths_BK=lengths))
+        for name, value in zip(put._fields, put, strict=True):
+            if value is None:
+                continue
+            wanted = {"routes_BTLA": routes, "entropy_coef_B": np.arange(B), "lengths_BK": lengths}.get(name)
+            wanted = getattr(batch, name) if wanted is None else wanted
+            by_position = T // layout.parts("sequence") if name.endswith(("_BT", "_BTLA")) else 1
+            np.testing.assert_array_equal(value, wanted)
+            assert len(value.addressable_shards) == DEVICES
+            for shard in value.addressable_shards:
+                assert shard.data.shape[0] == B // rows, (sizes, name)
+                assert value.ndim == 1 or shard.data.shape[1] == by_position, (sizes, name)
+        again = layout.put(put)
+        assert all(a is b for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(put), strict=True))
+
+        def after(batches, graphdef=graphdef, weights=weights, of=of, layout=layout):
+            step = make_train_step(graphdef, of, optax.sgd(1.0), StepConfig(), layout)
+            state = init_state(weights, optax.sgd(1.0), layout)
+            for given in batches:
+                state, metrics = step(state, given)
+            assert step._cache_size() == 1
+            return jax.tree.map(np.asarray, (state, metrics))
+
+        got, wanted = after([layout.put(batch) for _ in range(2)]), after([batch] * 2)
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_array_equal(one, other, err_msg=str(sizes))
+        if rows > 1:
+            with pytest.raises(ValueError, match=f"batch 7 is not divisible by mesh ax[ie]s .*{sizes['fsdp']}"):
+                layout.put(jax.tree.map(lambda a: a[:7], batch))
+    assert LOCAL.put(batch) is batch
+
+
+def collectives(lowered: jax.stages.Lowered) -> Counter[str]:
+    """How many of each kind stand in a compiled program."""
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
+    return Counter(re.findall(rf" ({kinds})(?:-start)?\(", lowered.compile().as_text()))
+
+
+LORA = LoRAConfig(rank=4, alpha=8, targets="all-linear")
+
+
+@functools.cache
+def adapted_step(kind: str, layout: Layout):
+    """An adapter, by layer, after a step of plain gradient descent beside frozen weights, with the metrics."""
+    config, (graphdef, weights) = CONFIGS[kind], laid(kind, layout)
+    of, batch = objectives(kind)["grpo"]
+    step = make_adapter_step(graphdef, of, optax.sgd(1.0), StepConfig(balance_alpha=0.01), LORA, layout)
+    state, metrics = step(init_state(adapter_of(kind, layout), optax.sgd(1.0), layout), layout.put(batch), weights)
+    found = {}
+    for path, leaf in nnx.to_flat_state(state.weights):
+        values = np.asarray(leaf[...])
+        apart = values if path[0] == "stacks" else [values]
+        found |= dict(zip(members(path, config), map(np.asarray, apart), strict=True))
+    return found, jax.tree.map(np.asarray, metrics)
+
+
+def adapter_of(kind: str, layout: Layout) -> nnx.State:
+    """Neither matrix is zero; the same numbers under every layout."""
+    config, paths = CONFIGS[kind], adapted_paths(CONFIGS[kind], LORA)
+    first, random = dict(nnx.to_flat_state(new_adapter(config, LORA, seed=0))), np.random.default_rng(3)
+    arrays = {path: random.normal(0, 0.1, leaf[...].shape).astype(np.float32) for path, leaf in first.items()}
+    return laid_out(arrays, abstract_adapter(config, LORA, paths, layout=layout), config)
+
+
+ADAPTED = {
+    "experts": ("mla", {"fsdp": 2, "expert": 2, "tensor": 2}, {"stacked": True, "remat": "layers", "slack": 1.0}),
+    "context": ("mla", {"data": 2, "expert": 2, "context": 2}, {"transport": "all_to_all"}),
+    "rows": ("mla", {"expert": 4, "tensor": 2}, {"transport": "all_gather", "slack": 1.0}),
+    "sparse": ("sparse", {"fsdp": 4, "expert": 2}, {"remat": "all_but_attention"}),
+    "dense": ("gqa", {"data": 2, "fsdp": 2, "tensor": 2}, {"stacked": True}),
+}
+
+
+def an_adapters_step_on_a_mesh_is_that_of_one_device(*names: str):
+    """Metrics and the gradients of both matrices, whatever cuts rows and columns, and in every transport."""
+    for name in names or ADAPTED:
+        kind, sizes, settings = ADAPTED[name]
+        got = adapted_step(kind, Layout(mesh=make_mesh(**sizes), **settings))
+        wanted = adapted_step(kind, LOCAL)
+        assert got[0].keys() == wanted[0].keys()
+        same([got[0][key] for key in wanted[0]], list(wanted[0].values()), name)
+        same(got[1], wanted[1], name)
+
+
+def an_adapters_step_among_experts_is_that_of_one_device():
+    an_adapters_step_on_a_mesh_is_that_of_one_device("experts")
+
+
+def samples_beside_an_adapter_on_a_mesh_are_those_of_one_device():
+    """The same tokens and log-probs of a serving layout, from frozen weights and adapter laid out for it."""
+
+    def sampled(kind, layout):
+        graphdef, weights = laid(kind, layout)
+        given = [row[:length].tolist() for row, length in zip(TOKENS, (3, 7, 5), strict=False)]
+        generator = Generator(CONFIGS[kind], graphdef, layout=layout)
+        sampling = SamplingConfig(max_new_tokens=6)
+        found = generator(beside(weights, adapter_of(kind, layout), LORA), given, sampling, seeds=range(6), samples=2)
+        return [of.tokens.tolist() for of in found], [of.logprobs for of in found]
+
+    for kind, sizes, stack in (("mla", {"fsdp": 2, "expert": 2, "tensor": 2}, True), ("gqa", {"tensor": 8}, False)):
+        layout = Layout(mesh=make_mesh(**sizes), workload="serve", transport="all_gather", stacked=stack)
+        got, wanted = sampled(kind, layout), sampled(kind, LOCAL)
+        assert got[0] == wanted[0]
+        same(got[1], wanted[1], kind)
+
+
 def adamw_on_a_mesh_is_that_of_one_device():
     """Two steps, moments included; a small gradient divided by its own size shows its rounding."""
 
@@ -273,7 +415,12 @@ def a_state_keeps_lying_as_its_weights_do():
     assert step._cache_size() == 1
 
 
-QUICK = [micro_batches_change_nothing_on_a_mesh]
+QUICK = [
+    micro_batches_change_nothing_on_a_mesh,
+    cutting_a_batch_in_parts_moves_no_row,
+    a_batch_is_put_shard_by_shard,
+    an_adapters_step_among_experts_is_that_of_one_device,
+]
 THOROUGH = [
     a_step_on_a_mesh_is_that_of_one_device,
     logits_on_a_mesh_are_those_of_one_device,
@@ -281,6 +428,8 @@ THOROUGH = [
     log_probs_after_a_penalty_on_a_mesh_are_those_of_one_device,
     adamw_on_a_mesh_is_that_of_one_device,
     a_state_keeps_lying_as_its_weights_do,
+    an_adapters_step_on_a_mesh_is_that_of_one_device,
+    samples_beside_an_adapter_on_a_mesh_are_those_of_one_device,
 ]
 
 

@@ -13,18 +13,20 @@ from flax import nnx
 
 from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.cli import run
+from deepseek_jax.model.precision import Precision, dtype_of
 
 
-def main(model: Path, tokens: Path, logits: Path, /) -> None:
+def main(model: Path, tokens: Path, logits: Path, /, *, dtype: Precision = "float32") -> None:
     """Compute the logits of MODEL for TOKENS.
 
     Args:
         model: Hugging Face or converted folder.
         tokens: .npy file, int32 [B, T].
         logits: .npy file to write, float32 [B, T, V].
+        dtype: of weights and activations; auto is bfloat16 on accelerators and float32 on the CPU.
     """
     ids = _read_tokens(tokens)
-    config, graphdef, weights = load_model(model)
+    config, graphdef, weights = load_model(model, dtype=dtype_of(dtype))
     if ids.min() < 0 or ids.max() >= config.vocab_size:
         raise ValueError(f"{tokens}: token {ids.max()}: wanted 0 to {config.vocab_size - 1}, the vocabulary")
     if ids.shape[1] > config.max_position_embeddings:

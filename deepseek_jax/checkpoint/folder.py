@@ -227,7 +227,7 @@ def save_hf(
     files.refuse_existing(target, source)
     check_finite(model.weights, target)
     with files.shared_folder(target) as partial:
-        processes.on_main(lambda: _write_sidecars(model.config, partial, source, tokenizer or {}))
+        processes.on_main(lambda: _write_sidecars(model, partial, source, tokenizer or {}))
         memory = _InMemory(model, target)
         if processes.count() == 1:
             write_hf(memory, partial, writer.plan(memory))
@@ -235,12 +235,14 @@ def save_hf(
             _write_together(memory, partial)
 
 
-def _write_sidecars(config: ModelConfig, folder: Path, source: Path | None, tokenizer: Mapping[str, bytes]) -> None:
-    values = to_hf(config)
+def _write_sidecars(model: Model, folder: Path, source: Path | None, tokenizer: Mapping[str, bytes]) -> None:
+    values = to_hf(model.config)
     if source is not None:
         copy_sidecars(source, folder)
         values = files.read_json(folder / "config.json")
         values.pop("quantization_config", None)  # what is in memory is unpacked
+        params, _ = nnx.split_state(model.weights, nnx.Param, ...)
+        values |= {key: jax.tree.leaves(params)[0].dtype.name for key in ("dtype", "torch_dtype") if key in values}
     files.write_whole(folder / "config.json", json.dumps(values, indent=2).encode())
     for name, content in tokenizer.items():
         files.write_whole(folder / name, content)

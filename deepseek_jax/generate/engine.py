@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.cache import Cache, abstract_cache, empty_cache
 from deepseek_jax.model.decoder import Hidden, experts_of
+from deepseek_jax.model.lora import decoder_of
 from deepseek_jax.ops import sampling as ops
 from deepseek_jax.ops.logprobs import logprobs_of_logits, project, to_bits, within
 from deepseek_jax.sharding import LOCAL, Layout
@@ -182,7 +183,7 @@ class Generator:
         """Complete every prompt `samples` times.
 
         Args:
-            weights: of the model.
+            weights: of the model, plain or beside an adapter (`model.lora.beside`).
             prompts: token ids, each at least one and shorter than the context.
             sampling: how to draw. A completion also ends where the context does.
             seeds: one a completion, P x samples of them, prompt by prompt.
@@ -275,7 +276,7 @@ class Generator:
 
     def _prefill(self, weights, tokens_PT, length_P, seeds_B, limits_B, knobs, *, samples, slots, modes, room):
         """Prompts into the cache, the cache repeated for every sample, and the first token drawn; and their routes."""
-        model = nnx.merge(self.graphdef, weights)
+        model = decoder_of(self.graphdef, weights)
         hidden, cache = model.prefill(tokens_PT, self._empty(tokens_PT.shape[0], slots, model.embed.dtype))
         last_P1D = jnp.take_along_axis(hidden.x_BTD, (length_P - 1)[:, None, None], axis=1)
         logits_PV = self.layout.constrain(model.logits(last_P1D)[:, 0], "batch", None)
@@ -349,7 +350,7 @@ class Generator:
 
     def _decode(self, weights, state, seeds_B, limits_B, knobs, *, modes):
         """Feed the last token, draw the next, until every sequence stopped or reached its limit."""
-        model = nnx.merge(self.graphdef, weights)
+        model = decoder_of(self.graphdef, weights)
         head_DV = model.head_DV()  # out of the loop: tied embeddings are transposed once, not every step
 
         def body(state: _State) -> _State:

@@ -12,6 +12,7 @@ from deepseek_jax.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 from deepseek_jax.model.cache import KVCache, LatentCache
 from deepseek_jax.ops import attention, indexer, routing
 from deepseek_jax.ops.experts import expert_mlp
+from deepseek_jax.ops.low_rank import columns, product
 from deepseek_jax.ops.norm import layer_norm, rms_norm
 from deepseek_jax.ops.rope import rotate_half, rotate_interleaved
 from deepseek_jax.parallel.attention import decode_attention
@@ -88,7 +89,8 @@ class MLP(nnx.Module):
         self.down = make.matrix(inner, width, axes=("mlp", "embed"))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return (jax.nn.silu(x_BTD @ self.gate) * (x_BTD @ self.up)) @ self.down
+        hidden = jax.nn.silu(product(x_BTD, self.gate[...])) * product(x_BTD, self.up[...])
+        return product(hidden, self.down[...])
 
 
 class Experts(nnx.Module):
@@ -153,7 +155,8 @@ class MoE(nnx.Module):
         matrices = e.gate[...], e.up[...], e.down[...]
         place = place if matrices[0].ndim == 4 else None  # else they are the layer's own already
         if layout.mesh is None:
-            matrices = [stack if place is None else stack[place] for stack in matrices]
+            if place is not None:
+                matrices = jax.tree.map(lambda stack: stack[place], matrices)
             flat = lambda of: of.reshape(-1, of.shape[-1])
             return expert_mlp(flat(x_BTD), flat(weights_BTA), flat(experts_BTA), *matrices).reshape(x_BTD.shape)
         return routed_experts(
@@ -302,27 +305,27 @@ class LatentAttention(nnx.Module):
         """What queries are projected from: the normed latent, or x itself where there is none."""
         if self.config.q_lora_rank is None:
             return x
-        return rms_norm(x @ self.q_a, self.q_norm[...], LATENT_EPS)
+        return rms_norm(product(x, self.q_a[...]), self.q_norm[...], LATENT_EPS)
 
     def _queries(self, latent, rotary):
-        q = latent @ (self.q if self.config.q_lora_rank is None else self.q_b)
+        q = product(latent, (self.q if self.config.q_lora_rank is None else self.q_b)[...])
         q = q.reshape(*latent.shape[:2], self.heads, -1)
         nope, rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
         return nope, rotate_interleaved(rope, rotary.cos_BTr, rotary.sin_BTr)
 
     def _latents(self, x, rotary) -> LatentCache:
-        c, r = jnp.split(x @ self.kv_a, [self.config.kv_lora_rank], axis=-1)
+        c, r = jnp.split(product(x, self.kv_a[...]), [self.config.kv_lora_rank], axis=-1)
         r = rotate_interleaved(r[:, :, None], rotary.cos_BTr, rotary.sin_BTr)[:, :, 0]
         index = None if self.indexer is None else self.indexer.keys(x, rotary)
         return LatentCache(rms_norm(c, self.kv_norm[...], LATENT_EPS), r, index)
 
     def _key_value_weights(self):
-        a = self.config
-        w = self.kv_b[...].reshape(a.kv_lora_rank, self.heads, -1)
-        return jnp.split(w, [a.qk_nope_head_dim], axis=-1)
+        K = self.config.qk_nope_head_dim
+        by_head = columns(self.kv_b[...], lambda w: w.reshape(w.shape[0], self.heads, -1))
+        return columns(by_head, lambda w: w[..., :K]), columns(by_head, lambda w: w[..., K:])
 
     def _output(self, out_BTNH):
-        return out_BTNH.reshape(*out_BTNH.shape[:2], -1) @ self.o
+        return product(out_BTNH.reshape(*out_BTNH.shape[:2], -1), self.o[...])
 
 
 class GroupedAttention(nnx.Module):
@@ -374,7 +377,7 @@ class GroupedAttention(nnx.Module):
     def _project(self, x, rotary):
         B, T, _ = x.shape
         N, G, K = self.shape
-        q, k, v = x @ self.q, x @ self.k, x @ self.v
+        q, k, v = (product(x, weight[...]) for weight in (self.q, self.k, self.v))
         if self.qkv_bias:
             q, k, v = q + self.q_bias, k + self.k_bias, v + self.v_bias
         q, k = q.reshape(B, T, N, K), k.reshape(B, T, G, K)
@@ -385,7 +388,7 @@ class GroupedAttention(nnx.Module):
         return q, KVCache(k.swapaxes(1, 2), v.reshape(B, T, G, K).swapaxes(1, 2))
 
     def _output(self, out_BTNH):
-        return out_BTNH.reshape(*out_BTNH.shape[:2], -1) @ self.o
+        return product(out_BTNH.reshape(*out_BTNH.shape[:2], -1), self.o[...])
 
 
 def _visible(columns_t, end: int, sequences: int, segments_Bt, rotary: Rotary) -> jax.Array:

@@ -1,11 +1,11 @@
-"""LoRA: matrices of low rank beside frozen weights, and the weights that the two make together.
+"""LoRA: matrices of low rank beside frozen weights, in one tree with them, and summed into them for an export.
 
 An adapter is a tree of its own. Where the weights have a matrix at a path, it has two below that path, `a` [in, rank]
-and `b` [rank, out], with the leading axes of a stack or of experts in front. The decoder knows nothing of them: sampler
-and trainer both run it on the weights that `adapted` gives, and so on the same ones.
+and `b` [rank, out], with the leading axes of a stack or of experts in front. `beside` joins the two trees; of the
+joined one `decoder_of` makes a decoder that computes x W + s (x A) B, `ops.low_rank` says how. Sampler and trainer both
+run it, each with the tree as it lies there. W + s A B is formed for exports alone.
 
-Source: arXiv 2106.09685 section 4.1. Differs: x (W + s A B) instead of x W + s (x A) B, which holds the adapted
-weights and their gradient a second time while a step runs, in the weights' dtype (test_sums_equal_a_numpy_twin).
+Source: arXiv 2106.09685 section 4.1.
 """
 
 import math
@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,10 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.config.model import check_whole
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.stacks import Path, members
+from deepseek_jax.ops.low_rank import LowRank
 from deepseek_jax.sharding import LOCAL, Layout, weight_sharding
 
+M = TypeVar("M", bound=nnx.Module)
 ALL_LINEAR = "all-linear"
 
 
@@ -148,6 +150,76 @@ def laid_out(arrays: Mapping[Path, np.ndarray], like: nnx.State, config: ModelCo
     return nnx.from_flat_state([filled(path, leaf) for path, leaf in nnx.to_flat_state(like)])
 
 
+class Adapted(nnx.Module):
+    """Takes the place of a frozen matrix in a module, with the two of low rank beside it."""
+
+    def __init__(self, weight: nnx.Variable, a: nnx.Variable, b: nnx.Variable):
+        self.weight, self.a, self.b, self.scale = weight, a, b, b.get_metadata(_SCALE)
+
+    def __getitem__(self, everything) -> LowRank:
+        """What `[...]` of a plain matrix is."""
+        return LowRank(w=self.weight[...], a=self.a[...], b=self.b[...], scale=self.scale)
+
+
+_SCALE = "scale"
+
+
+def beside(weights: nnx.State, adapter: nnx.State, lora: LoRAConfig) -> nnx.State:
+    """One tree of frozen weights and an adapter: at an adapted matrix's path are `weight`, `a` and `b`.
+
+    Each is a variable with logical axes of its own, so that what casts, moves or stacks weights path by path does so
+    with these. No array is touched; the leaves may be shapes.
+
+    Args:
+        weights: of a decoder, by layer or in stacks.
+        adapter: made for the same layout.
+        lora: for the scale, which becomes metadata of each `b`.
+
+    Raises:
+        ValueError: the adapter has a path that the weights lack.
+    """
+    parts, joined = dict(nnx.to_flat_state(adapter)), []
+    for path, leaf in nnx.to_flat_state(weights):
+        if (*path, "a") in parts:
+            a, b = (parts.pop((*path, name)) for name in ("a", "b"))
+            joined += [((*path, "weight"), leaf), ((*path, "a"), a), ((*path, "b"), b.replace(**{_SCALE: lora.scale}))]
+        else:
+            joined.append((path, leaf))
+    _check_used(parts)
+    return nnx.from_flat_state(joined)
+
+
+def decoder_of(graphdef: nnx.GraphDef[M], weights: nnx.State) -> M:
+    """The module of a tree of weights, plain ones or those of `beside`.
+
+    Args:
+        graphdef: of the module without an adapter.
+        weights: for it.
+    """
+    flat = dict(nnx.to_flat_state(weights))
+    paths = [path[:-1] for path, leaf in flat.items() if _SCALE in leaf.get_metadata()]
+    adapters = {path: [flat.pop((*path, name)) for name in ("weight", "a", "b")] for path in paths}
+    plain = nnx.from_flat_state([*flat.items(), *((path, parts[0]) for path, parts in adapters.items())])
+    model = nnx.merge(graphdef, plain)
+    for path, parts in adapters.items():
+        setattr(_at(model, path[:-1]), path[-1], Adapted(*(part.replace() for part in parts)))
+    return model
+
+
+def _at(module: Any, path: Path) -> Any:
+    for name in path:
+        module = module[name] if isinstance(name, int) else getattr(module, name)
+    return module
+
+
+def _check_used(left: Mapping[Path, nnx.Variable]) -> None:
+    if left:
+        name = ".".join(map(str, min(left, key=str)))
+        raise ValueError(
+            f"adapter: got {name}, for which there is no weight; wanted one made for this model and layout"
+        )
+
+
 def adapted(weights: nnx.State, adapter: nnx.State, lora: LoRAConfig) -> nnx.State:
     """The weights W + scale A B where there is an adapter, and the very same ones elsewhere.
 
@@ -169,11 +241,7 @@ def adapted(weights: nnx.State, adapter: nnx.State, lora: LoRAConfig) -> nnx.Sta
             a, b = (parts.pop((*path, name)).get_raw_value() for name in ("a", "b"))
             leaf = leaf.replace(_sum(leaf.get_raw_value(), a, b, lora.scale))
         summed.append((path, leaf))
-    if parts:
-        left = ".".join(map(str, min(parts, key=str)))
-        raise ValueError(
-            f"adapter: got {left}, for which there is no weight; wanted one made for this model and layout"
-        )
+    _check_used(parts)
     return nnx.from_flat_state(summed)
 
 
@@ -183,7 +251,7 @@ def _sum(weight: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Arr
 
 
 def merge(weights: nnx.State, adapter: nnx.State, lora: LoRAConfig) -> nnx.State:
-    """`adapted`, compiled: what a sampler runs on between two updates, and what an export writes.
+    """`adapted`, compiled: what an export writes.
 
     Weights without an adapter are the very same arrays, where one compiled call for all would copy them.
     """

@@ -2,17 +2,17 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.decoder import abstract_weights
-from deepseek_jax.model.precision import computed
-from deepseek_jax.model.stacks import Path, members
+from deepseek_jax.model.cache import stack_sizes
+from deepseek_jax.model.precision import cast, computed
+from deepseek_jax.model.stacks import members
 from deepseek_jax.sharding import Layout
 
 MOST_TENSOR = 16  # parts of heads: cut further, a step's sums over chips cost more than the reading they save
@@ -93,50 +93,81 @@ def sampled_config(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, num_nextn_predict_layers=0)
 
 
-@lru_cache(maxsize=16)
-def make_transfer(config: ModelConfig, of: Layout, to: Layout, dtype: jnp.dtype) -> Callable[[nnx.State], nnx.State]:
+@dataclass(frozen=True)
+class Transfer:
     """One compiled call from weights in one layout to the same in another: cast, unstacked or stacked, moved.
 
     What it is given stays: these are the masters. Without a mesh, and with layers as they were, weights that have the
-    dtype already are the very same arrays.
+    dtype already are the very same arrays. It takes plain weights and those of `model.lora.beside`.
 
     Args:
-        config: the architecture that is sampled; modules that it lacks are left behind.
+        config: the architecture that is sampled; MTP modules that it lacks are left behind.
         of, to: layouts whose meshes have the same devices in the same order (`Layout.serving`), or no mesh.
         dtype: to sample in. Router biases stay float32.
     """
-    _, like = abstract_weights(config, dtype, to)
-    if of.mesh is None and of.stacked == to.stacked:
-        return lambda weights: computed(_kept(weights, like), dtype)
-    move = partial(_moved, like=like, config=config, restack=of.stacked != to.stacked)
-    if of.mesh is None:
-        return jax.jit(move)
-    return jax.jit(move, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))
+
+    config: ModelConfig
+    of: Layout
+    to: Layout
+    dtype: jnp.dtype
+
+    def __call__(self, weights: nnx.State) -> nnx.State:
+        if self.of.mesh is None and self.of.stacked == self.to.stacked:
+            return computed(self._sampled(weights), self.dtype)
+        return self.program(weights)(weights)
+
+    def program(self, weights: nnx.State) -> jax.stages.Wrapped:
+        """The jitted function for weights of this structure; leaves may be jax.ShapeDtypeStruct."""
+        return _program(self, jax.tree.structure(weights), tuple(leaf.shape for leaf in jax.tree.leaves(weights)))
+
+    def move(self, weights: nnx.State) -> nnx.State:
+        """What is compiled, without its shardings."""
+        weights = self._sampled(weights)
+        if self.of.stacked != self.to.stacked:
+            weights = (_stacked if self.to.stacked else _by_layer)(weights, self.config)
+        return cast(weights, self.dtype)
+
+    def _sampled(self, weights: nnx.State) -> nnx.State:
+        modules = self.config.num_nextn_predict_layers
+        return weights if modules else nnx.split_state(weights, lambda path, _: path[0] == "mtp", ...)[1]
 
 
-def _kept(weights: nnx.State, like: nnx.State) -> nnx.State:
-    wanted = {path for path, _ in nnx.to_flat_state(like)}
-    return nnx.from_flat_state([(path, leaf) for path, leaf in nnx.to_flat_state(weights) if path in wanted])
+@lru_cache(maxsize=16)
+def _program(transfer: Transfer, structure: jax.tree_util.PyTreeDef, shapes: tuple[tuple[int, ...], ...]):
+    if transfer.of.mesh is None:
+        return jax.jit(transfer.move)
+    leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    found = jax.eval_shape(transfer.move, jax.tree.unflatten(structure, leaves))
+    place = lambda leaf: leaf.replace(transfer.to.sharding(*leaf.get_metadata()["axes"]))
+    places = jax.tree.map(place, found, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return jax.jit(transfer.move, out_shardings=places)
 
 
-def _moved(weights: nnx.State, like: nnx.State, config: ModelConfig, restack: bool) -> nnx.State:
-    have = {path: leaf.get_raw_value() for path, leaf in nnx.to_flat_state(weights)}
-    have = _by_layer(have, config) if restack else have
+def _by_layer(weights: nnx.State, config: ModelConfig) -> nnx.State:
+    found = []
+    for path, leaf in nnx.to_flat_state(weights):
+        if path[0] != "stacks":
+            found.append((path, leaf))
+            continue
+        axes = leaf.get_metadata()["axes"][1:]
+        found += [
+            (to, leaf.replace(value, axes=axes))
+            for to, value in zip(members(path, config), leaf.get_raw_value(), strict=True)
+        ]
+    return nnx.from_flat_state(found)
 
-    def value(path: Path) -> jax.Array:
-        if restack and path[0] == "stacks":
-            return jnp.stack([have[of] for of in members(path, config)])
-        return have[path]
 
-    cast = lambda path, leaf: leaf.replace(value(path).astype(leaf.get_raw_value().dtype))
-    return nnx.from_flat_state([(path, cast(path, leaf)) for path, leaf in nnx.to_flat_state(like)])
-
-
-def _by_layer(have: dict[Path, jax.Array], config: ModelConfig) -> dict[Path, jax.Array]:
-    """Stacks taken apart."""
-    apart = lambda path, value: list(value) if path[0] == "stacks" else [value]
-    return {
-        to: part
-        for path, value in have.items()
-        for to, part in zip(members(path, config), apart(path, value), strict=True)
-    }
+def _stacked(weights: nnx.State, config: ModelConfig) -> nnx.State:
+    """The inverse: a stack's place is known by its first layer."""
+    flat = dict(nnx.to_flat_state(weights))
+    found = [(path, leaf) for path, leaf in flat.items() if path[0] != "layers"]
+    first = 0
+    for number, size in enumerate(stack_sizes(config)):
+        for path, leaf in flat.items():
+            if path[:2] != ("layers", first):
+                continue
+            to = ("stacks", number, *path[2:])
+            value = jnp.stack([flat[of].get_raw_value() for of in members(to, config)])
+            found.append((to, leaf.replace(value, axes=("layer", *leaf.get_metadata()["axes"]))))
+        first += size
+    return nnx.from_flat_state(found)

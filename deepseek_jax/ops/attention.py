@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from deepseek_jax.ops.low_rank import LowRank, einsum
+
 _SCORES_AT_ONCE = 2**27
 _SPANS = 8  # in how many steps the keys that a block of queries reads grow: 9/16 of all pairs instead of 1/2
 
@@ -44,8 +46,8 @@ def attend_expanded(
     q_rope: Float[Array, "B T N R"],
     c: Float[Array, "B S C"],
     k_rope: Float[Array, "B S R"],
-    w_k: Float[Array, "C N K"],
-    w_v: Float[Array, "C N H"],
+    w_k: Float[Array, "C N K"] | LowRank,
+    w_v: Float[Array, "C N H"] | LowRank,
     mask: Bool[Array, "B T S"],
     scale: float,
 ) -> Float[Array, "B T N H"]:
@@ -59,15 +61,15 @@ def attend_expanded(
 def spelled_out(
     c: Float[Array, "B S C"],
     k_rope: Float[Array, "B S R"],
-    w_k: Float[Array, "C N K"],
-    w_v: Float[Array, "C N H"],
-) -> tuple[Float[Array, "B N S K+R"], Float[Array, "B N S H"]]:
-    """Every head's keys and values, head-major, from the latents."""
+    w_k: Float[Array, "C N K"] | LowRank,
+    w_v: Float[Array, "C N H"] | LowRank,
+) -> tuple[Float[Array, "B N S width"], Float[Array, "B N S H"]]:
+    """Every head's keys, of width K + R, and values, head-major, from the latents."""
     B, S, _ = c.shape
     N, R = w_k.shape[1], k_rope.shape[-1]
-    k_nope = jnp.einsum("bsc,cnk->bnsk", c, w_k)
+    k_nope = einsum("bsc,cnk->bnsk", c, w_k)
     k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope[:, None], (B, N, S, R))], axis=-1)
-    return k, jnp.einsum("bsc,cnh->bnsh", c, w_v)
+    return k, einsum("bsc,cnh->bnsh", c, w_v)
 
 
 def attend_absorbed(
@@ -75,8 +77,8 @@ def attend_absorbed(
     q_rope: Float[Array, "B T N R"],
     c: Float[Array, "B S C"],
     k_rope: Float[Array, "B S R"],
-    w_k: Float[Array, "C N K"],
-    w_v: Float[Array, "C N H"],
+    w_k: Float[Array, "C N K"] | LowRank,
+    w_v: Float[Array, "C N H"] | LowRank,
     mask: Bool[Array, "B T S"],
     scale: float,
 ) -> Float[Array, "B T N H"]:
@@ -87,14 +89,14 @@ def attend_absorbed(
     return values_of(attend_latents(absorbed(q_nope, w_k), q_rope, c, k_rope, mask, scale), w_v)
 
 
-def absorbed(q_nope: Float[Array, "B T N K"], w_k: Float[Array, "C N K"]) -> Float[Array, "B T N C"]:
+def absorbed(q_nope: Float[Array, "B T N K"], w_k: Float[Array, "C N K"] | LowRank) -> Float[Array, "B T N C"]:
     """Queries that meet the latents themselves: the keys' projection goes to their side."""
-    return jnp.einsum("btnk,cnk->btnc", q_nope, w_k)
+    return einsum("btnk,cnk->btnc", q_nope, w_k)
 
 
-def values_of(out_latent: Float[Array, "B T N C"], w_v: Float[Array, "C N H"]) -> Float[Array, "B T N H"]:
+def values_of(out_latent: Float[Array, "B T N C"], w_v: Float[Array, "C N H"] | LowRank) -> Float[Array, "B T N H"]:
     """The values' projection of what was attended to in the latent space."""
-    return jnp.einsum("btnc,cnh->btnh", out_latent, w_v)
+    return einsum("btnc,cnh->btnh", out_latent, w_v)
 
 
 def attend_latents(

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from deepseek_jax.ops.low_rank import LowRank, summed
+
 TILES = "tiles_"  # names a loop over so many tiles, for the account of a compiled program
 
 
@@ -19,9 +21,9 @@ def expert_mlp(
     x: Float[Array, "W D"],
     weights: Float[Array, "W A"],
     experts: Int[Array, "W A"],
-    gate: Float[Array, "*L E D M"],
-    up: Float[Array, "*L E D M"],
-    down: Float[Array, "*L E M D"],
+    gate: Float[Array, "*L E D M"] | LowRank,
+    up: Float[Array, "*L E D M"] | LowRank,
+    down: Float[Array, "*L E M D"] | LowRank,
 ) -> Float[Array, "W D"]:
     """sum_a weights[:, a] * SwiGLU_{experts[:, a]}(x), every row through all its experts.
 
@@ -41,7 +43,7 @@ def expert_mlp(
 
 
 def grouped_matmul(
-    lhs: Float[Array, "W K"], rhs: Float[Array, "*L E K N"], sizes: Int[Array, "G"]
+    lhs: Float[Array, "W K"], rhs: Float[Array, "*L E K N"] | LowRank, sizes: Int[Array, "G"]
 ) -> Float[Array, "W N"]:
     """Rows of group e times rhs[e]; the groups lie one after another and fill all W rows.
 
@@ -51,31 +53,44 @@ def grouped_matmul(
         sizes: rows of each of the G = L E groups. Rows past the last group cost nothing, and are undefined in the
             result.
     """
-    tiled = lambda least, most: partial(tiled_matmul, tiles=Tiles.of(lhs.shape[0], rhs.shape[-3], least, most))
+    if not isinstance(rhs, LowRank):
+        return _grouped(lhs, rhs, sizes)
+    exact = partial(_grouped, dtype=jnp.float32)
+    filled = (jnp.arange(lhs.shape[0]) < jnp.sum(sizes))[:, None]
+    low = jnp.where(filled, exact(lhs, rhs.a, sizes), 0).astype(lhs.dtype)
+    return summed(exact(lhs, rhs.w, sizes), exact(low, rhs.b, sizes), rhs.scale, lhs.dtype)
+
+
+def _grouped(lhs, rhs, sizes, dtype=None):
+    """grouped_matmul of a plain stack of matrices; None is the dtype of lhs."""
+    of = partial(Tiles.of, lhs.shape[0], rhs.shape[-3])
+    tiled = lambda least, most: partial(tiled_matmul, tiles=of(least, most), dtype=dtype)
     flat = rhs.reshape(-1, *rhs.shape[-2:])
     # a GPU reads a group's weights once a tile, and computes sixteen rows in the time of one
-    branches = {"tpu": ragged_matmul, "cpu": tiled(1, 128), "default": tiled(16, 512)}
+    branches = {"tpu": partial(ragged_matmul, dtype=dtype), "cpu": tiled(1, 128), "default": tiled(16, 512)}
     return jax.lax.platform_dependent(lhs, flat, sizes, **branches)
 
 
-@jax.custom_vjp
-def ragged_matmul(lhs, rhs, sizes):
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def ragged_matmul(lhs, rhs, sizes, dtype=None):
     """grouped_matmul as TPU has it natively, but for the gradient of rhs.
 
     XLA computes that one densely over all groups (4 times the work with 4 groups, 16 times with 16; jax 0.10); the
-    kernel of jax's own megablox does each group's rows.
+    kernel of jax's own megablox does each group's rows. Gradients are products in the dtype of lhs, whatever that of
+    the result.
     """
-    return jax.lax.ragged_dot(lhs, rhs, sizes)
+    return jax.lax.ragged_dot(lhs, rhs, sizes, preferred_element_type=dtype)
 
 
-def _ragged_forward(lhs, rhs, sizes):
-    return ragged_matmul(lhs, rhs, sizes), (lhs, rhs, sizes)
+def _ragged_forward(lhs, rhs, sizes, dtype):
+    return ragged_matmul(lhs, rhs, sizes, dtype), (lhs, rhs, sizes)
 
 
-def _ragged_backward(saved, d_out):
+def _ragged_backward(dtype, saved, d_out):
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm  # Pallas is slow to import
 
     lhs, rhs, sizes = saved
+    d_out = d_out.astype(lhs.dtype)
     rows = math.gcd(lhs.shape[0], 512)
     d_rhs = tgmm(lhs.T, d_out, sizes, rhs.dtype, tiling=(rows, 512, 512))
     return ragged_matmul(d_out, jnp.swapaxes(rhs, 1, 2), sizes), d_rhs, None
@@ -106,9 +121,11 @@ class Tiles(NamedTuple):
         return jax.named_scope(f"{TILES}{self.even}")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def tiled_matmul(lhs, rhs, sizes, tiles=None):
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def tiled_matmul(lhs, rhs, sizes, tiles=None, dtype=None):
     """grouped_matmul as a loop over tiles of rows; only tiles that hold rows are computed.
+
+    Gradients are products in the dtype of lhs, whatever that of the result.
 
     A tile may reach past its group's end. The rows there are wrong when written and right in the end, because
     the tiles of the next group come later and write them again.
@@ -121,20 +138,22 @@ def tiled_matmul(lhs, rhs, sizes, tiles=None):
     def body(tile, out):
         group, row, _ = locate(tile)
         rows = jax.lax.dynamic_slice_in_dim(padded, row, block)
-        return jax.lax.dynamic_update_slice_in_dim(out, rows @ rhs[group], row, axis=0)
+        product = jnp.matmul(rows, rhs[group], preferred_element_type=dtype)
+        return jax.lax.dynamic_update_slice_in_dim(out, product, row, axis=0)
 
     locate, count = _tiles(sizes, block)
     with tiles.named():
-        out = jax.lax.fori_loop(0, count, body, jnp.zeros((W + block, N), lhs.dtype))
+        out = jax.lax.fori_loop(0, count, body, jnp.zeros((W + block, N), dtype or lhs.dtype))
     return out[:W]
 
 
-def _forward(lhs, rhs, sizes, tiles):
-    return tiled_matmul(lhs, rhs, sizes, tiles), (lhs, rhs, sizes)
+def _forward(lhs, rhs, sizes, tiles, dtype):
+    return tiled_matmul(lhs, rhs, sizes, tiles, dtype), (lhs, rhs, sizes)
 
 
-def _backward(tiles, saved, d_out):
+def _backward(tiles, dtype, saved, d_out):
     lhs, rhs, sizes = saved
+    d_out = d_out.astype(lhs.dtype)
     d_lhs = tiled_matmul(d_out, jnp.swapaxes(rhs, 1, 2), sizes, tiles)
     return d_lhs, _tiled_outer(lhs, d_out, sizes, rhs.shape, tiles).astype(rhs.dtype), None
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.ops.experts import expert_mlp
+from deepseek_jax.ops.low_rank import LowRank, Matrix, apart, together
 from deepseek_jax.parallel.exchange import Entries, Trip, fixed_trip, ragged_trip
 from deepseek_jax.parallel.rounds import in_rounds
 from deepseek_jax.parallel.rows import by_expert, exclusive, swiglu_groups, take_rows, window
@@ -23,9 +24,9 @@ def routed_experts(
     x_BTD: Float[Array, "B T D"],
     weights_BTA: Float[Array, "B T A"],
     experts_BTA: Int[Array, "B T A"],
-    gate_EDM: Float[Array, "*L E D M"],
-    up_EDM: Float[Array, "*L E D M"],
-    down_EMD: Float[Array, "*L E M D"],
+    gate_EDM: Float[Array, "*L E D M"] | LowRank,
+    up_EDM: Float[Array, "*L E D M"] | LowRank,
+    down_EMD: Float[Array, "*L E M D"] | LowRank,
     *,
     mesh: Mesh,
     rows: tuple[str, ...],
@@ -47,7 +48,7 @@ def routed_experts(
         x_BTD: lies on the mesh with B over `rows` and T over `columns`, whole over `inner`; so do the next two.
         weights_BTA: of the routing; they stay where they are, and are applied in float32.
         experts_BTA: int32, 0 to E - 1.
-        gate_EDM: E over `over`, D over `gathered`, M over `inner`.
+        gate_EDM: E over `over`, D over `gathered`, M over `inner`; where it has low rank beside it, both as its axes.
         up_EDM: likewise.
         down_EMD: likewise.
         mesh: with Auto axes, those named here among them.
@@ -85,16 +86,37 @@ def routed_experts(
     cutting = (*rows, *columns)
     missing = tuple(axis for axis in over if axis not in cutting)
     lie, cut = PartitionSpec(rows, columns), PartitionSpec((*rows, *missing), columns)
-    leading = (None,) * (gate_EDM.ndim - 3)
-    wide, tall = PartitionSpec(*leading, over, gathered, inner), PartitionSpec(*leading, over, inner, gathered)
+    leading = (*(None,) * (gate_EDM.ndim - 3), over)
+    gate, up = (_placed(weight, leading, gathered, inner) for weight in (gate_EDM, up_EDM))
+    down = _placed(down_EMD, leading, inner, gathered)
     terms = _Terms(over, tuple(axis for axis in cutting if axis not in over), slack)
     compute = _compute(transport, devices, not missing)
     on_device = partial(_on_device, compute=compute, terms=terms, gathered=gathered, inner=inner)
     # The loops of the grouped matmul carry arrays that check_vma would want declared as varying, in code that knows
     # no mesh.
-    in_specs = (lie, lie, lie, wide, wide, tall, PartitionSpec())
+    in_specs = (lie, lie, lie, gate, up, down, PartitionSpec())
     spread = jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=cut, check_vma=False)
     return spread(x_BTD, weights_BTA, experts_BTA, gate_EDM, up_EDM, down_EMD, layer)
+
+
+def _placed(weight: Matrix, leading: tuple, rows: Any, columns: Any) -> PartitionSpec | LowRank:
+    """Which axes cut a weight, and of one with low rank beside it each of the three."""
+    whole = PartitionSpec(*leading, rows, columns)
+    if not isinstance(weight, LowRank):
+        return whole
+    a, b = PartitionSpec(*leading, rows, None), PartitionSpec(*leading, None, columns)
+    return LowRank(w=whole, a=a, b=b, scale=weight.scale)
+
+
+def _gathered_along(weight: Matrix, axis: int, axes: tuple[str, ...]) -> Matrix:
+    """A weight that is cut along its rows, axis -2, or its columns, -1, as a whole one."""
+    gather = lambda part: jax.lax.all_gather(part, axes, axis=axis, tiled=True)
+    if not axes:
+        return weight
+    if not isinstance(weight, LowRank):
+        return gather(weight)
+    a, b = (gather(weight.a), weight.b) if axis == -2 else (weight.a, gather(weight.b))
+    return LowRank(w=gather(weight.w), a=a, b=b, scale=weight.scale)
 
 
 class _Terms(NamedTuple):
@@ -124,8 +146,7 @@ def _axes(names) -> str:
 def _on_device(x_BTD, weights_BTA, experts_BTA, gate, up, down, layer, *, compute, terms, gathered, inner):
     """The part of routed_experts that one device does."""
     flat = lambda a: a.reshape(-1, a.shape[-1])
-    whole = lambda weight, axis: jax.lax.all_gather(weight, gathered, axis=axis, tiled=True) if gathered else weight
-    matrices = whole(gate, -2), whole(up, -2), whole(down, -1)
+    matrices = tuple(_gathered_along(weight, axis, gathered) for weight, axis in ((gate, -2), (up, -2), (down, -1)))
     y = compute(flat(x_BTD), flat(weights_BTA), flat(experts_BTA), matrices, layer, terms)
     y = y.reshape(-1, *x_BTD.shape[1:])
     return y if inner is None else _sum_of_parts(y, inner)
@@ -260,8 +281,12 @@ def _compute(transport: Transport, devices: int, spread: bool):
 
 
 def _all_rounds(one_round, count, several, arrays, numbers):
-    """in_rounds, without a loop where one round has room for any load."""
-    return in_rounds(one_round, count, arrays, numbers) if several else one_round(0, arrays, numbers)
+    """in_rounds, without a loop where one round has room for any load. What is frozen has no gradient there."""
+    if not several:
+        return one_round(0, arrays, numbers)
+    frozen, rest = apart(arrays)
+    run = lambda number, rest, given: one_round(number, together(given[0], rest), given[1])
+    return in_rounds(run, count, rest, (frozen, numbers))
 
 
 def _combined(rows, weights, slot, entry):

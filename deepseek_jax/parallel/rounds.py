@@ -21,7 +21,7 @@ def in_rounds(one_round: Round, count: Int[Array, ""], arrays: PyTree, numbers: 
         one_round: closes over no traced value.
         count: of rounds, int32; known when the program runs. Devices whose rounds meet in collectives must agree.
         arrays: to differentiate in.
-        numbers: int32, not differentiated.
+        numbers: whatever is not differentiated.
     """
     return _further(one_round, count, one_round(0, arrays, numbers), arrays, numbers)
 

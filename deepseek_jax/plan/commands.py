@@ -49,9 +49,14 @@ def _serve(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
     if plan.dtype not in ("bf16", "f32"):
         packed = f"a program that computes from {plan.dtype} weights: generation unpacks them; bf16 is what runs"
         return None, (packed,)
-    if _devices(plan) > 1:
-        return None, ("a command that serves on several devices: tools/generate.py has one",)
-    return "python tools/generate.py FOLDER --prompt TEXT", ()
+    return f"python tools/generate.py FOLDER --prompt TEXT{_sampling(plan, plan.mesh)}", ()
+
+
+def _sampling(plan: Plan, mesh: Mapping[str, int]) -> str:
+    """Options of the layout to sample in, all of them: what is left out a program chooses by itself."""
+    if _devices(plan) == 1:
+        return ""
+    return "".join(f" --serve-{axis} {mesh[axis]}" for axis in ("expert", "tensor"))
 
 
 def _train(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
@@ -60,8 +65,7 @@ def _train(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
 
 def _grpo(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
     mesh = "".join(f" --mesh-{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
-    if _devices(plan) > 1:
-        mesh += "".join(f" --serve-{axis} {plan.rollout_mesh[axis]}" for axis in ("expert", "tensor"))
+    mesh += _sampling(plan, plan.rollout_mesh)
     dtypes = f"--dtype {_DTYPES[plan.dtype]} --moments {plan.moments}"
     run = f"python experiments/r1_zero.py --model FOLDER --data FILE{mesh} --stacked --remat all_but_attention {dtypes}"
     if plan.batch == 1:

@@ -13,7 +13,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.generate.engine import Generator, SamplingConfig
 from deepseek_jax.model.cache import abstract_cache
 from deepseek_jax.model.decoder import abstract_weights
-from deepseek_jax.model.transfer import make_transfer, sampled_config
+from deepseek_jax.model.transfer import Transfer, sampled_config
 from deepseek_jax.rl.batch import Batch
 from deepseek_jax.rl.objective import grpo_objective
 from deepseek_jax.sharding import Layout
@@ -99,7 +99,7 @@ def trace_sync(config: ModelConfig, layout: Layout, serving: Layout, dtype: jnp.
     """The call that lays weights out for sampling: `GRPOTrainer.policy` of a step."""
     _, weights = abstract_weights(config, jnp.float32, layout)
     sampled = sampled_config(config)
-    transfer = make_transfer(sampled, layout, serving, dtype)
+    transfer = Transfer(sampled, layout, serving, dtype).program(weights)
     return Program(transfer.trace(weights), weights, serving=abstract_weights(sampled, dtype, serving)[1])
 
 
@@ -114,9 +114,9 @@ def _trace_update(
     graphdef, weights = abstract_weights(config, jnp.float32, layout)
     optimizer = make_optimizer(settings.adamw, 1, untrained=untrained)
     update = make_train_step(graphdef, objective, optimizer, settings.step_config, layout)
-    place = partial(_everywhere, layout)
     state = abstract_state(weights, optimizer, layout)
-    traced = update.trace(state, jax.tree.map(lambda a: place(a.shape, a.dtype), like))
+    place = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
+    traced = update.trace(state, jax.tree.map(place, like, layout.row_shardings(like)))
     return Program(traced, weights, moments=state.moments)
 
 

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.model.decoder import Decoder
+from deepseek_jax.model.lora import decoder_of
 from deepseek_jax.model.scoring import Scored, score
 from deepseek_jax.ops.metrics import Mean, Metrics, Whole, masked_mean
+from deepseek_jax.ops.micro_batches import join_rows, split_rows
 from deepseek_jax.rl.batch import Batch
 from deepseek_jax.rl.loss import GRPOConfig, grpo_loss
 
@@ -103,9 +105,10 @@ def frozen_scores(
 ) -> jax.Array:
     """Log-probs [B, T] of the batch's targets under weights that are not trained, or entropies of their distributions.
 
-    The weights are the reference model's, or the policy's own before an update. Both are in nats.
+    The weights are the reference model's, or the policy's own before an update, plain or beside an adapter. Both are
+    in nats.
     """
-    model = nnx.merge(graphdef, weights)
+    model = decoder_of(graphdef, weights)
     options = {"temperature": temperature, "repetition_penalty": repetition_penalty, "keep_routing": keep_routing}
 
     def of_part(part: Batch) -> jax.Array:
@@ -113,5 +116,5 @@ def frozen_scores(
 
     if micro_batches == 1:
         return of_part(batch)
-    parts = jax.tree.map(lambda a: a.reshape(micro_batches, -1, *a.shape[1:]), batch)
-    return jax.lax.map(of_part, parts).reshape(batch.mask_BT.shape)
+    scores_BT = join_rows(jax.lax.map(of_part, split_rows(batch, micro_batches)))
+    return model.layout.constrain(scores_BT, "batch", "sequence")

@@ -19,10 +19,10 @@ from deepseek_jax.checkpoint.adapters import adapted_paths, new_adapter
 from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.generate.engine import Generator, Record, SamplingConfig
-from deepseek_jax.model.lora import ALL_LINEAR, LoRAConfig, merge
+from deepseek_jax.model.lora import ALL_LINEAR, LoRAConfig, beside, merge
 from deepseek_jax.model.precision import Precision, cast, computed, dtype_of
 from deepseek_jax.model.scoring import check_routes
-from deepseek_jax.model.transfer import make_transfer
+from deepseek_jax.model.transfer import Transfer
 from deepseek_jax.ops import metrics as ops_metrics
 from deepseek_jax.rewards.combine import CombinedReward
 from deepseek_jax.rl import entropy
@@ -343,7 +343,7 @@ class GRPOTrainer:
     ):
         self.config, self.model, self.layout, self.lora = config, model, layout, config.lora
         self.donate, self._dtype = donate, jnp.dtype(config.step_config.dtype)
-        self._to_sampler = make_transfer(generator.config, layout, generator.layout, self._dtype)
+        self._to_sampler = Transfer(generator.config, layout, generator.layout, self._dtype)
         self.width, self.seed, self.alter, self.take_metrics = width, seed, alter_rewards, take_metrics
         self.optimizer = make_optimizer(config.adamw, self._updates)
         self.rate = schedule(config.adamw, self._updates)
@@ -388,18 +388,21 @@ class GRPOTrainer:
         return entropy.first_control(self.config.loss) if self.config.loss.use_adaptive_entropy else None
 
     def trained(self, state: Reinforced) -> nnx.State:
-        """What a run is for: the weights that are trained, in float32, or the frozen ones with the adapter."""
-        return self._whole(state.train)
-
-    def _whole(self, train: TrainState) -> nnx.State:
-        return train.weights if self.lora is None else merge(self.frozen, train.weights, self.lora)
+        """What a run is for: the weights that are trained, in float32, or the frozen ones with the adapter in them."""
+        weights = state.train.weights
+        return weights if self.lora is None else merge(self.frozen, weights, self.lora)
 
     def policy(self, state: Reinforced) -> nnx.State:
         """The weights that sample: the trained ones in the sampler's layout, as they are computed in.
 
         With two layouts it is a copy, to be let go of before an update: that needs the room for its gradient.
         """
-        return self._to_sampler(self.trained(state))
+        return self._to_sampler(state.train.weights if self.lora is None else self._computed(state.train))
+
+    def _computed(self, train: TrainState) -> nnx.State:
+        """The trained weights as they are computed in where they are trained, an adapter beside the frozen ones."""
+        weights = computed(train.weights, self._dtype)
+        return weights if self.lora is None else beside(self.frozen, weights, self.lora)
 
     def step(self, state: Reinforced, draw: Callable[[], Sequence[Prompt]], number: int) -> Learned:
         """One step: rollout and updates. `draw` gives the next prompts, and is asked again by dynamic sampling."""
@@ -442,7 +445,7 @@ class GRPOTrainer:
 
         Those that compare sampler and trainer are of the first update: later ones meet weights that have moved.
         """
-        policy = computed(self.trained(state), self._dtype) if self.config.loss.corrects_sampler else None
+        policy = self._computed(state.train) if self.config.loss.corrects_sampler else None
         parts = [self._scored(batch, state.reference, policy) for batch in self.batches(rollout, number)]
         train, control, first, total = state.train, state.entropy, {}, None
         for _ in range(self.config.num_iterations):
@@ -461,14 +464,14 @@ class GRPOTrainer:
         loss = self.config.loss
         if control is not None:
             weight = float(entropy.weight_now(control, loss))
-            batch = batch._replace(entropy_coef_B=np.full(len(batch.mask_BT), weight, np.float32))
+            batch = self.layout.put(batch._replace(entropy_coef_B=np.full(len(batch.mask_BT), weight, np.float32)))
         if loss.top_entropy_quantile == 1:
             return batch
-        weights, parts = computed(self._whole(train), self._dtype), self.config.micro_batches
+        weights, parts = self._computed(train), self.config.micro_batches
         wanted = {"micro_batches": parts, "wanted": "entropy_BT"}
         entropy_BT = frozen_scores(self.model.graphdef, weights, batch, **self.score, **wanted)
         high = entropy.high_entropy(entropy_BT, jnp.asarray(batch.mask_BT), loss.top_entropy_quantile)
-        return batch._replace(high_entropy_BT=high)
+        return self.layout.put(batch._replace(high_entropy_BT=high))
 
     def batches(self, rollout: Rollout, number: int) -> Iterator[Batch]:
         """The samples of a rollout with their advantages, a batch for each update of one pass."""
@@ -508,6 +511,7 @@ class GRPOTrainer:
 
     def _scored(self, batch: Batch, reference: nnx.State | None, policy: nnx.State | None) -> Batch:
         """With the log-probs of the reference, and of the policy where sampling is corrected for."""
+        batch = self.layout.put(batch)
         frozen = partial(frozen_scores, self.model.graphdef, batch=batch, micro_batches=self.config.micro_batches)
         if policy is not None:
             own = frozen(policy, **self.score)

@@ -12,10 +12,11 @@ from flax import nnx
 
 from deepseek_jax.model.decoder import Decoder
 from deepseek_jax.model.layers import RouterBias
-from deepseek_jax.model.lora import LoRAConfig, adapted
+from deepseek_jax.model.lora import LoRAConfig, beside, decoder_of
 from deepseek_jax.model.precision import cast
 from deepseek_jax.model.scoring import Scored
 from deepseek_jax.ops.metrics import Mean, Metrics, Sum, Whole, merge
+from deepseek_jax.ops.micro_batches import split_rows
 from deepseek_jax.ops.routing import updated_bias
 from deepseek_jax.sharding import LOCAL, Layout
 
@@ -55,8 +56,8 @@ class StepConfig:
     """How a batch becomes an update.
 
     Args:
-        micro_batches: parts that a batch is computed in, one after another, to save memory. Sums and counts are
-            kept until the end, so their number changes nothing but rounding.
+        micro_batches: parts that a batch is computed in, one after another, to save memory; see
+            `ops.micro_batches`. Sums and counts are kept until the end, so their number changes nothing but rounding.
         balance_alpha: weight of the sequence-wise balance loss (DeepSeek-V3: 1e-4).
         bias_gamma: speed of the router bias (DeepSeek-V3: 1e-3, then 0).
         dtype: what the model computes in, "float32" or "bfloat16". The weights of the state, gradients, and their sums
@@ -140,7 +141,9 @@ def make_adapter_step(
         raise ValueError(f"bias_gamma: got {config.bias_gamma} with an adapter, wanted 0: router biases stay frozen")
 
     def step(state: TrainState, batch: MaskedBatch, frozen: nnx.State) -> tuple[TrainState, Metrics]:
-        model = lambda adapter: nnx.merge(graphdef, adapted(frozen, adapter, lora))
+        params, _ = nnx.split_state(frozen, nnx.Param, ...)
+        dtype = jax.tree.leaves(params)[0].dtype
+        model = lambda adapter: decoder_of(graphdef, beside(frozen, cast(adapter, dtype), lora))
         return _stepped(state, batch, model, objective, optimizer, config, layout)
 
     return jax.jit(step, donate_argnames="state")
@@ -220,12 +223,9 @@ def whole_of(batch: MaskedBatch) -> Whole:
 
 def _accumulate(gradient_of, batch, parts: int):
     """Gradient, metrics and expert load of a whole batch, computed in `parts` equal parts."""
-    rows = batch.mask_BT.shape[0]
-    if rows % parts:
-        raise ValueError(f"micro_batches: got {parts}, which does not divide the batch of {rows} samples")
     if parts == 1:
         return gradient_of(batch)
-    stacked = jax.tree.map(lambda a: a.reshape(parts, rows // parts, *a.shape[1:]), batch)
+    stacked = split_rows(batch, parts)
     first, rest = jax.tree.map(lambda a: a[0], stacked), jax.tree.map(lambda a: a[1:], stacked)
 
     def add(total, part):

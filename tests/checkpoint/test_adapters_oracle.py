@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from deepseek_jax.checkpoint.adapters import load_adapter, new_adapter, save_adapter
 from deepseek_jax.checkpoint.folder import load_model
-from deepseek_jax.model.lora import LoRAConfig, merge
+from deepseek_jax.model.lora import LoRAConfig, beside, decoder_of, merge
 from tools import make_golden, merge_lora
 
 pytestmark = pytest.mark.oracle
@@ -54,9 +53,18 @@ def case(request, tmp_path_factory):
 
 
 def ours(case, folder, adapter=None, lora=None):
+    """Logits, beside an adapter where there is one; merged into the weights it gives the same."""
     config, graphdef, weights = load_model(folder)
-    module = nnx.merge(graphdef, weights if adapter is None else merge(weights, adapter, lora))
-    return np.asarray(jax.jit(lambda tokens: module.logits(module(tokens).x_BTD))(case.tokens))
+
+    def logits(weights):
+        model = decoder_of(graphdef, weights)
+        return model.logits(model(case.tokens).x_BTD)
+
+    if adapter is None:
+        return np.asarray(jax.jit(logits)(weights))
+    found = np.asarray(jax.jit(logits)(beside(weights, adapter, lora)))
+    np.testing.assert_allclose(jax.jit(logits)(merge(weights, adapter, lora)), found, rtol=0, atol=TOLERANCE)
+    return found
 
 
 @pytest.mark.parametrize(

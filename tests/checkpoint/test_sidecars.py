@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from deepseek_jax.checkpoint import sidecars
@@ -100,3 +102,17 @@ def test_the_cache_of_the_hub_is_links_into_its_blobs(tmp_path: Path):
     assert (tmp_path / "converted" / "LICENSE").read_bytes() == b"MIT"
     assert (tmp_path / "converted" / "modeling_x.py").is_file()
     assert (tmp_path / "converted" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype", None])
+def test_the_configuration_names_the_dtype_that_is_written(tmp_path: Path, key: str | None):
+    source = published(tmp_path / "hf", {}, {})
+    values = json.loads((source / "config.json").read_text())
+    values = {name: value for name, value in values.items() if name not in ("dtype", "torch_dtype")}
+    (source / "config.json").write_text(json.dumps(values | ({key: "float16"} if key else {})))
+    for dtype in ("float32", "bfloat16"):
+        model = load_model(source, dtype=dtype)
+        model = model._replace(weights=jax.tree.map(jnp.zeros_like, model.weights))
+        save_hf(model, tmp_path / dtype, source=source)
+        written = json.loads((tmp_path / dtype / "config.json").read_text())
+        assert written == values | ({key: dtype} if key else {})

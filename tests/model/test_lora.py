@@ -12,9 +12,23 @@ from flax import nnx
 from deepseek_jax.checkpoint import names
 from deepseek_jax.checkpoint.adapters import adapted_paths, new_adapter
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.generate.engine import Generator, SamplingConfig
+from deepseek_jax.generate.text import TextCompletion
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
-from deepseek_jax.model.lora import LoRAConfig, abstract_adapter, adapted, first_adapter, laid_out, merge
+from deepseek_jax.model.lora import (
+    LoRAConfig,
+    abstract_adapter,
+    adapted,
+    beside,
+    decoder_of,
+    first_adapter,
+    laid_out,
+    merge,
+)
+from deepseek_jax.model.precision import cast
 from deepseek_jax.model.stacks import members, stacked, unstacked
+from deepseek_jax.rl.batch import make_batch
+from deepseek_jax.rl.objective import frozen_scores
 from deepseek_jax.sharding import LOCAL, Layout
 from tests.checkpoint.folders import QWEN2, V3
 
@@ -24,6 +38,12 @@ STACKED = Layout(stacked=True)
 # a dense layer, two with experts, and a module that no adapter reaches
 MLA = dataclasses.replace(V3, num_hidden_layers=3, num_nextn_predict_layers=1)
 CONFIGS = {"mla": MLA, "gqa": QWEN2}
+DENSE_MLA = dataclasses.replace(
+    V3,
+    num_hidden_layers=2,
+    num_nextn_predict_layers=0,
+    moe=dataclasses.replace(V3.moe, first_k_dense_replace=2),
+)
 LORA = LoRAConfig(rank=3, alpha=5.0, targets="all-linear")
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 60, (2, 9)), jnp.int32)
 
@@ -52,9 +72,8 @@ def flat(weights) -> dict[names.Path, np.ndarray]:
     return {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(weights)}
 
 
-def logits_of(config, weights):
-    model = nnx.merge(abstract_weights(config)[0], weights)
-    return model.logits(model(TOKENS).x_BTD)
+def of_tokens(model, tokens=TOKENS):
+    return model.logits(model(tokens).x_BTD)
 
 
 # --- sums ----------------------------------------------------------------------------------------
@@ -125,14 +144,85 @@ def test_an_adapter_for_other_weights_is_refused(config, weights):
 # --- the decoder ---------------------------------------------------------------------------------
 
 
-def test_the_sampler_and_the_trainer_see_the_same_model(config, weights):
-    """Logits of merged weights, and of weights that are adapted inside the compiled function."""
-    adapter = trained(config)
-    forward = jax.jit(lambda weights: logits_of(config, weights))
-    inside = jax.jit(lambda weights, adapter: logits_of(config, adapted(weights, adapter, LORA)))
-    got, wanted = forward(merge(weights, adapter, LORA)), inside(weights, adapter)
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-6)
-    assert np.abs(got - forward(weights)).max() > 0.1
+@pytest.mark.parametrize("layout", [LOCAL, STACKED], ids=["layers", "stacks"])
+def test_a_decoder_beside_its_adapter_computes_what_merged_weights_do(config, weights, layout):
+    """Logits in float32, to 3e-6 of the largest; by layer and in stacks, experts and latent attention among them."""
+    base = stacked(weights, config, layout) if layout.stacked else weights
+    adapter, graphdef = trained(config, layout=layout), abstract_weights(config, layout=layout)[0]
+    forward = jax.jit(lambda weights: of_tokens(decoder_of(graphdef, weights)))
+    got, wanted = forward(beside(base, adapter, LORA)), forward(merge(base, adapter, LORA))
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=3e-6 * np.abs(wanted).max())
+    assert np.abs(got - forward(base)).max() > 0.1
+
+
+def test_what_is_joined_is_one_tree_of_the_same_arrays(config, weights):
+    """Every leaf a variable with axes and the very array that was given; and of shapes the same tree is made."""
+    adapter, paths = trained(config), adapted_paths(config, LORA)
+    joined = beside(weights, adapter, LORA)
+    given = {id(leaf) for tree in (weights, adapter) for leaf in jax.tree.leaves(tree)}
+    assert {id(leaf) for leaf in jax.tree.leaves(joined)} == given
+    names_of = {path[-1] for path, _ in nnx.to_flat_state(joined) if path[:-1] in set(paths)}
+    assert names_of == {"weight", "a", "b"}
+    for path, leaf in nnx.to_flat_state(joined):
+        assert len(leaf.get_metadata()["axes"]) == leaf.get_raw_value().ndim, path
+    like = beside(abstract_weights(config)[1], abstract_adapter(config, LORA, paths), LORA)
+    assert jax.tree.structure(like) == jax.tree.structure(joined)
+    half = cast(joined, jnp.bfloat16)  # what goes through a tree leaf by leaf keeps what it is
+    assert jax.tree.structure(half) == jax.tree.structure(joined)
+    with pytest.raises(ValueError, match="adapter: got stacks.0.* for which there is no weight"):
+        beside(weights, new_adapter(config, LORA, seed=0, layout=STACKED), LORA)
+
+
+@pytest.mark.parametrize("kind", ["gqa", "mla"])
+def test_an_adapter_below_the_last_bit_of_bfloat16_weights_counts(kind):
+    """Merged into them it changes no bit; beside them it moves the logits as it does in float32.
+
+    Each logit moves by about a unit in the last place, up or down: the slope is over all of them. Without experts, of
+    which rounding chooses others.
+    """
+    config = {"gqa": QWEN2, "mla": DENSE_MLA}[kind]
+    random, lora = np.random.default_rng(0), LoRAConfig(rank=1, alpha=1, targets="all-linear")
+    # half a unit in the last place is 2^-11 of such weights, and the adapter 2^-12 everywhere
+    coarse = lambda a: jnp.asarray(random.choice([-1, 1], a.shape) * random.uniform(0.125, 0.25, a.shape), jnp.bfloat16)
+    matrix = lambda path, leaf: leaf.replace(coarse(leaf.get_raw_value())) if leaf.get_raw_value().ndim > 1 else leaf
+    shapes = jax.jit(lambda: split(Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))[1])()
+    weights = nnx.from_flat_state([(path, matrix(path, leaf)) for path, leaf in nnx.to_flat_state(shapes)])
+    signs = lambda leaf: jnp.asarray(random.choice([-1, 1], leaf.get_raw_value().shape), jnp.float32)
+    first = new_adapter(config, lora, seed=0)
+    sized = lambda path, leaf: leaf.replace(signs(leaf) * (2.0**-12 if path[-1] == "b" else 1.0))
+    adapter = nnx.from_flat_state([(path, sized(path, leaf)) for path, leaf in nnx.to_flat_state(first)])
+    before, after = flat(weights), flat(merge(weights, adapter, lora))
+    assert all(after[path].tobytes() == value.tobytes() for path, value in before.items())
+
+    graphdef, tokens = abstract_weights(config)[0], jnp.asarray(random.integers(0, 60, (128, 16)), jnp.int32)
+    forward = jax.jit(lambda weights: of_tokens(decoder_of(graphdef, weights), tokens))
+    moved = lambda weights: np.asarray(
+        forward(beside(weights, cast(adapter, weights.norm.dtype), lora)) - forward(weights)
+    )
+    half, full = moved(weights), moved(cast(weights, jnp.float32))
+    assert np.sum(half * full) / np.sum(full * full) == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_sampler_and_trainer_agree_in_bfloat16_as_without_an_adapter(kind):
+    """Mean distance of their log-probs: latent attention samples absorbed and is scored spelled out, either way."""
+    config = dataclasses.replace(CONFIGS[kind], initializer_range=0.2)
+    weights = cast(jax.jit(lambda: split(Decoder(config, rngs=nnx.Rngs(0)))[1])(), jnp.bfloat16)
+    smaller = lambda path, leaf: leaf.replace(leaf[...] * (0.1 if path[-1] == "b" else 1.0))
+    adapter = nnx.from_flat_state([(path, smaller(path, leaf)) for path, leaf in nnx.to_flat_state(trained(config))])
+    graphdef = abstract_weights(config)[0]
+    generator, sampling = Generator(config, graphdef), SamplingConfig(max_new_tokens=20)
+    prompts = np.random.default_rng(0).integers(0, 60, (16, 5)).tolist()
+
+    def distance(weights):
+        found = generator(weights, prompts, sampling, seeds=range(64), samples=4)
+        found = [TextCompletion("", one.tokens, one.logprobs, one.finished) for one in found]
+        batch = make_batch([p for p in prompts for _ in range(4)], found, np.zeros(64, np.float32))
+        scores = np.asarray(frozen_scores(graphdef, weights, batch, temperature=1.0))
+        return np.abs(scores - batch.old_logprobs_BT)[batch.mask_BT].mean()
+
+    plain, with_adapter = distance(weights), distance(beside(weights, cast(adapter, jnp.bfloat16), LORA))
+    assert 0 < with_adapter < 1.2 * plain, (with_adapter, plain)
 
 
 def test_the_gradient_is_that_of_the_weights_by_the_chain_rule(config, weights):

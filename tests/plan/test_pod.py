@@ -78,7 +78,7 @@ def test_the_sync_that_is_compiled_is_the_one_that_runs(dtype):
     mine = task("sync", dtype=dtype)
     of = trainer(dataclasses.replace(mine.settings, prompts_per_step=2, group_size=4, max_new_tokens=9))
     state, program = of.first_state(), compiled.trace(mine)
-    ran = of._to_sampler.trace(state.train.weights)
+    ran = of._to_sampler.program(state.train.weights).trace(state.train.weights)
     assert str(program.traced.jaxpr) == str(ran.jaxpr)
     found = of.policy(state)
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)

@@ -30,6 +30,7 @@ from deepseek_jax.ops import metrics as ops_metrics
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl import rollout as rollout_module
 from deepseek_jax.rl.rollout import Prompt, Roller
+from deepseek_jax.sharding import Layout, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.train.data import batches
@@ -111,6 +112,7 @@ def they_meet_and_agree(folder: Path, /) -> None:
     with pytest.raises(ZeroDivisionError if me == 0 else RuntimeError, match="division by zero"):
         processes.on_main(lambda: 1 / 0)
     rewards_are_the_same_everywhere()
+    a_batch_is_put_in_parts()
     keep(folder, "toy", whole(toy_stage(folder / "run").weights))
     resumed = toy_stage(folder / "run")  # a finished stage: what its checkpoint holds
     keep(folder, "restored", (whole(resumed.weights), resumed.seen))
@@ -130,6 +132,23 @@ def rewards_are_the_same_everywhere() -> None:
     rolled = roll(None, [Prompt("q", [1], {"answer": "a"})], seed=0, step=0)
     assert rolled.rewards.tolist() == [np.float32([0, 0.1, 0.2, 0.1 * 3]).tolist()]
     assert rolled.parts == {"part": [0, 0.1, 0.2, 0.1 * 3]}
+
+
+def a_batch_is_put_in_parts() -> None:
+    """Each process places the rows of its own devices, and all of them hold the batch that each had whole."""
+    layout = Layout(mesh=make_mesh(data=2, fsdp=4))
+    tokens = np.arange(16 * 3, dtype=np.int32).reshape(16, 3)
+    batch = SFTBatch(tokens, tokens + 1, tokens % 5 > 0)
+    put = layout.put(batch)
+    for value, given in zip(put, batch, strict=True):
+        assert not value.is_fully_addressable and len(value.addressable_shards) == 4
+        for shard in value.addressable_shards:
+            assert shard.data.shape == (2, 3)
+            np.testing.assert_array_equal(shard.data, given[shard.index])
+        np.testing.assert_array_equal(whole(value), given)
+    assert all(one is two for one, two in zip(layout.put(put), put, strict=True))
+    moved = put._replace(mask_BT=jax.jit(lambda a: a, out_shardings=layout.sharding(None, None))(put.mask_BT))
+    assert [shard.data.shape for shard in layout.put(moved).mask_BT.addressable_shards] == [(2, 3)] * 4
 
 
 def one_fails(folder: Path, /) -> None:

@@ -88,7 +88,7 @@ def reinforced(folder: Path, architecture: ModelConfig, mesh: dict[str, int]) ->
         setup = r1_zero.prepare(config, graded)
         assert len(jax.tree.leaves(setup.model.weights)[0].sharding.device_set) == (8 if sizes else 1)
         with MetricLog(config.output) as log:
-            r1_zero.reinforce(config, setup, setup.model.weights, log)
+            r1_zero.reinforce(config, setup, setup.model.weights, log, "a run")
 
 
 def by_length_and_first_token(

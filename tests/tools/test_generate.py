@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
+import tools.generate
 from deepseek_jax.checkpoint.convert import convert_hf
 from deepseek_jax.checkpoint.folder import Model, save_hf
 from deepseek_jax.checkpoint.opened import open_folder
@@ -19,6 +23,8 @@ from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE
 from tools.generate import main
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -48,9 +54,34 @@ def test_options_as_documented_and_the_same_from_a_converted_folder(folder, gene
     assert generate(folder, *options, "--no-chat")[1] != text
 
 
+def test_a_model_is_divided_over_all_devices(folder):
+    """Four of them, in a process of their own, and one: the same text."""
+    options = ["--prompt", "1+2=?", "--max-tokens", "6", "--temperature", "0.8", "--seed", "3", "--samples", "2"]
+    texts = []
+    for devices, more in ((1, []), (4, ["--serve-tensor", "2"]), (4, ["--serve-expert", "2", "--serve-tensor", "1"])):
+        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "tools/generate.py", str(folder), *options, *more]
+        child = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert child.returncode == 0, child.stderr
+        texts.append(child.stdout)
+    assert texts[0].strip() and texts[0] == texts[1] == texts[2]
+
+
+def test_bfloat16_is_what_is_computed_in(folder, generate, monkeypatch):
+    seen = []
+    complete = tools.generate.complete
+    note = lambda *arguments, **options: seen.append(arguments[1].norm.dtype) or complete(*arguments, **options)
+    monkeypatch.setattr("tools.generate.complete", note)
+    for options in ((), ("--dtype", "float32"), ("--dtype", "bfloat16")):
+        assert generate(folder, "--prompt", "1+2=?", "--max-tokens", 2, *options)[0] == 0
+    assert [dtype.name for dtype in seen] == ["float32", "float32", "bfloat16"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--prompt", "1", "--serve-tensor", "3"), "error: mesh: expert 1 x tensor 3 do not divide the 1 devices"),
         (("--prompt", "hello"), "error: encode: got 'h', wanted text"),
         (("--prompt", "1" * 300), "error: prompt 0: got 303 tokens, wanted 1 to 255"),
         (("--prompt", "1", "--top-p", "0"), "error: top_p: got 0.0"),

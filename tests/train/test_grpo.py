@@ -260,8 +260,10 @@ def test_an_adapter_learns_beside_weights_that_stay():
     second = of.step(first.state, lambda: prompts(2), 1)
     assert second.metrics["sampling/sampling_logp_difference/max"] < 1e-5
     assert first.metrics["kl"] < 1e-8 < second.metrics["kl"]
-    policy = flat(of.policy(second.state))
-    moved = {name for name, leaf in before.items() if (policy[name] != leaf).any()}
+    given = {id(leaf) for leaf in jax.tree.leaves(of.policy(second.state))}
+    assert {id(leaf) for leaf in jax.tree.leaves(of.frozen)} < given  # the sampler's are no copies
+    merged = flat(of.trained(second.state))
+    moved = {name for name, leaf in before.items() if (merged[name] != leaf).any()}
     assert moved and all(".q_a" in name.replace("['", ".") or ".o" in name.replace("['", ".") for name in moved)
     for name, leaf in flat(start_tree()).items():
         np.testing.assert_array_equal(leaf, before[name], err_msg=name)

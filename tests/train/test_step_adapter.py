@@ -1,6 +1,7 @@
 """Steps that train an adapter beside frozen weights, and steps of objectives without a forward pass to speak of."""
 
 import dataclasses
+import math
 from functools import cache
 
 import jax
@@ -13,7 +14,7 @@ from flax import nnx
 from deepseek_jax.checkpoint.adapters import new_adapter
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.layers import RouterBias
-from deepseek_jax.model.lora import LoRAConfig, adapted
+from deepseek_jax.model.lora import LoRAConfig, adapted, beside, decoder_of
 from deepseek_jax.model.stacks import stacked
 from deepseek_jax.ops.metrics import values
 from deepseek_jax.sharding import LOCAL, Layout
@@ -97,22 +98,59 @@ def test_only_the_adapter_moves_and_only_it_has_moments():
     assert "router/balance_loss" in metrics
 
 
-def test_the_update_is_the_gradient_of_the_loss_on_adapted_weights():
-    """Against a gradient taken by hand."""
-    (graphdef, _), base = abstract_weights(CONFIG), frozen()
+def gradient_of(config, weights_of):
+    """Loss and gradient in the adapter, of a module that is made of the base and it."""
+    (graphdef, _), base = abstract_weights(config), frozen(config)
 
     def loss(adapter):
-        model = nnx.merge(graphdef, adapted(base, adapter, LORA))
+        model = decoder_of(graphdef, weights_of(base, adapter, LORA))
         return sft_objective(model, SFTBatch(*map(jnp.asarray, batch())), whole_of(batch()))[0]
 
-    value, gradient = jax.jit(jax.value_and_grad(loss))(adapter_of())
-    gradient, (weights, metrics) = flat(gradient), reference()
+    value, gradient = jax.jit(jax.value_and_grad(loss))(adapter_of(config))
+    return float(value), flat(gradient)
+
+
+def test_the_update_is_the_gradient_of_the_loss_beside_the_adapter():
+    """Against a gradient taken by hand."""
+    (value, gradient), (weights, metrics) = gradient_of(CONFIG, beside), reference()
     assert max(np.abs(g).max() for g in gradient.values()) > 0.01
     for path, start in flat(adapter_of()).items():
         np.testing.assert_allclose(weights[path], start - gradient[path], rtol=0, atol=1e-6, err_msg=str(path))
     norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradient.values()))
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
-    assert metrics["loss"] == pytest.approx(float(value), rel=1e-6)
+    assert metrics["loss"] == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.parametrize("config", [CONFIG, ROUTED], ids=["dense", "experts"])
+def test_loss_and_gradient_are_those_of_adapted_weights(config):
+    """In float32, where W + s A B loses little: the loss to 1e-6, each gradient to 1e-5 of its norm."""
+    (loss, got), (of_sums, wanted) = gradient_of(config, beside), gradient_of(config, adapted)
+    assert loss == pytest.approx(of_sums, rel=1e-6)
+    norm = lambda g: np.linalg.norm(g.astype(np.float64))
+    for path, value in wanted.items():
+        assert norm(got[path] - value) <= 1e-5 * norm(value), path
+        assert norm(value) > 0, path
+
+
+@pytest.mark.parametrize("layout", [LOCAL, Layout(stacked=True, remat="layers")], ids=["layers", "stacks"])
+def test_the_gradient_holds_no_matrix_as_large_as_a_frozen_one(layout):
+    """Against adapted weights, which exist twice, with a gradient each: what a program keeps falls by more than one."""
+    config = dataclasses.replace(ROUTED, num_hidden_layers=2, hidden_size=256)
+    graphdef, weights = abstract_weights(config, layout=layout)
+    shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
+    adapter = jax.tree.map(shape, new_adapter(config, LORA, seed=0, layout=layout))
+
+    def kept(weights_of) -> int:
+        def loss(adapter, weights, batch):
+            return sft_objective(decoder_of(graphdef, weights_of(weights, adapter, LORA)), batch, whole_of(batch))[0]
+
+        given = adapter, weights, jax.tree.map(shape, batch())
+        return jax.jit(jax.grad(loss)).lower(*given).compile().memory_analysis().temp_size_in_bytes
+
+    leaves = dict(nnx.to_flat_state(weights))
+    shapes = [leaves[path[:-1]].get_raw_value().shape for path, _ in nnx.to_flat_state(adapter) if path[-1] == "a"]
+    frozen_bytes = sum(4 * math.prod(of) for of in shapes)
+    assert kept(beside) + frozen_bytes < kept(adapted)
 
 
 def test_micro_batches_change_nothing():

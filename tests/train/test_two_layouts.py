@@ -23,7 +23,7 @@ from deepseek_jax.generate.engine import Generator
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.model.stacks import members, stacked
-from deepseek_jax.model.transfer import make_transfer, sampled_config, serving_layout, serving_sizes
+from deepseek_jax.model.transfer import Transfer, sampled_config, serving_layout, serving_sizes
 from deepseek_jax.plan.account import account
 from deepseek_jax.plan.exchange import least_moved
 from deepseek_jax.rewards.combine import combine
@@ -158,6 +158,22 @@ def a_step_in_any_two_layouts_is_that_of_one_device():
         assert_same_update(trainer(kind, train, serve, updates_per_rollout=2), trainer(kind, updates_per_rollout=2))
 
 
+def an_adapter_goes_along():
+    """Beside its frozen weights, from stacks to single layers; what it has learnt is in the next rollout."""
+    kind, train, serve = layouts("apart")
+    got, wanted = (trainer(*of, lora_rank=4, lr=1e-2) for of in ((kind, train, serve), (kind,)))
+    first = [of.step(of.first_state(), prompts, 0).state for of in (got, wanted)]
+    assert max(float(jnp.abs(b).max()) for b in jax.tree.leaves(first[1].train.weights)) > 1e-3
+    moved, masters = (by_layer(of, got.model.config) for of in (got.policy(first[0]), got._computed(first[0].train)))
+    assert any(path[-1] == "b" for path in moved) and not any(path[0] == "mtp" for path in moved)
+    for path, value in moved.items():
+        np.testing.assert_array_equal(value, masters[path], err_msg=str(path))
+    one, other = (of.step(state, prompts, 1) for of, state in zip((got, wanted), first, strict=True))
+    for mine, theirs in zip(one.rollout.completions, other.rollout.completions, strict=True):
+        np.testing.assert_array_equal(mine.tokens, theirs.tokens)
+        np.testing.assert_allclose(mine.logprobs, theirs.logprobs, rtol=0, atol=1e-3)
+
+
 @contextmanager
 def compilations() -> Iterator[list[str]]:
     found: list[str] = []
@@ -187,7 +203,7 @@ def weights_arrive_as_they_are():
         _, weights = laid(kind, train)
         config = sampled_config(CONFIGS[kind])
         for dtype in (jnp.float32, jnp.bfloat16):
-            moved = make_transfer(config, train, serve, dtype)(weights)
+            moved = Transfer(config, train, serve, dtype)(weights)
             _, like = abstract_weights(config, dtype, serve)
             assert jax.tree.structure(moved) == jax.tree.structure(like), name
             for path, leaf in nnx.to_flat_state(moved):
@@ -202,7 +218,7 @@ def weights_arrive_as_they_are():
 def single_layers_become_stacks():
     train = Layout(mesh=make_mesh(fsdp=8))
     serve = dataclasses.replace(train.serving(data=2, tensor=4), stacked=True)
-    moved = make_transfer(CONFIGS["gqa"], train, serve, jnp.dtype(jnp.float32))(laid("gqa", train)[1])
+    moved = Transfer(CONFIGS["gqa"], train, serve, jnp.dtype(jnp.float32))(laid("gqa", train)[1])
     wanted = stacked(laid("gqa", train)[1], CONFIGS["gqa"], serve)
     for one, other in zip(jax.tree.leaves(moved), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -220,8 +236,9 @@ def what_is_moved_is_what_arithmetic_says():
     ):
         train = Layout(mesh=make_mesh(**sizes), stacked=True)
         to, config = train.serving(**serve), sampled_config(CONFIGS[kind])
-        transfer = make_transfer(config, train, to, jnp.dtype(jnp.float32))
-        text = transfer.lower(abstract_weights(CONFIGS[kind], layout=train)[1]).compile().as_text()
+        transfer = Transfer(config, train, to, jnp.dtype(jnp.float32))
+        like = abstract_weights(CONFIGS[kind], layout=train)[1]
+        text = transfer.program(like).lower(like).compile().as_text()
         sent = sum(of.bytes for of in account(text, train.mesh.shape).collectives)
         least = least_moved(config, train, to, jnp.dtype(jnp.float32))
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(laid(kind, LOCAL)[1]))
@@ -239,6 +256,7 @@ def what_is_moved_is_what_arithmetic_says():
 QUICK = [a_step_in_two_layouts_is_that_of_one_device, single_layers_become_stacks]
 THOROUGH = [
     a_step_in_any_two_layouts_is_that_of_one_device,
+    an_adapter_goes_along,
     nothing_is_compiled_after_the_first_step,
     weights_arrive_as_they_are,
     what_is_moved_is_what_arithmetic_says,
@@ -319,7 +337,7 @@ def test_sizes_that_do_not_divide_the_devices_are_refused(given, message):
 def test_without_a_mesh_weights_are_the_very_same_arrays():
     _, weights = laid("gqa", LOCAL)
     assert serving_layout(CONFIGS["gqa"], LOCAL) == LOCAL
-    moved = make_transfer(CONFIGS["gqa"], LOCAL, LOCAL, jnp.dtype(jnp.float32))(weights)
+    moved = Transfer(CONFIGS["gqa"], LOCAL, LOCAL, jnp.dtype(jnp.float32))(weights)
     assert all(one is other for one, other in zip(jax.tree.leaves(moved), jax.tree.leaves(weights), strict=True))
     with pytest.raises(ValueError, match="tensor 2 do not divide the one device"):
         serving_layout(CONFIGS["gqa"], LOCAL, tensor=2)
