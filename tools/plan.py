@@ -25,12 +25,14 @@ from deepseek_jax.plan.planner import (
     ASSUMED,
     USABLE,
     Advice,
+    Moments,
     Plan,
     Workload,
     advise,
     advise_all,
     plan,
     rule_of_thumb,
+    state_of,
     thumb_tensor_parallel,
     weights_share,
 )
@@ -54,6 +56,7 @@ def main(
     context: int | None = None,
     batch: int | None = None,
     dtype: DType | None = None,
+    moments: Moments = "float32",
     json: bool = False,
     chart: Path | None = None,
 ) -> None:
@@ -67,7 +70,8 @@ def main(
         workload: serve, train or grpo.
         context: tokens of a sequence; by default 4096, or the model's if that is less.
         batch: sequences at once; by default as many as fit.
-        dtype: of the weights; by default the published one to serve, bf16 to train.
+        dtype: of the weights to serve, by default the published one; to train what is computed in, by default bf16.
+        moments: what the optimizer's are kept in; what is trained is float32.
         json: print one JSON object: a plan's figures, or a list of them under "plans", or "advice" on a memory.
         chart: PNG or HTML file for a plan's memory against the context.
     """
@@ -90,7 +94,14 @@ def main(
     for name in names:
         config = read_model(name)
         length = min(4096, config.max_position_embeddings) if context is None else context
-        wanted = {"workload": workload, "context": length, "chips": chips, "batch": batch, "dtype": dtype}
+        wanted = {
+            "workload": workload,
+            "context": length,
+            "chips": chips,
+            "batch": batch,
+            "dtype": dtype,
+            "moments": moments,
+        }
         found += [(name, config, plan(_label(name), config, each, **wanted)) for each in which]
     if one:
         name, config, mine = found[0]
@@ -134,7 +145,8 @@ def _label(name: str) -> str:
 
 
 def _as_json(name: str, config: ModelConfig, found: Plan) -> dict:
-    share = weights_share(config, chip_of(found.chip), found.chips, found.dtype)
+    kept = found.dtype if found.workload == "serve" else state_of(found.dtype, found.moments).weights
+    share = weights_share(config, chip_of(found.chip), found.chips, kept)
     whole = found.chips * chip_of(found.chip).hbm_bytes
     thumb = {"memory": rule_of_thumb(config), "tensor_parallel": thumb_tensor_parallel(whole)}
     known = dataclasses.asdict(commands(found, name))
@@ -146,11 +158,7 @@ def _print_one(name: str, config: ModelConfig, found: Plan, json: bool) -> None:
     if json:
         print(dumps(facts, indent=2))
         return
-    table = Table("memory a device", "bytes", "of its memory", title=title(found), title_justify="left")
-    for kind, size in facts["memory"].items():
-        if size:
-            table.add_row(kind, format_bytes(size), f"{100 * size / found.hbm:.1f} %", end_section=kind == "workspace")
-    table.add_row("usable", format_bytes(found.limit), f"{100 * USABLE:.0f} %")
+    table = _memory(found) if found.phases is None else _phases(found)
     lines = [
         f"fits          {_verdict(found)}; the weights alone are {100 * facts['weights_share']:.1f} % of all memory",
         f"chips         {found.chips} x {found.chip} ({found.slice})",
@@ -166,10 +174,33 @@ def _print_one(name: str, config: ModelConfig, found: Plan, json: bool) -> None:
     _console().print(*lines, sep="\n", highlight=False, soft_wrap=True)  # commands are to be copied
 
 
+def _memory(found: Plan) -> Table:
+    table = Table("memory a device", "bytes", "of its memory", title=title(found), title_justify="left")
+    for kind, size in found.as_json()["memory"].items():
+        if size:
+            table.add_row(kind, format_bytes(size), f"{100 * size / found.hbm:.1f} %", end_section=kind == "workspace")
+    table.add_row("usable", format_bytes(found.limit), f"{100 * USABLE:.0f} %")
+    return table
+
+
+def _phases(found: Plan) -> Table:
+    """A column for each phase of a GRPO step."""
+    phases = found.as_json()["phases"]
+    table = Table("memory a device", *phases, title=title(found), title_justify="left")
+    for kind in next(iter(phases.values())):
+        sizes = [memory[kind] for memory in phases.values()]
+        if any(sizes):
+            cells = (format_bytes(size) if size else "" for size in sizes)
+            table.add_row(kind, *cells, end_section=kind == "workspace")
+    table.add_row("of its memory", *(f"{100 * memory['total'] / found.hbm:.1f} %" for memory in phases.values()))
+    return table
+
+
 def _commands(known: dict) -> list[str]:
     lines = [f"run by        {known['run'] or 'no command yet: an estimate'}"]
     lines += [f"missing       {what}" for what in known["missing"]]
-    return [*lines, f"compiled by   {known['compile']}"] if known["compile"] else lines
+    compiled = [known["compile"], *known["compile_also"]] if known["compile"] else []
+    return lines + [f"compiled by   {line}" for line in compiled]
 
 
 def _verdict(found: Plan) -> str:

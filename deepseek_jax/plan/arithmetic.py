@@ -454,6 +454,33 @@ def _cache_widths(config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]
     return (a.kv_lora_rank, a.qk_rope_head_dim), () if a.indexer is None else (a.indexer.index_head_dim,)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StateDTypes:
+    """What the parts of training are kept in: the one description that planner and compiler share.
+
+    The program's are `train.step.StepConfig.dtype` (compute) and `train.optimizer.OptimizerConfig.moments`; its
+    weights, and so their gradient, are float32 (docs/decisions/0010).
+
+    Args:
+        compute: of the weights as they are computed with, of activations, and of a frozen reference.
+        moments: AdamW's.
+        weights: what is trained, and its gradient.
+    """
+
+    compute: DType = "bf16"
+    moments: DType = "f32"
+    weights: DType = "f32"
+
+    def __post_init__(self) -> None:
+        for name, dtype in vars(self).items():
+            if dtype not in ("f32", "bf16"):
+                raise ValueError(f"{name}: got {dtype!r}, wanted f32 or bf16; quantized weights are not trained")
+
+
+MASTERS = StateDTypes()
+"""What a run on accelerators holds unless it is told otherwise."""
+
+
 class StateBytes(NamedTuple):
     """What a training step keeps of every weight, over all chips: weights, their gradient, AdamW's two moments."""
 
@@ -466,22 +493,13 @@ class StateBytes(NamedTuple):
         return sum(self)
 
 
-def train_state_bytes(
-    config: ModelConfig,
-    weight_dtype: DType = "bf16",
-    moment_dtype: DType = "bf16",
-    gradient_dtype: DType | None = None,
-    *,
-    mtp: bool = True,
-) -> StateBytes:
-    """Bytes of training state. The gradient has the weights' dtype unless it is given; router biases have neither."""
-    number_bytes(weight_dtype)
-    if weight_dtype not in ("f32", "bf16"):
-        raise ValueError(f"weight_dtype: got {weight_dtype!r}, wanted f32 or bf16; quantized weights are not trained")
+def train_state_bytes(config: ModelConfig, state: StateDTypes = MASTERS, *, mtp: bool = True) -> StateBytes:
+    """Bytes of training state. The gradient has the weights' dtype; router biases have no gradient and no moments."""
     p = parameters(config)
     trained = p.total if mtp else p.main
-    gradient = trained * number_bytes(gradient_dtype or weight_dtype)
-    return StateBytes(weight_bytes(config, weight_dtype, mtp=mtp), gradient, 2 * trained * number_bytes(moment_dtype))
+    gradient = trained * number_bytes(state.weights)
+    weights = weight_bytes(config, state.weights, mtp=mtp)
+    return StateBytes(weights, gradient, 2 * trained * number_bytes(state.moments))
 
 
 # --- bytes that are moved ------------------------------------------------------------------------
@@ -549,9 +567,7 @@ def prefill_bytes(
     return Traffic(weights=touched_weight_bytes(config, dtype, tokens), cache_written=written)
 
 
-def train_bytes(
-    config: ModelConfig, weight_dtype: DType = "bf16", moment_dtype: DType = "bf16", *, mtp: bool = True
-) -> Traffic:
+def train_bytes(config: ModelConfig, state: StateDTypes = MASTERS, *, mtp: bool = True) -> Traffic:
     """One update: weights read forward, backward and by the optimizer, and written; the rest written and read once."""
-    state = train_state_bytes(config, weight_dtype, moment_dtype, mtp=mtp)
-    return Traffic(weights=4 * state.weights, gradient=2 * state.gradient, moments=2 * state.moments)
+    kept = train_state_bytes(config, state, mtp=mtp)
+    return Traffic(weights=4 * kept.weights, gradient=2 * kept.gradient, moments=2 * kept.moments)

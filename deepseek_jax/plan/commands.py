@@ -1,22 +1,31 @@
 """Which command runs a plan, which one compiles its step, and what is still missing to run it."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from deepseek_jax.plan.chips import chip
-from deepseek_jax.plan.planner import Plan
+from deepseek_jax.plan.planner import Plan, Sizes
 from deepseek_jax.plan.topology import compilable
 
+Step = Literal["decode", "train", "grpo", "sync"]
+_DTYPES = {"bf16": "bfloat16", "f32": "float32"}
+_GROUP = 16  # samples a question, if the batch has as many (R1)
 _STEPS = {"serve": "decode", "train": "train", "grpo": "grpo"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Commands:
-    """`run` and `compile` are command lines, FOLDER and FILE to be filled in; None where there is none yet. `missing`
-    says what keeps the plan from being run as it stands: without it the plan is more than an estimate."""
+    """`run` and `compile` are command lines; None where there is none yet. FOLDER, FILE and NEW are to be filled in,
+    NEW with the tokens of a context that the longest prompt leaves. `missing` says what keeps the plan from being run
+    as it stands: without it the plan is more than an estimate. `compile` is of GRPO's update; `compile_also` of the
+    other phases of its step that have a program of their own, transfer and rollout."""
 
     run: str | None
     compile: str | None
     missing: tuple[str, ...]
+    compile_also: tuple[str, ...] = ()
 
 
 def commands(plan: Plan, model: str) -> Commands:
@@ -27,16 +36,27 @@ def commands(plan: Plan, model: str) -> Commands:
         model: as given to the planner: a preset's name or a folder.
     """
     run, missing = {"serve": _serve, "train": _train, "grpo": _grpo}[plan.workload](plan)
-    return Commands(run=run, compile=_compile(plan, model), missing=missing)
+    compile_step = _compile(plan, model, _STEPS[plan.workload], plan.mesh)
+    also = ()
+    if plan.workload == "grpo" and compile_step is not None:
+        of_serving = {axis: plan.rollout_mesh[axis] for axis in ("expert", "tensor")}
+        sync = _compile(plan, model, "sync", plan.mesh) + f" --serve-mesh {_words(of_serving)}"
+        also = (sync, _compile(plan, model, "decode", plan.rollout_mesh))
+    return Commands(run=run, compile=compile_step, missing=missing, compile_also=also)
 
 
 def _serve(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
     if plan.dtype not in ("bf16", "f32"):
         packed = f"a program that computes from {plan.dtype} weights: generation unpacks them; bf16 is what runs"
         return None, (packed,)
-    if _devices(plan) > 1:
-        return None, ("a command that serves on several devices: tools/generate.py has one",)
-    return "python tools/generate.py FOLDER --prompt TEXT", ()
+    return f"python tools/generate.py FOLDER --prompt TEXT{_sampling(plan, plan.mesh)}", ()
+
+
+def _sampling(plan: Plan, mesh: Mapping[str, int]) -> str:
+    """Options of the layout to sample in, all of them: what is left out a program chooses by itself."""
+    if _devices(plan) == 1:
+        return ""
+    return "".join(f" --serve-{axis} {mesh[axis]}" for axis in ("expert", "tensor"))
 
 
 def _train(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
@@ -45,22 +65,37 @@ def _train(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
 
 def _grpo(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
     mesh = "".join(f" --mesh-{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
-    run = f"python experiments/r1_zero.py --model FOLDER --data FILE{mesh}"
-    missing = () if _devices(plan) == 1 else ("a second layout to sample in: the experiment has one mesh for both",)
-    return f"{run} --stacked --remat all_but_attention", missing
+    mesh += _sampling(plan, plan.rollout_mesh)
+    dtypes = f"--dtype {_DTYPES[plan.dtype]} --moments {plan.moments}"
+    run = f"python experiments/r1_zero.py --model FOLDER --data FILE{mesh} --stacked --remat all_but_attention {dtypes}"
+    if plan.batch == 1:
+        return None, ("a plan with more samples than one: a group of one learns nothing; give a batch",)
+    group = max(of for of in range(2, min(plan.batch, _GROUP) + 1) if plan.batch % of == 0 or of == 2)
+    return f"{run} --prompts-per-step {plan.batch // group} --group-size {group} --max-new-tokens NEW", ()
 
 
-def _compile(plan: Plan, model: str) -> str | None:
+def _words(mesh: Mapping[str, int]) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in mesh.items())
+
+
+def _compile(plan: Plan, model: str, step: Step, mesh: Mapping[str, int]) -> str | None:
     """By the compiler of the plan's chips, where it can be had without them."""
     of_chip = chip(plan.chip)
     if not compilable(of_chip) or plan.dtype not in ("bf16", "f32"):
         return None
     topology = f"{of_chip.name}:{plan.slice.replace(' ', '')}"
-    mesh = ",".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1)
-    words = f"--preset {model} --topology {topology} --step {_STEPS[plan.workload]}"
-    shape = f"--batch {plan.batch} --context {plan.context}" + (f" --mesh {mesh}" if mesh else "")
-    dtype = "" if plan.dtype == "bf16" else f" --dtype {plan.dtype}"
-    return f"python tools/compile_pod.py {words} {shape}{dtype}"
+    words = [f"python tools/compile_pod.py --preset {model} --topology {topology} --step {step}"]
+    if step != "sync":
+        # a cache has rows for every part that the mesh cuts it into
+        parts = Sizes(**mesh).parts("serve", "cache_batch") if step == "decode" else 1
+        words.append(f"--batch {math.ceil(plan.batch / parts) * parts} --context {plan.context}")
+    if sizes := {axis: size for axis, size in mesh.items() if size > 1}:
+        words.append(f"--mesh {_words(sizes)}")
+    if plan.dtype != "bf16":
+        words.append(f"--dtype {plan.dtype}")
+    if step in ("train", "grpo") and plan.moments != "float32":
+        words.append(f"--moments {plan.moments}")
+    return " ".join(words)
 
 
 def _devices(plan: Plan) -> int:

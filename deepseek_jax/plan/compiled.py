@@ -17,16 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.transfer import serving_sizes
+from deepseek_jax.model.transfer import sampled_config, serving_sizes
 from deepseek_jax.plan import arithmetic, planner, pod
 from deepseek_jax.plan.account import Account, Collective, account
+from deepseek_jax.plan.arithmetic import StateDTypes
 from deepseek_jax.plan.chips import Chip
-from deepseek_jax.plan.exchange import least_sent
+from deepseek_jax.plan.exchange import least_moved, least_sent
 from deepseek_jax.plan.topology import GPU_OPTIONS
 from deepseek_jax.sharding import Layout
-from deepseek_jax.train.step import StepConfig
+from deepseek_jax.train.grpo import GRPOTraining
 
-Step = Literal["prefill", "decode", "train", "grpo"]
+Step = Literal["prefill", "decode", "train", "grpo", "sync"]
+TRAINED: tuple[Step, ...] = ("train", "grpo", "sync")  # that begin where weights lie to be trained
 DTYPES: Mapping[str, Any] = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 _USED = re.compile(r"Used ([0-9.]+)([KMGT]) of")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -39,10 +41,12 @@ class Task:
     Args:
         config: architecture.
         layout: with a mesh of the topology's chips.
-        step: which; the function that experiments and servers call.
-        batch: sequences in all.
+        step: which; the function that experiments and servers call. "sync" lays trained weights out for sampling.
+        serving: the layout to sample in, for a sync, on the devices of `layout`.
+        batch: sequences in all; a sync has none.
         context: tokens of each; for decode, slots of the cache.
-        dtype: of weights and activations.
+        dtype: what is computed in; to serve, also that of weights and cache. What is trained is float32.
+        moments: what the optimizer's are kept in.
         micro_batches: parts of an update, one after another.
     """
 
@@ -51,13 +55,32 @@ class Task:
     step: Step
     batch: int
     context: int
+    serving: Layout | None = None
     dtype: Literal["bf16", "f32"] = "bf16"
+    moments: planner.Moments = "float32"
     micro_batches: int = 1
+
+    @property
+    def settings(self) -> GRPOTraining:
+        """Of the run whose update this is: what they leave out has the program's own defaults."""
+        return GRPOTraining(
+            prompts_per_step=self.micro_batches,  # which then divide a rollout
+            micro_batches=self.micro_batches,
+            dtype=DTYPES[self.dtype].__name__,
+            moments=self.moments,
+        )
+
+    @property
+    def state(self) -> StateDTypes:
+        """The same for the planner."""
+        return planner.state_of(self.dtype, self.moments)
 
     def check(self) -> None:
         """Refuse what the mesh does not divide, before anything is compiled. Raises ValueError with the numbers."""
         self.layout.check(self.config)
-        if self.step == "decode":
+        if self.step == "sync":
+            self.serving.check(sampled_config(self.config))
+        elif self.step == "decode":
             parts = self.layout.parts("cache_batch")
             if self.batch % parts:
                 raise ValueError(f"batch {self.batch} is not divisible by the {parts} parts that the mesh cuts it into")
@@ -78,12 +101,13 @@ class Compiled:
         planned_bytes: what `plan.planner` says of the same mesh and batch.
         argument_bytes, temp_bytes: as the compiler reports them.
         weight_bytes, optimizer_bytes, cache_bytes: parts of the arguments.
+        serving_bytes: of the weights that a sync gives.
         flops: of matrix products, loops counted as often as they turn.
         masked_flops: of dense forms of ragged products, whose empty tiles the compiler marks to be skipped; not in
             `flops`, and none in what this project compiles.
         analytic_flops: the algorithm's.
         bytes_accessed: read from and written to memory.
-        analytic_bytes: weights touched, cache, gradients and moments, once each.
+        analytic_bytes: weights touched, cache, gradients and moments, once each; what a sync reads and writes.
         collectives: op, mesh axis and bytes sent.
         collective_bytes, analytic_collective_bytes: their sum, and the least of `plan.exchange`.
         uncounted: op names of loops that are counted once, since only the data know their length, and of kernels
@@ -92,7 +116,7 @@ class Compiled:
         bounds: seconds of the step if "compute", "memory" or "links" were all there is, at the peaks.
         seconds: the longest of them, a lower bound of the step's time.
         bound: which that is.
-        tokens_per_second: of all chips, in that time.
+        tokens_per_second: of all chips, in that time; None of a sync, which has no tokens.
     """
 
     fits: bool
@@ -106,6 +130,7 @@ class Compiled:
     weight_bytes: int | None = None
     optimizer_bytes: int | None = None
     cache_bytes: int | None = None
+    serving_bytes: int | None = None
     flops: int | None = None
     masked_flops: int | None = None
     analytic_flops: float
@@ -141,10 +166,10 @@ def compile_step(task: Task, of_chip: Chip) -> Compiled:
         chips=devices // of_chip.devices,
         devices=devices,
         hbm_bytes=of_chip.hbm_bytes // of_chip.devices,
-        planned_bytes=planned_bytes(task),
+        planned_bytes=planned_memory(task).total,
         analytic_flops=analytic_flops(task) / devices,
         analytic_bytes=analytic_bytes(task) / devices,
-        analytic_collective_bytes=least_sent(task.config, task.layout, task.step, task.batch, task.context),
+        analytic_collective_bytes=_least(task),
     )
     try:
         compiled = program.lower().compile(GPU_OPTIONS if of_chip.kind == "gpu" else None)
@@ -176,6 +201,7 @@ def compile_step(task: Task, of_chip: Chip) -> Compiled:
         weight_bytes=_on_a_chip(program.weights),
         optimizer_bytes=_on_a_chip(program.moments),
         cache_bytes=_on_a_chip(program.cache),
+        serving_bytes=_on_a_chip(program.serving),
         flops=sums.flops,
         masked_flops=sums.masked_flops,
         bytes_accessed=sums.bytes_accessed,
@@ -186,7 +212,7 @@ def compile_step(task: Task, of_chip: Chip) -> Compiled:
         bounds=times,
         seconds=times[bound],
         bound=bound,
-        tokens_per_second=_tokens(task) / times[bound],
+        tokens_per_second=_tokens(task) / times[bound] if _tokens(task) else None,
         **common,
     )
 
@@ -194,7 +220,7 @@ def compile_step(task: Task, of_chip: Chip) -> Compiled:
 def default_mesh(config: ModelConfig, step: Step, chips: int) -> dict[str, int]:
     """Sizes of the axes of a mesh of so many chips that suits a model and a step."""
     moe = config.moe
-    if step in ("train", "grpo"):
+    if step in TRAINED:
         # dense weights are gathered over fsdp alone, and want to be cut by more than a few
         if moe is None:  # halves the vocabulary's tables, which every chip gathers
             tensor = math.gcd(2, chips, config.attention.num_key_value_heads)
@@ -207,22 +233,19 @@ def default_mesh(config: ModelConfig, step: Step, chips: int) -> dict[str, int]:
 
 def trace(task: Task) -> pod.Program:
     """The function that experiments or the engine call, traced for a task's mesh."""
-    arguments = task.config, task.layout, task.batch, task.context, DTYPES[task.dtype]
+    arguments = task.config, task.layout, task.batch, task.context
     if task.step in ("prefill", "decode"):
-        return {"prefill": pod.trace_prefill, "decode": pod.trace_decode}[task.step](*arguments)
-    # DeepSeek-V3's own settings, so that the balance loss and the bias update are among what is compiled
-    has_bias = task.config.moe is not None
-    step = StepConfig(
-        micro_batches=task.micro_batches,
-        balance_alpha=1e-4 if has_bias else 0.0,
-        bias_gamma=1e-3 if has_bias else 0.0,
-    )
-    return {"train": pod.trace_train, "grpo": pod.trace_grpo}[task.step](*arguments, step)
+        return {"prefill": pod.trace_prefill, "decode": pod.trace_decode}[task.step](*arguments, DTYPES[task.dtype])
+    if task.step == "sync":
+        return pod.trace_sync(task.config, task.layout, task.serving, DTYPES[task.dtype])
+    return {"train": pod.trace_train, "grpo": pod.trace_grpo}[task.step](*arguments, task.settings)
 
 
 def analytic_flops(task: Task) -> int:
     """What the algorithm needs, over all chips; an update is three forward passes."""
     config, batch, context = task.config, task.batch, task.context
+    if task.step == "sync":
+        return 0
     if task.step == "prefill":
         return arithmetic.prefill_flops(config, batch, context).total
     if task.step == "decode":
@@ -233,29 +256,44 @@ def analytic_flops(task: Task) -> int:
 def analytic_bytes(task: Task) -> float:
     """What has to move between memory and chips, over all chips, activations left out."""
     config, dtype = task.config, task.dtype
+    if task.step == "sync":
+        memory = planned_memory(task)
+        return task.layout.mesh.size * (memory.weights + memory.serving)
     if task.step == "prefill":
         return arithmetic.prefill_bytes(config, task.batch, task.context, dtype, cache_dtype=dtype).total
     if task.step == "decode":
         return arithmetic.decode_bytes(config, task.batch, task.context, dtype, cache_dtype=dtype).total
-    return arithmetic.train_bytes(config, dtype, dtype).total
+    return arithmetic.train_bytes(config, task.state).total
+
+
+def _least(task: Task) -> float:
+    if task.step == "sync":
+        return least_moved(sampled_config(task.config), task.layout, task.serving, DTYPES[task.dtype])
+    return least_sent(task.config, task.layout, task.step, task.batch, task.context)
 
 
 def _tokens(task: Task) -> int:
+    if task.step == "sync":
+        return 0
     return task.batch * (1 if task.step == "decode" else task.context)
 
 
-def planned_bytes(task: Task) -> int:
+def planned_memory(task: Task) -> planner.Memory:
     """What the planner says that a device holds of the step, on the task's own mesh."""
     sizes = planner.Sizes(**task.layout.mesh.shape)
+    kind = "tpu" if task.layout.mesh.devices.flat[0].platform == "tpu" else "gpu"
+    if task.step == "sync":
+        return planner.transfer_memory(
+            task.config, task.state, sizes, planner.Sizes(**task.serving.mesh.shape), kind=kind
+        )
+    if task.step in TRAINED:
+        form = {"kind": kind, "modules": task.step == "train", "micro_batches": task.micro_batches}
+        return planner.train_memory(task.config, task.state, sizes, task.batch, task.context, **form)
     if task.step == "decode":
         memory = partial(planner.serve_memory, multiple=task.layout.lanes)
-    elif task.step == "prefill":
-        memory = planner.prefill_memory
     else:
-        memory = partial(
-            planner.train_memory, kind="tpu" if task.layout.mesh.devices.flat[0].platform == "tpu" else "gpu"
-        )
-    return memory(task.config, task.dtype, sizes, task.batch, task.context).total
+        memory = planner.prefill_memory
+    return memory(task.config, task.dtype, sizes, task.batch, task.context)
 
 
 def _times(sums: Account, of_chip: Chip, task: Task) -> dict[str, float]:

@@ -13,12 +13,14 @@ from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
 from deepseek_jax.config import PRESETS, GQAConfig, MLAConfig, ModelConfig, preset
+from deepseek_jax.model.transfer import serving_sizes
 from deepseek_jax.plan import arithmetic
-from deepseek_jax.plan.arithmetic import DType
+from deepseek_jax.plan.arithmetic import DType, StateDTypes
 from deepseek_jax.plan.chips import GB, Chip, Kind
 from deepseek_jax.sharding import AXES, LOCAL, Layout
 
 Workload = Literal["serve", "train", "grpo"]
+Moments = Literal["float32", "bfloat16"]
 USABLE = 0.9  # of a device's memory; the rest is headroom
 TIGHT = 0.75  # weights that take more than this share of all memory leave little for anything else
 ASSUMED = {
@@ -55,13 +57,19 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes a device holds at its fullest. `reference`: the frozen model of GRPO. `activations`: what a pass through
-    the layers keeps and works on. `workspace`: weights gathered or unpacked for a layer, and logits."""
+    """Bytes a device holds at its fullest.
+
+    reference: the frozen model of GRPO. computed: what is trained once more, as it is computed with. serving: the same
+    laid out to be sampled from. activations: what a pass through the layers keeps and works on. workspace: weights
+    gathered or unpacked for a layer, or on their way to another layout, and logits.
+    """
 
     weights: int
     reference: int = 0
     optimizer: int = 0
     gradient: int = 0
+    computed: int = 0
+    serving: int = 0
     cache: int = 0
     activations: int = 0
     workspace: int = 0
@@ -93,12 +101,14 @@ class Plan:
 
     `memory`, `hbm` and `limit` are bytes a device (half a v7x, a whole chip of the others); `limit` is the usable part.
     `tokens_per_second` counts all chips: drawn when serving, trained on, or for GRPO drawn and trained on.
-    `prefill_tokens_per_second` is for prompts, when serving. `rollout_mesh` is where GRPO samples.
+    `prefill_tokens_per_second` is for prompts, when serving. `rollout_mesh` is where GRPO samples, and `phases` what
+    each phase of its step holds, of which `memory` is the fullest. `moments` are None when serving.
     """
 
     model: str
     workload: Workload
     dtype: DType
+    moments: Moments | None
     chip: str
     chips: int
     slice: str
@@ -109,6 +119,7 @@ class Plan:
     fits: bool
     tight: bool
     memory: Memory
+    phases: dict[str, Memory] | None
     hbm: int
     limit: int
     seconds: Seconds
@@ -120,6 +131,8 @@ class Plan:
         """Everything as plain numbers; memory with its total, seconds by name."""
         found = dataclasses.asdict(self)
         found["memory"]["total"] = self.memory.total
+        for name, memory in (self.phases or {}).items():
+            found["phases"][name]["total"] = memory.total
         found["seconds"] = self.seconds._asdict()
         return found | {"assumed": ASSUMED | {"usable": USABLE}}
 
@@ -134,6 +147,7 @@ def plan(
     chips: int | None = None,
     batch: int | None = None,
     dtype: DType | None = None,
+    moments: Moments = "float32",
 ) -> Plan:
     """The fastest mesh and batch on the fewest chips that hold the model, or why it does not fit.
 
@@ -146,7 +160,8 @@ def plan(
         context: tokens of a sequence.
         chips: how many; None takes the smallest slice that fits, or the largest there is.
         batch: sequences at once; None takes as many as fit.
-        dtype: of the weights; None takes the checkpoint's to serve, bf16 to train.
+        dtype: of the weights to serve, None takes the checkpoint's; of what is computed in to train, None takes bf16.
+        moments: what the optimizer's are kept in. What is trained is float32.
 
     Raises:
         ValueError: a number out of range, chips that cannot be had in that number, quantized weights to be trained,
@@ -162,9 +177,11 @@ def plan(
     arithmetic.weight_bytes(config, dtype)  # refuses an unknown one
     if workload != "serve" and dtype not in ("bf16", "f32"):
         raise ValueError(f"dtype: got {dtype!r} to train, wanted bf16; quantized weights are only served")
+    if moments not in get_args(Moments):
+        raise ValueError(f"moments: got {moments!r}, wanted one of {', '.join(get_args(Moments))}")
     if chips is not None:
         chip.check(chips)
-    task = _Task(name, config, chip, workload, context, batch, dtype)
+    task = _Task(name, config, chip, workload, context, batch, dtype, moments)
     tried = chip.slices if chips is None else (chips,)
     best = None
     for count in tried:
@@ -175,6 +192,11 @@ def plan(
     if best is None:
         raise ValueError(_no_mesh(task, tried))
     return best
+
+
+def state_of(dtype: DType, moments: Moments) -> StateDTypes:
+    """What training keeps, in the words of the programs' options."""
+    return StateDTypes(compute=dtype, moments="f32" if moments == "float32" else "bf16")
 
 
 def default_dtype(config: ModelConfig, workload: Workload) -> DType:
@@ -353,22 +375,43 @@ def _live(pieces: dict[str, int]) -> int:
 
 
 def train_memory(
-    config: ModelConfig, dtype: DType, sizes: Sizes, batch: int, length: int, *, kind: Kind = "tpu"
+    config: ModelConfig,
+    state: StateDTypes,
+    sizes: Sizes,
+    batch: int,
+    length: int,
+    *,
+    kind: Kind = "tpu",
+    modules: bool = True,
+    micro_batches: int = 1,
 ) -> Memory:
-    """Bytes a device of one update: AdamW with moments in the weights' dtype, all of a layer worked out again but its
-    attention, one pass over the batch.
+    """Bytes a device of one update: AdamW, all of a layer worked out again but its attention.
 
-    Activations are each layer's saved input and attention, and one layer at work. Workspace is one layer's weights
-    gathered with their gradient, embedding and head gathered with their gradients, and a chunk of logits with softmax
-    and gradient in float32.
+    Weights are cast to what is computed in before anything else; this copy, and a gradient in the same dtype, are there
+    at once. Only where the optimizer uses it is a number of the gradient made float32, or where those of micro-batches
+    are added up: their sum is float32, and beside it there is no other. Activations are each layer's
+    saved input and attention, and one layer at work. Workspace is one layer's weights gathered with their gradient,
+    embedding and head gathered with their gradients, and a chunk of logits with softmax and gradient in float32.
 
-    Differs by the compiler. Of a dense model XLA:GPU has scores half as often, which it fuses, and reuses what a layer
-    worked on for the head. Where experts are gathered, it keeps a second copy of their whole stacks, and of the saved
-    attention, in the layout in which it sends them. `tests/tools/test_compile_gpus.py` holds both.
+    Differs by the compiler. XLA:GPU has the fuller of two moments: logits are worked on before the layers have a
+    gradient; and while the layers are gone back through, the cast embedding and head are gone, and the embedding has no
+    gradient yet. Of a dense model it has scores half as often, which it fuses. Where experts are gathered, it keeps a
+    second copy of the saved attention, in the layout in which it sends it. `tests/tools/test_compile_gpus.py` and
+    `tests/tools/test_compile_pod.py` hold both compilers.
+
+    Args:
+        config: the architecture.
+        state: dtypes.
+        sizes: of the mesh.
+        batch: sequences.
+        length: tokens of each.
+        kind: of chip.
+        modules: whether MTP modules run; their weights, gradient and moments there are all the same.
+        micro_batches: parts of the batch, one after another.
     """
-    number = arithmetic.number_bytes(dtype)
-    tokens = math.ceil(batch * length / sizes.over(("data", "fsdp", "expert", "context")))
-    a, layers = config.attention, config.num_hidden_layers + config.num_nextn_predict_layers
+    number = arithmetic.number_bytes(state.compute)
+    tokens = math.ceil(batch / micro_batches * length / sizes.over(("data", "fsdp", "expert", "context")))
+    a, layers = config.attention, config.num_hidden_layers + config.num_nextn_predict_layers * modules
     value = a.v_head_dim if isinstance(a, MLAConfig) else a.head_dim
     heads = layers * tokens * config.num_attention_heads * value / sizes.tensor * number
     saved = layers * tokens * config.hidden_size * number + heads
@@ -378,17 +421,33 @@ def train_memory(
     head += 3 * 4 * min(_LOGITS, tokens * config.vocab_size / sizes.tensor)
     if kind == "gpu" and config.moe is None:
         pieces["scores"] //= 2
-        head = max(0, head - layer - _live(pieces))
     elif kind == "gpu" and sizes.fsdp * sizes.context > 1:
-        routed = (group for group in _groups(config, dtype, "train") if group.routed)
-        saved += heads + sum(group.nbytes / sizes.over(group.cut) for group in routed)
-    return Memory(
-        weights=_weights_a_device(config, dtype, "train", sizes),
-        optimizer=2 * number * trained,
-        gradient=number * trained,
+        saved += heads
+    copied = 0 if state.compute == state.weights else 1
+    kept = Memory(
+        weights=_weights_a_device(config, state.weights, "train", sizes),
+        optimizer=2 * arithmetic.number_bytes(state.moments) * trained,
+        gradient=(number if micro_batches == 1 else arithmetic.number_bytes(state.weights)) * trained,
+        computed=copied * number * trained,
         activations=math.ceil(saved) + _live(pieces),
         workspace=math.ceil(layer + head),
     )
+    if kind == "tpu":
+        return kept
+    table = number * config.hidden_size * config.vocab_size // sizes.over(("tensor", "fsdp", "context"))
+    tables = 1 if config.tie_word_embeddings else 2
+    parted = micro_batches > 1
+    logits = {
+        "gradient": kept.gradient if parted else table,
+        "activations": math.ceil(saved),
+        "workspace": math.ceil(head),
+    }
+    layers = {
+        "gradient": kept.gradient if parted else kept.gradient - (tables - 1) * table,
+        "computed": kept.computed - copied * tables * table,
+        "workspace": math.ceil(layer),
+    }
+    return max((dataclasses.replace(kept, **of) for of in (logits, layers)), key=lambda memory: memory.total)
 
 
 def _gathered_to_train(config: ModelConfig, sizes: Sizes, number: int) -> tuple[float, float]:
@@ -470,9 +529,43 @@ def _decode_activations(config: ModelConfig, sizes: Sizes, batch: int, context: 
     return math.ceil(scores + 2 * rows * (3 * D + 2 * N * width / sizes.tensor) + experts)
 
 
+def transfer_memory(
+    config: ModelConfig, state: StateDTypes, sizes: Sizes, rollout: Sizes, *, kind: Kind = "tpu"
+) -> Memory:
+    """Bytes a device of the call that lays the trained weights out for sampling, beside what it is not given.
+
+    Workspace is the cast weights in the layout that they come from; on GPUs, which start all exchanges before they
+    wait for the first, what arrives in between as well.
+    """
+    cast = _weights_a_device(_sampled(config), state.compute, "train", sizes)
+    return Memory(
+        weights=_weights_a_device(config, state.weights, "train", sizes),
+        serving=_weights_a_device(config, state.compute, "serve", rollout),
+        workspace=cast * (2 if kind == "gpu" else 1),
+    )
+
+
+def scoring_memory(config: ModelConfig, state: StateDTypes, sizes: Sizes, batch: int, length: int) -> Memory:
+    """Bytes a device of the reference's log-probs of a batch: one forward pass, of which nothing is saved.
+
+    The trained weights and their moments, which it does not read, are not among them.
+    """
+    number = arithmetic.number_bytes(state.compute)
+    tokens = math.ceil(batch * length / sizes.over(("data", "fsdp", "expert", "context")))
+    pieces = layer_activations(config, tokens, length, sizes, "train", number=number)
+    layer, head = _gathered_to_train(config, sizes, number)
+    logits = 2 * 4 * min(_LOGITS, tokens * config.vocab_size / sizes.tensor)
+    return Memory(
+        weights=0,
+        reference=_weights_a_device(config, state.compute, "train", sizes),
+        activations=math.ceil(_live(pieces) / 2),
+        workspace=math.ceil((layer + head) / 2 + logits),
+    )
+
+
 def grpo_memory(
     config: ModelConfig,
-    dtype: DType,
+    state: StateDTypes,
     sizes: Sizes,
     rollout: Sizes,
     batch: int,
@@ -480,34 +573,55 @@ def grpo_memory(
     *,
     multiple: int = 1,
     kind: Kind = "tpu",
-) -> tuple[Memory, Memory]:
-    """Bytes a device of the two phases of a step, update and rollout.
+) -> dict[str, Memory]:
+    """Bytes a device of each phase of a step: transfer, rollout, scoring, update.
 
-    Weights, moments and the reference's weights stay through both. Rollouts add a copy of the weights laid out for
-    serving, the cache and what serving works on; the update adds gradient and activations.
+    Trained weights, moments and the reference's weights, these as they are computed with, stay through all. A rollout
+    has a copy of the weights laid out for serving, which the transfer makes and which is gone when samples are scored,
+    the cache and what serving works on; the update gradient and activations.
     """
-    update = train_memory(config, dtype, sizes, batch, length, kind=kind)
-    update = dataclasses.replace(update, reference=update.weights)
-    sampling = serve_memory(config, dtype, rollout, batch, length, multiple=multiple)
-    sampling = dataclasses.replace(
-        sampling,
-        weights=update.weights + sampling.weights,
-        reference=update.reference,
-        optimizer=update.optimizer,
-    )
-    return update, sampling
+    update = train_memory(config, state, sizes, batch, length, kind=kind, modules=False)
+    kept = {
+        "weights": update.weights,
+        "optimizer": update.optimizer,
+        "reference": _weights_a_device(config, state.compute, "train", sizes),
+    }
+    serve = serve_memory(config, state.compute, rollout, batch, length, multiple=multiple)
+    phases = {
+        "transfer": transfer_memory(config, state, sizes, rollout, kind=kind),
+        "rollout": dataclasses.replace(serve, serving=serve.weights),
+        "scoring": scoring_memory(config, state, sizes, batch, length),
+        "update": update,
+    }
+    return {name: dataclasses.replace(memory, **kept) for name, memory in phases.items()}
+
+
+def rollout_sizes(config: ModelConfig, devices: int) -> Sizes:
+    """The mesh that a run samples on unless it is told otherwise: `model.transfer.serving_layout`."""
+    most = serving_sizes(config, devices)["tensor"]
+    tried = (Sizes(**serving_sizes(config, devices, tensor=of)) for of in reversed(_divisors(most)))
+    return next(sizes for sizes in tried if divides(config, "serve", sizes))
+
+
+def _sampled(config: ModelConfig) -> ModelConfig:
+    """Without the MTP modules, which sampling leaves out."""
+    return dataclasses.replace(config, num_nextn_predict_layers=0)
 
 
 def memory_at(plan: Plan, config: ModelConfig, chip: Chip, batch: int, context: int) -> Memory:
-    """What a plan's mesh holds a device with another batch and context; of GRPO's two phases the fuller."""
+    """What a plan's mesh holds a device with another batch and context; of GRPO's phases the fullest."""
     sizes, multiple = Sizes(**plan.mesh), _multiple(chip)
     if plan.workload == "serve":
         return serve_memory(config, plan.dtype, sizes, batch, context, multiple=multiple)
     if plan.workload == "train":
-        return train_memory(config, plan.dtype, sizes, batch, context, kind=chip.kind)
+        return train_memory(config, state_of(plan.dtype, plan.moments), sizes, batch, context, kind=chip.kind)
     rollout = Sizes(**plan.rollout_mesh)
-    phases = grpo_memory(config, plan.dtype, sizes, rollout, batch, context, multiple=multiple, kind=chip.kind)
-    return max(phases, key=lambda memory: memory.total)
+    state = state_of(plan.dtype, plan.moments)
+    return _fullest(grpo_memory(config, state, sizes, rollout, batch, context, multiple=multiple, kind=chip.kind))
+
+
+def _fullest(phases: dict[str, Memory]) -> Memory:
+    return max(phases.values(), key=lambda memory: memory.total)
 
 
 def _multiple(chip: Chip) -> int:
@@ -593,22 +707,30 @@ def _summed(config: ModelConfig, tokens: float, sizes: Sizes) -> float:
 
 
 def update_seconds(
-    config: ModelConfig, dtype: DType, chip: Chip, sizes: Sizes, batch: int, length: int, *, mtp: bool, scored: int = 0
+    config: ModelConfig,
+    state: StateDTypes,
+    chip: Chip,
+    sizes: Sizes,
+    batch: int,
+    length: int,
+    *,
+    mtp: bool,
+    scored: int = 0,
 ) -> Seconds:
     """Of one update with full remat: four forward passes' work, and `scored` more passes of a frozen model.
 
     Collectives: weights gathered forward and backward and their gradient scattered, rows to experts and back in three
     passes, sums over `tensor`, and the gradient's sum over the axes that hold copies of a weight.
     """
-    devices, number = math.prod(sizes), arithmetic.number_bytes(dtype)
+    devices, number = math.prod(sizes), arithmetic.number_bytes(state.compute)
     tokens = batch * length / sizes.over(("data", "fsdp", "expert", "context"))
     forward = arithmetic.prefill_flops(config, batch, length, logits=batch * length, mtp=mtp).total
-    state = train_memory(config, dtype, sizes, batch, length)
+    kept = train_memory(config, state, sizes, batch, length)
     passes = 3 + scored
     collective, whole = 0.0, 0.0
-    for group in _groups(config, dtype, "train"):
-        gathered, kept = _gathered(group)
-        used, mine = group.nbytes / sizes.over(kept), group.nbytes / sizes.over(group.cut)
+    for group in _groups(config, state.compute, "train"):
+        gathered, cut = _gathered(group)
+        used, mine = group.nbytes / sizes.over(cut), group.nbytes / sizes.over(group.cut)
         copies = tuple(axis for axis in ("data", "fsdp", "expert", "context") if axis not in group.cut)
         whole += used
         collective += passes * used * (1 - 1 / sizes.over(gathered)) * _sending(chip, sizes, *gathered)
@@ -616,7 +738,7 @@ def update_seconds(
     collective += passes * _dispatched(config, tokens, sizes.expert) * _sending(chip, sizes, "expert", exchange=True)
     collective += passes * _summed(config, tokens, sizes) * _sending(chip, sizes, "tensor")
     # gathered weights are written and read in each pass; the optimizer reads and writes what lies here
-    nbytes = passes * 2 * whole + 2 * (state.weights + state.gradient + state.optimizer)
+    nbytes = passes * 2 * whole + 2 * (kept.weights + kept.computed + kept.gradient + kept.optimizer)
     nbytes += 2 * passes * tokens * config.hidden_size * number * config.num_hidden_layers
     return _seconds(chip, devices, (4 + scored) * forward, nbytes, collective)
 
@@ -632,6 +754,16 @@ class _Task(NamedTuple):
     context: int
     batch: int | None
     dtype: DType
+    moments: Moments
+
+    @property
+    def state(self) -> StateDTypes:
+        return state_of(self.dtype, self.moments)
+
+    @property
+    def kept(self) -> DType:
+        """Of the weights that lie there for good."""
+        return self.dtype if self.workload == "serve" else self.state.weights
 
     @property
     def multiple(self) -> int:
@@ -653,6 +785,7 @@ class _Option(NamedTuple):
     rollout: Sizes | None
     batch: int
     memory: Memory
+    phases: dict[str, Memory] | None = None
 
 
 def _on_slice(task: _Task, chips: int) -> Plan | None:
@@ -687,6 +820,7 @@ def _plan_of(task: _Task, chips: int, option: _Option, speed: tuple[Seconds, flo
         model=task.name,
         workload=task.workload,
         dtype=task.dtype,
+        moments=None if task.workload == "serve" else task.moments,
         chip=task.chip.name,
         chips=chips,
         slice=task.chip.slice_name(chips),
@@ -695,8 +829,9 @@ def _plan_of(task: _Task, chips: int, option: _Option, speed: tuple[Seconds, flo
         batch=option.batch,
         context=task.context,
         fits=option.memory.total <= task.limit,
-        tight=weights_share(task.config, task.chip, chips, task.dtype) > TIGHT,
+        tight=weights_share(task.config, task.chip, chips, task.kept) > TIGHT,
         memory=option.memory,
+        phases=option.phases,
         hbm=task.hbm,
         limit=task.limit,
         seconds=seconds,
@@ -743,21 +878,19 @@ def _batches(task: _Task, sizes: Sizes) -> Iterator[int]:
 def _train_options(task: _Task, devices: int) -> Iterator[_Option]:
     for sizes in meshes(task.config, "train", devices):
         for batch in _batches(task, sizes):
-            memory = train_memory(task.config, task.dtype, sizes, batch, task.context, kind=task.chip.kind)
+            memory = train_memory(task.config, task.state, sizes, batch, task.context, kind=task.chip.kind)
             yield _Option(sizes, None, batch, memory)
             if memory.total > task.limit:
                 break
 
 
 def _grpo_options(task: _Task, devices: int) -> Iterator[_Option]:
-    # beside the training state, sampling has to make do with the least memory; one mesh there always is: all `data`
-    weights = lambda sizes: _weights_a_device(task.config, task.dtype, "serve", sizes)
-    rollout = min(meshes(task.config, "serve", devices), key=weights)
+    rollout = rollout_sizes(task.config, devices)
     for option in _train_options(task, devices):
         sizes, context = (option.sizes, rollout), task.context
         form = {"multiple": task.multiple, "kind": task.chip.kind}
-        phases = grpo_memory(task.config, task.dtype, *sizes, option.batch, context, **form)
-        yield option._replace(rollout=rollout, memory=max(phases, key=lambda memory: memory.total))
+        phases = grpo_memory(task.config, task.state, *sizes, option.batch, context, **form)
+        yield option._replace(rollout=rollout, memory=_fullest(phases), phases=phases)
 
 
 def _speed(task: _Task, option: _Option) -> tuple[Seconds, float]:
@@ -768,9 +901,9 @@ def _speed(task: _Task, option: _Option) -> tuple[Seconds, float]:
         return step, batch / step.longest
     if task.workload == "train":
         mtp = config.num_nextn_predict_layers > 0
-        step = update_seconds(config, task.dtype, chip, option.sizes, batch, context, mtp=mtp)
+        step = update_seconds(config, task.state, chip, option.sizes, batch, context, mtp=mtp)
         return step, batch * context / step.longest
-    update = update_seconds(config, task.dtype, chip, option.sizes, batch, context, mtp=False, scored=1)
+    update = update_seconds(config, task.state, chip, option.sizes, batch, context, mtp=False, scored=1)
     # a token drawn sees half of the context on average
     token = decode_seconds(config, task.dtype, chip, option.rollout, batch, max(1, context // 2))
     both = Seconds(*(u + context * t for u, t in zip(update, token, strict=True)))

@@ -13,22 +13,24 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.generate.engine import Generator, SamplingConfig
 from deepseek_jax.model.cache import abstract_cache
 from deepseek_jax.model.decoder import abstract_weights
+from deepseek_jax.model.transfer import Transfer, sampled_config
 from deepseek_jax.rl.batch import Batch
-from deepseek_jax.rl.loss import GRPOConfig
 from deepseek_jax.rl.objective import grpo_objective
 from deepseek_jax.sharding import Layout
-from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
+from deepseek_jax.train.grpo import GRPOTraining
+from deepseek_jax.train.optimizer import make_optimizer
 from deepseek_jax.train.sft import SFTBatch, make_sft_objective
-from deepseek_jax.train.step import MaskedBatch, Objective, StepConfig, TrainState, init_state, make_train_step
+from deepseek_jax.train.step import MaskedBatch, Objective, TrainState, init_state, make_train_step
 
 
 class Program(NamedTuple):
-    """A traced step, and the shapes and shardings of what it is given."""
+    """A traced step, and the shapes and shardings of what it is given, and of the weights that a sync gives."""
 
     traced: jax.stages.Traced
     weights: nnx.State
     moments: Any = ()
     cache: Any = ()
+    serving: Any = ()
 
     def lower(self, *platforms: str) -> jax.stages.Lowered:
         """For the devices of its mesh, or for platforms such as "cuda" that need no device and no compiler."""
@@ -75,37 +77,43 @@ def trace_decode(config: ModelConfig, layout: Layout, batch: int, context: int, 
     return Program(traced, weights, cache=cache)
 
 
-def trace_train(
-    config: ModelConfig, layout: Layout, batch: int, context: int, dtype: jnp.dtype, step: StepConfig
-) -> Program:
-    """Supervised fine-tuning of `batch` sequences of `context` tokens, with the MTP loss where there are modules."""
+def trace_train(config: ModelConfig, layout: Layout, batch: int, context: int, settings: GRPOTraining) -> Program:
+    """Supervised fine-tuning of `batch` sequences of `context` tokens, with the MTP loss where there are modules.
+
+    Step and optimizer are those of `settings`, as they are in a run's cold start.
+    """
     objective = make_sft_objective(mtp_weight=0.1 if config.num_nextn_predict_layers else 0.0)
     like = SFTBatch(*_of_tokens(batch, context, np.int32, np.int32, bool))
     untrained = ("indexer",) if config.num_nextn_predict_layers else ("indexer", "mtp")
-    return _trace_update(config, layout, dtype, objective, like, step, untrained)
+    return _trace_update(config, layout, objective, like, settings, untrained)
 
 
-def trace_grpo(
-    config: ModelConfig, layout: Layout, batch: int, context: int, dtype: jnp.dtype, step: StepConfig
-) -> Program:
-    """The update of GRPO on `batch` samples of `context` tokens, with log-probs of sampler and reference given."""
-    objective = partial(grpo_objective, config=GRPOConfig(beta=0.001), temperature=1.0)
+def trace_grpo(config: ModelConfig, layout: Layout, batch: int, context: int, settings: GRPOTraining) -> Program:
+    """The update of GRPO on `batch` samples of `context` tokens, with what `GRPOTrainer` gives it beside them."""
+    objective = partial(grpo_objective, config=settings.loss, temperature=settings.temperature)
     like = Batch(*_of_tokens(batch, context, np.int32, np.int32, bool, np.float32, np.float32, np.float32))
-    return _trace_update(config, layout, dtype, objective, like, step, ("indexer", "mtp"))
+    return _trace_update(config, layout, objective, like, settings, ("indexer", "mtp"))
+
+
+def trace_sync(config: ModelConfig, layout: Layout, serving: Layout, dtype: jnp.dtype) -> Program:
+    """The call that lays weights out for sampling: `GRPOTrainer.policy` of a step."""
+    _, weights = abstract_weights(config, jnp.float32, layout)
+    sampled = sampled_config(config)
+    transfer = Transfer(sampled, layout, serving, dtype).program(weights)
+    return Program(transfer.trace(weights), weights, serving=abstract_weights(sampled, dtype, serving)[1])
 
 
 def _trace_update(
     config: ModelConfig,
     layout: Layout,
-    dtype: jnp.dtype,
     objective: Objective,
     like: MaskedBatch,
-    step: StepConfig,
+    settings: GRPOTraining,
     untrained: tuple[str, ...],
 ) -> Program:
-    graphdef, weights = abstract_weights(config, dtype, layout)
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-6), 1, untrained=untrained)
-    update = make_train_step(graphdef, objective, optimizer, step, layout)
+    graphdef, weights = abstract_weights(config, jnp.float32, layout)
+    optimizer = make_optimizer(settings.adamw, 1, untrained=untrained)
+    update = make_train_step(graphdef, objective, optimizer, settings.step_config, layout)
     state = abstract_state(weights, optimizer, layout)
     place = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
     traced = update.trace(state, jax.tree.map(place, like, layout.row_shardings(like)))
@@ -113,7 +121,7 @@ def _trace_update(
 
 
 def abstract_state(weights: nnx.State, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
-    """Shapes of the state of training, moments in the dtype of the weights and laid out as these."""
+    """Shapes of the state of training, moments in the dtype that the optimizer gives them, laid out as the weights."""
     state = jax.eval_shape(partial(init_state, optimizer=optimizer), weights)
 
     def place(leaf):

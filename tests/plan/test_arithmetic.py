@@ -134,14 +134,15 @@ def test_an_unknown_format_is_refused(function):
 
 
 def test_training_state():
+    """Float32 masters and gradient, whatever is computed in; moments as they are kept."""
     state = plan.train_state_bytes(R1)
     trained = 671_026_404_352 + 11_610_067_968
-    assert state == (2 * trained + 4 * 59 * 256, 2 * trained, 4 * trained)
-    assert state.total == sum(state)
-    main = plan.train_state_bytes(R1, "f32", "bf16", "f32", mtp=False)
+    assert state == (4 * trained + 4 * 59 * 256, 4 * trained, 8 * trained)
+    assert state.total == sum(state) and state == plan.train_state_bytes(R1, plan.StateDTypes(compute="f32"))
+    main = plan.train_state_bytes(R1, plan.StateDTypes(moments="bf16"), mtp=False)
     assert main == (4 * (671_026_404_352 + 58 * 256), 4 * 671_026_404_352, 4 * 671_026_404_352)
-    with pytest.raises(ValueError, match="quantized weights are not trained"):
-        plan.train_state_bytes(R1, "fp8")
+    with pytest.raises(ValueError, match="compute: got 'fp8', wanted f32 or bf16; quantized weights are not trained"):
+        plan.StateDTypes(compute="fp8")
 
 
 # --- cache ---------------------------------------------------------------------------------------
@@ -306,5 +307,5 @@ def test_traffic_grows_with_sequences_and_context(name, sequences, context, dtyp
 
 
 def test_an_update_moves_its_state():
-    state, moved = plan.train_state_bytes(TINY, "f32", "f32"), plan.train_bytes(TINY, "f32", "f32")
+    state, moved = plan.train_state_bytes(TINY), plan.train_bytes(TINY)
     assert (moved.weights, moved.gradient, moved.moments) == (4 * state[0], 2 * state[1], 2 * state[2])

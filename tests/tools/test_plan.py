@@ -15,11 +15,27 @@ from tools.plan import main, read_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {
-    *("model", "workload", "dtype", "chip", "chips", "slice", "mesh", "rollout_mesh", "batch", "context"),
+    *(
+        "model",
+        "workload",
+        "dtype",
+        "moments",
+        "phases",
+        "chip",
+        "chips",
+        "slice",
+        "mesh",
+        "rollout_mesh",
+        "batch",
+        "context",
+    ),
     *("fits", "tight", "memory", "hbm", "limit", "seconds", "bound", "tokens_per_second"),
     *("prefill_tokens_per_second", "assumed", "weights_share", "rule_of_thumb", "commands"),
 }
-KINDS = {"weights", "reference", "optimizer", "gradient", "cache", "activations", "workspace", "total"}
+KINDS = {
+    *("weights", "reference", "optimizer", "gradient", "computed", "serving", "cache", "activations", "workspace"),
+    "total",
+}
 
 
 @pytest.fixture
@@ -112,15 +128,25 @@ def test_a_plan_says_which_command_runs_it(call):
     assert "run by        no command yet: an estimate\nmissing       a program that computes from fp8 weights" in text
     assert "compiled by" not in text
     text = call("r1-671b", "--chip", "h200", "--dtype", "bf16", "--chips", 16, "--batch", 128)[1]
-    assert "missing       a command that serves on several devices" in text
+    assert (
+        "run by        python tools/generate.py FOLDER --prompt TEXT --serve-expert " in text and "missing" not in text
+    )
     assert "compiled by   python tools/compile_pod.py --preset r1-671b --topology h200:2x8 --step decode " in text
     found = json.loads(call("v2-lite", "--chip", "v6e", "--chips", 16, "--workload", "grpo", "--json")[1])
     mesh = {axis: size for axis, size in found["mesh"].items() if size > 1}
     run = found["commands"]["run"]
     assert run.startswith("python experiments/r1_zero.py --model FOLDER --data FILE --mesh-")
     assert all(f" --mesh-{axis} {size} " in run for axis, size in mesh.items())
+    sampling = found["rollout_mesh"]
+    assert f" --serve-expert {sampling['expert']} --serve-tensor {sampling['tensor']} --stacked " in run
+    assert f" --dtype bfloat16 --moments float32 --prompts-per-step {found['batch'] // 16} --group-size 16 " in run
+    assert found["phases"].keys() == {"transfer", "rollout", "scoring", "update"}
+    assert max(each["total"] for each in found["phases"].values()) == found["memory"]["total"]
+    text = call("v2-lite", "--chip", "v6e", "--chips", 16, "--workload", "grpo", "--moments", "bfloat16")[1]
+    assert all(word in text for word in ("transfer", "rollout", "scoring", "update", "of its memory", "serving"))
+    assert " --moments bfloat16 --prompts-per-step " in text and text.count("--moments bfloat16") == 2
     assert f"--topology v6e:4x4 --step grpo --batch {found['batch']} " in found["commands"]["compile"]
-    assert [each.split(":")[0] for each in found["commands"]["missing"]] == ["a second layout to sample in"]
+    assert found["commands"]["missing"] == []
     text = call("--chip", "h100")[1]
     assert "generate.py" in text and "nothing yet" in text
 
@@ -130,12 +156,14 @@ def test_the_commands_of_a_plan_parse(call):
     train = json.loads(call("v2-lite", "--chip", "v7x", "--workload", "train", "--json")[1])["commands"]
     assert train["run"] is None and "fine-tunes" in train["missing"][0]
     grpo = json.loads(call("v2-lite", "--chip", "h100", "--workload", "grpo", "--json")[1])["commands"]
-    programs = (("experiments.r1_zero", grpo["run"]), ("tools.compile_pod", train["compile"]))
-    for module, line in programs:
+    lines = [train["compile"], grpo["compile"], *grpo["compile_also"]]
+    assert [line.split("--step ")[1].split()[0] for line in lines] == ["train", "grpo", "sync", "decode"]
+    programs = [("experiments.r1_zero", [grpo["run"]]), ("tools.compile_pod", lines)]
+    for module, lines in programs:
         command = [sys.executable, "-m", module, "--help"]
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
         shown = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=120).stdout
-        for option in (word for word in line.split() if word.startswith("--")):
+        for option in (word for word in " ".join(lines).split() if word.startswith("--")):
             assert option in shown, option
 
 
