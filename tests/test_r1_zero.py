@@ -363,6 +363,22 @@ def test_numbers_that_are_not_finite_end_a_run_which_goes_on_with_another_rate(t
     assert not any(row["nonfinite_updates"] for row in rows)
 
 
+def test_a_run_holds_its_folder_against_a_second_one(tmp_path, monkeypatch, capsys):
+    """From before its model is prepared, and under another name of the folder."""
+    (tmp_path / "link").symlink_to("run")
+
+    def while_the_first_prepares(*of):
+        monkeypatch.setattr(r1_zero, "prepare", lambda *of: pytest.fail("the second was let in"))
+        assert main(monkeypatch, *arguments(tmp_path / "link")) == 1
+        raise ValueError("the first ends here")
+
+    monkeypatch.setattr(r1_zero, "prepare", while_the_first_prepares)
+    assert main(monkeypatch, *arguments(tmp_path / "run")) == 1
+    second, first = capsys.readouterr().err.splitlines()
+    assert second.startswith(f"error: {tmp_path / 'link'}: in use by another process, {os.getpid()} on ")
+    assert first == "error: the first ends here"
+
+
 @pytest.mark.parametrize("name", ["model", "adapter"])
 def test_a_folder_that_the_run_did_not_write_is_refused_at_the_start(tmp_path, name):
     (tmp_path / "run" / name).mkdir(parents=True)

@@ -46,6 +46,22 @@ def test_without_texts_the_letter_counts():
     assert score("A) Paris", choices=None) == 0.0
 
 
+@pytest.mark.parametrize(
+    "answer",
+    ["B. 12", "B: 12", r"\textbf{(B) }12", r"\text{(B)}\ 12", r"\boldsymbol{B}", "（B）", "Ｂ", "Ｂ）12", "B;"],
+)
+def test_a_letter_may_be_set_in_any_way(answer):
+    assert score(answer, choices=None) == 1.0
+    assert score(answer.replace("B", "C").replace("Ｂ", "Ｃ"), choices=None) == 0.0
+
+
+@pytest.mark.parametrize("right", ["(B)", "B.", "b", "[B]", r"\text{(B)}", "（B）"])
+def test_the_right_letter_may_be_set_in_any_way(right):
+    check_choice(right, CITIES)
+    for choices in (CITIES, None):
+        assert [score(answer, right=right, choices=choices) for answer in "BC"] == [1.0, 0.0]
+
+
 def test_a_text_of_two_options_is_ambiguous():
     assert score("same", right="A", choices=["same", "same"]) == 0.0
 

@@ -110,7 +110,7 @@ def test_a_column_of_solutions_holds_no_words_as_answers(text, expected):
 
 
 DEEP = {
-    "boxes": r"\boxed{" * 50_000 + "4" + "}" * 50_000,
+    "boxes": r"\boxed{" * 400_000 + "4" + "}" * 400_000,  # where copying each box as it closes would take a minute
     "open boxes": r"\boxed{" * 50_000 + "4",
     "framed": r"\fbox{" * 50_000 + "}" * 50_000,
     "bare boxes": r"\boxed " * 50_000 + "4",
