@@ -286,6 +286,11 @@ def test_pieces_of_a_layer_by_hand():
         ("distill-qwen-1.5b", "train", "gpu", 28.7, Sizes(), 1),
         ("distill-qwen-1.5b", "grpo", "gpu", 28.9, Sizes(), 1),
         ("distill-qwen-7b", "grpo", "gpu", 33.0, Sizes(fsdp=2, tensor=2), 2),
+        ("v2-lite", "train", "gpu", 73.8, Sizes(expert=2, fsdp=2), 4),
+        ("v2-lite", "train", "gpu", 51.3, Sizes(expert=8), 8),
+        ("distill-llama-8b", "train", "gpu", 66.0, Sizes(tensor=2), 1),
+        ("distill-qwen-14b", "grpo", "gpu", 35.0, Sizes(fsdp=4, tensor=2), 4),
+        ("distill-qwen-32b", "train", "gpu", 72.0, Sizes(fsdp=4, tensor=2), 4),
     ],
 )
 def test_what_an_update_holds_is_what_the_compiler_says(name, step, kind, used, sizes, batch):
