@@ -282,10 +282,16 @@ def test_pieces_of_a_layer_by_hand():
     [
         ("r1-671b", "grpo", "tpu", 86.3, Sizes(expert=64, fsdp=8), 512),
         ("v2-lite", "grpo", "tpu", 26.3, Sizes(expert=4, fsdp=4), 16),
+        ("r1-671b", "grpo", "gpu", 143.9, Sizes(expert=16, fsdp=8), 128),
         ("v2-lite", "grpo", "gpu", 44.9, Sizes(expert=4, fsdp=2), 8),
         ("distill-qwen-1.5b", "train", "gpu", 28.7, Sizes(), 1),
         ("distill-qwen-1.5b", "grpo", "gpu", 28.9, Sizes(), 1),
         ("distill-qwen-7b", "grpo", "gpu", 33.0, Sizes(fsdp=2, tensor=2), 2),
+        ("v2-lite", "train", "gpu", 73.8, Sizes(expert=2, fsdp=2), 4),
+        ("v2-lite", "train", "gpu", 51.3, Sizes(expert=8), 8),
+        ("distill-llama-8b", "train", "gpu", 66.0, Sizes(tensor=2), 1),
+        ("distill-qwen-14b", "grpo", "gpu", 35.0, Sizes(fsdp=4, tensor=2), 4),
+        ("distill-qwen-32b", "train", "gpu", 72.0, Sizes(fsdp=4, tensor=2), 4),
     ],
 )
 def test_what_an_update_holds_is_what_the_compiler_says(name, step, kind, used, sizes, batch):
@@ -302,6 +308,8 @@ def test_what_an_update_holds_is_what_the_compiler_says(name, step, kind, used, 
         ("distill-qwen-7b", "gpu", 19.0, Sizes(fsdp=2, tensor=2), Sizes(tensor=4)),
         ("distill-qwen-32b", "gpu", 42.7, Sizes(fsdp=4, tensor=2), Sizes(tensor=8)),
         ("v2-lite", "tpu", 9.4, Sizes(expert=4, fsdp=4), Sizes(tensor=16)),
+        ("r1-671b", "tpu", 27.2, Sizes(expert=64, fsdp=8), Sizes(data=2, expert=16, tensor=16)),
+        ("r1-671b", "gpu", 69.7, Sizes(expert=16, fsdp=8), Sizes(expert=8, tensor=16)),
     ],
 )
 def test_what_a_transfer_holds_is_what_the_compiler_says(name, kind, used, sizes, rollout):

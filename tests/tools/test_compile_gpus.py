@@ -67,18 +67,11 @@ def test_r1_is_served_by_16_and_32_h200(step, hosts):
 
 @COMPILER
 @pytest.mark.slow
-@pytest.mark.parametrize("step", ["train", "grpo"])
-def test_r1_learns_on_128_h200(step):
-    found = figures(preset="r1-671b", topology="h200:16x8", step=step)
-    assert found["fits"] and found["flops"] <= 1.6 * found["analytic_flops"]
+def test_r1_does_not_learn_on_128_h200():
+    """143.9 of 141 GB, float32 weights and moments; its arithmetic and traffic are those of what would fit."""
+    found = figures(preset="r1-671b", topology="h200:16x8", step="grpo")
+    assert not found["fits"] and found["flops"] <= 1.6 * found["analytic_flops"]
     assert found["collective_bytes"] <= 1.3 * found["analytic_collective_bytes"]
-
-
-@COMPILER
-@pytest.mark.slow
-def test_r1_does_not_learn_on_64_h200():
-    found = figures(preset="r1-671b", topology="h200:8x8", step="train")
-    assert not found["fits"] and found["used_bytes"] > 1.2 * found["hbm_bytes"]
 
 
 @COMPILER
