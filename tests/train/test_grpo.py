@@ -455,3 +455,26 @@ def test_each_reward_by_itself_then_summed():
 def test_new_options_that_contradict_others_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         GRPOTraining(**changes)
+
+
+@pytest.mark.slow
+def test_two_hundred_steps_in_bfloat16_learn_what_float32_does():
+    """Samples part ways after a few steps, so that runs are compared as runs of two seeds are: by their mean rewards.
+
+    The bound is what two seeds in float32 differ by, and a tenth of what is learnt.
+    """
+
+    def rewards(dtype: str, seed: int) -> np.ndarray:
+        of = trainer(steps=200, prompts_per_step=4, group_size=8, lr=3e-3, dtype=dtype)
+        of.seed, state, found = seed, of.first_state(), []
+        for number in range(200):
+            learned = of.step(state, lambda: prompts(4), number)
+            state = learned.state
+            found.append(learned.metrics["reward"])
+        return np.array(found).reshape(4, 50).mean(axis=1)
+
+    wanted, other, found = rewards("float32", 3), rewards("float32", 4), rewards("bfloat16", 3)
+    print(wanted, other, found)
+    learnt = wanted[-1] - wanted[0]
+    assert learnt > 0.1
+    assert np.abs(found - wanted).max() <= np.abs(other - wanted).max() + learnt / 10
