@@ -57,7 +57,14 @@ def trainer(settings: GRPOTraining) -> GRPOTrainer:
     return GRPOTrainer(settings, model, tokenizer, generator, reward, width=WIDTH, seed=0, layout=layout())
 
 
-@pytest.mark.parametrize(("dtype", "moments"), [("bf16", "float32"), ("bf16", "bfloat16"), ("f32", "float32")])
+@pytest.mark.parametrize(
+    ("dtype", "moments"),
+    [
+        ("bf16", "float32"),
+        pytest.param("bf16", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("f32", "float32", marks=pytest.mark.slow),
+    ],
+)
 def test_the_update_that_is_compiled_is_the_one_that_runs(dtype, moments):
     """Whole programs, to the letter, at the shapes and dtypes of state and batch that a run's step came with."""
     mine = task(dtype=dtype, moments=moments)

@@ -54,6 +54,7 @@ def test_options_as_documented_and_the_same_from_a_converted_folder(folder, gene
     assert generate(folder, *options, "--no-chat")[1] != text
 
 
+@pytest.mark.slow
 def test_a_model_is_divided_over_all_devices(folder):
     """Four of them, in a process of their own, and one: the same text."""
     options = ["--prompt", "1+2=?", "--max-tokens", "6", "--temperature", "0.8", "--seed", "3", "--samples", "2"]
