@@ -38,6 +38,7 @@ from deepseek_jax import processes
 from deepseek_jax.checkpoint.adapters import save_adapter
 from deepseek_jax.checkpoint.fingerprint import fingerprint
 from deepseek_jax.checkpoint.folder import Model, lay_out, load_model, save_hf
+from deepseek_jax.checkpoint.opened import named_dtype
 from deepseek_jax.checkpoint.owned import write_owned
 from deepseek_jax.cli import run
 from deepseek_jax.config import ModelConfig, preset
@@ -580,9 +581,7 @@ def saved_dtype(config: Config) -> jnp.dtype:
     """What the model's folder is written in."""
     if config.save_dtype != "auto" or config.model is None:
         return jnp.dtype("float32" if config.save_dtype == "auto" else config.save_dtype)
-    values = json.loads((config.model / "config.json").read_text(encoding="utf-8"))
-    stored = values.get("dtype") or values.get("torch_dtype")
-    return jnp.dtype("bfloat16" if stored == "bfloat16" else "float32")
+    return jnp.dtype("bfloat16" if named_dtype(config.model) == "bfloat16" else "float32")
 
 
 def report(config: Config, setup: Setup, before: dict[str, float], after: Accuracy, seconds: float) -> None:

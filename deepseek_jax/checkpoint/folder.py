@@ -22,7 +22,7 @@ from deepseek_jax.checkpoint.convert import THREADS, write_hf
 from deepseek_jax.checkpoint.finite import check_finite
 from deepseek_jax.checkpoint.headers import DTYPES, NAMES, Entry
 from deepseek_jax.checkpoint.layout import Array, Source, part, units
-from deepseek_jax.checkpoint.opened import Opened, open_folder
+from deepseek_jax.checkpoint.opened import DTYPE_KEYS, Opened, open_folder
 from deepseek_jax.checkpoint.shelves import ConvertedFolder
 from deepseek_jax.checkpoint.sidecars import copy_sidecars, drop_missing_code
 from deepseek_jax.config import ModelConfig, to_hf
@@ -242,7 +242,7 @@ def _write_sidecars(model: Model, folder: Path, source: Path | None, tokenizer: 
         values = files.read_json(folder / "config.json")
         values.pop("quantization_config", None)  # what is in memory is unpacked
         params, _ = nnx.split_state(model.weights, nnx.Param, ...)
-        values |= {key: jax.tree.leaves(params)[0].dtype.name for key in ("dtype", "torch_dtype") if key in values}
+        values |= {key: jax.tree.leaves(params)[0].dtype.name for key in DTYPE_KEYS if key in values}
     files.write_whole(folder / "config.json", json.dumps(values, indent=2).encode())
     for name, content in tokenizer.items():
         files.write_whole(folder / name, content)

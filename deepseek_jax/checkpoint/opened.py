@@ -15,6 +15,8 @@ from deepseek_jax.config import ModelConfig, from_hf
 from deepseek_jax.config.hf import write_quantization
 from deepseek_jax.model.decoder import abstract_weights
 
+DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json, by transformers' newer and its older name
+
 
 class Opened(NamedTuple):
     """What `open_folder` found.
@@ -43,12 +45,18 @@ class Opened(NamedTuple):
             return
         values = files.read_json(self.folder / "config.json")
         values.pop("quantization_config", None)
-        for key in ("dtype", "torch_dtype"):
+        for key in DTYPE_KEYS:
             if key in values and not self.to.startswith("fp8"):
                 values[key] = self.to
         if self.config.quantization is not None:
             values["quantization_config"] = write_quantization(self.config.quantization)
         files.write_whole(target / "config.json", json.dumps(values, indent=2).encode())
+
+
+def named_dtype(folder: Path) -> str | None:
+    """The dtype that a model folder's configuration names for its weights, if it names one."""
+    values = files.read_json(folder / "config.json")
+    return next((values[key] for key in DTYPE_KEYS if values.get(key)), None)
 
 
 def load_config(folder: Path) -> ModelConfig:

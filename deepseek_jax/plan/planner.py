@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
 from deepseek_jax.config import PRESETS, GQAConfig, MLAConfig, ModelConfig, preset
-from deepseek_jax.model.transfer import serving_sizes
+from deepseek_jax.model.transfer import sampled_config, serving_sizes
 from deepseek_jax.plan import arithmetic
 from deepseek_jax.plan.arithmetic import DType, StateDTypes
 from deepseek_jax.plan.chips import GB, Chip, Kind
@@ -537,7 +537,7 @@ def transfer_memory(
     Workspace is the cast weights in the layout that they come from; on GPUs, which start all exchanges before they
     wait for the first, what arrives in between as well.
     """
-    cast = _weights_a_device(_sampled(config), state.compute, "train", sizes)
+    cast = _weights_a_device(sampled_config(config), state.compute, "train", sizes)
     return Memory(
         weights=_weights_a_device(config, state.weights, "train", sizes),
         serving=_weights_a_device(config, state.compute, "serve", rollout),
@@ -601,11 +601,6 @@ def rollout_sizes(config: ModelConfig, devices: int) -> Sizes:
     most = serving_sizes(config, devices)["tensor"]
     tried = (Sizes(**serving_sizes(config, devices, tensor=of)) for of in reversed(_divisors(most)))
     return next(sizes for sizes in tried if divides(config, "serve", sizes))
-
-
-def _sampled(config: ModelConfig) -> ModelConfig:
-    """Without the MTP modules, which sampling leaves out."""
-    return dataclasses.replace(config, num_nextn_predict_layers=0)
 
 
 def memory_at(plan: Plan, config: ModelConfig, chip: Chip, batch: int, context: int) -> Memory:
