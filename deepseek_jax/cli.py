@@ -9,7 +9,7 @@ from typing import Any
 
 import tyro
 
-from deepseek_jax import interrupt, processes
+from deepseek_jax import distributed, interrupt
 
 
 def run(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
@@ -21,14 +21,14 @@ def run(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
     A warning is one line on stderr as well, without the line of source that Python shows.
     Set DEEPSEEK_JAX_TRACEBACK=1 to see the traceback of a ValueError as well.
 
-    Where the environment says that there are several processes, they are joined first (`processes.start`): the main
+    Where the environment says that there are several processes, they are joined first (`distributed.start`): the main
     one alone prints; an error is printed by the process that has it, with its number, and ends all of them.
     """
     program = interrupt.raise_from_here()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
-            if processes.start():
+            if distributed.start():
                 _call_in_one_of_several(main)
             else:
                 _call(main)
@@ -40,13 +40,13 @@ def run(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
     except (ValueError, OSError) as problem:
         if os.environ.get("DEEPSEEK_JAX_TRACEBACK"):
             raise
-        processes.say(" ".join(str(problem).split()))
+        distributed.say(" ".join(str(problem).split()))
         raise SystemExit(1) from None
 
 
 def _warn(message: Warning | str, *of_source: Any) -> None:
     """In the place of `warnings.showwarning`."""
-    processes.say(" ".join(str(message).split()), kind="warning")
+    distributed.say(" ".join(str(message).split()), kind="warning")
 
 
 def _call(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
@@ -59,14 +59,14 @@ def _call_in_one_of_several(main: Callable[..., Any] | dict[str, Callable[..., A
     try:
         _call(main)
     except SystemExit as end:
-        if end.code not in (None, 0, processes.PREEMPTED):
-            processes.leave(end.code if isinstance(end.code, int) else 1)
-        processes.finish()
+        if end.code not in (None, 0, distributed.PREEMPTED):
+            distributed.leave(end.code if isinstance(end.code, int) else 1)
+        distributed.finish()
         raise
     except KeyboardInterrupt:
-        processes.say("interrupted")
-        processes.leave(130)
+        distributed.say("interrupted")
+        distributed.leave(130)
     except Exception as problem:
         plain = isinstance(problem, ValueError | OSError) and not os.environ.get("DEEPSEEK_JAX_TRACEBACK")
-        processes.fail(problem, plain=plain)
-    processes.finish()
+        distributed.fail(problem, plain=plain)
+    distributed.finish()

@@ -111,23 +111,23 @@ class Layout:
         workload: "train" cuts dense weights by their width too and gathers a layer's when it runs; "serve" cuts them
             by heads and columns alone, moves none, and spreads experts over `tensor` as well.
         transport: of tokens to their experts, see `parallel.experts`.
-        slack: room for an expert device in one round of the transport, as a multiple of the balanced share. What does
-            not fit goes in a further round; nothing is dropped.
-        stacked: layers of one kind are one stack of weights, run by a scan: compiles in the time of one layer.
+        capacity_factor: room for an expert device in one round of the transport, as a multiple of the balanced
+            share. What does not fit goes in a further round; nothing is dropped.
+        scan_layers: layers of one kind are one stack of weights, run by a scan: compiles in the time of one layer.
         remat: what the backward pass works out again: nothing, whole layers from their inputs, or all of a layer but
             its attention.
         lanes: multiple of numbers to which the rotated keys of a latent cache are widened by zeros: 128 on TPU, whose
             memory takes as much anyway, and whose decoding kernel reads whole rows.
 
     Raises:
-        ValueError: an unknown word, a slack below 1, or no lane.
+        ValueError: an unknown word, a capacity_factor below 1, or no lane.
     """
 
     mesh: Mesh | None = None
     workload: Workload = "train"
     transport: Transport = "ragged_all_to_all"
-    slack: float = 1.1
-    stacked: bool = False
+    capacity_factor: float = 1.1
+    scan_layers: bool = False
     remat: Remat = "nothing"
     lanes: int = 1
 
@@ -136,8 +136,8 @@ class Layout:
         for name, known in (("workload", Workload), ("transport", Transport), ("remat", Remat)):
             if getattr(self, name) not in get_args(known):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(get_args(known))}")
-        if not 1 <= self.slack < math.inf:
-            raise ValueError(f"slack: got {self.slack}, wanted 1 or more")
+        if not 1 <= self.capacity_factor < math.inf:
+            raise ValueError(f"capacity_factor: got {self.capacity_factor}, wanted 1 or more")
 
     def serving(self, **sizes: int) -> "Layout":
         """The same to serve, on a mesh of other sizes over the same devices in the same order.

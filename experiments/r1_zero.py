@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deepseek_jax import processes
+from deepseek_jax import distributed
 from deepseek_jax.checkpoint.adapters import save_adapter
 from deepseek_jax.checkpoint.fingerprint import fingerprint
 from deepseek_jax.checkpoint.folder import Model, lay_out, load_model, save_hf
@@ -42,18 +42,8 @@ from deepseek_jax.checkpoint.opened import named_dtype
 from deepseek_jax.checkpoint.owned import write_owned
 from deepseek_jax.cli import run
 from deepseek_jax.config import ModelConfig, preset
-from deepseek_jax.evals.accuracy import Accuracy, greedy_accuracy
-from deepseek_jax.generate.engine import Generator, bucket
-from deepseek_jax.model.decoder import Decoder, abstract_weights, split
-from deepseek_jax.model.precision import Precision, computed, dtype_of
-from deepseek_jax.model.transfer import Transfer, sampled_config, serving_layout
-from deepseek_jax.ops import metrics as ops_metrics
-from deepseek_jax.rewards.recipe import RewardConfig, Rewards, check_columns, rewards
-from deepseek_jax.rl.rollout import Prompt
-from deepseek_jax.sharding import AXES, Layout, Remat, lanes_of, make_mesh
-from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE, draw_chains, trace
-from deepseek_jax.train.data import (
+from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE, draw_chains, trace
+from deepseek_jax.data.prompts import (
     DataConfig,
     EasyToHard,
     Example,
@@ -62,13 +52,23 @@ from deepseek_jax.train.data import (
     open_prompts,
     prompt_batches,
 )
-from deepseek_jax.train.grpo import GRPOTrainer, GRPOTraining, run_grpo
+from deepseek_jax.evals.accuracy import Accuracy, greedy_accuracy
+from deepseek_jax.generate.engine import Generator, bucket
+from deepseek_jax.model.decoder import Decoder, abstract_weights, split
+from deepseek_jax.model.precision import Precision, computed, dtype_of
+from deepseek_jax.model.transfer import Transfer, sampled_config, serving_layout
+from deepseek_jax.ops import metrics as ops_metrics
+from deepseek_jax.report.metrics import MetricLog, WandbConfig, read_metrics
+from deepseek_jax.report.page import write_report
+from deepseek_jax.report.samples import read_samples
+from deepseek_jax.rewards.recipe import RewardConfig, Rewards, check_columns, rewards
+from deepseek_jax.rl.rollout import Prompt
+from deepseek_jax.sharding import AXES, Layout, Remat, lanes_of, make_mesh
+from deepseek_jax.text.tokenizer import Tokenizer
+from deepseek_jax.train.grpo import GRPOConfig, GRPOTrainer, run_grpo
 from deepseek_jax.train.loop import Stage, run_stage
-from deepseek_jax.train.metrics import MetricLog, WandbConfig, read_metrics
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
-from deepseek_jax.train.report import write_report
 from deepseek_jax.train.runs import RunSettings, check_folder, enter_folder, held_folder, room_needed, write_json
-from deepseek_jax.train.samples import read_samples
 from deepseek_jax.train.sft import sft_batch, sft_objective
 from deepseek_jax.train.step import TrainState, init_state, make_train_step
 
@@ -190,8 +190,8 @@ class Config:
             mesh weights are moved to a layout of its own for that, in which none is gathered. None chooses what suits
             the model; what is left of the devices are replicas.
         serve_tensor: parts of heads, inner widths and vocabulary while samples are drawn; None chooses.
-        serve_unstacked: draw samples from layers one by one, also where --stacked: on GPUs faster, slower to compile.
-        stacked: layers of one kind are one stack: a deep model compiles in the time of one layer.
+        serve_unrolled: draw samples from layers one by one, also with --scan-layers: on GPUs faster, slower to compile.
+        scan_layers: layers of one kind are one stack, run by a scan: a deep model compiles in the time of one layer.
         remat: what the backward pass works out again: nothing, whole layers, or all of a layer but its attention.
         save_dtype: of the model's folder at the end; auto is that of the model to start from, and float32 without one.
     """
@@ -214,7 +214,7 @@ class Config:
     cold_start_epochs: int = 12
     cold_start_batch: int = 32
     cold_start_lr: float = 2e-3
-    grpo: GRPOTraining = field(default_factory=GRPOTraining)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
     rewards: RewardConfig = RewardConfig()
     wandb_project: str | None = None
     wandb_offline: bool = False
@@ -226,8 +226,8 @@ class Config:
     mesh_tensor: int = 1
     serve_expert: int | None = None
     serve_tensor: int | None = None
-    serve_unstacked: bool = False
-    stacked: bool = False
+    serve_unrolled: bool = False
+    scan_layers: bool = False
     remat: Remat = "nothing"
     save_dtype: Precision = "auto"
 
@@ -264,7 +264,7 @@ def main(config: Config) -> None:
     start = time.perf_counter()
     config = shortened(config, sys.argv[1:]) if config.quick else config
     with room_needed(config.output), held_folder(config.output):
-        base = processes.on_main(lambda: check(config))
+        base = distributed.on_main(lambda: check(config))
         with rewards(config.rewards, max_new_tokens=config.grpo.max_new_tokens) as graded:
             stages(config, prepare(config, graded), base, start)
 
@@ -281,7 +281,7 @@ def shortened(config: Config, arguments: Sequence[str]) -> Config:
 
 def stages(config: Config, setup: Setup, base: str | None, start: float) -> None:
     """Cold start, GRPO, and the accuracies before and after it."""
-    run_id = processes.on_main(lambda: enter_folder(config.output, run_settings(config, base)))
+    run_id = distributed.on_main(lambda: enter_folder(config.output, run_settings(config, base)))
     wandb = config.wandb_project and WandbConfig(project=config.wandb_project, offline=config.wandb_offline)
     print(computing(config))
     log = MetricLog(config.output, wandb=wandb or None)
@@ -293,7 +293,7 @@ def stages(config: Config, setup: Setup, base: str | None, start: float) -> None
     print(f"accuracy after GRPO: {after.mean:.1%} +- {after.stderr:.1%}")
     log.close()
     save_model(config, setup, weights, run_id)
-    processes.on_main(lambda: report(config, setup, before, after, time.perf_counter() - start))
+    distributed.on_main(lambda: report(config, setup, before, after, time.perf_counter() - start))
 
 
 def computing(config: Config) -> str:
@@ -302,7 +302,7 @@ def computing(config: Config) -> str:
     given = " (--dtype auto)" if config.grpo.dtype == "auto" else ""
     device = jax.devices()[0]
     where = f"{jax.device_count()} x {device.device_kind}" if device.platform != "cpu" else "the CPU"
-    return processes.printable(f"computes in {dtype}{given} on {where}, and updates {kept} float32")
+    return distributed.printable(f"computes in {dtype}{given} on {where}, and updates {kept} float32")
 
 
 def check(config: Config) -> str | None:
@@ -352,10 +352,10 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 def layout_of(config: Config) -> Layout:
     """How the model lies on the devices and runs there."""
     sizes = {axis: getattr(config, f"mesh_{axis}") for axis in AXES}
-    one_device = processes.count() == 1 and all(size == 1 for size in sizes.values())
+    one_device = distributed.count() == 1 and all(size == 1 for size in sizes.values())
     return Layout(
         mesh=None if one_device else make_mesh(**sizes),
-        stacked=config.stacked,
+        scan_layers=config.scan_layers,
         remat=config.remat,
         lanes=lanes_of(jax.default_backend()),
     )
@@ -393,7 +393,7 @@ def prepare(config: Config, graded: Rewards) -> Setup:
 
 def make_sampler(config: Config, architecture: ModelConfig, layout: Layout) -> Generator:
     """The generator, in a layout of its own on the devices of training."""
-    given = {"expert": config.serve_expert, "tensor": config.serve_tensor, "unstacked": config.serve_unstacked}
+    given = {"expert": config.serve_expert, "tensor": config.serve_tensor, "unrolled": config.serve_unrolled}
     serving = serving_layout(architecture, layout, **given)
     sampled = sampled_config(architecture)
     return Generator(sampled, abstract_weights(sampled, layout=serving)[0], layout=serving)
@@ -446,9 +446,9 @@ def read(config: Config, tokenizer: Tokenizer) -> Asked:
         held_out = list(open_prompts(alone))[: config.eval_questions]
     else:
         held_out, data = data.split(config.eval_questions)
-    if processes.is_main():
+    if distributed.is_main():
         for line in data.report:
-            print(processes.printable(line))
+            print(distributed.printable(line))
     for examples in (held_out, data):
         for example in examples:
             check_columns(config.rewards, example.columns)
@@ -564,10 +564,10 @@ def evaluate(config: Config, setup: Setup, weights: nnx.State, most: int | None 
 def evaluate_once(config: Config, setup: Setup, weights: nnx.State, name: str) -> dict[str, float]:
     """An evaluation that a resumed run reads back instead of repeating."""
     path = config.output / f"accuracy_{name}.json"
-    if not processes.on_main(path.exists):
+    if not distributed.on_main(path.exists):
         found = evaluate(config, setup, setup.to_sampler(weights))
-        processes.on_main(lambda: write_json(path, {"accuracy": found.mean, "stderr": found.stderr}))
-    return processes.on_main(lambda: json.loads(path.read_text(encoding="utf-8")))
+        distributed.on_main(lambda: write_json(path, {"accuracy": found.mean, "stderr": found.stderr}))
+    return distributed.on_main(lambda: json.loads(path.read_text(encoding="utf-8")))
 
 
 def save_model(config: Config, setup: Setup, weights: nnx.State, run_id: str) -> None:
@@ -607,7 +607,7 @@ def report(config: Config, setup: Setup, before: dict[str, float], after: Accura
     write_report(config.output, title="R1-Zero", summary=summary, rows=rows, samples=samples, completions=drawn)
     write_json(config.output / "summary.json", summary)
     print(json.dumps(summary, indent=2))
-    print(processes.printable(f"report: {config.output / 'report.html'}   model: {config.output / 'model'}"))
+    print(distributed.printable(f"report: {config.output / 'report.html'}   model: {config.output / 'model'}"))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from deepseek_jax.config import IndexerConfig, ModelConfig, preset
 from deepseek_jax.generate.engine import Completion, Generator, Record, SamplingConfig
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.layers import RouterBias
+from deepseek_jax.model.scan_layers import stack_layers
 from deepseek_jax.model.scoring import Scored, check_routes, score
-from deepseek_jax.model.stacks import stacked
 from deepseek_jax.sharding import LOCAL, Layout, make_mesh
 from tests.model import test_packing as packing
 
@@ -206,16 +206,16 @@ MESHES = {
     "tiny": (
         {"data": 2, "expert": 2, "tensor": 2},
         {"fsdp": 2, "expert": 2, "context": 2},
-        {"stacked": True, "remat": "all_but_attention"},
+        {"scan_layers": True, "remat": "all_but_attention"},
     ),
-    "sparse": ({"expert": 4, "tensor": 2}, {"data": 2, "context": 2, "tensor": 2}, {"stacked": False}),
+    "sparse": ({"expert": 4, "tensor": 2}, {"data": 2, "context": 2, "tensor": 2}, {"scan_layers": False}),
 }
 
 
 def laid(config: ModelConfig, weights: nnx.State, layout: Layout) -> tuple[nnx.GraphDef, nnx.State]:
     graphdef, like = abstract_weights(config, layout=layout)
-    if layout.stacked:
-        return graphdef, stacked(weights, config, layout)
+    if layout.scan_layers:
+        return graphdef, stack_layers(weights, config, layout)
     return graphdef, jax.tree.map(lambda a, of: jax.device_put(a, of.sharding), weights, like)
 
 
@@ -242,9 +242,9 @@ def on_a_mesh_the_sampler_is_the_trainer():
 def a_packed_batch_on_a_mesh_is_its_samples_one_a_row():
     """Scores, statistics and gradients against rows of their own on one device."""
     for kind, sizes, further in (
-        ("mla", {"fsdp": 2, "expert": 2, "context": 2}, {"stacked": True, "remat": "layers"}),
+        ("mla", {"fsdp": 2, "expert": 2, "context": 2}, {"scan_layers": True, "remat": "layers"}),
         ("sparse", {"data": 2, "context": 2, "tensor": 2}, {"remat": "all_but_attention"}),
-        ("gqa", {"data": 4, "tensor": 2}, {"stacked": True}),
+        ("gqa", {"data": 4, "tensor": 2}, {"scan_layers": True}),
     ):
         packing.same(packing.in_rows(kind, Layout(mesh=make_mesh(**sizes), **further)), packing.alone(kind))
 

@@ -83,11 +83,13 @@ def test_the_cache_has_the_weights_dtype(dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(state.cache)} == {jnp.dtype(dtype)}
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_weight_decay_is_by_logical_axes(stacked):
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_weight_decay_is_by_logical_axes(scan_layers):
     """A stack's scales and biases [L, D] are no matrices."""
     for name in ("tiny", "distill-qwen-1.5b"):
-        params = nnx.split_state(abstract_weights(preset(name), layout=Layout(stacked=stacked))[1], nnx.Param, ...)[0]
+        params = nnx.split_state(
+            abstract_weights(preset(name), layout=Layout(scan_layers=scan_layers))[1], nnx.Param, ...
+        )[0]
         decayed = decayed_names(params)
         assert decayed.isdisjoint({"norm", "q_norm", "kv_norm", "q_bias", "k_bias", "v_bias"}), decayed
         assert {"embed", "o", "down"} <= decayed

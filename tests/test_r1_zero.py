@@ -23,11 +23,11 @@ from safetensors.numpy import load_file
 from deepseek_jax.checkpoint.folder import Model, load_model, save_hf
 from deepseek_jax.cli import run
 from deepseek_jax.config import preset
+from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
+from deepseek_jax.report.metrics import MetricLog, read_metrics
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE
-from deepseek_jax.train.grpo import GRPOTraining
-from deepseek_jax.train.metrics import MetricLog, read_metrics
+from deepseek_jax.train.grpo import GRPOConfig
 from deepseek_jax.train.runs import room_needed
 from experiments import r1_zero
 
@@ -187,7 +187,7 @@ def test_bad_data_is_refused_by_name(tmp_path, monkeypatch, capsys, text, messag
 
 
 def test_another_setting_does_not_go_on_with_an_unfinished_run(tmp_path):
-    first, other = (r1_zero.Config(output=tmp_path / "run", grpo=GRPOTraining(lr=lr)) for lr in (1e-4, 2e-4))
+    first, other = (r1_zero.Config(output=tmp_path / "run", grpo=GRPOConfig(lr=lr)) for lr in (1e-4, 2e-4))
     r1_zero.check(first)
     r1_zero.write_json(first.output / "config.json", r1_zero.settings(first))
     r1_zero.check(first)
@@ -272,7 +272,7 @@ def test_a_run_killed_before_its_summary_can_be_finished(tmp_path):
 
 
 def test_given_flags_win_over_quick():
-    config = r1_zero.Config(quick=True, grpo=GRPOTraining(steps=60, save_every=7))
+    config = r1_zero.Config(quick=True, grpo=GRPOConfig(steps=60, save_every=7))
     found = r1_zero.shortened(config, ["--quick", "--steps", "60", "--eval-questions=512"])
     assert (found.grpo.steps, found.grpo.save_every, found.grpo.eval_every) == (60, 7, 4)
     assert (found.eval_questions, found.cold_start_epochs) == (512, 4)
@@ -280,7 +280,7 @@ def test_given_flags_win_over_quick():
 
 
 def begun(folder: Path, base: str | None = None, **grpo) -> r1_zero.Config:
-    config = r1_zero.Config(output=folder, grpo=GRPOTraining(**grpo))
+    config = r1_zero.Config(output=folder, grpo=GRPOConfig(**grpo))
     r1_zero.check(config)
     r1_zero.enter_folder(folder, r1_zero.run_settings(config, base))
     return config
@@ -293,7 +293,7 @@ def test_a_run_goes_on_with_more_steps_other_intervals_and_under_another_name(tm
     (tmp_path / "link").symlink_to("moved")
     monkeypatch.chdir(tmp_path)
     for name in ("moved", "link", tmp_path / "moved", "../" + tmp_path.name + "/moved"):
-        r1_zero.check(r1_zero.Config(output=Path(name), grpo=GRPOTraining(**changes)))
+        r1_zero.check(r1_zero.Config(output=Path(name), grpo=GRPOConfig(**changes)))
 
 
 def test_a_finished_run_goes_on_with_more_steps_alone(tmp_path):
@@ -302,7 +302,7 @@ def test_a_finished_run_goes_on_with_more_steps_alone(tmp_path):
     r1_zero.write_json(folder / "summary.json", {})
     for steps in (60, 59):
         with pytest.raises(ValueError, match="holds a finished run of 60 steps; raise --steps"):
-            r1_zero.check(r1_zero.Config(output=folder, grpo=GRPOTraining(steps=steps)))
+            r1_zero.check(r1_zero.Config(output=folder, grpo=GRPOConfig(steps=steps)))
     begun(folder, steps=70)
     assert not (folder / "summary.json").exists()
     assert json.loads((folder / "config.json").read_text())["run"] == identity
@@ -329,20 +329,20 @@ def test_what_ends_a_run_may_be_changed_where_it_ended_so_and_nothing_else(tmp_p
     folder = begun(tmp_path / "run", lr=1.0).output
     last_step(folder, **metrics)
     for changes in ({"lr": 1e-4}, {"lr": 1.0, "skip_grad_norm": 5.0}, {"lr": 1e-4, "skip_grad_norm": 5.0}):
-        r1_zero.check(r1_zero.Config(output=folder, grpo=GRPOTraining(**changes), cold_start_lr=1e-3))
+        r1_zero.check(r1_zero.Config(output=folder, grpo=GRPOConfig(**changes), cold_start_lr=1e-3))
     with pytest.raises(ValueError, match="has group_size 16, not 8"):
-        r1_zero.check(r1_zero.Config(output=folder, grpo=GRPOTraining(lr=1e-4, group_size=8)))
+        r1_zero.check(r1_zero.Config(output=folder, grpo=GRPOConfig(lr=1e-4, group_size=8)))
     begun(folder, lr=1e-4)
     last_step(folder, loss=0.1, grad_norm=1.0, nonfinite_updates=0.0)
     with pytest.raises(ValueError, match="has lr 0.0001, not 0.0002"):
-        r1_zero.check(r1_zero.Config(output=folder, grpo=GRPOTraining(lr=2e-4)))
+        r1_zero.check(r1_zero.Config(output=folder, grpo=GRPOConfig(lr=2e-4)))
 
 
 def test_a_step_left_out_does_not_end_a_run(tmp_path):
     folder = begun(tmp_path / "run", skip_grad_norm=1.0).output
     last_step(folder, loss=math.nan, grad_norm=math.nan, nonfinite_updates=0.0, skipped_updates=1.0)
     with pytest.raises(ValueError, match="has lr 0.0002, not 0.1"):
-        r1_zero.check(r1_zero.Config(output=folder, grpo=GRPOTraining(lr=0.1, skip_grad_norm=1.0)))
+        r1_zero.check(r1_zero.Config(output=folder, grpo=GRPOConfig(lr=0.1, skip_grad_norm=1.0)))
 
 
 @pytest.mark.slow
@@ -383,14 +383,14 @@ def test_a_run_holds_its_folder_against_a_second_one(tmp_path, monkeypatch, caps
 def test_a_folder_that_the_run_did_not_write_is_refused_at_the_start(tmp_path, name):
     (tmp_path / "run" / name).mkdir(parents=True)
     with pytest.raises(ValueError, match=f"{name}: exists already and was not written by this run"):
-        r1_zero.check(r1_zero.Config(output=tmp_path / "run", grpo=GRPOTraining(lora_rank=2)))
+        r1_zero.check(r1_zero.Config(output=tmp_path / "run", grpo=GRPOConfig(lora_rank=2)))
 
 
 def test_a_base_whose_weights_changed_is_refused(tmp_path):
     base, folder = tmp_path / "base", tmp_path / "run"
     base.mkdir()
     (base / "model.safetensors").write_bytes(b"weights")
-    config = r1_zero.Config(output=folder, model=base, grpo=GRPOTraining(lora_rank=2))
+    config = r1_zero.Config(output=folder, model=base, grpo=GRPOConfig(lora_rank=2))
     r1_zero.enter_folder(folder, r1_zero.run_settings(config, r1_zero.check(config)))
     base.rename(tmp_path / "elsewhere")
     moved = dataclasses.replace(config, model=tmp_path / "elsewhere")
@@ -426,12 +426,12 @@ def test_a_run_begun_in_another_precision_is_refused(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     held = begun(folder)
     assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"  # "auto" on the CPU
-    r1_zero.check(dataclasses.replace(held, grpo=GRPOTraining(dtype="float32")))
+    r1_zero.check(dataclasses.replace(held, grpo=GRPOConfig(dtype="float32")))
     assert r1_zero.computing(held) == "computes in float32 (--dtype auto) on the CPU, and updates weights of float32"
     monkeypatch.setattr(r1_zero.jax, "default_backend", lambda: "gpu")  # "auto" is bfloat16 there
     with pytest.raises(ValueError, match="has dtype 'float32', not 'bfloat16'"):
         r1_zero.check(held)
-    r1_zero.check(dataclasses.replace(held, grpo=GRPOTraining(dtype="float32")))
+    r1_zero.check(dataclasses.replace(held, grpo=GRPOConfig(dtype="float32")))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])

@@ -29,11 +29,11 @@ from deepseek_jax.checkpoint.adapters import adapted_paths, new_adapter
 from deepseek_jax.generate.engine import Generator, SamplingConfig
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.lora import LoRAConfig, abstract_adapter, beside, laid_out
-from deepseek_jax.model.stacks import members, stacked, unstacked
+from deepseek_jax.model.scan_layers import members, stack_layers, unstack_layers
 from deepseek_jax.ops.logprobs import to_bits, token_logprobs
 from deepseek_jax.parallel.logprobs import sharded_logprobs
 from deepseek_jax.rl.batch import Batch
-from deepseek_jax.rl.loss import GRPOConfig
+from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.rl.objective import frozen_scores, grpo_objective
 from deepseek_jax.sharding import LOCAL, Layout, Remat, Transport, make_mesh
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -102,8 +102,8 @@ def laid(kind: str, layout: Layout) -> tuple[nnx.GraphDef, nnx.State]:
     """The model's description and weights under a layout."""
     config = CONFIGS[kind]
     graphdef, like = abstract_weights(config, layout=layout)
-    if layout.stacked:
-        return graphdef, stacked(weights_of(kind), config, layout)
+    if layout.scan_layers:
+        return graphdef, stack_layers(weights_of(kind), config, layout)
     if layout.mesh is None:
         return graphdef, weights_of(kind)
     return graphdef, jax.tree.map(lambda a, of: jax.device_put(a, of.sharding), weights_of(kind), like)
@@ -116,7 +116,7 @@ def objectives(kind: str):
     return {
         "sft": (make_sft_objective(mtp_weight=mtp), SFTBatch(TOKENS[:, :-1], TOKENS[:, 1:], MASK)),
         "grpo": (
-            partial(grpo_objective, config=GRPOConfig(beta=0.1), temperature=0.9),
+            partial(grpo_objective, config=GRPOLossConfig(beta=0.1), temperature=0.9),
             Batch(TOKENS[:, :-1], TOKENS[:, 1:], MASK, old, old, ADVANTAGES),
         ),
     }
@@ -130,7 +130,7 @@ def stepped(kind: str, objective: str, layout: Layout, micro_batches: int = 1):
     config = StepConfig(balance_alpha=0.01, bias_gamma=0.01, micro_batches=micro_batches)
     step = make_train_step(graphdef, of, optax.sgd(1.0), config, layout)
     state, metrics = step(init_state(weights, optax.sgd(1.0), layout), batch)
-    found = unstacked(state.weights, CONFIGS[kind], LOCAL) if layout.stacked else state.weights
+    found = unstack_layers(state.weights, CONFIGS[kind], LOCAL) if layout.scan_layers else state.weights
     return {k: np.asarray(v) for k, v in names.flat(found).items()}, jax.tree.map(np.asarray, metrics)
 
 
@@ -156,9 +156,9 @@ def drawn(count: int, *workloads: str) -> Iterator[tuple[str, Layout]]:
                 mesh=make_mesh(**sizes),
                 workload=str(random.choice(workloads)),
                 transport=str(random.choice(get_args(Transport))),
-                stacked=bool(random.integers(2)),
+                scan_layers=bool(random.integers(2)),
                 remat=str(random.choice(get_args(Remat))),
-                slack=float(random.choice([1.0, 4.0])),
+                capacity_factor=float(random.choice([1.0, 4.0])),
             ),
         )
 
@@ -240,7 +240,7 @@ def log_probs_after_a_penalty_on_a_mesh_are_those_of_one_device():
 
 
 def micro_batches_change_nothing_on_a_mesh():
-    layout = Layout(mesh=make_mesh(fsdp=2, expert=2, tensor=2), stacked=True, remat="layers")
+    layout = Layout(mesh=make_mesh(fsdp=2, expert=2, tensor=2), scan_layers=True, remat="layers")
     same(stepped("mla", "sft", layout, 2), stepped("mla", "sft", LOCAL), "micro batches")
 
 
@@ -341,11 +341,15 @@ def adapter_of(kind: str, layout: Layout) -> nnx.State:
 
 
 ADAPTED = {
-    "experts": ("mla", {"fsdp": 2, "expert": 2, "tensor": 2}, {"stacked": True, "remat": "layers", "slack": 1.0}),
+    "experts": (
+        "mla",
+        {"fsdp": 2, "expert": 2, "tensor": 2},
+        {"scan_layers": True, "remat": "layers", "capacity_factor": 1.0},
+    ),
     "context": ("mla", {"data": 2, "expert": 2, "context": 2}, {"transport": "all_to_all"}),
-    "rows": ("mla", {"expert": 4, "tensor": 2}, {"transport": "all_gather", "slack": 1.0}),
+    "rows": ("mla", {"expert": 4, "tensor": 2}, {"transport": "all_gather", "capacity_factor": 1.0}),
     "sparse": ("sparse", {"fsdp": 4, "expert": 2}, {"remat": "all_but_attention"}),
-    "dense": ("gqa", {"data": 2, "fsdp": 2, "tensor": 2}, {"stacked": True}),
+    "dense": ("gqa", {"data": 2, "fsdp": 2, "tensor": 2}, {"scan_layers": True}),
 }
 
 
@@ -376,7 +380,7 @@ def samples_beside_an_adapter_on_a_mesh_are_those_of_one_device():
         return [of.tokens.tolist() for of in found], [of.logprobs for of in found]
 
     for kind, sizes, stack in (("mla", {"fsdp": 2, "expert": 2, "tensor": 2}, True), ("gqa", {"tensor": 8}, False)):
-        layout = Layout(mesh=make_mesh(**sizes), workload="serve", transport="all_gather", stacked=stack)
+        layout = Layout(mesh=make_mesh(**sizes), workload="serve", transport="all_gather", scan_layers=stack)
         got, wanted = sampled(kind, layout), sampled(kind, LOCAL)
         assert got[0] == wanted[0]
         same(got[1], wanted[1], kind)
@@ -401,7 +405,7 @@ def adamw_on_a_mesh_is_that_of_one_device():
 
 def a_state_keeps_lying_as_its_weights_do():
     """After a step every weight and moment is where it was: a step that moved them would compile again and again."""
-    layout = Layout(mesh=make_mesh(fsdp=2, expert=2, tensor=2), stacked=True)
+    layout = Layout(mesh=make_mesh(fsdp=2, expert=2, tensor=2), scan_layers=True)
     graphdef, weights = laid("mla", layout)
     of, batch = objectives("mla")["sft"]
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3), 2)

@@ -27,7 +27,7 @@ from deepseek_jax.checkpoint.layout import part
 from deepseek_jax.checkpoint.opened import open_folder
 from deepseek_jax.config import preset
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
-from deepseek_jax.model.stacks import stacked
+from deepseek_jax.model.scan_layers import stack_layers
 from deepseek_jax.sharding import AXES, LOCAL, Layout, make_mesh, weight_sharding
 from tests.checkpoint.folders import QWEN2, R1, V3, V32, random_folder
 
@@ -90,11 +90,11 @@ EVEN_V32 = dataclasses.replace(
 )
 
 
-def layout_of(name: str | None, *, stacked: bool = False) -> Layout:
+def layout_of(name: str | None, *, scan_layers: bool = False) -> Layout:
     if name is None:
-        return Layout(stacked=stacked)
+        return Layout(scan_layers=scan_layers)
     sizes, workload = LAYOUTS[name]
-    return Layout(mesh=make_mesh(**sizes), workload=workload, stacked=stacked)
+    return Layout(mesh=make_mesh(**sizes), workload=workload, scan_layers=scan_layers)
 
 
 def by_the_table(layout: Layout, key: str, rank: int) -> NamedSharding:
@@ -152,7 +152,7 @@ def every_weight_is_cut_by_the_table(folders: Path) -> None:
 def a_layer_of_a_stack_is_cut_as_it_is_alone(folders: Path) -> None:
     """Whole along the stack; embedding, head and modules lie as they do without stacks."""
     for name in LAYOUTS:
-        layout = layout_of(name, stacked=True)
+        layout = layout_of(name, scan_layers=True)
         for path, leaf in nnx.to_flat_state(abstract_weights(R1, layout=layout)[1]):
             value = leaf.get_raw_value()
             in_stack = path[0] == "stacks"
@@ -251,9 +251,9 @@ def weights_laid_on_a_mesh_are_those_of_one_device(folders: Path) -> None:
 def a_stacked_layout_loads_the_stacks_of_the_layers(folders: Path) -> None:
     """With the description of a stacked module; and what is saved from it is what was loaded."""
     by_layer = load_model(folders / "unpacked")
-    wanted = names.flat(stacked(by_layer.weights, by_layer.config, Layout(stacked=True)))
+    wanted = names.flat(stack_layers(by_layer.weights, by_layer.config, Layout(scan_layers=True)))
     for name in (None, "all three"):
-        layout = layout_of(name, stacked=True)
+        layout = layout_of(name, scan_layers=True)
         model = load_model(folders / "unpacked", layout=layout)
         assert model.config == by_layer.config
         assert nnx.merge(model.graphdef, model.weights).layout == layout
@@ -278,9 +278,9 @@ def a_model_in_memory_is_laid_out_as_it_would_be_loaded(folders: Path) -> None:
         for key, value in names.flat(laid.weights).items():
             place = by_the_table(layout_of(name), key, value.ndim)
             assert value.sharding.is_equivalent_to(place, value.ndim) and bits(value) == bits(held[key]), (name, key)
-    layout = layout_of("context", stacked=True)
+    layout = layout_of("context", scan_layers=True)
     like = names.flat(abstract_weights(whole.config, layout=layout)[1])
-    wanted = names.flat(stacked(whole.weights, whole.config, Layout(stacked=True)))
+    wanted = names.flat(stack_layers(whole.weights, whole.config, Layout(scan_layers=True)))
     for key, value in names.flat(lay_out(whole, layout).weights).items():
         assert value.sharding.is_equivalent_to(like[key].sharding, value.ndim) and bits(value) == bits(wanted[key]), key
 
@@ -484,7 +484,7 @@ def test_a_word_that_no_layout_has_is_refused(words):
         Layout(**words)
 
 
-@pytest.mark.parametrize("slack", [0.9, float("nan"), float("inf")])
-def test_a_slack_below_the_balanced_share_is_refused(slack):
-    with pytest.raises(ValueError, match=f"slack: got {slack}, wanted 1 or more"):
-        Layout(slack=slack)
+@pytest.mark.parametrize("capacity_factor", [0.9, float("nan"), float("inf")])
+def test_a_slack_below_the_balanced_share_is_refused(capacity_factor):
+    with pytest.raises(ValueError, match=f"capacity_factor: got {capacity_factor}, wanted 1 or more"):
+        Layout(capacity_factor=capacity_factor)

@@ -25,13 +25,14 @@ from rich.progress import track
 from deepseek_jax.checkpoint.folder import Model, load_model, save_hf
 from deepseek_jax.cli import run
 from deepseek_jax.config import preset
+from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.generate.engine import Generator
 from deepseek_jax.model.critic import critic_from
 from deepseek_jax.model.decoder import Decoder, split
 from deepseek_jax.ops.logprobs import logprobs_of_logits, token_logprobs
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl.batch import Batch
-from deepseek_jax.rl.loss import GRPOConfig
+from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.rl.objective import frozen_scores, grpo_objective
 from deepseek_jax.rl.ppo import (
     PPOConfig,
@@ -43,8 +44,7 @@ from deepseek_jax.rl.ppo import (
 )
 from deepseek_jax.rl.rollout import Prompt
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE
-from deepseek_jax.train.grpo import GRPOTrainer, GRPOTraining
+from deepseek_jax.train.grpo import GRPOConfig, GRPOTrainer
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.step import StepConfig, init_state, make_train_step
 
@@ -90,12 +90,12 @@ def step(
 
 def _our_step(folder: Path, texts: Sequence[str], group_size: int, tokens: int, kl: float) -> Callable[[], None]:
     model, tokenizer = load_model(folder), Tokenizer.from_folder(folder)
-    config = GRPOTraining(
+    config = GRPOConfig(
         steps=100,
         prompts_per_step=len(texts),
         group_size=group_size,
         max_new_tokens=tokens,
-        loss=GRPOConfig(beta=kl),
+        loss=GRPOLossConfig(beta=kl),
         lr=1e-6,
         balance_alpha=0.0,
         bias_gamma=0.0,
@@ -128,7 +128,7 @@ def _beside_trl(folder, texts, group_size, tokens, kl, rounds, ours, scratch) ->
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
-    from trl import GRPOConfig as TheirConfig
+    from trl import GRPOLossConfig as TheirConfig
     from trl import GRPOTrainer as TheirTrainer
 
     own = Tokenizer.from_folder(folder)
@@ -258,7 +258,7 @@ def cost(*, samples: int = 16, tokens: int = 64, vocabulary: int = 4096, rounds:
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-5, warmup_steps=1), 1000)
     ppo = PPOConfig(ppo_epochs=1)
     batch, rewards_B = _random_batch(samples, tokens, vocabulary)
-    objective = lambda **loss: partial(grpo_objective, config=GRPOConfig(**loss), temperature=1.0)
+    objective = lambda **loss: partial(grpo_objective, config=GRPOLossConfig(**loss), temperature=1.0)
     grpo_step = make_train_step(graphdef, objective(beta=0.04), optimizer, StepConfig())
     policy_step = make_train_step(graphdef, objective(loss_type="dapo", beta=0.0), optimizer, StepConfig())
     critic_step = make_train_step(critic_graphdef, partial(critic_objective, config=ppo), optimizer, StepConfig())

@@ -23,8 +23,8 @@ from deepseek_jax.model.transfer import serving_layout
 from deepseek_jax.plan import compiled
 from deepseek_jax.plan.compiled import DTYPES, Compiled, Step, Task
 from deepseek_jax.plan.topology import topology as device_topology
+from deepseek_jax.report.progress import format_bytes
 from deepseek_jax.sharding import Layout, Remat, Transport, lanes_of, make_mesh
-from deepseek_jax.train.progress import format_bytes
 
 _DOES_NOT_FIT = 3
 _WIDTH = 120  # of a table that goes to a file
@@ -43,9 +43,9 @@ def main(
     moments: Literal["float32", "bfloat16"] = "float32",
     micro_batches: int = 1,
     transport: Transport = "ragged_all_to_all",
-    slack: float = 1.1,
+    capacity_factor: float = 1.1,
     remat: Remat = "all_but_attention",
-    stacked: bool = True,
+    scan_layers: bool = True,
     json: bool = False,
 ) -> None:
     """Prove that a step compiles and fits, with the TPU's or the GPU's own compiler. Exit status 0: it fits, 3: not.
@@ -64,9 +64,9 @@ def main(
         moments: what the optimizer's are kept in.
         micro_batches: parts of an update, one after another.
         transport: of tokens to their experts.
-        slack: room for an expert device in a round of it, as a multiple of the even share.
+        capacity_factor: room for an expert device in a round of it, as a multiple of the even share.
         remat: what an update's backward pass works out again.
-        stacked: scan over stacks of layers; without, each layer is compiled by itself.
+        scan_layers: scan over stacks of layers; without, each layer is compiled by itself.
         json: print one JSON object, figures a device (half a v7x, else a chip) unless they say otherwise.
     """
     jax.config.update("jax_platforms", "cpu")  # nothing here runs on an accelerator, even where there is one
@@ -80,8 +80,8 @@ def main(
         mesh=make_mesh(devices, **sizes),
         workload="train" if training else "serve",
         transport=transport,
-        slack=slack,
-        stacked=stacked,
+        capacity_factor=capacity_factor,
+        scan_layers=scan_layers,
         remat=remat if training else "nothing",
         lanes=lanes_of(devices[0].platform),
     )

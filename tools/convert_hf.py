@@ -13,8 +13,8 @@ from deepseek_jax.checkpoint.files import refuse_existing
 from deepseek_jax.checkpoint.opened import open_folder
 from deepseek_jax.checkpoint.recast import Format
 from deepseek_jax.cli import run
-from deepseek_jax.processes import printable
-from deepseek_jax.train.progress import Progress
+from deepseek_jax.distributed import printable
+from deepseek_jax.report.progress import Progress
 
 
 def main(source: Path, target: Path, /, *, to: Format = "stored", verify: bool = False) -> None:

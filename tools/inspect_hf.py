@@ -12,8 +12,8 @@ from pathlib import Path
 from deepseek_jax import config
 from deepseek_jax.checkpoint.summary import Summary, of_folder, of_preset
 from deepseek_jax.cli import run
-from deepseek_jax.processes import printable
-from deepseek_jax.train.progress import format_bytes
+from deepseek_jax.distributed import printable
+from deepseek_jax.report.progress import format_bytes
 
 _LISTED = 10
 

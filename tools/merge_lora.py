@@ -14,8 +14,8 @@ from deepseek_jax.checkpoint.adapters import load_adapter
 from deepseek_jax.checkpoint.files import refuse_existing
 from deepseek_jax.checkpoint.folder import load_model, save_hf
 from deepseek_jax.cli import run
+from deepseek_jax.distributed import printable
 from deepseek_jax.model.lora import merge
-from deepseek_jax.processes import printable
 
 
 def main(

@@ -36,7 +36,7 @@ from deepseek_jax.plan.planner import (
     thumb_tensor_parallel,
     weights_share,
 )
-from deepseek_jax.train.progress import format_bytes
+from deepseek_jax.report.progress import format_bytes
 
 _UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20, "TB": 10**12, "TIB": 2**40}
 _WIDTH = 165  # of tables that go to a file

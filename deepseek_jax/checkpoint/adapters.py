@@ -12,14 +12,14 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from deepseek_jax import processes
+from deepseek_jax import distributed
 from deepseek_jax.checkpoint import files, names, writer
 from deepseek_jax.checkpoint.finite import check_finite
 from deepseek_jax.checkpoint.headers import NAMES, make_header
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.lora import ALL_LINEAR, LoRAConfig, abstract_adapter, first_adapter, laid_out
-from deepseek_jax.model.stacks import members
+from deepseek_jax.model.scan_layers import members
 from deepseek_jax.sharding import LOCAL, Layout
 
 CONFIG = "adapter_config.json"
@@ -113,7 +113,7 @@ def save_adapter(
     settings = _settings(config, lora, base)
     tensors = dict(_filed(_by_layer(adapter, config), _table(config, lora)))
     with files.shared_folder(target) as partial:
-        processes.on_main(lambda: _write(partial, settings, tensors))
+        distributed.on_main(lambda: _write(partial, settings, tensors))
 
 
 def load_adapter(

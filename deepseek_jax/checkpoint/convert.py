@@ -10,13 +10,13 @@ from typing import TypeVar
 import numpy as np
 import xxhash
 
-from deepseek_jax import processes
+from deepseek_jax import distributed
 from deepseek_jax.checkpoint import files, writer
 from deepseek_jax.checkpoint.files import TensorFolder, new_folder, read_json, shared_folder, write_whole
 from deepseek_jax.checkpoint.headers import Entry, parse_header
 from deepseek_jax.checkpoint.layout import Array, Source, units
 from deepseek_jax.checkpoint.opened import Opened
-from deepseek_jax.checkpoint.shelves import MANIFEST, WEIGHTS, ConvertedFolder, NewShelf, lay_out
+from deepseek_jax.checkpoint.orbax_layers import MANIFEST, WEIGHTS, ConvertedFolder, OrbaxLayerWriter, create_layer
 from deepseek_jax.checkpoint.sidecars import drop_missing_code
 
 VERSION = 1  # of the converted folder's form
@@ -49,16 +49,16 @@ def convert_hf(opened: Opened, target: Path, *, advance: Advance = lambda count:
     everything = units(opened.arrays)
     nbytes = lambda names: sum(_nbytes(opened.source, everything[unit]) for unit in names)
     with shared_folder(target, resume=_identity(opened)) as partial:
-        left = processes.on_main(lambda: [unit for unit in everything if not _is_whole(partial, unit)])
-        ours = left[processes.index() :: processes.count()]
+        left = distributed.on_main(lambda: [unit for unit in everything if not _is_whole(partial, unit)])
+        ours = left[distributed.index() :: distributed.count()]
         for unit in left:
-            lay_out(partial / WEIGHTS / unit, everything[unit])
+            create_layer(partial / WEIGHTS / unit, everything[unit])
         advance(nbytes(everything.keys() - set(left)))
-        with processes.together():
+        with distributed.together():
             # two units at a time, so that one is read while the other waits for the disk
             shelve = lambda unit: _shelve(opened.source, unit, everything[unit], partial, advance)
             _in_threads(shelve, ours, 2)
-        if processes.is_main():
+        if distributed.is_main():
             advance(nbytes(set(left) - set(ours)))
             _complete(opened, partial, list(everything))
 
@@ -91,8 +91,8 @@ def export_hf(opened: Opened, target: Path, *, advance: Advance = lambda count: 
     Raises:
         ValueError: the source is damaged, or the target exists; nothing is left behind.
     """
-    with processes.together():
-        if processes.is_main():
+    with distributed.together():
+        if distributed.is_main():
             _export(opened, target, advance)
 
 
@@ -178,10 +178,10 @@ def verify(source: Source, hashes: Mapping[str, str], *, advance: Advance = lamb
 
     Several processes divide the tensors between them; the main one tells `advance` last what the others read.
     """
-    ours = list(hashes)[processes.index() :: processes.count()]
-    with processes.together():
+    ours = list(hashes)[distributed.index() :: distributed.count()]
+    with distributed.together():
         _verify(source, ours, hashes, advance)
-    if processes.is_main():
+    if distributed.is_main():
         advance(sum(source.entries[name].nbytes for name in hashes.keys() - set(ours)))
 
 
@@ -222,11 +222,11 @@ def _note(partial: Path, unit: str) -> Path:
 
 def _is_whole(partial: Path, unit: str) -> bool:
     """Whether a killed run wrote a unit to its end; what else it left of it goes."""
-    shelf = partial / WEIGHTS / unit
-    if _note(partial, unit).is_file() and shelf.is_dir():
+    layer = partial / WEIGHTS / unit
+    if _note(partial, unit).is_file() and layer.is_dir():
         return True
-    files.remove(shelf)
-    shelf.parent.mkdir(exist_ok=True)
+    files.remove(layer)
+    layer.parent.mkdir(exist_ok=True)
     return False
 
 
@@ -236,7 +236,7 @@ def _nbytes(source: Source, members: list[Array]) -> int:
 
 def _shelve(source: Source, unit: str, members: list[Array], partial: Path, advance: Advance) -> None:
     """Write one unit and its note."""
-    shelf = NewShelf(partial / WEIGHTS / unit, members)
+    layer = OrbaxLayerWriter(partial / WEIGHTS / unit, members)
 
     def put(job: tuple[Array, slice]) -> dict[str, str]:
         array, experts = job
@@ -247,9 +247,9 @@ def _shelve(source: Source, unit: str, members: list[Array], partial: Path, adva
             for digest, value in zip(digests, values, strict=True):
                 digest.update(_bytes(value))
             if array.stacked:
-                shelf.write(array, (experts, rows), values[0][None] if len(values) == 1 else np.stack(values))
+                layer.write(array, (experts, rows), values[0][None] if len(values) == 1 else np.stack(values))
             else:
-                shelf.write(array, (rows,), values[0])
+                layer.write(array, (rows,), values[0])
             advance(sum(value.nbytes for value in values))
         return {tensor.name: digest.hexdigest() for tensor, digest in zip(tensors, digests, strict=True)}
 
@@ -257,7 +257,7 @@ def _shelve(source: Source, unit: str, members: list[Array], partial: Path, adva
     # in the order of the files, which disks read ahead
     place = lambda job: (source.where(name := job[0].tensors[job[1]][0].name), source.entries[name].start)
     results = _in_threads(put, sorted(jobs, key=place), THREADS // 2)
-    shelf.close()
+    layer.close()
     hashes = {name: digest for result in results for name, digest in result.items()}
     write_whole(_note(partial, unit), json.dumps(hashes).encode())
 

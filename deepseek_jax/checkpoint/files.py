@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deepseek_jax import processes
+from deepseek_jax import distributed
 from deepseek_jax.checkpoint.headers import DTYPES, Entry, Header, read_header, refuse_lfs_pointer
 
 INDEX = "model.safetensors.index.json"
@@ -292,12 +292,12 @@ def shared_folder(target: Path, *, resume: str | None = None) -> Iterator[Path]:
     """
     target = resolved(target)
     with contextlib.ExitStack() as folder:
-        with processes.together():
-            if processes.is_main():
+        with distributed.together():
+            if distributed.is_main():
                 folder.enter_context(new_folder(target, resume=resume))
-        with processes.together():
+        with distributed.together():
             yield _partial(target)
-        with processes.together():
+        with distributed.together():
             folder.close()
 
 

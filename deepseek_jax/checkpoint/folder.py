@@ -16,19 +16,19 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from deepseek_jax import processes
+from deepseek_jax import distributed
 from deepseek_jax.checkpoint import files, names, writer
 from deepseek_jax.checkpoint.convert import THREADS, write_hf
 from deepseek_jax.checkpoint.finite import check_finite
 from deepseek_jax.checkpoint.headers import DTYPES, NAMES, Entry
 from deepseek_jax.checkpoint.layout import Array, Source, part, units
 from deepseek_jax.checkpoint.opened import DTYPE_KEYS, Opened, open_folder
-from deepseek_jax.checkpoint.shelves import ConvertedFolder
+from deepseek_jax.checkpoint.orbax_layers import ConvertedFolder
 from deepseek_jax.checkpoint.sidecars import copy_sidecars, drop_missing_code
 from deepseek_jax.config import ModelConfig, to_hf
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.layers import RouterBias
-from deepseek_jax.model.stacks import members, stacked
+from deepseek_jax.model.scan_layers import members, stack_layers
 from deepseek_jax.ops.fp8 import dequantize
 from deepseek_jax.sharding import LOCAL, Layout
 
@@ -63,8 +63,8 @@ def load_model(folder: Path, *, dtype: jnp.dtype | None = jnp.float32, layout: L
     config = dataclasses.replace(opened.config, quantization=None)
     graphdef, _ = abstract_weights(config, layout=layout)
     _check_copies(opened)
-    if layout.stacked:
-        return Model(config, graphdef, stacked(_read_by_layer(opened, dtype, layout), config, layout))
+    if layout.scan_layers:
+        return Model(config, graphdef, stack_layers(_read_by_layer(opened, dtype, layout), config, layout))
     return Model(config, graphdef, _read_by_layer(opened, dtype, layout))
 
 
@@ -79,7 +79,7 @@ def lay_out(model: Model, layout: Layout) -> Model:
     if layout.mesh is not None:
         _, like = abstract_weights(model.config, layout=_by_layer(layout))
         weights = jax.tree.map(_divided, weights, like)
-    return Model(model.config, graphdef, stacked(weights, model.config, layout) if layout.stacked else weights)
+    return Model(model.config, graphdef, stack_layers(weights, model.config, layout) if layout.scan_layers else weights)
 
 
 def _divided(value: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -88,7 +88,7 @@ def _divided(value: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _by_layer(layout: Layout) -> Layout:
-    return dataclasses.replace(layout, stacked=False)
+    return dataclasses.replace(layout, scan_layers=False)
 
 
 def _read_by_layer(opened: Opened, dtype: jnp.dtype | None, layout: Layout) -> nnx.State:
@@ -227,9 +227,9 @@ def save_hf(
     files.refuse_existing(target, source)
     check_finite(model.weights, target)
     with files.shared_folder(target) as partial:
-        processes.on_main(lambda: _write_sidecars(model, partial, source, tokenizer or {}))
+        distributed.on_main(lambda: _write_sidecars(model, partial, source, tokenizer or {}))
         memory = _InMemory(model, target)
-        if processes.count() == 1:
+        if distributed.count() == 1:
             write_hf(memory, partial, writer.plan(memory))
         else:
             _write_together(memory, partial)
@@ -251,8 +251,8 @@ def _write_sidecars(model: Model, folder: Path, source: Path | None, tokenizer: 
 
 def _write_together(memory: "_InMemory", folder: Path) -> None:
     """The tensors as safetensors. All processes gather them, in the same order; the main one writes."""
-    with processes.together():
-        shards = writer.NewShards(folder, writer.plan(memory)) if processes.is_main() else None
+    with distributed.together():
+        shards = writer.NewShards(folder, writer.plan(memory)) if distributed.is_main() else None
     writes: list[Future] = []
     # what goes wrong in writing is kept to the end: until then the other processes wait for this one in every gather
     with ThreadPoolExecutor(1) as pool:

@@ -7,9 +7,9 @@ from typing import NamedTuple
 from deepseek_jax.checkpoint import files, names
 from deepseek_jax.checkpoint.files import TensorFolder
 from deepseek_jax.checkpoint.layout import Array, Source, arrays
+from deepseek_jax.checkpoint.orbax_layers import ConvertedFolder, is_converted
 from deepseek_jax.checkpoint.quantised import refuse_other_quantisation
 from deepseek_jax.checkpoint.recast import Format, recast
-from deepseek_jax.checkpoint.shelves import ConvertedFolder, is_converted
 from deepseek_jax.checkpoint.sidecars import copy_sidecars
 from deepseek_jax.config import ModelConfig, from_hf
 from deepseek_jax.config.hf import write_quantization

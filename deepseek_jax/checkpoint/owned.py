@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from deepseek_jax import processes
+from deepseek_jax import distributed
 from deepseek_jax.checkpoint import files
 
 _MARK = ".written-by.json"
@@ -44,18 +44,18 @@ def write_owned(folder: Path, *, run: str, steps: int, write: Callable[[Path], N
         OSError: it cannot be written; what was there before stays.
     """
     mark = {"run": run, "steps": steps}
-    processes.on_main(lambda: check_owned(folder, run))
-    if processes.on_main(lambda: _mark(folder) == mark):
+    distributed.on_main(lambda: check_owned(folder, run))
+    if distributed.on_main(lambda: _mark(folder) == mark):
         return
     draft = folder.with_name(f"{folder.name}.new")
-    processes.on_main(lambda: files.remove(draft))
+    distributed.on_main(lambda: files.remove(draft))
     try:
         write(draft)
     except OSError:  # a half on a full disk is in the way of going on
-        if processes.is_main():
+        if distributed.is_main():
             files.remove(draft)
         raise
-    processes.on_main(lambda: _publish(draft, folder, mark))
+    distributed.on_main(lambda: _publish(draft, folder, mark))
 
 
 def _publish(draft: Path, folder: Path, mark: dict) -> None:

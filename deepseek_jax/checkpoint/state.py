@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from deepseek_jax import processes
+from deepseek_jax import distributed
 from deepseek_jax.checkpoint.files import system_error, writing
 
 State = TypeVar("State")
@@ -199,8 +199,8 @@ def _own(leaf: jax.Array) -> jax.Array:
     From other devices Orbax copies all arrays to the host before that. What each of several processes holds for itself
     becomes one array of all of them; Orbax would have every process write it.
     """
-    if processes.count() > 1 and leaf.is_fully_addressable:
-        return processes.replicated(leaf)
+    if distributed.count() > 1 and leaf.is_fully_addressable:
+        return distributed.replicated(leaf)
     on_cpu = any(device.platform == "cpu" for device in leaf.sharding.device_set)
     return jnp.copy(leaf) if on_cpu else leaf
 

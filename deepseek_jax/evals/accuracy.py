@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from flax import nnx
 
-from deepseek_jax import processes
+from deepseek_jax import distributed
 from deepseek_jax.generate.engine import Generator, SamplingConfig
 from deepseek_jax.generate.text import TextCompletion, complete
 from deepseek_jax.rewards.accuracy import accuracy_reward
@@ -61,7 +61,7 @@ def greedy_accuracy(
     for start in range(0, len(prompts), batch):
         part = [p.tokens for p in prompts[start : start + batch]]
         found += complete(generator, weights, tokenizer, part, sampling, seeds=[0] * len(part))
-    scores = processes.on_main(
+    scores = distributed.on_main(
         lambda: grade.parts(
             prompts=[p.text for p in prompts],
             completions=[c.text for c in found],

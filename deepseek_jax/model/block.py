@@ -21,29 +21,29 @@ class Layer(nnx.Module):
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, make)
 
-    def __call__(self, x, rotary, counted_BT, place=None, *, samples_BTK=None, routes_BTA=None):
+    def __call__(self, x, rotary, counted_BT, layer_idx=None, *, samples_BTK=None, routes_BTA=None):
         """Whole sequences: states, what a cache keeps of them, and the routing.
 
-        `place`: the layer's in a stack, where the experts' weights are a whole stack's. Further arguments are MoE's.
+        layer_idx: the layer's in a stack, where the experts' weights are a whole stack's. Further arguments are MoE's.
         """
         out, new = self.attention(rms_norm(x, self.attention_norm[...], self.eps), rotary)
         x = self.layout.constrain(x + out, "batch", "sequence", None)
         normed = rms_norm(x, self.mlp_norm[...], self.eps)
-        out, stats = self._feed_forward(normed, counted_BT, place, samples_BTK=samples_BTK, routes_BTA=routes_BTA)
+        out, stats = self._feed_forward(normed, counted_BT, layer_idx, samples_BTK=samples_BTK, routes_BTA=routes_BTA)
         return self.layout.constrain(x + out, "batch", "sequence", None), new, stats
 
-    def extend(self, x, rotary, cache, counted_BT, place=None):
+    def extend(self, x, rotary, cache, counted_BT, layer_idx=None):
         """Further tokens over a cache, which is the layer's own or, with a place, its stack's."""
         lay = self.layout.constrain
         normed = lay(rms_norm(x, self.attention_norm[...], self.eps), "batch", None, None)
-        out, cache = self.attention.extend(normed, rotary, cache, place)
+        out, cache = self.attention.extend(normed, rotary, cache, layer_idx)
         # between projections a chip keeps its own sequences' states, and adds up and norms no others
         x = x + lay(out, "cache_batch", None, None)
         normed = lay(rms_norm(x, self.mlp_norm[...], self.eps), "batch", None, None)
-        out, stats = self._feed_forward(normed, counted_BT, place)
+        out, stats = self._feed_forward(normed, counted_BT, layer_idx)
         return lay(x + out, "cache_batch", None, None), cache, stats
 
-    def _feed_forward(self, normed, counted_BT, place, **of_packing_and_replay):
+    def _feed_forward(self, normed, counted_BT, layer_idx, **of_packing_and_replay):
         if isinstance(self.mlp, MoE):
-            return self.mlp(normed, counted_BT, place, **of_packing_and_replay)
+            return self.mlp(normed, counted_BT, layer_idx, **of_packing_and_replay)
         return self.mlp(normed), None

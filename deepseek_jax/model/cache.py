@@ -24,12 +24,14 @@ class LatentCache(NamedTuple):
     r_BSR: jax.Array
     index_BSZ: jax.Array | None
 
-    def write(self, new: Self, positions_BT: jax.Array, place: jax.Array | None = None) -> Self:
-        """With the new tokens' entries; `place` is the layer's in a stack, where this is the cache of one."""
-        return jax.tree.map(lambda old, values: _written(old, values, positions_BT, place, lambda at: (at,)), self, new)
+    def write(self, new: Self, positions_BT: jax.Array, layer_idx: jax.Array | None = None) -> Self:
+        """With the new tokens' entries; `layer_idx` is the layer's in a stack, where this is the cache of one."""
+        return jax.tree.map(
+            lambda old, values: _written(old, values, positions_BT, layer_idx, lambda at: (at,)), self, new
+        )
 
-    def layer(self, place: jax.Array | None) -> Self:
-        return jax.tree.map(lambda of: _layer(of, place), self)
+    def layer(self, layer_idx: jax.Array | None) -> Self:
+        return jax.tree.map(lambda of: _layer(of, layer_idx), self)
 
     def prefix(self, new: Self) -> Self:
         """With what whole sequences left, in the first slots; that of a stack comes with its layers in front."""
@@ -49,15 +51,15 @@ class KVCache(NamedTuple):
     k_BGSK: jax.Array
     v_BGSK: jax.Array
 
-    def write(self, new: Self, positions_BT: jax.Array, place: jax.Array | None = None) -> Self:
-        """With the new tokens' entries; `place` is the layer's in a stack, where this is the cache of one."""
+    def write(self, new: Self, positions_BT: jax.Array, layer_idx: jax.Array | None = None) -> Self:
+        """With the new tokens' entries; `layer_idx` is the layer's in a stack, where this is the cache of one."""
         # by arrays alone: a slice between a place and positions would put its axis after theirs
         heads = jnp.arange(self.k_BGSK.shape[-3])[:, None]
         at = lambda positions: (heads, positions)
-        return jax.tree.map(lambda old, values: _written(old, values, positions_BT, place, at), self, new)
+        return jax.tree.map(lambda old, values: _written(old, values, positions_BT, layer_idx, at), self, new)
 
-    def layer(self, place: jax.Array | None) -> Self:
-        return jax.tree.map(lambda of: _layer(of, place), self)
+    def layer(self, layer_idx: jax.Array | None) -> Self:
+        return jax.tree.map(lambda of: _layer(of, layer_idx), self)
 
     def prefix(self, new: Self) -> Self:
         """With what whole sequences left, in the first slots; that of a stack comes with its layers in front."""
@@ -68,9 +70,9 @@ class KVCache(NamedTuple):
         return jnp.broadcast_to(jnp.arange(S), (B, S))
 
 
-def _written(old, values, positions_BT, place, at):
+def _written(old, values, positions_BT, layer_idx, at):
     """`values` of each sequence put at at(positions); what lies beyond the last slot is dropped."""
-    lead, values = () if place is None else (place,), _widened(values, old)
+    lead, values = () if layer_idx is None else (layer_idx,), _widened(values, old)
     of_one = lambda old, positions, new: old.at[(*lead, *at(positions))].set(new.astype(old.dtype), mode="drop")
     return jax.vmap(of_one)(old, positions_BT, values)
 
@@ -86,8 +88,8 @@ def _widened(values: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.pad(values, ((0, 0),) * (values.ndim - 1) + ((0, missing),)) if missing else values
 
 
-def _layer(of: jax.Array, place: jax.Array | None) -> jax.Array:
-    return of if place is None else jax.lax.dynamic_index_in_dim(of, place, axis=1, keepdims=False)
+def _layer(of: jax.Array, layer_idx: jax.Array | None) -> jax.Array:
+    return of if layer_idx is None else jax.lax.dynamic_index_in_dim(of, layer_idx, axis=1, keepdims=False)
 
 
 Cache = tuple[LatentCache | KVCache, ...]
@@ -106,7 +108,7 @@ def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype, l
 def abstract_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype, layout: Layout = LOCAL) -> Cache:
     """Its shapes, and how they lie on the layout's mesh."""
     a = config.attention
-    stacks = [(count,) for count in stack_sizes(config)] if layout.stacked else [()] * config.num_hidden_layers
+    stacks = [(count,) for count in stack_sizes(config)] if layout.scan_layers else [()] * config.num_hidden_layers
 
     def entry(leading):
         def array(*sizes, axes):

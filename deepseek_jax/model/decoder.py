@@ -64,7 +64,7 @@ class Decoder(nnx.Module):
         make = Maker(config, rngs, dtype, layout)
         self.config, self.layout = config, layout
         self.embed = make.matrix(config.vocab_size, config.hidden_size, axes=("vocab", "embed"))
-        if layout.stacked:
+        if layout.scan_layers:
             first = [0, config.num_hidden_layers - 1]  # one of each kind
             self.stacks = nnx.List(
                 [Layer(config, i, make.stack(n)) for i, n in zip(first, stack_sizes(config), strict=False)]
@@ -144,7 +144,7 @@ class Decoder(nnx.Module):
 
         def visit(layer, carried, of):
             x, entry = carried
-            x, entry, stats = layer.extend(x, rotary, entry, counted, of.place)
+            x, entry, stats = layer.extend(x, rotary, entry, counted, of.layer_idx)
             return (x, entry), stats
 
         x, cache, stats = self._through(visit, x, cache, whole=False)
@@ -167,7 +167,7 @@ class Decoder(nnx.Module):
 
         def visit(layer, carried, of):
             given = {"samples_BTK": samples, "routes_BTA": of.routes_BTA}
-            x, new, stats = layer(carried[0], rotary, counted, of.place, **given)
+            x, new, stats = layer(carried[0], rotary, counted, of.layer_idx, **given)
             return (x, None), (new, stats)
 
         x, _, outs = self._through(visit, self._embedded(tokens_BT), None, whole=True, routes_BTLA=routes_BTLA)
@@ -190,12 +190,12 @@ class Decoder(nnx.Module):
         routes_BTLA: jax.Array | None = None,
     ) -> tuple:
         """States, cache and what `visit(layer, (x, entry), of)` gives beside them, through all layers or stacks."""
-        parts = self.stacks if self.layout.stacked else self.layers
+        parts = self.stacks if self.layout.scan_layers else self.layers
         entries, outs = [], []
         of_parts = zip(parts, (None,) * len(parts) if cache is None else cache, self._routes(routes_BTLA), strict=True)
         for part, entry, routes in of_parts:
             run, weights = self._runner(visit, part, whole=whole), nnx.state(part)
-            if self.layout.stacked:
+            if self.layout.scan_layers:
                 (x, entry), out = _scan(run, (x, entry), weights, routes, keep=self.layout.workload == "serve")
             else:
                 (x, entry), out = run((x, entry), weights, _Of(None, routes))
@@ -205,11 +205,11 @@ class Decoder(nnx.Module):
 
     def _routes(self, routes_BTLA) -> list[jax.Array | None]:
         """Those of each layer, or with its layers in front of each stack; None where there is nothing to choose."""
-        parts = self.stacks if self.layout.stacked else self.layers
+        parts = self.stacks if self.layout.scan_layers else self.layers
         if routes_BTLA is None:
             return [None] * len(parts)
         by_layer = jnp.moveaxis(routes_BTLA, 2, 0)
-        of_moe = iter([by_layer] if self.layout.stacked else by_layer)  # there is one stack of MoE layers
+        of_moe = iter([by_layer] if self.layout.scan_layers else by_layer)  # there is one stack of MoE layers
         return [next(of_moe) if isinstance(part.mlp, MoE) else None for part in parts]
 
     def _runner(self, visit: Callable, part: nnx.Module, *, whole: bool) -> Callable:
@@ -224,7 +224,7 @@ class Decoder(nnx.Module):
             return run
         keep = [ATTENTION] if layout.remat == "all_but_attention" else []
         policy = jax.checkpoint_policies.save_only_these_names(*keep)
-        return jax.checkpoint(run, policy=policy, prevent_cse=not layout.stacked)
+        return jax.checkpoint(run, policy=policy, prevent_cse=not layout.scan_layers)
 
     def _whole(self, shape: tuple[int, int]) -> Rotary:
         """Rotary angles of whole sequences [B, T]."""
@@ -249,7 +249,7 @@ class _Of(NamedTuple):
     experts' weights. A scan would copy these for every layer.
     """
 
-    place: jax.Array | None
+    layer_idx: jax.Array | None
     routes_BTA: jax.Array | None
 
 

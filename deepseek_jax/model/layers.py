@@ -117,7 +117,7 @@ class MoE(nnx.Module):
         self,
         x_BTD: jax.Array,
         mask_BT: jax.Array,
-        place: jax.Array | None = None,
+        layer_idx: jax.Array | None = None,
         *,
         samples_BTK: jax.Array | None = None,
         routes_BTA: jax.Array | None = None,
@@ -148,15 +148,15 @@ class MoE(nnx.Module):
         else:
             balance = routing.packed_balance(scores_BTE, experts, samples_BTK, moe)
         stats = RouterStats(load, balance, chosen)
-        return self._routed(own, weights, experts, place) + self.shared(x_BTD), stats
+        return self._routed(own, weights, experts, layer_idx) + self.shared(x_BTD), stats
 
-    def _routed(self, x_BTD, weights_BTA, experts_BTA, place):
+    def _routed(self, x_BTD, weights_BTA, experts_BTA, layer_idx):
         e, layout = self.experts, self.layout
         matrices = e.gate[...], e.up[...], e.down[...]
-        place = place if matrices[0].ndim == 4 else None  # else they are the layer's own already
+        layer_idx = layer_idx if matrices[0].ndim == 4 else None  # else they are the layer's own already
         if layout.mesh is None:
-            if place is not None:
-                matrices = jax.tree.map(lambda stack: stack[place], matrices)
+            if layer_idx is not None:
+                matrices = jax.tree.map(lambda stack: stack[layer_idx], matrices)
             flat = lambda of: of.reshape(-1, of.shape[-1])
             return expert_mlp(flat(x_BTD), flat(weights_BTA), flat(experts_BTA), *matrices).reshape(x_BTD.shape)
         return routed_experts(
@@ -171,8 +171,8 @@ class MoE(nnx.Module):
             inner="tensor" if layout.cut("expert_mlp") else None,
             gathered=layout.cut("expert_embed"),
             transport=layout.transport,
-            slack=layout.slack,
-            layer=place,
+            capacity_factor=layout.capacity_factor,
+            layer=layer_idx,
         )
 
 
@@ -256,7 +256,7 @@ class LatentAttention(nnx.Module):
         # every chip of a `context` group needs all keys: 576 numbers a token, before they are spelled out by head
         new = jax.tree.map(lambda part: lay(part, "batch", None, None), self._latents(x_BTD, rotary))
         index = None if self.indexer is None else self.indexer.queries(x_BTD, latent, rotary)
-        spelled = attention.spelled_out(new.c_BSC, new.r_BSR, *self._key_value_weights())
+        spelled = attention.expand(new.c_BSC, new.r_BSR, *self._key_value_weights())
         k, v = (lay(part, "batch", "tensor", None, None) for part in spelled)
 
         def attend_rows(queries, positions_t, end):
@@ -271,24 +271,24 @@ class LatentAttention(nnx.Module):
         return self._output(checkpoint_name(out, ATTENTION)), new
 
     def extend(
-        self, x_BTD: jax.Array, rotary: Rotary, cache: LatentCache, place: jax.Array | None = None
+        self, x_BTD: jax.Array, rotary: Rotary, cache: LatentCache, layer_idx: jax.Array | None = None
     ) -> tuple[jax.Array, LatentCache]:
         """Over a cache, the layer's own or, with the layer's place in it, a stack's."""
         lay = self.layout.constrain
         by_sequence = lambda part: lay(part, "cache_batch", *(None,) * (part.ndim - 1))
         by_head = lambda part: lay(part, "batch", None, "tensor", None)
-        cache = cache.write(jax.tree.map(by_sequence, self._latents(x_BTD, rotary)), rotary.positions_BT, place)
+        cache = cache.write(jax.tree.map(by_sequence, self._latents(x_BTD, rotary)), rotary.positions_BT, layer_idx)
         latent = self._query_latent(x_BTD)
         nope, rope = map(by_head, self._queries(latent, rotary))
         w_k, w_v = self._key_value_weights()
-        q = [by_sequence(part) for part in (by_head(attention.absorbed(nope, w_k)), rope)]
+        q = [by_sequence(part) for part in (by_head(attention.absorb(nope, w_k)), rope)]
         if x_BTD.shape[1] == 1 and not self._chooses_among(cache.c_BSC.shape[-2]):
-            at = rotary.positions_BT, place
+            at = rotary.positions_BT, layer_idx
             out = decode_attention(*q, cache.c_BSC, cache.r_BSR, *at, scale=self.scale, layout=self.layout)
         else:
             index = None if self.indexer is None else self.indexer.queries(x_BTD, latent, rotary)
-            out = self._over(cache.layer(place), q, jax.tree.map(by_sequence, index), rotary.positions_BT)
-        return self._output(by_head(attention.values_of(by_head(out), w_v))), cache
+            out = self._over(cache.layer(layer_idx), q, jax.tree.map(by_sequence, index), rotary.positions_BT)
+        return self._output(by_head(attention.project_values(by_head(out), w_v))), cache
 
     def _over(self, own: LatentCache, q, index, positions_BT):
         """Between the projections of absorbed attention: over all keys, or over chosen ones."""
@@ -365,12 +365,12 @@ class GroupedAttention(nnx.Module):
         return self._output(checkpoint_name(out, ATTENTION)), new
 
     def extend(
-        self, x_BTD: jax.Array, rotary: Rotary, cache: KVCache, place: jax.Array | None = None
+        self, x_BTD: jax.Array, rotary: Rotary, cache: KVCache, layer_idx: jax.Array | None = None
     ) -> tuple[jax.Array, KVCache]:
         """Over a cache, the layer's own or, with the layer's place in it, a stack's."""
         q, new = self._project(x_BTD, rotary)
-        cache = cache.write(new, rotary.positions_BT, place)
-        own = cache.layer(place)
+        cache = cache.write(new, rotary.positions_BT, layer_idx)
+        own = cache.layer(layer_idx)
         mask = attention.causal_mask(rotary.positions_BT, own.positions())
         return self._output(attention.attend(q, own.k_BGSK, own.v_BGSK, mask, self.scale)), cache
 

@@ -23,7 +23,7 @@ from flax import nnx
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.config.model import check_whole
 from deepseek_jax.model.decoder import abstract_weights
-from deepseek_jax.model.stacks import Path, members
+from deepseek_jax.model.scan_layers import Path, members
 from deepseek_jax.ops.low_rank import LowRank
 from deepseek_jax.sharding import LOCAL, Layout, weight_sharding
 

@@ -18,7 +18,7 @@ def dtype_of(precision: Precision) -> jnp.dtype:
     return jnp.dtype(precision)
 
 
-def cast(weights: nnx.State, dtype: jnp.dtype) -> nnx.State:
+def convert_dtype(weights: nnx.State, dtype: jnp.dtype) -> nnx.State:
     """All weights in one dtype, router biases excepted, which are float32."""
     is_variable = lambda x: isinstance(x, nnx.Variable)
     to = lambda leaf: leaf.replace(leaf[...].astype(jnp.float32 if isinstance(leaf, RouterBias) else dtype))
@@ -26,9 +26,9 @@ def cast(weights: nnx.State, dtype: jnp.dtype) -> nnx.State:
 
 
 def computed(weights: nnx.State, dtype: jnp.dtype) -> nnx.State:
-    """`cast`, compiled: weights that have the dtype already are the very same arrays, where a compiled call copies."""
+    """`convert_dtype`, compiled. Weights that have the dtype already are the very same arrays, which no call copies."""
     params, _ = nnx.split_state(weights, nnx.Param, ...)
     return weights if all(leaf.dtype == dtype for leaf in jax.tree.leaves(params)) else _compiled(weights, dtype)
 
 
-_compiled = jax.jit(cast, static_argnames="dtype")
+_compiled = jax.jit(convert_dtype, static_argnames="dtype")

@@ -11,8 +11,8 @@ from flax import nnx
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.cache import stack_sizes
-from deepseek_jax.model.precision import cast, computed
-from deepseek_jax.model.stacks import members
+from deepseek_jax.model.precision import computed, convert_dtype
+from deepseek_jax.model.scan_layers import members
 from deepseek_jax.parallel.reshard import reshard
 from deepseek_jax.sharding import Layout
 
@@ -25,7 +25,7 @@ def serving_layout(
     *,
     expert: int | None = None,
     tensor: int | None = None,
-    unstacked: bool = False,
+    unrolled: bool = False,
 ) -> Layout:
     """The layout to sample in, on the devices that a model is trained on.
 
@@ -37,12 +37,12 @@ def serving_layout(
         trained: the layout of training.
         expert, tensor: sizes of its mesh. What is not given is chosen: the largest that the model's numbers allow,
             `tensor` up to 16.
-        unstacked: layers one by one, also where those that are trained are stacks.
+        unrolled: layers one by one, also where those that are trained are scanned.
 
     Raises:
         ValueError: sizes that do not divide the devices or the model, or sizes above 1 without a mesh.
     """
-    found = dataclasses.replace(trained, stacked=trained.stacked and not unstacked)
+    found = dataclasses.replace(trained, scan_layers=trained.scan_layers and not unrolled)
     if trained.mesh is None:
         if (expert or 1) * (tensor or 1) > 1:
             raise ValueError(f"mesh: expert {expert or 1} x tensor {tensor or 1} do not divide the one device in use")
@@ -96,7 +96,7 @@ def sampled_config(config: ModelConfig) -> ModelConfig:
 
 @dataclass(frozen=True)
 class Transfer:
-    """One compiled call from weights in one layout to the same in another: cast, unstacked or stacked, moved.
+    """One compiled call from weights in one layout to the same in another: converted, unstacked or stacked, moved.
 
     What it is given stays: these are the masters. Without a mesh, and with layers as they were, weights that have the
     dtype already are the very same arrays. It takes plain weights and those of `model.lora.beside`.
@@ -113,7 +113,7 @@ class Transfer:
     dtype: jnp.dtype
 
     def __call__(self, weights: nnx.State) -> nnx.State:
-        if self.of.mesh is None and self.of.stacked == self.to.stacked:
+        if self.of.mesh is None and self.of.scan_layers == self.to.scan_layers:
             return computed(self._sampled(weights), self.dtype)
         return self.program(weights)(weights)
 
@@ -123,12 +123,12 @@ class Transfer:
 
     def move(self, weights: nnx.State) -> nnx.State:
         """What is compiled, without the shardings of its result."""
-        weights = cast(self._sampled(weights), self.dtype)
+        weights = convert_dtype(self._sampled(weights), self.dtype)
         if self.of.mesh is not None:
             weights = jax.tree.map(self._moved, weights, is_leaf=_is_weight)
-        if self.of.stacked == self.to.stacked:
+        if self.of.scan_layers == self.to.scan_layers:
             return weights
-        return (_stacked if self.to.stacked else _by_layer)(weights, self.config)
+        return (_stacked if self.to.scan_layers else _by_layer)(weights, self.config)
 
     def _moved(self, leaf: nnx.Variable) -> nnx.Variable:
         axes = leaf.get_metadata()["axes"]

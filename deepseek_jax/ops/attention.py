@@ -55,10 +55,10 @@ def attend_expanded(
 
     Source: arXiv 2412.19437 equations 1 to 11.
     """
-    return attend(jnp.concatenate([q_nope, q_rope], axis=-1), *spelled_out(c, k_rope, w_k, w_v), mask, scale)
+    return attend(jnp.concatenate([q_nope, q_rope], axis=-1), *expand(c, k_rope, w_k, w_v), mask, scale)
 
 
-def spelled_out(
+def expand(
     c: Float[Array, "B S C"],
     k_rope: Float[Array, "B S R"],
     w_k: Float[Array, "C N K"] | LowRank,
@@ -86,15 +86,17 @@ def attend_absorbed(
 
     Source: DeepSeek-V3 inference/model.py, MLA.forward, attn_impl "absorb".
     """
-    return values_of(attend_latents(absorbed(q_nope, w_k), q_rope, c, k_rope, mask, scale), w_v)
+    return project_values(attend_latents(absorb(q_nope, w_k), q_rope, c, k_rope, mask, scale), w_v)
 
 
-def absorbed(q_nope: Float[Array, "B T N K"], w_k: Float[Array, "C N K"] | LowRank) -> Float[Array, "B T N C"]:
+def absorb(q_nope: Float[Array, "B T N K"], w_k: Float[Array, "C N K"] | LowRank) -> Float[Array, "B T N C"]:
     """Queries that meet the latents themselves: the keys' projection goes to their side."""
     return einsum("btnk,cnk->btnc", q_nope, w_k)
 
 
-def values_of(out_latent: Float[Array, "B T N C"], w_v: Float[Array, "C N H"] | LowRank) -> Float[Array, "B T N H"]:
+def project_values(
+    out_latent: Float[Array, "B T N C"], w_v: Float[Array, "C N H"] | LowRank
+) -> Float[Array, "B T N H"]:
     """The values' projection of what was attended to in the latent space."""
     return einsum("btnc,cnh->btnh", out_latent, w_v)
 

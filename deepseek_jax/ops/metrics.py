@@ -43,7 +43,7 @@ class Sum(NamedTuple):
         return self.total
 
 
-class Whole(NamedTuple):
+class BatchTotals(NamedTuple):
     """Samples and counted tokens of a whole batch: what a loss over a part of it divides its sums by, float32 scalars.
 
     A loss made so adds up over parts, however the batch is cut. high_entropy: those of the tokens that are of high

@@ -20,61 +20,61 @@ class Entries(NamedTuple):
 
     experts: Int[Array, "w A"]
     order: Int[Array, "n"]  # entries in order of experts, n = w A
-    place: Int[Array, "w A"]  # of each entry in that order
+    position: Int[Array, "w A"]  # of each entry in that order
     counts: Int[Array, "P P E"]  # by source, destination and the destination's expert
 
 
-class Trip(NamedTuple):
+class Exchange(NamedTuple):
     """One round's journey."""
 
     slot: Int[Array, "w A"]  # of each entry; the number of slots for those of other rounds
     entry: Int[Array, "slots"]  # in each slot; w A for none
     starts: Int[Array, "P E"]  # where, in the buffer that arrives, the run of each source and own expert begins
     sizes: Int[Array, "P E"]  # of these runs
-    there: Callable[[jax.Array], jax.Array]  # slots -> rows that arrive
-    back: Callable[[jax.Array], jax.Array]  # rows that arrived -> slots
+    dispatch: Callable[[jax.Array], jax.Array]  # slots -> rows that arrive
+    combine: Callable[[jax.Array], jax.Array]  # rows that arrived -> slots
 
 
-def fixed_trip(entries: Entries, number, room: int, over: tuple[str, ...]) -> Trip:
+def fixed_exchange(entries: Entries, number, room: int, over: tuple[str, ...]) -> Exchange:
     """By all_to_all: `room` slots for every pair of devices, filled or not."""
     me = jax.lax.axis_index(over)
-    experts, order, place, counts = entries
+    experts, order, position, counts = entries
     devices, _, local = counts.shape
     slots, first = devices * room, number * room
     pairs = jnp.sum(counts, axis=2)
     bases = exclusive(pairs[me])
 
     target = experts // local
-    rank = place - bases[target] - first
+    rank = position - bases[target] - first
     slot = jnp.where((0 <= rank) & (rank < room), target * room + rank, slots)
     ranks = first + jnp.arange(room, dtype=jnp.int32)
-    places = jnp.where(ranks < pairs[me][:, None], bases[:, None] + ranks, order.size).ravel()
-    entry = order.at[places].get(mode="fill", fill_value=order.size)
+    positions = jnp.where(ranks < pairs[me][:, None], bases[:, None] + ranks, order.size).ravel()
+    entry = order.at[positions].get(mode="fill", fill_value=order.size)
 
     arriving = counts[:, me]
     starts, sizes = window(exclusive(arriving, axis=1), arriving, first, room)
     starts += room * jnp.arange(devices, dtype=jnp.int32)[:, None]
     move = partial(jax.lax.all_to_all, axis_name=over, split_axis=0, concat_axis=0, tiled=True)
-    return Trip(slot, entry, starts, sizes, move, move)
+    return Exchange(slot, entry, starts, sizes, move, move)
 
 
-def ragged_trip(entries: Entries, number, room: int, over: tuple[str, ...]) -> Trip:
+def ragged_exchange(entries: Entries, number, room: int, over: tuple[str, ...]) -> Exchange:
     """By ragged_all_to_all: `room` rows a receiver, from whomever they come; a slot is an entry's place in order."""
     me = jax.lax.axis_index(over)
-    experts, order, place, counts = entries
+    experts, order, position, counts = entries
     local, first = counts.shape[2], number * room
     route = ragged_route(jnp.sum(counts, axis=2), me, first, room)
 
     target = experts // local
-    inside = (place >= route.begins[target]) & (place < (route.begins + route.sends)[target])
-    slot = jnp.where(inside, place, order.size)
+    inside = (position >= route.begins[target]) & (position < (route.begins + route.sends)[target])
+    slot = jnp.where(inside, position, order.size)
     entry = jnp.where(inside.ravel()[order], order, order.size)
 
     arriving = counts[:, me]
     starts, sizes = window(exclusive(arriving), arriving, first, room)
-    there = lambda rows: ragged_move(order.size, room, over, rows, route)
-    back = lambda rows: ragged_move(room, order.size, over, rows, route.reversed())
-    return Trip(slot, entry, starts, sizes, there, back)
+    dispatch = lambda rows: ragged_move(order.size, room, over, rows, route)
+    combine = lambda rows: ragged_move(room, order.size, over, rows, route.reversed())
+    return Exchange(slot, entry, starts, sizes, dispatch, combine)
 
 
 class Route(NamedTuple):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax.ops.experts import expert_mlp
 from deepseek_jax.ops.low_rank import LowRank, Matrix, apart, together
-from deepseek_jax.parallel.exchange import Entries, Trip, fixed_trip, ragged_trip
+from deepseek_jax.parallel.exchange import Entries, Exchange, fixed_exchange, ragged_exchange
 from deepseek_jax.parallel.rounds import in_rounds
 from deepseek_jax.parallel.rows import by_expert, exclusive, swiglu_groups, take_rows, window
 from deepseek_jax.sharding import Transport
@@ -33,15 +33,15 @@ def routed_experts(
     columns: tuple[str, ...],
     gathered: tuple[str, ...],
     transport: Transport,
-    slack: float,
+    capacity_factor: float,
     over: tuple[str, ...] = ("expert",),
     inner: str | None = "tensor",
     layer: Int[Array, ""] | None = None,
 ) -> Float[Array, "B T D"]:
     """`ops.experts.expert_mlp` of all B T rows, with the experts spread over mesh axes.
 
-    No row is dropped. A round has room for `slack` times the rows that an even load gives; what does not fit goes
-    in further rounds, which cost nothing where there are none. Where the devices along `inner` hold parts of every
+    No row is dropped. A round has room for `capacity_factor` times the rows that an even load gives; what does not fit
+    goes in further rounds, which cost nothing where there are none. Where the devices along `inner` hold parts of every
     expert's inner width, they add their parts up at the end, in the dtype of x.
 
     Args:
@@ -58,8 +58,8 @@ def routed_experts(
         transport: how rows reach their experts. "all_gather" sends all rows to all devices and suits few rows, as in
             decoding; "all_to_all" sends equal parts between all pairs of devices, padded; "ragged_all_to_all" sends
             just the rows that there are.
-        slack: room of a round, in even loads; 1.0 wastes nothing when the load is even, more makes further rounds
-            rarer.
+        capacity_factor: room of a round, in even loads; 1.0 wastes nothing when the load is even, more
+            makes further rounds rarer.
         over: axes of E, the first of them the slowest, as in a PartitionSpec. Where none of them is in `rows` or
             `columns`, rows lie whole over them, which "all_gather" then need not do; the result is cut by them all
             the same.
@@ -71,13 +71,13 @@ def routed_experts(
         In the dtype of x, with B over `rows`, followed by `over` if rows lie whole over it, and T over `columns`.
 
     Raises:
-        ValueError: an unknown transport, a slack that is not above 0, rows that are not cut by all of `over` but to
-            be sent over it, rows cut by a part of it, rows cut by `inner`, or experts not divisible by the axes.
+        ValueError: an unknown transport, a capacity_factor that is not above 0, rows that are not cut by all of `over`
+            but to be sent over it, rows cut by a part of it, rows cut by `inner`, or experts not divisible by the axes.
     """
     if transport not in get_args(Transport):
         raise ValueError(f"transport: got {transport!r}, wanted one of {', '.join(get_args(Transport))}")
-    if not 0 < slack < math.inf:
-        raise ValueError(f"slack: got {slack}, wanted a finite number above 0, for example 1.25")
+    if not 0 < capacity_factor < math.inf:
+        raise ValueError(f"capacity_factor: got {capacity_factor}, wanted a finite number above 0, for example 1.25")
     _check_axes(rows, columns, over, inner, transport)
     devices = math.prod(mesh.shape[axis] for axis in over)
     if gate_EDM.shape[-3] % devices:
@@ -89,7 +89,7 @@ def routed_experts(
     leading = (*(None,) * (gate_EDM.ndim - 3), over)
     gate, up = (_placed(weight, leading, gathered, inner) for weight in (gate_EDM, up_EDM))
     down = _placed(down_EMD, leading, inner, gathered)
-    terms = _Terms(over, tuple(axis for axis in cutting if axis not in over), slack)
+    terms = _Terms(over, tuple(axis for axis in cutting if axis not in over), capacity_factor)
     compute = _compute(transport, devices, not missing)
     on_device = partial(_on_device, compute=compute, terms=terms, gathered=gathered, inner=inner)
     # The loops of the grouped matmul carry arrays that check_vma would want declared as varying, in code that knows
@@ -124,7 +124,7 @@ class _Terms(NamedTuple):
 
     over: tuple[str, ...]  # axes of the experts
     others: tuple[str, ...]  # further axes of the rows
-    slack: float
+    capacity_factor: float
 
 
 def _check_axes(rows, columns, over, inner, transport):
@@ -193,10 +193,10 @@ def _part(x, weights, experts, matrices, layer, terms):
     local = matrices[0].shape[-3]
     own = experts - local * jax.lax.axis_index(terms.over)
     own = jnp.where((0 <= own) & (own < local), own, local)  # those of other devices come last in order
-    order, place = _in_order(own)
+    order, position = _in_order(own)
     counts = _counts(own, local)
-    numbers = (order, place, counts, layer)
-    room = _room(terms.slack, experts.size / jax.lax.axis_size(terms.over), experts.size)
+    numbers = (order, position, counts, layer)
+    room = _room(terms.capacity_factor, experts.size / jax.lax.axis_size(terms.over), experts.size)
     rounds = -(-jnp.sum(counts) // room)  # may differ between devices: nothing in them is collective
     one_round = partial(_kept_round, room)
     y = _all_rounds(one_round, rounds, room < experts.size, (x, weights, matrices), numbers).astype(x.dtype)
@@ -206,14 +206,14 @@ def _part(x, weights, experts, matrices, layer, terms):
 def _kept_round(room, number, arrays, numbers):
     """What the own experts make of the next `room` entries among those that are theirs."""
     x, weights, matrices = arrays
-    order, place, counts, layer = numbers
+    order, position, counts, layer = numbers
     first = number * room
     _, sizes = window(exclusive(counts), counts, first, room)
-    places = first + jnp.arange(room, dtype=jnp.int32)
-    places = jnp.where(places < jnp.sum(counts), places, order.size)
-    entry = order.at[places].get(mode="fill", fill_value=order.size)
-    inside = (place >= first) & (place < jnp.minimum(first + room, jnp.sum(counts)))
-    slot = jnp.where(inside, place - first, room)
+    positions = first + jnp.arange(room, dtype=jnp.int32)
+    positions = jnp.where(positions < jnp.sum(counts), positions, order.size)
+    entry = order.at[positions].get(mode="fill", fill_value=order.size)
+    inside = (position >= first) & (position < jnp.minimum(first + room, jnp.sum(counts)))
+    slot = jnp.where(inside, position - first, room)
     rows = take_rows(x, entry // weights.shape[1], slot)
     return _added(_swiglu(rows, matrices, sizes, layer), weights, entry)
 
@@ -228,14 +228,14 @@ def _swiglu(rows, matrices, sizes, layer):
     return swiglu_groups(rows, *matrices, sizes)
 
 
-def _sent(x, weights, experts, matrices, layer, terms, *, trip: Callable[..., Trip], fullest, shares):
+def _sent(x, weights, experts, matrices, layer, terms, *, trip: Callable[..., Exchange], fullest, shares):
     """Rows travel to the devices of their experts and back."""
     devices = jax.lax.axis_size(terms.over)
-    order, place = _in_order(experts)
+    order, position = _in_order(experts)
     counts = jax.lax.all_gather(_counts(experts, devices * matrices[0].shape[-3]), terms.over)
-    entries = Entries(experts, order, place, counts.reshape(devices, devices, -1))
+    entries = Entries(experts, order, position, counts.reshape(devices, devices, -1))
     balanced, worst = shares(experts.size, devices)
-    room = _room(terms.slack, balanced, worst)
+    room = _room(terms.capacity_factor, balanced, worst)
     rounds = -(-fullest(jnp.sum(entries.counts, axis=2)) // room)
     if terms.others:  # the same loop everywhere: all devices meet in its collectives
         rounds = jax.lax.pmax(rounds, terms.others)
@@ -249,23 +249,23 @@ def _sent_round(trip, number, arrays, numbers):
     x, weights, matrices = arrays
     entries, layer = numbers
     go = trip(entries, number)
-    arrived = go.there(take_rows(x, go.entry // weights.shape[1], go.slot))
+    arrived = go.dispatch(take_rows(x, go.entry // weights.shape[1], go.slot))
     order, inverse = by_expert(go.starts, go.sizes, arrived.shape[0])
     rows = take_rows(arrived, order, inverse[:, None])
     out = _swiglu(rows, matrices, jnp.sum(go.sizes, axis=0), layer)
-    returned = go.back(take_rows(out, inverse, order[:, None]))
+    returned = go.combine(take_rows(out, inverse, order[:, None]))
     return _combined(returned, weights, go.slot, go.entry)
 
 
 _FIXED = partial(
     _sent,
-    trip=fixed_trip,
+    trip=fixed_exchange,
     fullest=jnp.max,
     shares=lambda entries, devices: (entries / devices, entries),  # of a pair: even, and all that the source has
 )
 _RAGGED = partial(
     _sent,
-    trip=ragged_trip,
+    trip=ragged_exchange,
     fullest=lambda pairs: jnp.max(jnp.sum(pairs, axis=0)),
     shares=lambda entries, devices: (entries, entries * devices),  # of a receiver: even, and all that there are
 )
@@ -314,6 +314,6 @@ def _counts(experts, number):
     return jnp.sum(experts.reshape(-1, 1) == jnp.arange(number), axis=0, dtype=jnp.int32)
 
 
-def _room(slack: float, balanced: float, worst: int) -> int:
-    """Rows of a round: `slack` times the even share in whole eights, and never more than there can be."""
-    return min(8 * math.ceil(slack * balanced / 8), worst)
+def _room(capacity_factor: float, balanced: float, worst: int) -> int:
+    """Rows of a round: `capacity_factor` times the even share in whole eights, and never more than there can be."""
+    return min(8 * math.ceil(capacity_factor * balanced / 8), worst)

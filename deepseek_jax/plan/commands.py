@@ -67,7 +67,8 @@ def _grpo(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
     mesh = "".join(f" --mesh-{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
     mesh += _sampling(plan, plan.rollout_mesh)
     dtypes = f"--dtype {_DTYPES[plan.dtype]} --moments {plan.moments}"
-    run = f"python experiments/r1_zero.py --model FOLDER --data FILE{mesh} --stacked --remat all_but_attention {dtypes}"
+    run = f"python experiments/r1_zero.py --model FOLDER --data FILE{mesh} --scan-layers --remat all_but_attention"
+    run += f" {dtypes}"
     if plan.batch == 1:
         return None, ("a plan with more samples than one: a group of one learns nothing; give a batch",)
     group = max(of for of in range(2, min(plan.batch, _GROUP) + 1) if plan.batch % of == 0 or of == 2)

@@ -22,10 +22,10 @@ from deepseek_jax.plan import arithmetic, planner, pod
 from deepseek_jax.plan.account import Account, Collective, account
 from deepseek_jax.plan.arithmetic import StateDTypes
 from deepseek_jax.plan.chips import Chip
-from deepseek_jax.plan.exchange import least_moved, least_sent
+from deepseek_jax.plan.exchange import comm_lower_bound, reshard_lower_bound
 from deepseek_jax.plan.topology import GPU_OPTIONS
 from deepseek_jax.sharding import Layout
-from deepseek_jax.train.grpo import GRPOTraining
+from deepseek_jax.train.grpo import GRPOConfig
 
 Step = Literal["prefill", "decode", "train", "grpo", "sync"]
 TRAINED: tuple[Step, ...] = ("train", "grpo", "sync")  # that begin where weights lie to be trained
@@ -61,9 +61,9 @@ class Task:
     micro_batches: int = 1
 
     @property
-    def settings(self) -> GRPOTraining:
+    def settings(self) -> GRPOConfig:
         """Of the run whose update this is: what they leave out has the program's own defaults."""
-        return GRPOTraining(
+        return GRPOConfig(
             prompts_per_step=self.micro_batches,  # which then divide a rollout
             micro_batches=self.micro_batches,
             dtype=DTYPES[self.dtype].__name__,
@@ -268,8 +268,8 @@ def analytic_bytes(task: Task) -> float:
 
 def _least(task: Task) -> float:
     if task.step == "sync":
-        return least_moved(sampled_config(task.config), task.layout, task.serving, DTYPES[task.dtype])
-    return least_sent(task.config, task.layout, task.step, task.batch, task.context)
+        return reshard_lower_bound(sampled_config(task.config), task.layout, task.serving, DTYPES[task.dtype])
+    return comm_lower_bound(task.config, task.layout, task.step, task.batch, task.context)
 
 
 def _tokens(task: Task) -> int:

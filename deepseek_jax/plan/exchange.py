@@ -18,7 +18,7 @@ from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.sharding import Layout
 
 
-def least_sent(config: ModelConfig, layout: Layout, step: str, batch: int, context: int, width: int = 2) -> float:
+def comm_lower_bound(config: ModelConfig, layout: Layout, step: str, batch: int, context: int, width: int = 2) -> float:
     """Bytes that a chip sends, as a ring does: (n - 1) / n of what n chips exchange.
 
     Args:
@@ -68,7 +68,7 @@ def _of_others(chips: int) -> float:
     return (chips - 1) / chips
 
 
-def least_moved(config: ModelConfig, of: Layout, to: Layout, dtype: jnp.dtype) -> float:
+def reshard_lower_bound(config: ModelConfig, of: Layout, to: Layout, dtype: jnp.dtype) -> float:
     """Bytes that a device has to be sent, on average, for weights to be in another layout too.
 
     What it is to hold there, less what it holds of that already.
@@ -78,7 +78,7 @@ def least_moved(config: ModelConfig, of: Layout, to: Layout, dtype: jnp.dtype) -
         of, to: layouts on meshes of the same devices in the same order.
         dtype: that travels.
     """
-    _, like = abstract_weights(config, dtype, dataclasses.replace(to, stacked=False))
+    _, like = abstract_weights(config, dtype, dataclasses.replace(to, scan_layers=False))
     numbers: dict[tuple, float] = {}
     total = 0.0
     for _, leaf in nnx.to_flat_state(like):

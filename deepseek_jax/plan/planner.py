@@ -29,7 +29,7 @@ ASSUMED = {
     "link": 0.7,  # of one direction
 }
 PREFILL_TOKENS = 1024  # of one sequence that are prefilled at once
-SLACK = LOCAL.slack  # room for experts' rows beyond an even load
+CAPACITY_FACTOR = LOCAL.capacity_factor  # room for experts' rows beyond an even load
 LARGEST_BATCH = 4096
 _SCORES = 2**27  # at once, `ops.attention.rows_at_once`
 _LOGITS = 2**25  # at once, `ops.logprobs.positions_at_once`
@@ -348,7 +348,7 @@ def layer_activations(
     inner = config.intermediate_size if arithmetic.moe_layers(config) < config.num_hidden_layers else 0
     if config.moe is not None:
         moe = config.moe
-        rows = SLACK * tokens * moe.num_experts_per_tok
+        rows = CAPACITY_FACTOR * tokens * moe.num_experts_per_tok
         if workload == "serve":  # there `tensor` cuts the rows, and experts are whole
             routed = rows / sizes.tensor * (2 * D + 3 * moe.moe_intermediate_size)
         else:
@@ -524,7 +524,7 @@ def _decode_activations(config: ModelConfig, sizes: Sizes, batch: int, context: 
     experts = 0.0
     if config.moe is not None:
         moe = config.moe
-        taken = SLACK * rows * moe.num_experts_per_tok / sizes.tensor
+        taken = CAPACITY_FACTOR * rows * moe.num_experts_per_tok / sizes.tensor
         experts = 2 * taken * (2 * D + 3 * moe.moe_intermediate_size)
     return math.ceil(scores + 2 * rows * (3 * D + 2 * N * width / sizes.tensor) + experts)
 

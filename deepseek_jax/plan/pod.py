@@ -17,7 +17,7 @@ from deepseek_jax.model.transfer import Transfer, sampled_config
 from deepseek_jax.rl.batch import Batch
 from deepseek_jax.rl.objective import grpo_objective
 from deepseek_jax.sharding import Layout
-from deepseek_jax.train.grpo import GRPOTraining
+from deepseek_jax.train.grpo import GRPOConfig
 from deepseek_jax.train.optimizer import make_optimizer
 from deepseek_jax.train.sft import SFTBatch, make_sft_objective
 from deepseek_jax.train.step import MaskedBatch, Objective, TrainState, init_state, make_train_step
@@ -77,7 +77,7 @@ def trace_decode(config: ModelConfig, layout: Layout, batch: int, context: int, 
     return Program(traced, weights, cache=cache)
 
 
-def trace_train(config: ModelConfig, layout: Layout, batch: int, context: int, settings: GRPOTraining) -> Program:
+def trace_train(config: ModelConfig, layout: Layout, batch: int, context: int, settings: GRPOConfig) -> Program:
     """Supervised fine-tuning of `batch` sequences of `context` tokens, with the MTP loss where there are modules.
 
     Step and optimizer are those of `settings`, as they are in a run's cold start.
@@ -88,7 +88,7 @@ def trace_train(config: ModelConfig, layout: Layout, batch: int, context: int, s
     return _trace_update(config, layout, objective, like, settings, untrained)
 
 
-def trace_grpo(config: ModelConfig, layout: Layout, batch: int, context: int, settings: GRPOTraining) -> Program:
+def trace_grpo(config: ModelConfig, layout: Layout, batch: int, context: int, settings: GRPOConfig) -> Program:
     """The update of GRPO on `batch` samples of `context` tokens, with what `GRPOTrainer` gives it beside them."""
     objective = partial(grpo_objective, config=settings.loss, temperature=settings.temperature)
     like = Batch(*_of_tokens(batch, context, np.int32, np.int32, bool, np.float32, np.float32, np.float32))
@@ -108,7 +108,7 @@ def _trace_update(
     layout: Layout,
     objective: Objective,
     like: MaskedBatch,
-    settings: GRPOTraining,
+    settings: GRPOConfig,
     untrained: tuple[str, ...],
 ) -> Program:
     graphdef, weights = abstract_weights(config, jnp.float32, layout)

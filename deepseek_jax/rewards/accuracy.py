@@ -2,7 +2,7 @@
 
 from deepseek_jax.rewards.answers import answers_equal
 from deepseek_jax.rewards.combine import check_strings
-from deepseek_jax.rewards.extraction import Extraction, answer_of, extract_answer, extract_lenient, gsm8k_answer
+from deepseek_jax.text.answers import Extraction, answer_of, extract_answer, extract_lenient, gsm8k_answer
 
 __all__ = [
     "Extraction",

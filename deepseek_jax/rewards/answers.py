@@ -10,10 +10,11 @@ from functools import lru_cache
 
 from deepseek_jax.rewards.assignments import alternatives, chain_of
 from deepseek_jax.rewards.notation import MAX_NESTING, canonical, letters, nesting
-from deepseek_jax.rewards.numbers import not_finite, number, same_number
+from deepseek_jax.rewards.numbers import number, same_number
 from deepseek_jax.rewards.parts import Parts, matrix_of, parts_of, union_of, unwrapped
 from deepseek_jax.rewards.units import measured
 from deepseek_jax.rewards.wording import worded
+from deepseek_jax.text.answers import not_finite
 
 Algebra = Callable[[str, str], bool]
 """(answer, gold) -> equal: decides two LaTeX expressions without top-level commas or units."""

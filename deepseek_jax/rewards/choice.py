@@ -5,8 +5,8 @@ import re
 from deepseek_jax.rewards.accuracy import check_answers
 from deepseek_jax.rewards.answers import MAX_CHARS
 from deepseek_jax.rewards.combine import RewardFunction, check_strings
-from deepseek_jax.rewards.extraction import Extraction, answer_of
 from deepseek_jax.rewards.notation import MAX_NESTING, canonical, nesting
+from deepseek_jax.text.answers import Extraction, answer_of
 
 _LEAD = re.compile(
     r"^(?:the\s+)?(?:(?:correct|final|best)\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s+", re.IGNORECASE

@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 from deepseek_jax.rewards.accuracy import check_answers
 from deepseek_jax.rewards.answers import answers_match, without_percent
 from deepseek_jax.rewards.combine import RewardFunction, check_strings
-from deepseek_jax.rewards.extraction import Extraction, answer_of
 from deepseek_jax.rewards.pool import PoolConfig, WorkerPool
+from deepseek_jax.text.answers import Extraction, answer_of
 
 _REMEMBERED = 4096
 _QUOTED_CHARS = 80

@@ -32,7 +32,6 @@ _MIXED = re.compile(
 _LATEX_QUOTIENT = re.compile(r"([+-]?)\s*\\frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))")
 _BRACKETED = re.compile(r"([+-]?)\s*[({]\s*([^(){},]+?)\s*[)}]")
 _MINUS = re.compile(r"(?:negative|minus)\s+(?=[0-9\\.])", re.IGNORECASE)
-_NOT_FINITE = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
 
 _SCALES = {
     "hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "mil": 3, "mille": 3, "millones": 6,
@@ -79,11 +78,6 @@ def same_number(x: Number, y: Number) -> bool:
     if not difference or not (x.rounded or y.rounded):
         return not difference
     return difference <= TOLERANCE * min(1, max(abs(x.value), abs(y.value)))
-
-
-def not_finite(text: str) -> bool:
-    """Whether the text is "nan", "inf" or "infinity", which equal nothing."""
-    return _NOT_FINITE.fullmatch(text) is not None
 
 
 def scales_number(word: str) -> bool:

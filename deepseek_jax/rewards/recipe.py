@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from deepseek_jax import processes
+from deepseek_jax import distributed
 from deepseek_jax.rewards.accuracy import accuracy_reward, check_answers
 from deepseek_jax.rewards.choice import check_choice, choice_reward
 from deepseek_jax.rewards.code import CodeReward, parse_tests
@@ -105,7 +105,7 @@ def rewards(config: RewardConfig, *, max_new_tokens: int) -> Iterator[Rewards]:
             not different letters, or programs to run where they cannot be isolated, without leave.
     """
     if config.accuracy == "code" and not config.allow_unsandboxed:
-        reason = processes.on_main(available)
+        reason = distributed.on_main(available)
         if reason is not None:
             raise ValueError(f"accuracy: got 'code', but {reason}; or run programs unprotected: --allow-unsandboxed")
     with MathGrader(percent=config.percent) as grader:  # starts no process before the first answer that needs one

@@ -47,7 +47,7 @@ class Batch(NamedTuple):
         return 1 if self.lengths_BK is None else self.lengths_BK.shape[1]
 
 
-class Place(NamedTuple):
+class PackedSlot(NamedTuple):
     """Where a sample lies: its row, its first column, and which one of the row it is, from 0."""
 
     row: int
@@ -75,8 +75,8 @@ def make_batch(
     width = bucket(longest) if width is None else width
     if longest > width:
         raise ValueError(f"width: got {width}, wanted at least {longest}, the longest prompt and completion")
-    places = [Place(row, 0, 0) for row in range(len(prompts))]
-    batch = _laid_out(prompts, completions, advantages, places, (len(prompts), width), 1, mask_truncated)
+    slots = [PackedSlot(row, 0, 0) for row in range(len(prompts))]
+    batch = _laid_out(prompts, completions, advantages, slots, (len(prompts), width), 1, mask_truncated)
     return batch._replace(segments_BT=None, lengths_BK=None)
 
 
@@ -101,27 +101,27 @@ def pack(
     lengths = _lengths(prompts, completions)
     if max(lengths) > width:
         raise ValueError(f"width: got {width}, wanted at least {max(lengths)}, the longest prompt and completion")
-    places = first_fit(lengths, width, per_row)
-    rows = max(place.row for place in places) + 1
+    slots = first_fit(lengths, width, per_row)
+    rows = max(slot.row for slot in slots) + 1
     shape = (-(-rows // rows_of) * rows_of, width)
-    return _laid_out(prompts, completions, advantages, places, shape, per_row, mask_truncated)
+    return _laid_out(prompts, completions, advantages, slots, shape, per_row, mask_truncated)
 
 
-def first_fit(lengths: Sequence[int], width: int, per_row: int) -> list[Place]:
+def first_fit(lengths: Sequence[int], width: int, per_row: int) -> list[PackedSlot]:
     """Each sample's place, found from the longest to the shortest; of equal ones the first comes first."""
     used: list[int] = []
     held: list[int] = []
-    places: dict[int, Place] = {}
+    slots: dict[int, PackedSlot] = {}
     for sample in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         fits = (r for r in range(len(used)) if held[r] < per_row and used[r] + lengths[sample] <= width)
         row = next(fits, len(used))
         if row == len(used):
             used.append(0)
             held.append(0)
-        places[sample] = Place(row, used[row], held[row])
+        slots[sample] = PackedSlot(row, used[row], held[row])
         used[row] += lengths[sample]
         held[row] += 1
-    return [places[sample] for sample in range(len(lengths))]
+    return [slots[sample] for sample in range(len(lengths))]
 
 
 def _lengths(prompts, completions) -> list[int]:
@@ -129,25 +129,25 @@ def _lengths(prompts, completions) -> list[int]:
     return [len(p) + len(c.tokens) - 1 for p, c in zip(prompts, completions, strict=True)]
 
 
-def _laid_out(prompts, completions, advantages, places: list[Place], shape, per_row: int, mask_truncated) -> Batch:
+def _laid_out(prompts, completions, advantages, slots: list[PackedSlot], shape, per_row: int, mask_truncated) -> Batch:
     batch = _empty(shape, per_row, completions[0])
-    for prompt, completion, advantage, place in zip(prompts, completions, advantages, places, strict=True):
+    for prompt, completion, advantage, slot in zip(prompts, completions, advantages, slots, strict=True):
         text = np.concatenate([prompt, completion.tokens]).astype(np.int32)
-        all_of = slice(place.start, place.start + len(text) - 1)
-        drawn = slice(place.start + len(prompt) - 1, place.start + len(text) - 1)
-        batch.tokens_BT[place.row, all_of] = text[:-1]
-        batch.targets_BT[place.row, all_of] = text[1:]
-        batch.segments_BT[place.row, all_of] = place.number + 1
-        batch.lengths_BK[place.row, place.number] = len(completion.tokens)
-        batch.mask_BT[place.row, drawn] = completion.finished or not mask_truncated
-        batch.old_logprobs_BT[place.row, drawn] = completion.logprobs
-        batch.advantages_BT[place.row, drawn] = advantage
+        all_of = slice(slot.start, slot.start + len(text) - 1)
+        drawn = slice(slot.start + len(prompt) - 1, slot.start + len(text) - 1)
+        batch.tokens_BT[slot.row, all_of] = text[:-1]
+        batch.targets_BT[slot.row, all_of] = text[1:]
+        batch.segments_BT[slot.row, all_of] = slot.number + 1
+        batch.lengths_BK[slot.row, slot.number] = len(completion.tokens)
+        batch.mask_BT[slot.row, drawn] = completion.finished or not mask_truncated
+        batch.old_logprobs_BT[slot.row, drawn] = completion.logprobs
+        batch.advantages_BT[slot.row, drawn] = advantage
         if completion.routes is not None:
-            batch.routes_BTLA[place.row, all_of] = completion.routes
+            batch.routes_BTLA[slot.row, all_of] = completion.routes
         if completion.support is not None:
-            batch.support_BTW[place.row, drawn] = completion.support
+            batch.support_BTW[slot.row, drawn] = completion.support
         if completion.penalised is not None:
-            batch.penalised_BTW[place.row, drawn] = completion.penalised
+            batch.penalised_BTW[slot.row, drawn] = completion.penalised
     return batch
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from deepseek_jax.rl.loss import GRPOConfig
+from deepseek_jax.rl.loss import GRPOLossConfig
 
 
 def high_entropy(entropy_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"], share: float) -> Bool[Array, "B T"]:
@@ -24,17 +24,17 @@ def high_entropy(entropy_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"], s
     return mask_BT & (entropy_BT >= jnp.nanquantile(entropies, 1 - share))
 
 
-def first_control(config: GRPOConfig) -> Float[Array, "2"]:
+def first_control(config: GRPOLossConfig) -> Float[Array, "2"]:
     """The weight of the bonus, and the entropy of the update before: infinite, so that the first has no bonus."""
     return jnp.asarray([config.entropy_coef, jnp.inf], jnp.float32)
 
 
-def weight_now(control: Float[Array, "2"], config: GRPOConfig) -> jax.Array:
+def weight_now(control: Float[Array, "2"], config: GRPOLossConfig) -> jax.Array:
     """What the bonus of the next update is weighed with."""
     return jnp.where(control[1] <= config.entropy_target, control[0], 0.0)
 
 
-def next_control(control: Float[Array, "2"], entropy: jax.Array, config: GRPOConfig) -> Float[Array, "2"]:
+def next_control(control: Float[Array, "2"], entropy: jax.Array, config: GRPOLossConfig) -> Float[Array, "2"]:
     """After an update in which the mean entropy of the tokens that the bonus is of was so much.
 
     Source: Skywork-OR1, arXiv 2505.22312, as TRL 1.16's `use_adaptive_entropy`.

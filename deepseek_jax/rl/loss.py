@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deepseek_jax.ops.metrics import Mean, Metrics, Sum, Whole, masked_max, masked_mean, masked_min
+from deepseek_jax.ops.metrics import BatchTotals, Mean, Metrics, Sum, masked_max, masked_mean, masked_min
 from deepseek_jax.rl import kl
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
@@ -18,7 +18,7 @@ CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "s
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOConfig:
+class GRPOLossConfig:
     """Settings of the loss, under the names that TRL's users know.
 
     Args:
@@ -239,9 +239,9 @@ class _Rows:
     def average(self, values_BT: Float[Array, "B T"], level: str) -> Mean:
         return self.mean_of_samples(values_BT) if level == "sequence" else masked_mean(values_BT, self.mask_BT)
 
-    def whole(self, acting_BT: Bool[Array, "B T"]) -> Whole:
+    def totals(self, acting_BT: Bool[Array, "B T"]) -> BatchTotals:
         tokens = jnp.sum(self.lengths_BK).astype(jnp.float32)
-        return Whole(self.samples, jnp.maximum(tokens, 1), jnp.maximum(jnp.sum(acting_BT), 1).astype(jnp.float32))
+        return BatchTotals(self.samples, jnp.maximum(tokens, 1), jnp.maximum(jnp.sum(acting_BT), 1).astype(jnp.float32))
 
 
 def _rows(mask_BT: Bool[Array, "B T"], segments_BT: Int[Array, "B T"] | None, per_row: int) -> _Rows:
@@ -261,9 +261,9 @@ def grpo_loss(
     ref_logprobs_BT: Float[Array, "B T"],
     advantages_BT: Float[Array, "B T"] | Float[Array, "B"],
     mask_BT: Bool[Array, "B T"],
-    config: GRPOConfig,
+    config: GRPOLossConfig,
     *,
-    whole: Whole | None = None,
+    totals: BatchTotals | None = None,
     segments_BT: Int[Array, "B T"] | None = None,
     per_row: int = 1,
     entropy_BT: Float[Array, "B T"] | None = None,
@@ -273,7 +273,7 @@ def grpo_loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """Policy loss, plus beta times the KL to the reference, less the entropy bonus.
 
-    Losses, and so gradients, of the parts of a batch add up to those of the batch when each is given the same `whole`,
+    Losses, and so gradients, of the parts of a batch add up to those of the batch when each is given the same `totals`,
     and packing samples into rows changes neither. Gradients reach `logprobs_BT` and `entropy_BT` alone. What stands
     where the mask is false is never looked at: it may be NaN.
 
@@ -282,7 +282,7 @@ def grpo_loss(
         old_logprobs_BT: under the policy before this rollout's updates.
         ref_logprobs_BT: under the reference model; not looked at when beta is 0.
         advantages_BT: of each token, or [B], of each row's one sample, for all of its tokens.
-        mask_BT: true at completion tokens. A sample without any adds 0 and is still one of `whole.samples`.
+        mask_BT: true at completion tokens. A sample without any adds 0 and is still one of `totals.samples`.
         config: the variant.
         whole: samples and tokens of the whole batch when this is a part of it. None: these arrays are all.
         segments_BT: int32, for packed rows: the number, from 1 to per_row, of the sample in its row; 0 at padding,
@@ -310,7 +310,7 @@ def grpo_loss(
     Raises:
         ValueError: arrays of other shapes, settings without what they need, or per_row without segments.
 
-    Source: see `GRPOConfig`. With loss_type "grpo" on the first update after a rollout the ratio is 1 and the
+    Source: see `GRPOLossConfig`. With loss_type "grpo" on the first update after a rollout the ratio is 1 and the
     advantages of a group sum to 0: a loss near 0 is right, its gradient is not 0.
     """
     if advantages_BT.ndim == 1 and segments_BT is None and len(advantages_BT) == len(logprobs_BT):
@@ -330,7 +330,7 @@ def grpo_loss(
         raise ValueError("entropy_coef: got None, wanted the weight now; use_adaptive_entropy moves it")
     rows = _rows(mask_BT, segments_BT, per_row)
     acting_BT = rows.mask_BT if high_entropy_BT is None else rows.mask_BT & high_entropy_BT
-    whole = rows.whole(acting_BT) if whole is None else whole
+    totals = rows.totals(acting_BT) if totals is None else totals
     # Masked before anything is computed: padding may hold anything, and inf * 0 would poison the gradient.
     counted = lambda values: jnp.where(rows.mask_BT, values, 0.0)
     given = lambda values: jax.lax.stop_gradient(counted(values))
@@ -368,7 +368,7 @@ def grpo_loss(
         of_level = ratio if config.use_bias_correction_kl else jnp.exp(log_ratio)
         per_token_kl = _kl_term(given(ref_logprobs_BT) - logprobs, of_level, config)
     metrics["kl"] = masked_mean(per_token_kl, rows.mask_BT)
-    loss = _aggregate(policy + config.beta * per_token_kl, rows, whole, config)
+    loss = _aggregate(policy + config.beta * per_token_kl, rows, totals, config)
     metrics["policy_loss"] = Sum(loss)
     if entropy_BT is not None:
         metrics["entropy"] = masked_mean(entropy_BT, rows.mask_BT)
@@ -376,12 +376,14 @@ def grpo_loss(
             metrics["entropy_of_bonus"] = masked_mean(jax.lax.stop_gradient(entropy_BT), acting_BT)
         if config.has_entropy_bonus:
             weight = entropy_coef if config.use_adaptive_entropy else config.entropy_coef
-            tokens = whole.tokens if high_entropy_BT is None else whole.high_entropy
+            tokens = totals.tokens if high_entropy_BT is None else totals.high_entropy
             loss = loss - weight * jnp.sum(jnp.where(acting_BT, entropy_BT, 0.0)) / tokens
     return loss, metrics
 
 
-def _check_arrays(shape: tuple[int, ...], arrays: dict[str, Array | None], config: GRPOConfig, per_row: int) -> None:
+def _check_arrays(
+    shape: tuple[int, ...], arrays: dict[str, Array | None], config: GRPOLossConfig, per_row: int
+) -> None:
     for name, array in arrays.items():
         if array is not None and array.shape != shape:
             raise ValueError(f"{name}: got shape {list(array.shape)}, wanted {list(shape)}, a value for each log-prob")
@@ -393,7 +395,7 @@ def _check_arrays(shape: tuple[int, ...], arrays: dict[str, Array | None], confi
         raise ValueError(f"per_row: got {per_row}, wanted 1, or the most samples of a row together with segments")
 
 
-def _policy_term(ratio, logprobs, advantages, rows: _Rows, config: GRPOConfig) -> tuple[Array, Metrics]:
+def _policy_term(ratio, logprobs, advantages, rows: _Rows, config: GRPOLossConfig) -> tuple[Array, Metrics]:
     """The loss of each token before any weight on it, and what was clipped."""
     if config.loss_type == "sapo":
         return _gated(ratio, advantages, config), {}
@@ -404,7 +406,7 @@ def _policy_term(ratio, logprobs, advantages, rows: _Rows, config: GRPOConfig) -
     return _clipped(ratio, advantages, config), _clip_metrics(ratio, advantages, rows, config)
 
 
-def _vespo(log_ratio, weight, logprobs, advantages, rows: _Rows, config: GRPOConfig) -> tuple[Array, Metrics]:
+def _vespo(log_ratio, weight, logprobs, advantages, rows: _Rows, config: GRPOLossConfig) -> tuple[Array, Metrics]:
     """-phi A log pi. Beyond the bounds of the logarithms, which are TRL's, phi is next to 0."""
     log_w = rows.total(jnp.clip(log_ratio, -_MOST, _MOST))
     if weight is not None:
@@ -420,19 +422,19 @@ def _vespo(log_ratio, weight, logprobs, advantages, rows: _Rows, config: GRPOCon
 _LEAST, _MOST = 1e-8, 20.0
 
 
-def _clipped(ratio, advantages, config: GRPOConfig) -> Array:
+def _clipped(ratio, advantages, config: GRPOLossConfig) -> Array:
     clipped = jnp.clip(ratio, 1 - config.epsilon, config.upper)
     # delta is above the clip range, so that where A > 0 the clipped side is the smaller one with or without it.
     capped = ratio if config.delta is None else jnp.minimum(ratio, config.delta)
     return -jnp.minimum(capped * advantages, clipped * advantages)
 
 
-def _gated(ratio, advantages, config: GRPOConfig) -> Array:
+def _gated(ratio, advantages, config: GRPOLossConfig) -> Array:
     temperature = jnp.where(advantages > 0, config.sapo_temperature_pos, config.sapo_temperature_neg)
     return -jax.nn.sigmoid(temperature * (ratio - 1)) * 4 / temperature * advantages
 
 
-def _clip_metrics(ratio, advantages, rows: _Rows, config: GRPOConfig) -> Metrics:
+def _clip_metrics(ratio, advantages, rows: _Rows, config: GRPOLossConfig) -> Metrics:
     low = (ratio < 1 - config.epsilon) & (advantages < 0)
     high = (ratio > config.upper) & (advantages > 0)
     some = rows.lengths_BK > 0
@@ -450,7 +452,7 @@ def _off_policy(log_gap, advantages, rows: _Rows, threshold: float) -> Bool[Arra
     return (advantages < 0) & (rows.spread(rows.mean(jax.lax.stop_gradient(log_gap))) > threshold)
 
 
-def _sampler_weight(log_weight, rows: _Rows, config: GRPOConfig) -> Float[Array, "B T"]:
+def _sampler_weight(log_weight, rows: _Rows, config: GRPOLossConfig) -> Float[Array, "B T"]:
     if config.importance_sampling_mode.startswith("sequence"):
         log_weight = rows.spread(rows.total(log_weight))
     weight = jnp.exp(log_weight)
@@ -461,7 +463,7 @@ def _sampler_weight(log_weight, rows: _Rows, config: GRPOConfig) -> Float[Array,
     return jnp.where((weight < least) | (weight > most), 0.0, weight)
 
 
-def _weight_metrics(weight, rows: _Rows, config: GRPOConfig) -> Metrics:
+def _weight_metrics(weight, rows: _Rows, config: GRPOLossConfig) -> Metrics:
     level = config.importance_sampling_mode.split("_")[0]
     return {
         "sampling/importance_sampling_ratio/min": masked_min(weight, rows.mask_BT),
@@ -470,18 +472,18 @@ def _weight_metrics(weight, rows: _Rows, config: GRPOConfig) -> Metrics:
     }
 
 
-def _kl_term(log_ratio, policy_ratio, config: GRPOConfig) -> Array:
+def _kl_term(log_ratio, policy_ratio, config: GRPOLossConfig) -> Array:
     if config.kl_estimator == "unbiased" or config.use_bias_correction_kl:
         return kl.unbiased(log_ratio, policy_ratio)
     return kl.k2(log_ratio) if config.kl_estimator == "k2" else kl.k3(log_ratio)
 
 
-def _aggregate(per_token, rows: _Rows, whole: Whole, config: GRPOConfig) -> Float[Array, ""]:
+def _aggregate(per_token, rows: _Rows, totals: BatchTotals, config: GRPOLossConfig) -> Float[Array, ""]:
     if config.loss_type in ("grpo", "sapo"):
-        return jnp.sum(rows.mean(per_token)) / whole.samples
+        return jnp.sum(rows.mean(per_token)) / totals.samples
     total = jnp.sum(jnp.where(rows.mask_BT, per_token, 0.0))
     if config.loss_type == "luspo":
-        return total / whole.samples
+        return total / totals.samples
     if config.loss_type == "dr_grpo":
-        return total / (whole.samples * config.max_completion_length)
-    return total / whole.tokens
+        return total / (totals.samples * config.max_completion_length)
+    return total / totals.tokens

@@ -10,18 +10,18 @@ from flax import nnx
 from deepseek_jax.model.decoder import Decoder
 from deepseek_jax.model.lora import decoder_of
 from deepseek_jax.model.scoring import Scored, score
-from deepseek_jax.ops.metrics import Mean, Metrics, Whole, masked_mean
+from deepseek_jax.ops.metrics import BatchTotals, Mean, Metrics, masked_mean
 from deepseek_jax.ops.micro_batches import join_rows, split_rows
 from deepseek_jax.rl.batch import Batch
-from deepseek_jax.rl.loss import GRPOConfig, grpo_loss
+from deepseek_jax.rl.loss import GRPOLossConfig, grpo_loss
 
 
 def grpo_objective(
     model: Decoder,
     batch: Batch,
-    whole: Whole,
+    totals: BatchTotals,
     *,
-    config: GRPOConfig,
+    config: GRPOLossConfig,
     temperature: float,
     repetition_penalty: float = 1.0,
     keep_routing: bool = False,
@@ -47,7 +47,7 @@ def grpo_objective(
         batch.advantages_BT,
         batch.mask_BT,
         config,
-        whole=whole,
+        totals=totals,
         segments_BT=batch.segments_BT,
         per_row=batch.per_row,
         entropy_BT=scored.entropy_BT,

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from deepseek_jax.model.critic import Critic, Valued, value_of
-from deepseek_jax.ops.metrics import Mean, Metrics, Whole, masked_mean
+from deepseek_jax.ops.metrics import BatchTotals, Mean, Metrics, masked_mean
 from deepseek_jax.rl.batch import Batch
 from deepseek_jax.rl.gae import centred, gae, token_rewards, whitened
 
@@ -169,7 +169,7 @@ def ppo_update(
 
 
 def critic_objective(
-    model: Critic, batch: CriticBatch, whole: Whole, *, config: PPOConfig
+    model: Critic, batch: CriticBatch, totals: BatchTotals, *, config: PPOConfig
 ) -> tuple[jax.Array, Metrics, Valued]:
     """value_coef times the value loss of a batch, or of a part of one, for `make_train_step`.
 
@@ -181,7 +181,7 @@ def critic_objective(
     """
     valued = value_of(model, batch.tokens_BT, batch.mask_BT)
     loss, metrics = value_loss(
-        valued.values_BT, batch.old_values_BT, batch.returns_BT, batch.mask_BT, clip=config.value_clip, whole=whole
+        valued.values_BT, batch.old_values_BT, batch.returns_BT, batch.mask_BT, clip=config.value_clip, totals=totals
     )
     return config.value_coef * loss, metrics, valued
 
@@ -201,7 +201,7 @@ def value_loss(
     mask_BT: Bool[Array, "B T"],
     *,
     clip: float | None,
-    whole: Whole,
+    totals: BatchTotals,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Half the squared error, the larger one of the value and of the value clipped to clip around the old one.
 
@@ -227,7 +227,7 @@ def value_loss(
         "value/mean": masked_mean(values, mask_BT),
         "value/clip_ratio": masked_mean(clipped > plain, mask_BT),
     }
-    return jnp.sum(per_token) / whole.tokens, metrics
+    return jnp.sum(per_token) / totals.tokens, metrics
 
 
 def explained_variance(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-from deepseek_jax import processes
+from deepseek_jax import distributed
 from deepseek_jax.generate.engine import Generator, Record, SamplingConfig
 from deepseek_jax.generate.text import TextCompletion, complete, seeds_for
 from deepseek_jax.rewards.combine import CombinedReward, Graded
@@ -58,7 +58,7 @@ class Rollout(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Roller:
+class RolloutWorker:
     """Everything a rollout needs but the weights and the prompts.
 
     Args:
@@ -106,10 +106,10 @@ class Roller:
                 drawn = self._sampled(weights, part, seed, step, first + start)
                 found += drawn
                 # A grader may answer otherwise elsewhere (it has a clock, or a sandbox): one process grades for all.
-                if processes.is_main():
+                if distributed.is_main():
                     _raise_early(graded)
                     graded.append(grader.submit(self._grade, part, drawn))
-            all_of = Graded(*processes.on_main(lambda: tuple(_of_all([answer.result() for answer in graded]))))
+            all_of = Graded(*distributed.on_main(lambda: tuple(_of_all([answer.result() for answer in graded]))))
         rewards = np.asarray(all_of.total, np.float32).reshape(len(prompts), self.group_size)
         return Rollout(list(prompts), found, rewards, all_of.parts, all_of.extra, all_of.metrics)
 
@@ -161,13 +161,13 @@ def _numbers(parts: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float
 
 def _raise_early(graded: Sequence[Future]) -> None:
     """What grading has raised so far, before more is sampled; of several processes all raise together, at the end."""
-    for answer in graded if processes.count() == 1 else ():
+    for answer in graded if distributed.count() == 1 else ():
         if answer.done():
             answer.result()
 
 
-def roll_informative(
-    roll: Roller,
+def dynamic_sampling(
+    roll: RolloutWorker,
     weights: nnx.State,
     draw: Callable[[], Sequence[Prompt]],
     *,

@@ -1,1 +1,1 @@
-"""Objectives, the optimizer, data and the resumable loop, with what a run shows and keeps of itself."""
+"""Objectives, the optimizer, the train step and the resumable loop."""

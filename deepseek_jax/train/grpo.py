@@ -14,16 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deepseek_jax import processes
+from deepseek_jax import distributed
 from deepseek_jax.checkpoint.adapters import adapted_paths, new_adapter
 from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.generate.engine import Generator, Record, SamplingConfig
 from deepseek_jax.model.lora import ALL_LINEAR, LoRAConfig, beside, merge
-from deepseek_jax.model.precision import Precision, cast, computed, dtype_of
+from deepseek_jax.model.precision import Precision, computed, convert_dtype, dtype_of
 from deepseek_jax.model.scoring import check_routes
 from deepseek_jax.model.transfer import Transfer
 from deepseek_jax.ops import metrics as ops_metrics
+from deepseek_jax.report.metrics import MetricLog, explain_first_loss
+from deepseek_jax.report.samples import SampleLog, sample_groups
 from deepseek_jax.rewards.combine import CombinedReward
 from deepseek_jax.rl import entropy
 from deepseek_jax.rl.advantage import (
@@ -34,20 +36,18 @@ from deepseek_jax.rl.advantage import (
     rloo_advantages,
 )
 from deepseek_jax.rl.batch import Batch, make_batch, pack
-from deepseek_jax.rl.loss import GRPOConfig
+from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.rl.objective import frozen_scores, grpo_objective
-from deepseek_jax.rl.rollout import Prompt, Roller, Rollout, roll_informative, rollout_metrics
+from deepseek_jax.rl.rollout import Prompt, Rollout, RolloutWorker, dynamic_sampling, rollout_metrics
 from deepseek_jax.sharding import LOCAL, Layout
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.loop import Stage, profiled_steps, run_stage
-from deepseek_jax.train.metrics import MetricLog, explain_first_loss
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
-from deepseek_jax.train.samples import SampleLog, sample_groups
 from deepseek_jax.train.step import StepConfig, TrainState, init_state, make_adapter_step, make_train_step
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOTraining:
+class GRPOConfig:
     """Settings of a GRPO stage.
 
     Args:
@@ -113,7 +113,7 @@ class GRPOTraining:
     repetition_penalty: float = 1.0
     at_once: int | None = None
     sampling_rounds: int = 1
-    loss: GRPOConfig = field(default_factory=lambda: GRPOConfig(beta=0.001))
+    loss: GRPOLossConfig = field(default_factory=lambda: GRPOLossConfig(beta=0.001))
     advantage: Literal["group", "rloo", "reinforce", "reinforce_baseline"] = "group"
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     scale_rewards: Literal["group", "batch", "none"] = "group"
@@ -285,7 +285,7 @@ PER_ROW = 16
 """Samples that a packed row holds at most."""
 
 
-class Reinforced(NamedTuple):
+class GRPOState(NamedTuple):
     """State of the stage: the policy's training, the reference model, and the tokens sampled so far (`_counted`).
 
     The reference is None where there is no KL, and where an adapter is trained: then it is what the run began with.
@@ -298,13 +298,13 @@ class Reinforced(NamedTuple):
     entropy: jax.Array | None = None
 
 
-class Learned(NamedTuple):
+class StepResult(NamedTuple):
     """One step's outcome: the state after it, the samples that it learned from, and the numbers of a dashboard.
 
     The numbers are of everything that was sampled, also of groups that dynamic sampling left out.
     """
 
-    state: Reinforced
+    state: GRPOState
     rollout: Rollout
     metrics: dict[str, float]
 
@@ -328,7 +328,7 @@ class GRPOTrainer:
 
     def __init__(
         self,
-        config: GRPOTraining,
+        config: GRPOConfig,
         model: Model,
         tokenizer: Tokenizer,
         generator: Generator,
@@ -358,7 +358,7 @@ class GRPOTrainer:
             self.update = make_train_step(*parts, layout)
         else:
             self.update = partial(make_adapter_step(*parts, self.lora, layout), frozen=self.frozen)
-        self.roll = Roller(
+        self.roll = RolloutWorker(
             generator=generator,
             tokenizer=tokenizer,
             sampling=config.sampling(tokenizer.eos_ids),
@@ -372,27 +372,25 @@ class GRPOTrainer:
     def _updates(self) -> int:
         return self.config.steps * self.config.updates_per_rollout * self.config.num_iterations
 
-    def first_state(self) -> Reinforced:
+    def first_state(self) -> GRPOState:
         """Before the first step."""
         weights = self.model.weights
         if self.lora is not None:
             adapter = new_adapter(self.model.config, self.lora, seed=self.seed, layout=self.layout)
-            return Reinforced(
-                init_state(adapter, self.optimizer, self.layout), None, _counted(0), self._first_control()
-            )
+            return GRPOState(init_state(adapter, self.optimizer, self.layout), None, _counted(0), self._first_control())
         reference = self._followed(weights, weights) if self.config.loss.beta else None
         train = init_state(weights, self.optimizer, self.layout, donate=self.donate)
-        return Reinforced(train, reference, _counted(0), self._first_control())
+        return GRPOState(train, reference, _counted(0), self._first_control())
 
     def _first_control(self) -> jax.Array | None:
         return entropy.first_control(self.config.loss) if self.config.loss.use_adaptive_entropy else None
 
-    def trained(self, state: Reinforced) -> nnx.State:
+    def trained(self, state: GRPOState) -> nnx.State:
         """What a run is for: the weights that are trained, in float32, or the frozen ones with the adapter in them."""
         weights = state.train.weights
         return weights if self.lora is None else merge(self.frozen, weights, self.lora)
 
-    def policy(self, state: Reinforced) -> nnx.State:
+    def policy(self, state: GRPOState) -> nnx.State:
         """The weights that sample: the trained ones in the sampler's layout, as they are computed in.
 
         With two layouts it is a copy, to be let go of before an update: that needs the room for its gradient.
@@ -404,10 +402,10 @@ class GRPOTrainer:
         weights = computed(train.weights, self._dtype)
         return weights if self.lora is None else beside(self.frozen, weights, self.lora)
 
-    def step(self, state: Reinforced, draw: Callable[[], Sequence[Prompt]], number: int) -> Learned:
+    def step(self, state: GRPOState, draw: Callable[[], Sequence[Prompt]], number: int) -> StepResult:
         """One step: rollout and updates. `draw` gives the next prompts, and is asked again by dynamic sampling."""
         start = time.perf_counter()
-        everything, used = roll_informative(
+        everything, used = dynamic_sampling(
             self.roll,
             self.policy(state),
             draw,
@@ -425,7 +423,7 @@ class GRPOTrainer:
         reference = state.reference
         if reference is not None and (number + 1) % self.config.reference_every == 0:
             reference = self._followed(reference, train.weights)
-        state = Reinforced(train, reference, _counted(tokens), control)
+        state = GRPOState(train, reference, _counted(tokens), control)
         values = rollout_metrics(everything) | ops_metrics.values(found) | self.take_metrics()
         values |= {
             "learning_rate": float(self.rate((number + 1) * (self._updates // self.config.steps) - 1)),
@@ -436,10 +434,10 @@ class GRPOTrainer:
         }
         if self.config.loss.has_entropy_bonus:
             values["entropy_coef"] = self.config.loss.entropy_coef if control is None else float(control[0])
-        return Learned(state, used, values)
+        return StepResult(state, used, values)
 
     def learn(
-        self, state: Reinforced, rollout: Rollout, number: int
+        self, state: GRPOState, rollout: Rollout, number: int
     ) -> tuple[TrainState, jax.Array | None, ops_metrics.Metrics]:
         """The updates that a rollout is good for, the control of the entropy after them, and their metrics.
 
@@ -552,8 +550,8 @@ def _of_one_update(metrics: ops_metrics.Metrics) -> ops_metrics.Metrics:
 def followed(reference: nnx.State, weights: nnx.State, share: float, dtype: jnp.dtype) -> nnx.State:
     """The reference model moved by a share of its way to the policy, in arrays of its own."""
     if share == 1:
-        return jax.tree.map(jnp.copy, cast(weights, dtype))
-    return cast(jax.tree.map(lambda old, new: old + share * (new - old), reference, weights), dtype)
+        return jax.tree.map(jnp.copy, convert_dtype(weights, dtype))
+    return convert_dtype(jax.tree.map(lambda old, new: old + share * (new - old), reference, weights), dtype)
 
 
 def run_grpo(
@@ -563,7 +561,7 @@ def run_grpo(
     folder: Path,
     log: MetricLog,
     evaluate: Callable[[nnx.State], float] | None = None,
-) -> Reinforced:
+) -> GRPOState:
     """The whole stage; it goes on from its newest checkpoint if it has one.
 
     Args:
@@ -580,7 +578,7 @@ def run_grpo(
     samples = SampleLog(folder, every=config.samples_every)
     went_on = False
 
-    def step(state: Reinforced, first: list[Prompt], number: int) -> tuple[Reinforced, Mapping[str, float]]:
+    def step(state: GRPOState, first: list[Prompt], number: int) -> tuple[GRPOState, Mapping[str, float]]:
         nonlocal went_on
         if not went_on:
             samples.truncate(_STAGE, number)
@@ -594,7 +592,7 @@ def run_grpo(
         if samples.wants(number + 1):
             advantages = trainer.advantages(learned.rollout.rewards, number, learned.rollout.parts)
             samples.write(number + 1, sample_groups(learned.rollout, advantages, prompts=_SHOWN), _STAGE)
-        if number == 0 and processes.is_main() and (explanation := explain_first_loss(values)):
+        if number == 0 and distributed.is_main() and (explanation := explain_first_loss(values)):
             print(explanation)
         return learned.state, values
 

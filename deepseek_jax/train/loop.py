@@ -11,11 +11,11 @@ from typing import Any, Self, TypeVar
 import grain
 import jax
 
-from deepseek_jax import processes
+from deepseek_jax import distributed
 from deepseek_jax.checkpoint.state import RunCheckpoints, shapes
 from deepseek_jax.generate.engine import NonFiniteLogitsError
-from deepseek_jax.train.metrics import MetricLog, read_metrics
-from deepseek_jax.train.progress import Progress
+from deepseek_jax.report.metrics import MetricLog, read_metrics
+from deepseek_jax.report.progress import Progress
 
 State = TypeVar("State")
 StepFunction = Callable[[State, Any, int], tuple[State, Mapping[str, float]]]
@@ -91,11 +91,11 @@ def run_stage(
         The state after the last step. A resumed stage gives the same, bit for bit, as an unbroken one.
 
     Raises:
-        SystemExit: with status `processes.PREEMPTED`, after SIGTERM.
+        SystemExit: with status `distributed.PREEMPTED`, after SIGTERM.
         NonFiniteError: a step had a loss, a gradient, weights or logits that are not finite. It is logged, not saved.
     """
     with (
-        processes.preemption() as preempted,
+        distributed.preemption() as preempted,
         RunCheckpoints(kept := folder / "checkpoints" / stage.name) as checkpoints,
     ):
         done = 0
@@ -134,7 +134,7 @@ def run_stage(
                         f"{stage.name}: got SIGTERM, saved step {number + 1} of {stage.steps}; "
                         "the same command goes on from there"
                     )
-                    raise SystemExit(processes.PREEMPTED)
+                    raise SystemExit(distributed.PREEMPTED)
     return state
 
 
@@ -177,7 +177,7 @@ class _Trace:
     """The profiler, running while the steps that a stage wants traced run."""
 
     def __init__(self, stage: Stage, folder: Path):
-        wanted = stage.profile_steps is not None and processes.is_main()
+        wanted = stage.profile_steps is not None and distributed.is_main()
         self._steps = profiled_steps(stage.profile_steps, stage.steps) if wanted else range(0)
         self._folder = folder / "profile"
         self._running = False

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deepseek_jax import processes
+from deepseek_jax import distributed
 from deepseek_jax.checkpoint.files import read_json, write_whole
 from deepseek_jax.checkpoint.lock import locked
 from deepseek_jax.checkpoint.owned import check_owned
@@ -45,8 +45,8 @@ def held_folder(folder: Path) -> Iterator[None]:
     """
     with ExitStack() as lock:
         advice = "wait for it or stop it, or choose another --output"
-        with processes.together():
-            if processes.is_main():
+        with distributed.together():
+            if distributed.is_main():
                 lock.enter_context(locked(folder, advice=advice))
         yield
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from deepseek_jax.model.decoder import Decoder
 from deepseek_jax.model.scoring import Scored, score, score_ahead
-from deepseek_jax.ops.metrics import Mean, Metrics, Whole, masked_mean
+from deepseek_jax.ops.metrics import BatchTotals, Mean, Metrics, masked_mean
 from deepseek_jax.train.step import Objective
 
 
@@ -44,10 +44,10 @@ def sft_batch(examples: Sequence[tuple[Sequence[int], Sequence[int]]], *, width:
     return SFTBatch(tokens[:, :-1], tokens[:, 1:], mask)
 
 
-def sft_objective(model: Decoder, batch: SFTBatch, whole: Whole) -> tuple[jax.Array, Metrics, Scored]:
+def sft_objective(model: Decoder, batch: SFTBatch, totals: BatchTotals) -> tuple[jax.Array, Metrics, Scored]:
     """Mean over examples of the mean negative log-likelihood of an example's completion, in nats."""
     scored = score(model, batch.tokens_BT, batch.targets_BT, batch.mask_BT)
-    return *_main_loss(scored, batch, whole), scored
+    return *_main_loss(scored, batch, totals), scored
 
 
 def make_sft_objective(*, mtp_weight: float = 0.0) -> Objective:
@@ -67,7 +67,7 @@ def make_sft_objective(*, mtp_weight: float = 0.0) -> Objective:
 
 
 def sft_mtp_objective(
-    model: Decoder, batch: SFTBatch, whole: Whole, *, mtp_weight: float
+    model: Decoder, batch: SFTBatch, totals: BatchTotals, *, mtp_weight: float
 ) -> tuple[jax.Array, Metrics, Scored]:
     """The loss of `sft_objective` plus mtp_weight / D times the sum of the losses of D MTP modules.
 
@@ -88,9 +88,9 @@ def sft_mtp_objective(
             f"mtp_weight: got {mtp_weight} for a model without MTP modules, wanted 0; or set num_nextn_predict_layers"
         )
     scored, further = score_ahead(model, batch.tokens_BT, batch.targets_BT, batch.mask_BT)
-    loss, metrics = _main_loss(scored, batch, whole)
+    loss, metrics = _main_loss(scored, batch, totals)
     nlls = [jnp.where(ahead.mask_BT, -ahead.logprobs_BT, 0.0) for ahead in further]
-    of_modules = sum(_mean_of_examples(nll, batch, whole) for nll in nlls)
+    of_modules = sum(_mean_of_examples(nll, batch, totals) for nll in nlls)
     means = [masked_mean(nll, ahead.mask_BT) for nll, ahead in zip(nlls, further, strict=True)]
     metrics["mtp/nll"] = jax.tree.map(lambda *parts: sum(parts), *means)
     if len(means) > 1:
@@ -98,16 +98,16 @@ def sft_mtp_objective(
     return loss + mtp_weight / len(further) * of_modules, metrics, scored
 
 
-def _main_loss(scored: Scored, batch: SFTBatch, whole: Whole) -> tuple[jax.Array, Metrics]:
+def _main_loss(scored: Scored, batch: SFTBatch, totals: BatchTotals) -> tuple[jax.Array, Metrics]:
     nll = jnp.where(batch.mask_BT, -scored.logprobs_BT, 0.0)
     metrics = {
         "nll": masked_mean(nll, batch.mask_BT),
         "tokens_per_example": Mean(jnp.sum(batch.mask_BT).astype(jnp.float32), jnp.float32(nll.shape[0])),
     }
-    return _mean_of_examples(nll, batch, whole), metrics
+    return _mean_of_examples(nll, batch, totals), metrics
 
 
-def _mean_of_examples(nll_BT: jax.Array, batch: SFTBatch, whole: Whole) -> jax.Array:
+def _mean_of_examples(nll_BT: jax.Array, batch: SFTBatch, totals: BatchTotals) -> jax.Array:
     """Each example's sum over its number of counted tokens, summed, over the size of the whole batch."""
     lengths = jnp.maximum(jnp.sum(batch.mask_BT, axis=1), 1)
-    return jnp.sum(jnp.sum(nll_BT, axis=1) / lengths) / whole.samples
+    return jnp.sum(jnp.sum(nll_BT, axis=1) / lengths) / totals.samples

@@ -13,9 +13,9 @@ from flax import nnx
 from deepseek_jax.model.decoder import Decoder
 from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.model.lora import LoRAConfig, beside, decoder_of
-from deepseek_jax.model.precision import cast
+from deepseek_jax.model.precision import convert_dtype
 from deepseek_jax.model.scoring import Scored
-from deepseek_jax.ops.metrics import Mean, Metrics, Sum, Whole, merge
+from deepseek_jax.ops.metrics import BatchTotals, Mean, Metrics, Sum, merge
 from deepseek_jax.ops.micro_batches import split_rows
 from deepseek_jax.ops.routing import updated_bias
 from deepseek_jax.sharding import LOCAL, Layout
@@ -43,8 +43,8 @@ class MaskedBatch(Protocol):
 
 
 class Objective(Protocol):
-    def __call__(self, model: Decoder, batch: Any, whole: Whole) -> tuple[jax.Array, Metrics, Scored | None]:
-        """Loss of a part of a batch, `whole` of all of it, with metrics and what the forward pass said.
+    def __call__(self, model: Decoder, batch: Any, totals: BatchTotals) -> tuple[jax.Array, Metrics, Scored | None]:
+        """Loss of a part of a batch, `totals` of all of it, with metrics and what the forward pass said.
 
         None for the last, of a critic say, means no balance loss, no metrics of routing, and router biases that stay.
         """
@@ -114,7 +114,7 @@ def make_train_step(
     """
 
     def step(state: TrainState, batch: MaskedBatch) -> tuple[TrainState, Metrics]:
-        model = lambda weights: nnx.merge(graphdef, cast(weights, jnp.dtype(config.dtype)))
+        model = lambda weights: nnx.merge(graphdef, convert_dtype(weights, jnp.dtype(config.dtype)))
         return _stepped(state, batch, model, objective, optimizer, config, layout)
 
     return jax.jit(step, donate_argnames="state")
@@ -143,7 +143,7 @@ def make_adapter_step(
     def step(state: TrainState, batch: MaskedBatch, frozen: nnx.State) -> tuple[TrainState, Metrics]:
         params, _ = nnx.split_state(frozen, nnx.Param, ...)
         dtype = jax.tree.leaves(params)[0].dtype
-        model = lambda adapter: decoder_of(graphdef, beside(frozen, cast(adapter, dtype), lora))
+        model = lambda adapter: decoder_of(graphdef, beside(frozen, convert_dtype(adapter, dtype), lora))
         return _stepped(state, batch, model, objective, optimizer, config, layout)
 
     return jax.jit(step, donate_argnames="state")
@@ -159,18 +159,18 @@ def _stepped(
     layout: Layout,
 ) -> tuple[TrainState, Metrics]:
     """One update of the weights that `model` makes a module of."""
-    whole = whole_of(batch)
+    totals = batch_totals(batch)
     params, rest = nnx.split_state(state.weights, nnx.Param, ...)
 
     def part_gradient(part):
         part = layout.rows(part)
 
         def loss(params):
-            loss, metrics, scored = objective(model(nnx.merge_state(params, rest)), part, whole)
+            loss, metrics, scored = objective(model(nnx.merge_state(params, rest)), part, totals)
             metrics = metrics | {"loss": Mean(loss, jnp.float32(1))}
             if scored is None:
                 return loss, (metrics, None)
-            total = loss + config.balance_alpha * scored.balance / whole.samples
+            total = loss + config.balance_alpha * scored.balance / totals.samples
             return total, (metrics | _routing_metrics(scored, part), scored.load_LE)
 
         return jax.grad(loss, has_aux=True)(params)
@@ -208,13 +208,13 @@ def _all_finite(weights: nnx.State) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(weights)]))
 
 
-def whole_of(batch: MaskedBatch) -> Whole:
+def batch_totals(batch: MaskedBatch) -> BatchTotals:
     """Samples and counted tokens of a batch; at least one token, that nothing is divided by zero."""
     lengths_BK = batch.lengths_BK if "lengths_BK" in batch._fields else None
     samples = batch.mask_BT.shape[0] if lengths_BK is None else jnp.sum(lengths_BK > 0)
     tokens = lambda mask: jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
     high = batch.high_entropy_BT if "high_entropy_BT" in batch._fields else None
-    return Whole(
+    return BatchTotals(
         jnp.asarray(samples, jnp.float32),
         tokens(batch.mask_BT),
         None if high is None else tokens(batch.mask_BT & high),
@@ -240,7 +240,7 @@ def _accumulate(gradient_of, batch, parts: int):
 def _routing_metrics(scored: Scored, batch) -> Metrics:
     if scored.load_LE is None:
         return {}
-    return {"router/balance_loss": Mean(scored.balance, scored.load_LE.shape[0] * whole_of(batch).samples)}
+    return {"router/balance_loss": Mean(scored.balance, scored.load_LE.shape[0] * batch_totals(batch).samples)}
 
 
 def _moved_biases(rest: nnx.State, load_LE: jax.Array | None, gamma: float) -> nnx.State:

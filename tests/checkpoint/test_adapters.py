@@ -22,7 +22,7 @@ from tools import merge_lora
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-STACKED = Layout(stacked=True)
+STACKED = Layout(scan_layers=True)
 ALL = LoRAConfig(rank=3, alpha=6, targets="all-linear")
 MODELS = {"v3": V3, "v2": V2, "v32": V32, "kimi": KIMI, "qwen2": QWEN2, "qwen3": QWEN3, "llama-tied": LLAMA_TIED}
 

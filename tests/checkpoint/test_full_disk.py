@@ -8,7 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from deepseek_jax.checkpoint import files, shelves, writer
+from deepseek_jax.checkpoint import files, orbax_layers, writer
 from deepseek_jax.checkpoint.adapters import new_adapter, save_adapter
 from deepseek_jax.checkpoint.convert import convert_hf, export_hf
 from deepseek_jax.checkpoint.folder import load_model, save_hf
@@ -45,7 +45,7 @@ def test_a_conversion_stopped_by_the_system_is_kept_and_goes_on(code, tmp_path: 
     """TensorStore says a full disk as a ValueError, which is what damage is."""
     random_folder(tmp_path / "hf", R1)
     target, partial = tmp_path / "converted", tmp_path / ".converted.partial"
-    close, closed = shelves.NewShelf.close, []
+    close, closed = orbax_layers.OrbaxLayerWriter.close, []
 
     def full(self) -> None:
         if closed:
@@ -55,7 +55,7 @@ def test_a_conversion_stopped_by_the_system_is_kept_and_goes_on(code, tmp_path: 
         close(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shelves.NewShelf, "close", full)
+        patch.setattr(orbax_layers.OrbaxLayerWriter, "close", full)
         with pytest.raises(
             OSError, match=rf"{target}: {REASONS[code]} \(at .*weights.*\); .* kept in {partial}"
         ) as told:

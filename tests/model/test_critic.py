@@ -32,7 +32,7 @@ CONFIG = dataclasses.replace(
     num_nextn_predict_layers=1,
 )
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True, num_nextn_predict_layers=0)
-FORMS = {"untied": (CONFIG, Layout()), "tied": (TIED, Layout()), "stacked": (CONFIG, Layout(stacked=True))}
+FORMS = {"untied": (CONFIG, Layout()), "tied": (TIED, Layout()), "scan_layers": (CONFIG, Layout(scan_layers=True))}
 
 
 @cache
@@ -156,6 +156,6 @@ def test_weights_of_something_else_are_refused():
     with pytest.raises(ValueError, match=r"weights: embed: got \[16, 16\], wanted \[20, 16\]; give those of this"):
         critic_from(dataclasses.replace(CONFIG, vocab_size=20), weights)
     with pytest.raises(ValueError, match="weights: stacks.0.* got nothing, wanted"):
-        critic_from(CONFIG, weights, Layout(stacked=True))
+        critic_from(CONFIG, weights, Layout(scan_layers=True))
     with pytest.raises(ValueError, match="weights: layers.2.* got nothing, wanted"):
         critic_from(dataclasses.replace(CONFIG, num_hidden_layers=3), weights)

@@ -25,7 +25,7 @@ from deepseek_jax.config import (
 )
 from deepseek_jax.model.cache import empty_cache
 from deepseek_jax.model.decoder import abstract_weights
-from deepseek_jax.model.precision import cast
+from deepseek_jax.model.precision import convert_dtype
 from deepseek_jax.ops import rope
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -346,7 +346,7 @@ def test_routing_is_float32_in_a_bfloat16_model():
     """Each row is a sequence, so its load says which experts it chose; logits in bfloat16 would choose others."""
     moe = dataclasses.replace(V3.moe, n_routed_experts=16, n_group=1, topk_group=1, first_k_dense_replace=0)
     graphdef, weights = random_weights(dataclasses.replace(V3, num_hidden_layers=1, moe=moe))
-    layer = nnx.merge(graphdef, cast(weights, jnp.bfloat16)).layers[0].mlp
+    layer = nnx.merge(graphdef, convert_dtype(weights, jnp.bfloat16)).layers[0].mlp
     x = jax.random.normal(jax.random.key(1), (512, 1, 32)).astype(jnp.bfloat16)
     stats = jax.jit(lambda layer, x: layer(x, jnp.ones((512, 1), bool))[1])(layer, x)
     router, bias = layer.router[...], np.asarray(layer.bias[...], np.float64)

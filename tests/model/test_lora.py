@@ -25,8 +25,8 @@ from deepseek_jax.model.lora import (
     laid_out,
     merge,
 )
-from deepseek_jax.model.precision import cast
-from deepseek_jax.model.stacks import members, stacked, unstacked
+from deepseek_jax.model.precision import convert_dtype
+from deepseek_jax.model.scan_layers import members, stack_layers, unstack_layers
 from deepseek_jax.rl.batch import make_batch
 from deepseek_jax.rl.objective import frozen_scores
 from deepseek_jax.sharding import LOCAL, Layout
@@ -34,7 +34,7 @@ from tests.checkpoint.folders import QWEN2, V3
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-STACKED = Layout(stacked=True)
+STACKED = Layout(scan_layers=True)
 # a dense layer, two with experts, and a module that no adapter reaches
 MLA = dataclasses.replace(V3, num_hidden_layers=3, num_nextn_predict_layers=1)
 CONFIGS = {"mla": MLA, "gqa": QWEN2}
@@ -88,7 +88,7 @@ def test_sums_equal_a_numpy_twin(config, weights, rank, alpha, rslora, layout):
     """In float64; matrices, stacks of them, experts and stacks of experts, and nothing but the adapted ones."""
     lora = LoRAConfig(rank=rank, alpha=alpha, targets="all-linear", rslora=rslora)
     scale = alpha / math.sqrt(rank) if rslora else alpha / rank
-    base = stacked(weights, config, layout) if layout.stacked else weights
+    base = stack_layers(weights, config, layout) if layout.scan_layers else weights
     adapter = trained(config, lora, layout=layout)
     before, parts, after = flat(base), flat(adapter), flat(merge(base, adapter, lora))
     assert before.keys() == after.keys()
@@ -118,7 +118,9 @@ def test_bfloat16_weights_are_rounded_once(config, weights):
 
 @pytest.mark.parametrize(("layout", "dtype"), [(LOCAL, jnp.float32), (STACKED, jnp.bfloat16)])
 def test_a_new_adapter_changes_no_bit(config, weights, layout, dtype):
-    base = jax.tree.map(lambda a: a.astype(dtype), stacked(weights, config, layout) if layout.stacked else weights)
+    base = jax.tree.map(
+        lambda a: a.astype(dtype), stack_layers(weights, config, layout) if layout.scan_layers else weights
+    )
     found = merge(base, new_adapter(config, LORA, seed=3, layout=layout), LORA)
     wanted = flat(base)
     for path, value in flat(found).items():
@@ -147,7 +149,7 @@ def test_an_adapter_for_other_weights_is_refused(config, weights):
 @pytest.mark.parametrize("layout", [LOCAL, STACKED], ids=["layers", "stacks"])
 def test_a_decoder_beside_its_adapter_computes_what_merged_weights_do(config, weights, layout):
     """Logits in float32, to 3e-6 of the largest; by layer and in stacks, experts and latent attention among them."""
-    base = stacked(weights, config, layout) if layout.stacked else weights
+    base = stack_layers(weights, config, layout) if layout.scan_layers else weights
     adapter, graphdef = trained(config, layout=layout), abstract_weights(config, layout=layout)[0]
     forward = jax.jit(lambda weights: of_tokens(decoder_of(graphdef, weights)))
     got, wanted = forward(beside(base, adapter, LORA)), forward(merge(base, adapter, LORA))
@@ -167,7 +169,7 @@ def test_what_is_joined_is_one_tree_of_the_same_arrays(config, weights):
         assert len(leaf.get_metadata()["axes"]) == leaf.get_raw_value().ndim, path
     like = beside(abstract_weights(config)[1], abstract_adapter(config, LORA, paths), LORA)
     assert jax.tree.structure(like) == jax.tree.structure(joined)
-    half = cast(joined, jnp.bfloat16)  # what goes through a tree leaf by leaf keeps what it is
+    half = convert_dtype(joined, jnp.bfloat16)  # what goes through a tree leaf by leaf keeps what it is
     assert jax.tree.structure(half) == jax.tree.structure(joined)
     with pytest.raises(ValueError, match="adapter: got stacks.0.* for which there is no weight"):
         beside(weights, new_adapter(config, LORA, seed=0, layout=STACKED), LORA)
@@ -197,9 +199,9 @@ def test_an_adapter_below_the_last_bit_of_bfloat16_weights_counts(kind):
     graphdef, tokens = abstract_weights(config)[0], jnp.asarray(random.integers(0, 60, (128, 16)), jnp.int32)
     forward = jax.jit(lambda weights: of_tokens(decoder_of(graphdef, weights), tokens))
     moved = lambda weights: np.asarray(
-        forward(beside(weights, cast(adapter, weights.norm.dtype), lora)) - forward(weights)
+        forward(beside(weights, convert_dtype(adapter, weights.norm.dtype), lora)) - forward(weights)
     )
-    half, full = moved(weights), moved(cast(weights, jnp.float32))
+    half, full = moved(weights), moved(convert_dtype(weights, jnp.float32))
     assert np.sum(half * full) / np.sum(full * full) == pytest.approx(1, abs=0.15)
 
 
@@ -207,7 +209,7 @@ def test_an_adapter_below_the_last_bit_of_bfloat16_weights_counts(kind):
 def test_sampler_and_trainer_agree_in_bfloat16_as_without_an_adapter(kind):
     """Mean distance of their log-probs: latent attention samples absorbed and is scored spelled out, either way."""
     config = dataclasses.replace(CONFIGS[kind], initializer_range=0.2)
-    weights = cast(jax.jit(lambda: split(Decoder(config, rngs=nnx.Rngs(0)))[1])(), jnp.bfloat16)
+    weights = convert_dtype(jax.jit(lambda: split(Decoder(config, rngs=nnx.Rngs(0)))[1])(), jnp.bfloat16)
     smaller = lambda path, leaf: leaf.replace(leaf[...] * (0.1 if path[-1] == "b" else 1.0))
     adapter = nnx.from_flat_state([(path, smaller(path, leaf)) for path, leaf in nnx.to_flat_state(trained(config))])
     graphdef = abstract_weights(config)[0]
@@ -221,7 +223,7 @@ def test_sampler_and_trainer_agree_in_bfloat16_as_without_an_adapter(kind):
         scores = np.asarray(frozen_scores(graphdef, weights, batch, temperature=1.0))
         return np.abs(scores - batch.old_logprobs_BT)[batch.mask_BT].mean()
 
-    plain, with_adapter = distance(weights), distance(beside(weights, cast(adapter, jnp.bfloat16), LORA))
+    plain, with_adapter = distance(weights), distance(beside(weights, convert_dtype(adapter, jnp.bfloat16), LORA))
     assert 0 < with_adapter < 1.2 * plain, (with_adapter, plain)
 
 
@@ -248,9 +250,9 @@ def test_stacks_are_adapted_as_layers_are(config, weights):
     for path, value in stacks.items():
         for got, member in zip(value, members(path, config), strict=True):
             np.testing.assert_array_equal(got, layers[member], err_msg=str(path))
-    sums = merge(stacked(weights, config, STACKED), trained(config, layout=STACKED), LORA)
+    sums = merge(stack_layers(weights, config, STACKED), trained(config, layout=STACKED), LORA)
     wanted = flat(merge(weights, trained(config), LORA))
-    for path, value in flat(unstacked(sums, config, LOCAL)).items():
+    for path, value in flat(unstack_layers(sums, config, LOCAL)).items():
         np.testing.assert_array_equal(value, wanted[path], err_msg=str(path))
 
 

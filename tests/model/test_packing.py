@@ -14,8 +14,8 @@ from deepseek_jax.checkpoint import names
 from deepseek_jax.config import IndexerConfig
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.layers import RouterBias
+from deepseek_jax.model.scan_layers import stack_layers, unstack_layers
 from deepseek_jax.model.scoring import score
-from deepseek_jax.model.stacks import stacked, unstacked
 from deepseek_jax.ops import attention
 from deepseek_jax.ops.attention import positions_within, same_segment
 from deepseek_jax.sharding import LOCAL, Layout
@@ -93,8 +93,8 @@ def weights_of(kind: str) -> nnx.State:
 def laid(kind: str, layout: Layout) -> tuple[nnx.GraphDef, nnx.State]:
     """The model's description and weights under a layout."""
     graphdef, like = abstract_weights(CONFIGS[kind], layout=layout)
-    if layout.stacked:
-        return graphdef, stacked(weights_of(kind), CONFIGS[kind], layout)
+    if layout.scan_layers:
+        return graphdef, stack_layers(weights_of(kind), CONFIGS[kind], layout)
     if layout.mesh is None:
         return graphdef, weights_of(kind)
     return graphdef, jax.tree.map(lambda a, of: jax.device_put(a, of.sharding), weights_of(kind), like)
@@ -127,7 +127,7 @@ def scored(kind: str, layout: Layout, of: Texts, *, gradients: bool = True, **gi
     if not gradients:
         return {name: np.asarray(value) for name, value in values.items()}
     gradient = nnx.merge_state(gradient, rest)
-    named = names.flat(unstacked(gradient, CONFIGS[kind], LOCAL) if layout.stacked else gradient)
+    named = names.flat(unstack_layers(gradient, CONFIGS[kind], LOCAL) if layout.scan_layers else gradient)
     return {name: np.asarray(value) for name, value in (values | named).items()}
 
 
@@ -152,12 +152,12 @@ def same(got: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
     ("kind", "layout", "blocks"),
     [
         ("mla", LOCAL, False),
-        ("sparse", Layout(stacked=True, remat="all_but_attention"), True),
+        ("sparse", Layout(scan_layers=True, remat="all_but_attention"), True),
         ("gqa", LOCAL, True),
-        pytest.param("mla", Layout(stacked=True, remat="layers"), True, marks=pytest.mark.slow),
+        pytest.param("mla", Layout(scan_layers=True, remat="layers"), True, marks=pytest.mark.slow),
         pytest.param("mla", LOCAL, True, marks=pytest.mark.slow),
         pytest.param("sparse", LOCAL, False, marks=pytest.mark.slow),
-        pytest.param("gqa", Layout(stacked=True, remat="layers"), False, marks=pytest.mark.slow),
+        pytest.param("gqa", Layout(scan_layers=True, remat="layers"), False, marks=pytest.mark.slow),
     ],
 )
 def test_a_packed_batch_is_its_samples_one_a_row(kind, layout, blocks, monkeypatch):

@@ -42,7 +42,7 @@ def counts(experts: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param(LOCAL, marks=pytest.mark.slow), Layout(stacked=True, remat="layers")],
+    [pytest.param(LOCAL, marks=pytest.mark.slow), Layout(scan_layers=True, remat="layers")],
     ids=["layers", "stacked"],
 )
 def test_replaying_the_routers_own_choice_changes_nothing(layout):
@@ -120,10 +120,10 @@ def test_the_weights_of_given_experts_have_the_routers_gradient():
     assert slope == pytest.approx((moved(0.01) - moved(-0.01)) / 0.02, rel=1e-2) and abs(slope) > 0.1
 
 
-@pytest.mark.parametrize("stacked", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_choice_that_nobody_reads_is_not_kept(stacked):
+@pytest.mark.parametrize("scan_layers", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_choice_that_nobody_reads_is_not_kept(scan_layers):
     """The compiled program of a trainer that does not ask for it holds no array of every layer's choice."""
-    layout = Layout(stacked=stacked)
+    layout = Layout(scan_layers=scan_layers)
     graphdef, weights = laid("mla", layout)
     params, rest = nnx.split_state(weights, nnx.Param, ...)
     B, T = ALONE.mask.shape

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_jax.ops.attention import (
-    absorbed,
+    absorb,
     attend_absorbed,
     attend_chosen,
     attend_expanded,
     causal_mask,
-    values_of,
+    project_values,
 )
 from deepseek_jax.ops.indexer import chosen_mask, index_scores, select_keys
 
@@ -132,7 +132,7 @@ def attention_inputs(S=40, T=5, U=6):
 
 def over_chosen(q_nope, q_rope, c, k_rope, w_k, w_v, chosen, visible):
     """Chosen keys between the projections of absorbed attention."""
-    return values_of(attend_chosen(absorbed(q_nope, w_k), q_rope, c, k_rope, chosen, visible, SCALE), w_v)
+    return project_values(attend_chosen(absorb(q_nope, w_k), q_rope, c, k_rope, chosen, visible, SCALE), w_v)
 
 
 @pytest.mark.parametrize("masked", [attend_expanded, attend_absorbed])

@@ -168,7 +168,7 @@ HEADS, SLOTS, LATENT, ROPE, LANES, LAYERS = 128, 4096, 512, 64, 128, 61
 
 def layout_for(topology: str) -> Layout:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    return Layout(mesh=make_mesh(devices, expert=len(devices) // 2, tensor=2), workload="serve", stacked=True)
+    return Layout(mesh=make_mesh(devices, expert=len(devices) // 2, tensor=2), workload="serve", scan_layers=True)
 
 
 def account_of(function: Callable, topology: str, layers: int, *, with_layer: bool) -> Account:

@@ -115,29 +115,29 @@ def on_one_device(x, weights, experts, *matrices):
     return expert_mlp(flat(x), flat(weights), flat(experts), *matrices).reshape(x.shape)
 
 
-def equals_one_device(where: Place, transport: str, slack: float) -> None:
+def equals_one_device(where: Place, transport: str, capacity_factor: float) -> None:
     (x, weights, _, *matrices), d_y = inputs()
     x, weights, d_y = where.sequences(x, weights, d_y)
-    run = with_gradient(lambda *arrays: where.run(*arrays, transport=transport, slack=slack))
+    run = with_gradient(lambda *arrays: where.run(*arrays, transport=transport, capacity_factor=capacity_factor))
     for routing, experts in routings().items():
         arrays = [x, weights, *where.sequences(experts), *matrices]
         wanted = on_one_device(arrays, d_y)
         assert all(0.1 < jnp.abs(value).max() < 20 for value in wanted)
         for name, got, value in zip(NAMES, run(arrays, d_y), wanted, strict=True):
-            message = f"{name}, {routing}, {where}, {transport}, slack {slack}"
+            message = f"{name}, {routing}, {where}, {transport}, capacity_factor {capacity_factor}"
             np.testing.assert_allclose(got, value, rtol=0, atol=2e-5, err_msg=message)
 
 
 def equals_one_device_by_every_transport(places: tuple[Place, ...]) -> None:
-    for where, transport, slack in itertools.product(places, TRANSPORTS, (1.0, ENOUGH)):
-        equals_one_device(where, transport, slack)
+    for where, transport, capacity_factor in itertools.product(places, TRANSPORTS, (1.0, ENOUGH)):
+        equals_one_device(where, transport, capacity_factor)
 
 
 def a_layer_of_a_stack_equals_its_slice(where: Place, transport: str) -> None:
     (x, weights, experts, *matrices), _ = inputs()
     tokens = where.sequences(x, weights, experts)
     stacks = [jnp.stack([-weight, weight, weight[::-1]]) for weight in matrices]
-    run = jax.jit(lambda *arrays, layer: where.run(*arrays, layer=layer, transport=transport, slack=1.0))
+    run = jax.jit(lambda *arrays, layer: where.run(*arrays, layer=layer, transport=transport, capacity_factor=1.0))
     for k in range(3):
         slices = [stack[k] for stack in stacks]
         got, sliced = run(*tokens, *stacks, layer=jnp.int32(k)), run(*tokens, *slices, layer=None)
@@ -170,9 +170,13 @@ def a_layer_of_a_stack() -> None:
 def only_a_round_that_may_not_suffice_is_followed_by_a_loop() -> None:
     """By shape: 4 devices exchange, so that a receiver gets at worst 4 even loads."""
     arrays, _ = inputs()
-    for slack, loop in ((1.0, True), (3.5, True), (4.0, False), (ENOUGH, False)):
-        run = jax.jit(lambda *arrays, slack=slack: FSDP.run(*arrays, transport="ragged_all_to_all", slack=slack))
-        assert ("overflow_rounds" in run.lower(*arrays).as_text(debug_info=True)) == loop, slack
+    for capacity_factor, loop in ((1.0, True), (3.5, True), (4.0, False), (ENOUGH, False)):
+        run = jax.jit(
+            lambda *arrays, capacity_factor=capacity_factor: FSDP.run(
+                *arrays, transport="ragged_all_to_all", capacity_factor=capacity_factor
+            )
+        )
+        assert ("overflow_rounds" in run.lower(*arrays).as_text(debug_info=True)) == loop, capacity_factor
 
 
 def what_no_row_fills_reaches_nothing() -> None:
@@ -199,8 +203,8 @@ def every_transport_on_every_mesh() -> None:
 
 def every_transport_over_two_axes() -> None:
     equals_one_device_by_every_transport((BOTH, BOTH_THIN, BOTH_LONG, TURNED, STEP, STEP_THIN, STEP_FSDP))
-    for slack in (1.0, ENOUGH):
-        equals_one_device(BOTH_WHOLE, "all_gather", slack)
+    for capacity_factor in (1.0, ENOUGH):
+        equals_one_device(BOTH_WHOLE, "all_gather", capacity_factor)
 
 
 def every_layer_of_a_stack() -> None:
@@ -222,7 +226,7 @@ def replicas_of_experts_change_nothing() -> None:
 
     def run(x, weights, experts, *matrices):
         slots = (placed(weight, placement.table[0]) for weight in matrices)
-        return WIDE.run(x, weights, spread(experts, *layer), *slots, transport="ragged_all_to_all", slack=1.0)
+        return WIDE.run(x, weights, spread(experts, *layer), *slots, transport="ragged_all_to_all", capacity_factor=1.0)
 
     arrays = [x, weights, experts, *matrices]
     for name, got, wanted in zip(NAMES, with_gradient(run)(arrays, d_y), on_one_device(arrays, d_y), strict=True):
@@ -243,7 +247,7 @@ def every_transport_compiles_for_tpus() -> None:
             jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
             for shape, dtype, spec in zip(shapes, dtypes, specs, strict=True)
         )
-        options = {"devices": devices, "transport": transport, "slack": 1.25}
+        options = {"devices": devices, "transport": transport, "capacity_factor": 1.25}
         run = with_gradient(lambda *arrays, where=where, options=options: where.run(*arrays, **options))
         text = run.lower(arrays, d_y).compile().as_text()
         found = {op for op in COLLECTIVES if re.search(rf" {op}(-start)?\(", text)}
@@ -346,7 +350,7 @@ spoiling_matmul.defvjp(lambda *saved: (spoiling_matmul(*saved), saved), _spoilin
 def test_without_an_expert_axis_it_is_the_plain_function():
     arrays, d_y = inputs()
     alone = Place({})
-    run = with_gradient(lambda *arrays: alone.run(*arrays, transport="ragged_all_to_all", slack=1.0))
+    run = with_gradient(lambda *arrays: alone.run(*arrays, transport="ragged_all_to_all", capacity_factor=1.0))
     for got, wanted in zip(run(arrays, d_y), on_one_device(arrays, d_y), strict=True):
         np.testing.assert_array_equal(got, wanted)
 
@@ -355,9 +359,15 @@ def test_without_an_expert_axis_it_is_the_plain_function():
     ("wrong", "says"),
     [
         ({"transport": "pigeon"}, "transport: got 'pigeon', wanted one of all_gather, all_to_all, ragged_all_to_all"),
-        ({"slack": 0.0}, "slack: got 0.0, wanted a finite number above 0, for example 1.25"),
-        ({"slack": float("inf")}, "slack: got inf, wanted a finite number above 0, for example 1.25"),
-        ({"slack": float("nan")}, "slack: got nan, wanted a finite number above 0, for example 1.25"),
+        ({"capacity_factor": 0.0}, "capacity_factor: got 0.0, wanted a finite number above 0, for example 1.25"),
+        (
+            {"capacity_factor": float("inf")},
+            "capacity_factor: got inf, wanted a finite number above 0, for example 1.25",
+        ),
+        (
+            {"capacity_factor": float("nan")},
+            "capacity_factor: got nan, wanted a finite number above 0, for example 1.25",
+        ),
         (
             {"rows": ("data",)},
             "rows and columns: got ('data',) and (), wanted axis expert among them for all_to_all; or use all_gather",
@@ -379,7 +389,13 @@ def test_without_an_expert_axis_it_is_the_plain_function():
     ],
 )
 def test_a_wrong_argument_is_refused_by_name(wrong, says):
-    options = {"rows": ("expert",), "columns": (), "gathered": (), "transport": "all_to_all", "slack": 1.0} | wrong
+    options = {
+        "rows": ("expert",),
+        "columns": (),
+        "gathered": (),
+        "transport": "all_to_all",
+        "capacity_factor": 1.0,
+    } | wrong
     with pytest.raises(ValueError, match=f"^{re.escape(says)}$"):
         routed_experts(*inputs()[0], mesh=make_mesh(), **options)
 
@@ -401,7 +417,7 @@ def test_experts_that_the_axes_do_not_divide_are_refused(over, says):
         "columns": (),
         "gathered": (),
         "transport": "all_to_all",
-        "slack": 1.0,
+        "capacity_factor": 1.0,
     }
     with pytest.raises(ValueError, match=f"^{says}$"):
         routed_experts(*arrays, mesh=mesh, **options)

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from deepseek_jax.config import preset
-from deepseek_jax.plan.exchange import dispatched, least_sent, moved_for_training
+from deepseek_jax.plan.exchange import comm_lower_bound, dispatched, moved_for_training
 from deepseek_jax.sharding import AXES, Layout
 
 R1 = preset("r1-671b")
@@ -22,7 +22,7 @@ def test_r1s_update_on_512_chips():
     """One sequence of 4,096 tokens a chip, 64 groups of experts: 8 rows of 7,168 bfloat16 a token in 58 layers and a
     module, to others 63 of 64 times, there and back and both again backward."""
     rows = 4 * 63 / 64 * 4096 * 8 * 59 * 7168 * 2
-    found = least_sent(R1, layout(expert=64, fsdp=8), "train", 512, 4096)
+    found = comm_lower_bound(R1, layout(expert=64, fsdp=8), "train", 512, 4096)
     weights = moved_for_training(R1, layout(expert=64, fsdp=8), True, 2)
     assert rows == pytest.approx(109.1e9, rel=1e-3)
     assert found == pytest.approx(rows + weights, rel=1e-12) and weights == pytest.approx(153e9, rel=0.02)
@@ -31,9 +31,9 @@ def test_r1s_update_on_512_chips():
 def test_serving_moves_rows_alone_and_once_there_and_back():
     """In decoding a chip has the tokens of its own sequences, however its mesh cuts the heads."""
     for sizes in ({"expert": 4, "tensor": 16}, {"expert": 64}):
-        found = least_sent(R1, layout("serve", **sizes), "decode", 512, 4096)
+        found = comm_lower_bound(R1, layout("serve", **sizes), "decode", 512, 4096)
         assert found == pytest.approx(2 * 63 / 64 * (512 / 64) * 8 * 58 * 7168 * 2, rel=1e-12)
-    prefill = least_sent(R1, layout("serve", expert=64), "prefill", 64, 4096)
+    prefill = comm_lower_bound(R1, layout("serve", expert=64), "prefill", 64, 4096)
     assert prefill == pytest.approx(2 * 63 / 64 * 4096 * 8 * 58 * 7168 * 2, rel=1e-12)
 
 
@@ -47,7 +47,7 @@ def test_replicas_send_their_gradients_and_nothing_else():
     dense = dataclasses.replace(TINY, moe=None)
     count = 0
     for sizes in ({"data": 2}, {"data": 4}):
-        found = least_sent(dense, layout(**sizes), "grpo", 4, 16, width=4)
+        found = comm_lower_bound(dense, layout(**sizes), "grpo", 4, 16, width=4)
         n = sizes["data"]
         count = count or found / (2 * 1 / 2 * 4)  # of parameters, from the first
         assert found == pytest.approx(2 * (n - 1) / n * count * 4)
@@ -57,4 +57,4 @@ def test_replicas_send_their_gradients_and_nothing_else():
 
 
 def test_one_chip_sends_nothing():
-    assert least_sent(TINY, layout(), "train", 4, 16) == 0
+    assert comm_lower_bound(TINY, layout(), "train", 4, 16) == 0

@@ -22,7 +22,7 @@ def text(step):
     layout = Layout(
         mesh=make_mesh(**sizes),
         workload="train" if training else "serve",
-        stacked=True,
+        scan_layers=True,
         remat="all_but_attention" if training else "nothing",
     )
     task = Task(config=preset("tiny"), layout=layout, step=step, batch=16, context=32)

@@ -9,6 +9,7 @@ from flax import nnx
 
 from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.config import MLAConfig, preset
+from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.generate.engine import Generator
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.transfer import serving_layout
@@ -18,8 +19,7 @@ from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl.rollout import Prompt
 from deepseek_jax.sharding import Layout, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE
-from deepseek_jax.train.grpo import GRPOTrainer, GRPOTraining
+from deepseek_jax.train.grpo import GRPOConfig, GRPOTrainer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -38,7 +38,7 @@ WIDTH = 32
 
 
 def layout() -> Layout:
-    return Layout(mesh=make_mesh(jax.devices()[:1]), stacked=True, remat="all_but_attention")
+    return Layout(mesh=make_mesh(jax.devices()[:1]), scan_layers=True, remat="all_but_attention")
 
 
 def task(step="grpo", **changes) -> Task:
@@ -46,7 +46,7 @@ def task(step="grpo", **changes) -> Task:
     return Task(config=CONFIG, layout=layout(), step=step, batch=8, context=WIDTH, serving=serving, **changes)
 
 
-def trainer(settings: GRPOTraining) -> GRPOTrainer:
+def trainer(settings: GRPOConfig) -> GRPOTrainer:
     """As the experiment makes it: of weights in float32."""
     graphdef, _ = abstract_weights(CONFIG, layout=layout())
     weights = jax.jit(lambda: split(Decoder(CONFIG, rngs=nnx.Rngs(0), layout=layout()))[1])()
@@ -98,7 +98,7 @@ def test_the_sync_that_is_compiled_is_the_one_that_runs(dtype):
 def test_settings_are_a_runs_own():
     """But for the parts of an update and the questions of a rollout, whatever is not asked for is the default."""
     found = task(micro_batches=3, moments="bfloat16").settings
-    wanted = GRPOTraining(prompts_per_step=3, micro_batches=3, dtype="bfloat16", moments="bfloat16")
+    wanted = GRPOConfig(prompts_per_step=3, micro_batches=3, dtype="bfloat16", moments="bfloat16")
     assert found == wanted
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_jax.rewards.extraction import solution_answer
+from deepseek_jax.data.prompts import DataConfig, SourceConfig, open_prompts
 from deepseek_jax.rewards.math import MathGrader
 from deepseek_jax.rewards.pool import PoolConfig
-from deepseek_jax.train.data import DataConfig, SourceConfig, open_prompts
+from deepseek_jax.text.answers import solution_answer
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 pytestmark = [

@@ -92,8 +92,8 @@ def fields(batch):
 
 
 def test_first_fit_by_hand():
-    places = first_fit([3, 5, 2, 5, 4], width=8, per_row=3)
-    assert [(p.row, p.start, p.number) for p in places] == [(0, 5, 1), (0, 0, 0), (1, 5, 1), (1, 0, 0), (2, 0, 0)]
+    slots = first_fit([3, 5, 2, 5, 4], width=8, per_row=3)
+    assert [(p.row, p.start, p.number) for p in slots] == [(0, 5, 1), (0, 0, 0), (1, 5, 1), (1, 0, 0), (2, 0, 0)]
     assert [p.row for p in first_fit([1, 1, 1], width=8, per_row=2)] == [0, 0, 1]
 
 

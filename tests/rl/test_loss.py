@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_jax.ops.metrics import Min, Whole, masked_min, merge, values
+from deepseek_jax.ops.metrics import BatchTotals, Min, masked_min, merge, values
 from deepseek_jax.rl import kl
 from deepseek_jax.rl.advantage import group_advantages
-from deepseek_jax.rl.loss import GRPOConfig, grpo_loss
+from deepseek_jax.rl.loss import GRPOLossConfig, grpo_loss
 from tests.rl import twins
 from tests.rl.twins import Sample
 
@@ -23,28 +23,28 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 V32 = {"kl_estimator": "unbiased", "off_policy_mask_threshold": 0.05}
 GSPO = {"importance_sampling_level": "sequence", "epsilon": 0.05, "epsilon_high": 0.08}
 CONFIGS = {
-    "grpo": GRPOConfig(),
-    "clip_higher": GRPOConfig(epsilon=0.1, epsilon_high=0.28, beta=0.0),
-    "bnpo": GRPOConfig(loss_type="bnpo", beta=0.5, kl_estimator="k2"),
-    "dapo": GRPOConfig(loss_type="dapo", epsilon_high=0.28, entropy_coef=0.3),
-    "dr_grpo": GRPOConfig(loss_type="dr_grpo", max_completion_length=9, epsilon=0.3, epsilon_high=0.05),
-    "cispo": GRPOConfig(loss_type="cispo", epsilon_high=1.2, beta=0.0),
-    "sapo": GRPOConfig(loss_type="sapo", sapo_temperature_neg=1.5),
-    "luspo": GRPOConfig(loss_type="luspo", **GSPO, entropy_coef=0.1),
-    "v32": GRPOConfig(**V32, beta=0.5),
-    "dual_clip": GRPOConfig(loss_type="dapo", delta=1.25, importance_sampling_clip_max=1.1, beta=0.0),
-    "token_mask": GRPOConfig(
+    "grpo": GRPOLossConfig(),
+    "clip_higher": GRPOLossConfig(epsilon=0.1, epsilon_high=0.28, beta=0.0),
+    "bnpo": GRPOLossConfig(loss_type="bnpo", beta=0.5, kl_estimator="k2"),
+    "dapo": GRPOLossConfig(loss_type="dapo", epsilon_high=0.28, entropy_coef=0.3),
+    "dr_grpo": GRPOLossConfig(loss_type="dr_grpo", max_completion_length=9, epsilon=0.3, epsilon_high=0.05),
+    "cispo": GRPOLossConfig(loss_type="cispo", epsilon_high=1.2, beta=0.0),
+    "sapo": GRPOLossConfig(loss_type="sapo", sapo_temperature_neg=1.5),
+    "luspo": GRPOLossConfig(loss_type="luspo", **GSPO, entropy_coef=0.1),
+    "v32": GRPOLossConfig(**V32, beta=0.5),
+    "dual_clip": GRPOLossConfig(loss_type="dapo", delta=1.25, importance_sampling_clip_max=1.1, beta=0.0),
+    "token_mask": GRPOLossConfig(
         loss_type="cispo",
         epsilon_high=5.0,
         importance_sampling_mode="token_mask",
         importance_sampling_clip_max=1.2,
         importance_sampling_clip_min=0.8,
     ),
-    "sequence_truncate": GRPOConfig(
+    "sequence_truncate": GRPOLossConfig(
         **GSPO, importance_sampling_mode="sequence_truncate", importance_sampling_clip_min=0.7, entropy_coef=0.5
     ),
-    "vespo": GRPOConfig(loss_type="vespo", vespo_k_pos=1.5, vespo_lambda_neg=1.0, beta=0.1),
-    "vespo_corrected": GRPOConfig(
+    "vespo": GRPOLossConfig(loss_type="vespo", vespo_k_pos=1.5, vespo_lambda_neg=1.0, beta=0.1),
+    "vespo_corrected": GRPOLossConfig(
         loss_type="vespo",
         beta=0.0,
         importance_sampling_mode="token_mask",
@@ -52,10 +52,10 @@ CONFIGS = {
         importance_sampling_clip_min=0.7,
         entropy_coef=0.2,
     ),
-    "high_entropy": GRPOConfig(loss_type="dapo", top_entropy_quantile=0.5, entropy_coef=0.3, beta=0.5),
-    "high_entropy_of_samples": GRPOConfig(**GSPO, top_entropy_quantile=0.2, importance_sampling_clip_max=1.1),
-    "sequence_kl": GRPOConfig(**GSPO, use_bias_correction_kl=True, beta=0.5),
-    "sequence_mask": GRPOConfig(
+    "high_entropy": GRPOLossConfig(loss_type="dapo", top_entropy_quantile=0.5, entropy_coef=0.3, beta=0.5),
+    "high_entropy_of_samples": GRPOLossConfig(**GSPO, top_entropy_quantile=0.2, importance_sampling_clip_max=1.1),
+    "sequence_kl": GRPOLossConfig(**GSPO, use_bias_correction_kl=True, beta=0.5),
+    "sequence_mask": GRPOLossConfig(
         **V32, delta=1.4, importance_sampling_mode="sequence_mask", importance_sampling_clip_max=1.3, entropy_coef=0.2
     ),
 }
@@ -108,7 +108,7 @@ def packed(rows, width, junk=0.0) -> dict[str, np.ndarray]:
 
 
 @partial(jax.jit, static_argnames=("config", "per_row"))
-def ours(arrays, whole, *, config, per_row):
+def ours(arrays, totals, *, config, per_row):
     def loss(logprobs, entropy):
         return grpo_loss(
             logprobs,
@@ -117,7 +117,7 @@ def ours(arrays, whole, *, config, per_row):
             arrays["advantages"],
             arrays["mask"],
             config,
-            whole=whole,
+            totals=totals,
             segments_BT=arrays.get("segments"),
             per_row=per_row,
             entropy_BT=entropy,
@@ -130,15 +130,15 @@ def ours(arrays, whole, *, config, per_row):
     return value, gradients, metrics
 
 
-def run(arrays, config, *, whole=None, per_row=1):
+def run(arrays, config, *, totals=None, per_row=1):
     """Loss, its gradients in logprobs and entropy, and metrics."""
-    loss, gradients, metrics = ours(arrays, whole, config=config, per_row=per_row)
+    loss, gradients, metrics = ours(arrays, totals, config=config, per_row=per_row)
     return float(loss), np.asarray(gradients[0]), np.asarray(gradients[1]), metrics
 
 
-def whole_of(batch):
+def batch_totals(batch):
     count = lambda of: jnp.float32(sum(of(s) for s in batch))
-    return Whole(count(lambda s: 1), count(lambda s: len(s.old)), count(lambda s: s.high.sum()))
+    return BatchTotals(count(lambda s: 1), count(lambda s: len(s.old)), count(lambda s: s.high.sum()))
 
 
 def by_sample(array, arrays):
@@ -207,7 +207,7 @@ def test_the_twins_gradient_is_that_of_its_value(name):
 @given(seed=seeds)
 def test_the_first_step_of_a_group_has_loss_zero_and_a_gradient(loss_type, seed):
     """Ratio 1, KL 0, advantages that sum to 0; where tokens are averaged, samples must be of one length for it."""
-    config = GRPOConfig(loss_type=loss_type)
+    config = GRPOLossConfig(loss_type=loss_type)
     rewards = np.random.default_rng(seed).normal(size=(2, B // 2)).astype(np.float32)
     A = np.asarray(group_advantages(jnp.asarray(rewards))).reshape(-1)
     batch = samples(seed)
@@ -303,7 +303,7 @@ def test_parts_of_a_batch_sum_to_the_whole(name):
         arrays = padded(batch, seed)
         loss, gradient, of_entropy, metrics = run(arrays, CONFIGS[name])
         cut = [{key: array[i : i + 2] for key, array in arrays.items()} for i in (0, 2, 4)]
-        parts = [run(part, CONFIGS[name], whole=whole_of(batch)) for part in cut]
+        parts = [run(part, CONFIGS[name], totals=batch_totals(batch)) for part in cut]
         np.testing.assert_allclose(sum(p[0] for p in parts), loss, **CLOSE)
         np.testing.assert_allclose(np.concatenate([p[1] for p in parts]), gradient, **CLOSE)
         np.testing.assert_allclose(np.concatenate([p[2] for p in parts]), of_entropy, **CLOSE)
@@ -342,7 +342,7 @@ def test_rows_of_a_packed_batch_may_be_cut_apart():
     config, batch = CONFIGS["sequence_mask"], samples(8)
     arrays = packed([batch[:1], batch[1:4], batch[4:]], 3 * (T + 2))
     cut = [{key: array[i : i + 1] for key, array in arrays.items()} for i in range(3)]
-    parts = [run(part, config, whole=whole_of(batch), per_row=3) for part in cut]
+    parts = [run(part, config, totals=batch_totals(batch), per_row=3) for part in cut]
     np.testing.assert_allclose(sum(p[0] for p in parts), twins.loss(batch, config), **CLOSE)
     gradient = np.concatenate([p[1] for p in parts])
     np.testing.assert_allclose(gradient[arrays["mask"]], np.concatenate(twins.gradient(batch, config)), **CLOSE)
@@ -398,10 +398,10 @@ def test_an_advantage_a_sample_is_one_at_each_of_its_tokens():
     of_samples = jnp.asarray(rng.normal(size=B), jnp.float32)
     mask = jnp.asarray(np.arange(T) < rng.integers(1, T + 1, B)[:, None])
     of_tokens = jnp.broadcast_to(of_samples[:, None], (B, T))
-    losses = [grpo_loss(new, old, ref, a, mask, GRPOConfig())[0] for a in (of_samples, of_tokens)]
+    losses = [grpo_loss(new, old, ref, a, mask, GRPOLossConfig())[0] for a in (of_samples, of_tokens)]
     assert losses[0] == losses[1] != 0
     with pytest.raises(ValueError, match=r"advantages: got shape \[6\]"):  # of packed rows it would be no one's
-        grpo_loss(new, old, ref, of_samples, mask, GRPOConfig(), segments_BT=mask.astype(jnp.int32), per_row=1)
+        grpo_loss(new, old, ref, of_samples, mask, GRPOLossConfig(), segments_BT=mask.astype(jnp.int32), per_row=1)
 
 
 def test_known_values():
@@ -412,7 +412,7 @@ def test_known_values():
         arrays = [jnp.full((1, 1), x, jnp.float32) for x in (np.log(0.5), np.log(0.1), np.log(0.5))]
         return grpo_loss(*arrays, A.reshape(1, 1), jnp.ones((1, 1), bool), config)[0]
 
-    one = lambda A, **settings: float(loss(jnp.float32(A), GRPOConfig(beta=0.0, **settings)))
+    one = lambda A, **settings: float(loss(jnp.float32(A), GRPOLossConfig(beta=0.0, **settings)))
     assert one(1) == pytest.approx(-1.2, rel=1e-6) and one(-1) == pytest.approx(5, rel=1e-6)
     dual = {"delta": 3.0, "epsilon_high": 0.28}
     assert one(1, **dual) == pytest.approx(-1.28, rel=1e-6) and one(-1, **dual) == pytest.approx(3, rel=1e-6)
@@ -492,7 +492,7 @@ NOT_NUMBERS = [-0.1, float("nan"), float("inf")]
 def test_bad_settings_are_refused_by_name(bad):
     """The first of the settings is the one to be named."""
     with pytest.raises(ValueError, match=f"^{next(iter(bad))}: got [^\n]+, wanted [^\n]+$"):
-        GRPOConfig(**bad)
+        GRPOLossConfig(**bad)
 
 
 @pytest.mark.parametrize(
@@ -503,12 +503,12 @@ def test_bad_settings_are_refused_by_name(bad):
         ({"mask_BT": (B, T + 1)}, r"mask: got shape \[6, 8\], wanted \[6, 7\]"),
         ({"per_row": 2}, "per_row: got 2, wanted 1"),
         ({"per_row": 0}, "per_row: got 0, wanted 1"),
-        ({"config": GRPOConfig(entropy_coef=0.1)}, r"entropy: got None, wanted entropies \[B, T\]"),
+        ({"config": GRPOLossConfig(entropy_coef=0.1)}, r"entropy: got None, wanted entropies \[B, T\]"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(change, message):
     names = ("logprobs_BT", "old_logprobs_BT", "ref_logprobs_BT", "advantages_BT", "mask_BT")
-    arguments = {name: jnp.zeros((B, T)) for name in names} | {"config": GRPOConfig()}
+    arguments = {name: jnp.zeros((B, T)) for name in names} | {"config": GRPOLossConfig()}
     made = {k: jnp.zeros(v) if isinstance(v, tuple) else v for k, v in change.items()}
     with pytest.raises(ValueError, match=f"^{message}"):
         grpo_loss(**arguments | made)
@@ -532,4 +532,4 @@ def test_arrays_that_do_not_fit_are_refused(change, message):
 )
 def test_new_settings_that_contradict_others_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        GRPOConfig(**changes)
+        GRPOLossConfig(**changes)

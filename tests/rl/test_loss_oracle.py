@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_jax.generate.text import TextCompletion
-from deepseek_jax.ops.metrics import Whole, values
+from deepseek_jax.ops.metrics import BatchTotals, values
 from deepseek_jax.rl.advantage import group_advantages, normalized_sum_advantages, rloo_advantages
 from deepseek_jax.rl.entropy import first_control, high_entropy, next_control, weight_now
-from deepseek_jax.rl.loss import GRPOConfig, grpo_loss
+from deepseek_jax.rl.loss import GRPOLossConfig, grpo_loss
 from deepseek_jax.rl.rollout import Prompt, Rollout, rollout_metrics
 
 pytestmark = pytest.mark.oracle
@@ -61,7 +61,7 @@ def numbers(seed: int, spread: float = 0.4, *, truncated: bool = False) -> dict[
     return {name: a.astype(np.float32) for name, a in found.items()} | {"mask": mask, "lengths": lengths}
 
 
-def stand_in(config: GRPOConfig, scale: str = "group") -> SimpleNamespace:
+def stand_in(config: GRPOLossConfig, scale: str = "group") -> SimpleNamespace:
     """What the methods of TRL's trainer read, for one process and one micro-batch a step."""
     metrics = {"train": defaultdict(list)}
     accelerator = SimpleNamespace(
@@ -179,7 +179,11 @@ def trl_loss(of_trainer: Any, self: SimpleNamespace, inputs: dict[str, Any], arr
 
 
 def our_loss(
-    arrays: dict[str, np.ndarray], advantages: np.ndarray, config: GRPOConfig, whole: Whole | None = None, coef=None
+    arrays: dict[str, np.ndarray],
+    advantages: np.ndarray,
+    config: GRPOLossConfig,
+    totals: BatchTotals | None = None,
+    coef=None,
 ):
     def loss(logprobs, entropy):
         given = (*(jnp.asarray(arrays[k]) for k in ("old", "ref")), advantages, jnp.asarray(arrays["mask"]))
@@ -188,7 +192,7 @@ def our_loss(
         if config.top_entropy_quantile < 1:
             high = high_entropy(jnp.asarray(arrays["entropy"]), given[3], config.top_entropy_quantile)
         options = {"sampler_logprobs_BT": sampler, "high_entropy_BT": high, "entropy_coef": coef}
-        return grpo_loss(logprobs, *given, config, entropy_BT=entropy, whole=whole, **options)
+        return grpo_loss(logprobs, *given, config, entropy_BT=entropy, totals=totals, **options)
 
     inputs = jnp.asarray(arrays["logprobs"]), jnp.asarray(arrays["entropy"])
     (value, metrics), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(*inputs)
@@ -196,7 +200,7 @@ def our_loss(
 
 
 @st.composite
-def configs(draw) -> GRPOConfig:
+def configs(draw) -> GRPOLossConfig:
     """Any combination of settings that both know."""
     kind = draw(st.sampled_from(["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]))
     levels = {"luspo": ["sequence"], "grpo": ["token", "sequence"], "sapo": ["token", "sequence"]}
@@ -207,7 +211,7 @@ def configs(draw) -> GRPOConfig:
     estimator = draw(st.sampled_from(["k3", "unbiased"] if level == "token" else ["k3"]))
     bounds = draw(st.sampled_from([(None, None), (1.1, None), (1.3, 0.8), (None, 0.9)]))
     modes = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"][: 2 if kind == "vespo" else 4]
-    return GRPOConfig(
+    return GRPOLossConfig(
         loss_type=kind,
         importance_sampling_level=level,
         max_completion_length=9,
@@ -270,14 +274,14 @@ def test_accumulation_equals_trls(loss_type):
     """Two micro-batches of a step, summed; all but bnpo, whose loss in TRL depends on the cut."""
     of_trainer = trl_trainer("GRPOTrainer")
     level = "sequence" if loss_type == "luspo" else "token"
-    config = GRPOConfig(
+    config = GRPOLossConfig(
         loss_type=loss_type, max_completion_length=9, epsilon_high=0.3, importance_sampling_level=level, beta=0.2
     )
     for seed in range(5):
         arrays, self = numbers(seed), stand_in(config)
         self.current_gradient_accumulation_steps = self.args.steps_per_generation = 2
         inputs = trl_rollout(of_trainer, self, arrays)
-        whole = Whole(jnp.float32(B), jnp.float32(arrays["mask"].sum()))
+        totals = BatchTotals(jnp.float32(B), jnp.float32(arrays["mask"].sum()))
         wanted, gradient, found, ours = 0.0, [], 0.0, []
         for part in (slice(0, 3), slice(3, 6)):
             cut = {k: v[part] if k != "num_items_in_batch" else v for k, v in inputs.items()}
@@ -285,7 +289,7 @@ def test_accumulation_equals_trls(loss_type):
             loss, of_logprobs, _ = trl_loss(of_trainer, self, cut, cut_arrays)
             wanted, gradient = wanted + loss, [*gradient, of_logprobs]
             advantages = jnp.asarray(cut["advantages"].numpy(), jnp.float32)[:, None]
-            loss, of_logprobs, *_ = our_loss(cut_arrays, jnp.broadcast_to(advantages, (3, T)), config, whole)
+            loss, of_logprobs, *_ = our_loss(cut_arrays, jnp.broadcast_to(advantages, (3, T)), config, totals)
             found, ours = found + loss, [*ours, of_logprobs]
         np.testing.assert_allclose(found, wanted, **CLOSE)
         np.testing.assert_allclose(np.concatenate(ours), np.concatenate(gradient), **CLOSE)
@@ -298,7 +302,7 @@ def test_group_advantages_equal_trls(scale):
         arrays = numbers(seed)
         if seed == 0:
             arrays["rewards"][1] = 0.25  # a group that teaches nothing
-        inputs = trl_rollout(of_trainer, stand_in(GRPOConfig(), scale), arrays)
+        inputs = trl_rollout(of_trainer, stand_in(GRPOLossConfig(), scale), arrays)
         found = group_advantages(jnp.asarray(arrays["rewards"]), scale=scale)
         np.testing.assert_allclose(np.ravel(found), inputs["advantages"].numpy(), **CLOSE)
 
@@ -310,7 +314,7 @@ def test_advantages_and_metrics_with_unknown_rewards_equal_trls():
         arrays, rng = numbers(seed), np.random.default_rng(seed)
         arrays["rewards"].reshape(-1)[rng.permutation(B)[: rng.integers(1, 5)]] = np.nan
         for scale in ("group", "batch", "none"):
-            self = stand_in(GRPOConfig(), scale)
+            self = stand_in(GRPOLossConfig(), scale)
             inputs = trl_rollout(of_trainer, self, arrays)
             found = group_advantages(jnp.asarray(arrays["rewards"]), scale=scale)
             np.testing.assert_allclose(np.ravel(found), inputs["advantages"].numpy(), **CLOSE)
@@ -340,7 +344,7 @@ def test_normalize_then_sum_equals_trls():
         if seed % 2:
             scores[rng.integers(B)] = np.nan
             scores[:G, 0] = 0.5
-        arrays["scores"], self = scores, stand_in(GRPOConfig())
+        arrays["scores"], self = scores, stand_in(GRPOLossConfig())
         names = ["a", "b", "c"]
         self.multi_objective_aggregation = "normalize_then_sum"
         self.reward_func_names = self.reward_funcs = names
@@ -352,7 +356,7 @@ def test_normalize_then_sum_equals_trls():
 def test_the_adaptive_entropy_bonus_equals_trls():
     """Update after update, some below the target and some above, up to both bounds."""
     of_trainer = trl_trainer("GRPOTrainer")
-    config = GRPOConfig(
+    config = GRPOLossConfig(
         loss_type="dapo",
         use_adaptive_entropy=True,
         entropy_coef=0.01,
@@ -381,7 +385,7 @@ def test_the_adaptive_entropy_bonus_equals_trls():
 def test_rloo_advantages_equal_trls():
     of_trainer = trl_trainer("RLOOTrainer")
     for seed in range(10):
-        arrays, self = numbers(seed), stand_in(GRPOConfig(beta=0.0))
+        arrays, self = numbers(seed), stand_in(GRPOLossConfig(beta=0.0))
         self.normalize_advantages, self.reward_clip_range = False, None
         inputs = trl_rollout(of_trainer, self, arrays)
         found = rloo_advantages(jnp.asarray(arrays["rewards"]))

@@ -18,9 +18,9 @@ from deepseek_jax.config import MLAConfig, preset
 from deepseek_jax.model.critic import critic_from
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.layers import RouterBias
-from deepseek_jax.ops.metrics import Mean, Whole, values
+from deepseek_jax.ops.metrics import BatchTotals, Mean, values
 from deepseek_jax.rl.batch import Batch
-from deepseek_jax.rl.loss import GRPOConfig
+from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.rl.objective import frozen_scores, grpo_objective
 from deepseek_jax.rl.ppo import (
     CriticBatch,
@@ -64,8 +64,8 @@ def draw(seed, width=T):
     return *arrays, mask
 
 
-def whole(mask):
-    return Whole(jnp.float32(len(mask)), jnp.float32(mask.sum()))
+def totals(mask):
+    return BatchTotals(jnp.float32(len(mask)), jnp.float32(mask.sum()))
 
 
 def value_twin(new, old, returns, mask, clip):
@@ -82,15 +82,15 @@ def value_twin(new, old, returns, mask, clip):
 
 
 @partial(jax.jit, static_argnames="clip")
-def losses(new, old, returns, mask, whole, *, clip):
-    loss = lambda new: value_loss(new, old, returns, mask, clip=clip, whole=whole)
+def losses(new, old, returns, mask, totals, *, clip):
+    loss = lambda new: value_loss(new, old, returns, mask, clip=clip, totals=totals)
     return jax.value_and_grad(loss, has_aux=True)(new)
 
 
 @given(seed=st.integers(0, 2**31), clip=CLIPS)
 def test_value_loss_and_gradient_equal_the_twin(seed, clip):
     arrays = draw(seed)
-    (loss, metrics), gradient = losses(*arrays, whole(arrays[-1]), clip=clip)
+    (loss, metrics), gradient = losses(*arrays, totals(arrays[-1]), clip=clip)
     wanted, wanted_gradient, wanted_clipped = value_twin(*arrays, clip)
     assert float(loss) == pytest.approx(wanted, rel=1e-5)
     np.testing.assert_allclose(gradient, wanted_gradient, rtol=1e-4, atol=1e-7)
@@ -103,7 +103,7 @@ def test_value_loss_and_gradient_equal_the_twin(seed, clip):
 def test_known_value_losses():
     """At the old value 0 and the return 1 a value of 0.5 may count as 0.2 only: half of .64, not of .25."""
     one = lambda x: jnp.full((1, 1), x, jnp.float32)
-    of = lambda value, clip: losses(one(value), one(0), one(1), one(1) > 0, Whole(1.0, 1.0), clip=clip)
+    of = lambda value, clip: losses(one(value), one(0), one(1), one(1) > 0, BatchTotals(1.0, 1.0), clip=clip)
     (loss, _), gradient = of(0.5, 0.2)
     assert float(loss) == pytest.approx(0.32) and float(gradient[0, 0]) == 0.0
     (loss, _), gradient = of(0.5, None)
@@ -116,7 +116,7 @@ def test_known_value_losses():
 def test_value_losses_of_parts_add_up(seed, cut):
     *arrays, mask = draw(seed)
     first = np.arange(B)[:, None] < cut
-    loss = lambda of: float(losses(*arrays, mask & of, whole(mask), clip=0.2)[0][0])
+    loss = lambda of: float(losses(*arrays, mask & of, totals(mask), clip=0.2)[0][0])
     assert loss(first) + loss(~first) == pytest.approx(loss(True), rel=1e-5)
 
 
@@ -126,8 +126,8 @@ def test_padding_never_changes_the_value_loss(junk, clip):
     *arrays, mask = draw(5)
     assert not mask.all()
     spoilt = [np.where(mask, a, np.float32(junk)) for a in arrays]
-    clean = losses(*arrays, mask, whole(mask), clip=clip)
-    jax.tree.map(np.testing.assert_array_equal, losses(*spoilt, mask, whole(mask), clip=clip), clean)
+    clean = losses(*arrays, mask, totals(mask), clip=clip)
+    jax.tree.map(np.testing.assert_array_equal, losses(*spoilt, mask, totals(mask), clip=clip), clean)
 
 
 @given(seed=st.integers(0, 2**31))
@@ -336,7 +336,7 @@ def sampled(graphdef, weights, key):
 def steps():
     """Of policy and critic, compiled once for all runs."""
     (graphdef, _), (critic_graphdef, _) = models()
-    objective = partial(grpo_objective, config=GRPOConfig(loss_type="dapo", beta=0.0), temperature=1.0)
+    objective = partial(grpo_objective, config=GRPOLossConfig(loss_type="dapo", beta=0.0), temperature=1.0)
     return {
         "policy_step": make_train_step(graphdef, objective, ADAM, StepConfig()),
         "critic_step": make_train_step(critic_graphdef, partial(critic_objective, config=PPO), ADAM, StepConfig()),

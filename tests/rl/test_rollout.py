@@ -8,17 +8,17 @@ import pytest
 from flax import nnx
 
 from deepseek_jax.config import MLAConfig, preset
+from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.generate.engine import Generator, Record, SamplingConfig
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
-from deepseek_jax.ops.metrics import Whole
+from deepseek_jax.ops.metrics import BatchTotals
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl.advantage import group_advantages
 from deepseek_jax.rl.batch import make_batch, pack
-from deepseek_jax.rl.loss import GRPOConfig
+from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.rl.objective import frozen_scores, grpo_objective
-from deepseek_jax.rl.rollout import Prompt, Roller, joined, roll_informative, rollout_metrics
+from deepseek_jax.rl.rollout import Prompt, RolloutWorker, dynamic_sampling, joined, rollout_metrics
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -59,7 +59,7 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def roll(model):
-    return Roller(
+    return RolloutWorker(
         generator=Generator(CONFIG, model[0]),
         tokenizer=TOKENIZER,
         sampling=SamplingConfig(max_new_tokens=9, temperature=0.7, stop_ids=TOKENIZER.eos_ids),
@@ -120,14 +120,14 @@ def test_on_policy_the_loss_is_zero_and_its_gradient_is_not(model, rollout):
     graphdef, weights = model
     batch = batch_of(rollout)
     batch = batch._replace(ref_logprobs_BT=batch.old_logprobs_BT)
-    whole = Whole(np.float32(2 * G), np.float32(batch.mask_BT.sum()))
+    whole = BatchTotals(np.float32(2 * G), np.float32(batch.mask_BT.sum()))
     params, rest = nnx.split_state(weights, nnx.Param, ...)
 
     @jax.jit
     def gradient(params, batch):
         def loss(params):
             found = grpo_objective(
-                nnx.merge(graphdef, params, rest), batch, whole, config=GRPOConfig(beta=0.04), temperature=0.7
+                nnx.merge(graphdef, params, rest), batch, whole, config=GRPOLossConfig(beta=0.04), temperature=0.7
             )
             return found[0], found[1]
 
@@ -212,7 +212,7 @@ SAME, DIFFER = [1, 1, 1, 1], [0, 1, 0, 0]
 def test_groups_of_equal_rewards_are_sampled_again(rollout, rewards, rounds, drawn, used):
     roll, numbers = Rewarding(rollout, rewards), iter(range(100))
     draw = lambda: [Prompt(str(next(numbers)), [1], {}) for _ in range(2)]
-    everything, chosen = roll_informative(roll, None, draw, seed=0, step=0, rounds=rounds)
+    everything, chosen = dynamic_sampling(roll, None, draw, seed=0, step=0, rounds=rounds)
     assert roll.places == [2 * number for number in range(drawn)]  # so that no noise is used twice
     assert [p.text for p in everything.prompts] == [str(n) for n in range(2 * drawn)]
     assert [p.text for p in chosen.prompts] == [str(n) for n in used]
@@ -248,7 +248,7 @@ def test_a_group_whose_known_rewards_are_alike_is_not_informative(rollout):
     nan = np.nan
     roll = Rewarding(rollout, [[[1, 1, nan, nan], [nan] * 4], [[nan, nan, nan, 1], [1, 0, nan, nan]]])
     draw = lambda: [Prompt("?", [1], {}) for _ in range(2)]
-    _, chosen = roll_informative(roll, None, draw, seed=0, step=0, rounds=2)
+    _, chosen = dynamic_sampling(roll, None, draw, seed=0, step=0, rounds=2)
     np.testing.assert_array_equal(chosen.rewards, np.float32([[1, 1, nan, nan], [1, 0, nan, nan]]))
 
 

@@ -103,7 +103,7 @@ def test_smaller_models_on_one_to_eight(preset, topology, step):
 def test_a_scan_copies_the_slices_that_it_multiplies():
     """What unrolled layers read once, a scan of them reads, writes and reads again."""
     one = dict(preset="distill-qwen-7b", topology="h100:1", step="decode", batch=64)
-    scanned, unrolled = figures(**one), figures("--no-stacked", **one)
+    scanned, unrolled = figures(**one), figures("--no-scan-layers", **one)
     assert unrolled["bytes_accessed"] <= 1.3 * unrolled["analytic_bytes"]
     assert scanned["bytes_accessed"] >= 2 * unrolled["bytes_accessed"]
     assert scanned["flops"] == pytest.approx(unrolled["flops"], rel=0.02)

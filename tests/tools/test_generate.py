@@ -18,10 +18,10 @@ from deepseek_jax.checkpoint.convert import convert_hf
 from deepseek_jax.checkpoint.folder import Model, save_hf
 from deepseek_jax.checkpoint.opened import open_folder
 from deepseek_jax.config import preset
+from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.generate.text import TextCompletion
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE
 from tools.generate import main
 
 ROOT = Path(__file__).resolve().parents[2]

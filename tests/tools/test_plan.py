@@ -138,7 +138,7 @@ def test_a_plan_says_which_command_runs_it(call):
     assert run.startswith("python experiments/r1_zero.py --model FOLDER --data FILE --mesh-")
     assert all(f" --mesh-{axis} {size} " in run for axis, size in mesh.items())
     sampling = found["rollout_mesh"]
-    assert f" --serve-expert {sampling['expert']} --serve-tensor {sampling['tensor']} --stacked " in run
+    assert f" --serve-expert {sampling['expert']} --serve-tensor {sampling['tensor']} --scan-layers " in run
     assert f" --dtype bfloat16 --moments float32 --prompts-per-step {found['batch'] // 16} --group-size 16 " in run
     assert found["phases"].keys() == {"transfer", "rollout", "scoring", "update"}
     assert max(each["total"] for each in found["phases"].values()) == found["memory"]["total"]

@@ -13,19 +13,19 @@ from flax import nnx
 
 from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.config import MLAConfig, preset
+from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
+from deepseek_jax.data.prompts import batches
 from deepseek_jax.generate.engine import Generator
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
+from deepseek_jax.report.metrics import MetricLog, read_metrics
+from deepseek_jax.report.samples import read_samples
 from deepseek_jax.rewards.combine import combine
-from deepseek_jax.rl.loss import GRPOConfig
+from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.rl.rollout import Prompt
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train import grpo
-from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE
-from deepseek_jax.train.data import batches
-from deepseek_jax.train.grpo import GRPOTrainer, GRPOTraining, _counted, followed, run_grpo, total_tokens
+from deepseek_jax.train.grpo import GRPOConfig, GRPOTrainer, _counted, followed, run_grpo, total_tokens
 from deepseek_jax.train.loop import NonFiniteError, ended_nonfinite
-from deepseek_jax.train.metrics import MetricLog, read_metrics
-from deepseek_jax.train.samples import read_samples
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -67,7 +67,7 @@ def prompts(count=6):
 
 def trainer(reward=digits, **changes):
     return GRPOTrainer(
-        GRPOTraining(**SMALL | changes),
+        GRPOConfig(**SMALL | changes),
         model(),
         TOKENIZER,
         generator(),
@@ -104,7 +104,7 @@ def gradients(of: GRPOTrainer):
 
 @cache
 def plain_gradients(loss_type="grpo"):
-    return gradients(trainer(loss=GRPOConfig(loss_type=loss_type, beta=0.1)))
+    return gradients(trainer(loss=GRPOLossConfig(loss_type=loss_type, beta=0.1)))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def plain_gradients(loss_type="grpo"):
 )
 def test_packing_and_micro_batches_change_no_gradient(loss_type, changes):
     wanted, metrics = plain_gradients(loss_type)
-    found, others = gradients(trainer(loss=GRPOConfig(loss_type=loss_type, beta=0.1), **changes))
+    found, others = gradients(trainer(loss=GRPOLossConfig(loss_type=loss_type, beta=0.1), **changes))
     assert any(np.abs(g).max() > 1e-4 for g in wanted.values())
     for name, leaf in wanted.items():
         np.testing.assert_allclose(found[name], leaf, rtol=0, atol=SGD_LIKE, err_msg=name)
@@ -159,11 +159,11 @@ def test_a_kept_sampling_mask_makes_a_truncated_sampler_on_policy():
     assert metrics["sampling/sampling_logp_difference/max"] < 1e-5
     assert metrics["entropy"] < one_step(trainer()).metrics["entropy"] - 0.1  # of fewer tokens
     with pytest.raises(ValueError, match="keep_sampling_mask: got False with top_p 0.8"):
-        GRPOTraining(top_p=0.8)
+        GRPOConfig(top_p=0.8)
 
 
 def test_the_correction_for_the_sampler_is_one_where_sampler_and_trainer_are_the_same():
-    loss = GRPOConfig(beta=0.0, importance_sampling_clip_max=2.0)
+    loss = GRPOLossConfig(beta=0.0, importance_sampling_clip_max=2.0)
     of = trainer(loss=loss)
     learned = one_step(of)
     for name in ("min", "mean", "max"):
@@ -228,14 +228,14 @@ def test_more_tokens_than_an_int32_holds():
         ({"advantage": "rloo", "scale_rewards": "none"}, "scale_rewards: got 'none' with advantage 'rloo'"),
         ({"advantage": "reinforce", "sampling_rounds": 2}, "sampling_rounds: got 2 with advantage 'reinforce'"),
         (
-            {"loss": GRPOConfig(loss_type="dr_grpo", max_completion_length=4096)},
+            {"loss": GRPOLossConfig(loss_type="dr_grpo", max_completion_length=4096)},
             "max_completion_length: got 4096, wanted max_new_tokens, 9",
         ),
     ],
 )
 def test_settings_that_cannot_work_are_refused_at_once(changes, message):
     with pytest.raises(ValueError, match=message):
-        GRPOTraining(**SMALL | changes)
+        GRPOConfig(**SMALL | changes)
 
 
 def test_the_reference_follows_every_so_many_steps_and_as_far_as_told():
@@ -255,7 +255,7 @@ def test_the_reference_follows_every_so_many_steps_and_as_far_as_told():
 def test_an_adapter_learns_beside_weights_that_stay():
     """And the sampler is the trainer with it, too."""
     before = flat(start_tree())
-    of = trainer(lora_rank=2, lora_targets=("q_a_proj", "o_proj"), lr=1e-2, warmup=0, loss=GRPOConfig(beta=0.1))
+    of = trainer(lora_rank=2, lora_targets=("q_a_proj", "o_proj"), lr=1e-2, warmup=0, loss=GRPOLossConfig(beta=0.1))
     first = one_step(of)
     second = of.step(first.state, lambda: prompts(2), 1)
     assert second.metrics["sampling/sampling_logp_difference/max"] < 1e-5
@@ -316,7 +316,7 @@ def sometimes(prompts, completions, completion_ids, **columns):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"sampling_rounds": 3, "reference_every": 2, "reference_mixup": 0.5, "loss": GRPOConfig(beta=0.1)},
+        {"sampling_rounds": 3, "reference_every": 2, "reference_mixup": 0.5, "loss": GRPOLossConfig(beta=0.1)},
         {"pack": True, "keep_routing": True, "updates_per_rollout": 2, "num_iterations": 2},
     ],
 )
@@ -407,14 +407,14 @@ def test_all_that_is_scored_is_computed_in_what_samples(changes, monkeypatch):
         return real(graphdef, weights, *args, **options)
 
     monkeypatch.setattr(grpo, "frozen_scores", spy)
-    loss = GRPOConfig(loss_type="dapo", beta=0.1, top_entropy_quantile=0.5)
+    loss = GRPOLossConfig(loss_type="dapo", beta=0.1, top_entropy_quantile=0.5)
     one_step(trainer(loss=loss, dtype="bfloat16", **changes))
     assert seen == {"logprobs_BT": {"bfloat16"}, "entropy_BT": {"bfloat16"}}
 
 
 @pytest.mark.parametrize("changes", [{"micro_batches": 4}, {"pack": True}], ids=str)
 def test_high_entropy_tokens_are_those_of_the_whole_batch(changes):
-    loss = GRPOConfig(loss_type="dapo", beta=0.1, top_entropy_quantile=0.3, entropy_coef=0.1)
+    loss = GRPOLossConfig(loss_type="dapo", beta=0.1, top_entropy_quantile=0.3, entropy_coef=0.1)
     (wanted, metrics), (found, others) = gradients(trainer(loss=loss)), gradients(trainer(loss=loss, **changes))
     for name, leaf in wanted.items():
         np.testing.assert_allclose(found[name], leaf, rtol=0, atol=SGD_LIKE, err_msg=name)
@@ -423,7 +423,7 @@ def test_high_entropy_tokens_are_those_of_the_whole_batch(changes):
 
 
 def test_the_adaptive_weight_goes_through_a_resume(tmp_path):
-    loss = GRPOConfig(use_adaptive_entropy=True, entropy_coef=0.01, entropy_target=10.0, beta=0.0)
+    loss = GRPOLossConfig(use_adaptive_entropy=True, entropy_coef=0.01, entropy_target=10.0, beta=0.0)
     of = lambda steps: trainer(loss=loss, steps=steps, save_every=2)
     data = lambda: batches(prompts(), size=2, seed=0)
     run_grpo(of(2), data(), folder=tmp_path, log=MetricLog(tmp_path))
@@ -454,7 +454,7 @@ def test_each_reward_by_itself_then_summed():
 )
 def test_new_options_that_contradict_others_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        GRPOTraining(**changes)
+        GRPOConfig(**changes)
 
 
 @pytest.mark.slow

@@ -17,10 +17,10 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from deepseek_jax.checkpoint.state import RunCheckpoints
-from deepseek_jax.processes import PREEMPTED, preemption
-from deepseek_jax.train.data import batches
+from deepseek_jax.data.prompts import batches
+from deepseek_jax.distributed import PREEMPTED, preemption
+from deepseek_jax.report.metrics import MetricLog, read_metrics
 from deepseek_jax.train.loop import Stage, profiled_steps, run_stage
-from deepseek_jax.train.metrics import MetricLog, read_metrics
 
 STEPS, SAVE_EVERY = 9, 3
 ROWS = [float(i) for i in range(10)]  # 2.5 batches an epoch

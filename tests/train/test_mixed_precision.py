@@ -11,13 +11,13 @@ import pytest
 from flax import nnx
 
 from deepseek_jax.config import GQAConfig, MLAConfig, preset
+from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE, draw_chains, trace
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.layers import RouterBias
-from deepseek_jax.model.precision import cast, computed, dtype_of
-from deepseek_jax.model.stacks import stacked, unstacked
+from deepseek_jax.model.precision import computed, convert_dtype, dtype_of
+from deepseek_jax.model.scan_layers import stack_layers, unstack_layers
 from deepseek_jax.sharding import LOCAL, Layout
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE, draw_chains, trace
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.sft import SFTBatch, sft_batch, sft_objective
 from deepseek_jax.train.step import StepConfig, TrainState, init_state, make_train_step
@@ -105,7 +105,7 @@ def test_every_master_moves_at_rl_rates(kind, moments):
 
 
 def test_weights_kept_in_bfloat16_hardly_would():
-    assert moved("grouped", cast(first_weights("grouped"), jnp.bfloat16), HALF) < 0.05
+    assert moved("grouped", convert_dtype(first_weights("grouped"), jnp.bfloat16), HALF) < 0.05
 
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
@@ -131,15 +131,15 @@ def test_micro_batches_add_up_to_the_batch():
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_stack_trains_as_its_layers_do(kind, dtype):
     """With weight decay, which must not reach a stack's scales and biases [L, D]."""
-    layout, step = Layout(stacked=True), StepConfig(bias_gamma=1e-3, dtype=dtype)
+    layout, step = Layout(scan_layers=True), StepConfig(bias_gamma=1e-3, dtype=dtype)
     decay = {"weight_decay": 0.1, "learning_rate": 1e-3}
     apart, losses = trained(kind, 25, step, **decay)
-    weights = stacked(first_weights(kind), CONFIGS[kind], layout)
+    weights = stack_layers(first_weights(kind), CONFIGS[kind], layout)
     joined, of_stack = trained(kind, 25, step, weights=weights, layout=layout, **decay)
     bound = 1e-6 if dtype == "float32" else 5e-3  # below float32 a scan rounds otherwise
     np.testing.assert_allclose(of_stack, losses, rtol=0, atol=bound * max(1, losses.max()))
     if dtype == "float32":
-        found = params(unstacked(joined.weights, CONFIGS[kind], LOCAL))
+        found = params(unstack_layers(joined.weights, CONFIGS[kind], LOCAL))
         for name, leaf in params(apart.weights).items():
             np.testing.assert_allclose(found[name], leaf, atol=2e-5, err_msg=name)
 

@@ -12,12 +12,12 @@ from flax import nnx
 
 from deepseek_jax.config import MLAConfig, preset
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
-from deepseek_jax.ops.metrics import Whole, values
+from deepseek_jax.ops.metrics import BatchTotals, values
 from deepseek_jax.train.sft import make_sft_objective, sft_batch, sft_mtp_objective, sft_objective
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-THREE = Whole(jnp.float32(3), jnp.float32(7))
+THREE = BatchTotals(jnp.float32(3), jnp.float32(7))
 EXAMPLES = [([3, 4], [5, 6, 2]), ([7], [2]), ([8, 9, 3], [4, 2])]
 CONFIG = dataclasses.replace(
     preset("tiny"),
@@ -101,7 +101,7 @@ def with_gradient(loss):
 
 
 SAMPLES = 4.0  # of a batch of which EXAMPLES are a part
-WHOLE = Whole(jnp.float32(SAMPLES), jnp.float32(7))
+WHOLE = BatchTotals(jnp.float32(SAMPLES), jnp.float32(7))
 
 
 @cache

@@ -16,7 +16,7 @@ from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.model.scoring import score
 from deepseek_jax.ops.metrics import values
 from deepseek_jax.rl.batch import Batch
-from deepseek_jax.rl.loss import GRPOConfig
+from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.rl.objective import grpo_objective
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from deepseek_jax.train.sft import SFTBatch, make_sft_objective, sft_objective
@@ -38,7 +38,7 @@ CONFIG = dataclasses.replace(
     moe=dataclasses.replace(preset("tiny").moe, moe_intermediate_size=8, first_k_dense_replace=0),
 )
 TWO_LAYERS = dataclasses.replace(CONFIG, num_hidden_layers=2)
-GRPO = partial(grpo_objective, config=GRPOConfig(beta=0.1), temperature=0.8)
+GRPO = partial(grpo_objective, config=GRPOLossConfig(beta=0.1), temperature=0.8)
 OBJECTIVES = {"grpo": GRPO, "sft": sft_objective, "mtp": make_sft_objective(mtp_weight=0.3)}
 WITH_MTP = dataclasses.replace(CONFIG, num_nextn_predict_layers=1)
 
@@ -203,7 +203,7 @@ def test_models_without_a_router_bias_train_with_gamma_all_the_same(method):
 @cache
 def adamw_update():
     """One update without KL, weight decay and bias rule, for two tests."""
-    objective = partial(grpo_objective, config=GRPOConfig(beta=0.0), temperature=0.8)
+    objective = partial(grpo_objective, config=GRPOLossConfig(beta=0.0), temperature=0.8)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=2), 10)
     graphdef, weights = model()
     return make_train_step(graphdef, objective, optimizer, StepConfig()), lambda: init_state(weights, optimizer)

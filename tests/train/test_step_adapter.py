@@ -15,12 +15,12 @@ from deepseek_jax.checkpoint.adapters import new_adapter
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.model.lora import LoRAConfig, adapted, beside, decoder_of
-from deepseek_jax.model.stacks import stacked
+from deepseek_jax.model.scan_layers import stack_layers
 from deepseek_jax.ops.metrics import values
 from deepseek_jax.sharding import LOCAL, Layout
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.sft import SFTBatch, sft_objective
-from deepseek_jax.train.step import StepConfig, init_state, make_adapter_step, make_train_step, whole_of
+from deepseek_jax.train.step import StepConfig, batch_totals, init_state, make_adapter_step, make_train_step
 from tests.checkpoint.folders import QWEN2, V3
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -36,7 +36,7 @@ ROUTED = dataclasses.replace(
 )
 LORA = LoRAConfig(rank=2, alpha=4, targets="all-linear")
 SGD = optax.sgd(1.0)
-STACKED = Layout(stacked=True)
+STACKED = Layout(scan_layers=True)
 
 
 @cache
@@ -104,7 +104,7 @@ def gradient_of(config, weights_of):
 
     def loss(adapter):
         model = decoder_of(graphdef, weights_of(base, adapter, LORA))
-        return sft_objective(model, SFTBatch(*map(jnp.asarray, batch())), whole_of(batch()))[0]
+        return sft_objective(model, SFTBatch(*map(jnp.asarray, batch())), batch_totals(batch()))[0]
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(adapter_of(config))
     return float(value), flat(gradient)
@@ -132,7 +132,7 @@ def test_loss_and_gradient_are_those_of_adapted_weights(config):
         assert norm(value) > 0, path
 
 
-@pytest.mark.parametrize("layout", [LOCAL, Layout(stacked=True, remat="layers")], ids=["layers", "stacks"])
+@pytest.mark.parametrize("layout", [LOCAL, Layout(scan_layers=True, remat="layers")], ids=["layers", "stacks"])
 def test_the_gradient_holds_no_matrix_as_large_as_a_frozen_one(layout):
     """Against adapted weights, which exist twice, with a gradient each: what a program keeps falls by more than one."""
     config = dataclasses.replace(ROUTED, num_hidden_layers=2, hidden_size=256)
@@ -142,7 +142,9 @@ def test_the_gradient_holds_no_matrix_as_large_as_a_frozen_one(layout):
 
     def kept(weights_of) -> int:
         def loss(adapter, weights, batch):
-            return sft_objective(decoder_of(graphdef, weights_of(weights, adapter, LORA)), batch, whole_of(batch))[0]
+            return sft_objective(decoder_of(graphdef, weights_of(weights, adapter, LORA)), batch, batch_totals(batch))[
+                0
+            ]
 
         given = adapter, weights, jax.tree.map(shape, batch())
         return jax.jit(jax.grad(loss)).lower(*given).compile().memory_analysis().temp_size_in_bytes
@@ -163,7 +165,7 @@ def test_micro_batches_change_nothing():
 
 def test_an_adapter_of_stacks_learns_as_one_of_layers():
     layers, metrics = reference()
-    start, there = init_state(adapter_of(layout=STACKED), SGD, STACKED), stacked(frozen(), CONFIG, STACKED)
+    start, there = init_state(adapter_of(layout=STACKED), SGD, STACKED), stack_layers(frozen(), CONFIG, STACKED)
     state, of_stacks = step_of(layout=STACKED)(start, batch(), there)
     assert values(of_stacks) == pytest.approx(metrics, rel=1e-5, abs=1e-6)
     for path, value in flat(state.weights).items():

@@ -20,41 +20,46 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.config import ModelConfig, preset
+from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.generate.engine import Generator
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.layers import RouterBias
-from deepseek_jax.model.stacks import members, stacked
+from deepseek_jax.model.scan_layers import members, stack_layers
 from deepseek_jax.model.transfer import Transfer, sampled_config, serving_layout, serving_sizes
 from deepseek_jax.parallel.reshard import reshard
 from deepseek_jax.plan.account import account
-from deepseek_jax.plan.exchange import least_moved
+from deepseek_jax.plan.exchange import reshard_lower_bound
 from deepseek_jax.rewards.combine import combine
-from deepseek_jax.rl.loss import GRPOConfig
+from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.rl.rollout import Prompt
 from deepseek_jax.sharding import LOCAL, Layout, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE
-from deepseek_jax.train.grpo import GRPOTrainer, GRPOTraining
+from deepseek_jax.train.grpo import GRPOConfig, GRPOTrainer
 from tests.test_sharded_steps import CONFIGS, laid
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICES = 8
 TOKENIZER = Tokenizer.characters(ALPHABET, chat_template=TEMPLATE)
-SMALL = GRPOTraining(
+SMALL = GRPOConfig(
     steps=4,
     prompts_per_step=4,
     group_size=4,
     max_new_tokens=8,
     lr=1e-3,
     warmup=1,
-    loss=GRPOConfig(beta=0.1),
+    loss=GRPOLossConfig(beta=0.1),
 )
 # kind of model, how it is trained, and how it is sampled: sizes of meshes and what else is set
 LAYOUTS = {
-    "heads": ("mla", {"fsdp": 4, "expert": 2}, {"stacked": True, "remat": "layers"}, {"expert": 1, "tensor": 4}),
+    "heads": ("mla", {"fsdp": 4, "expert": 2}, {"scan_layers": True, "remat": "layers"}, {"expert": 1, "tensor": 4}),
     "experts": ("mla", {"fsdp": 4, "expert": 2}, {}, {"expert": 4, "tensor": 2}),
-    "apart": ("sparse", {"expert": 4, "context": 2}, {"stacked": True}, {"expert": 2, "tensor": 2, "unstacked": True}),
-    "dense": ("gqa", {"fsdp": 8}, {"stacked": True}, {"tensor": 4}),
+    "apart": (
+        "sparse",
+        {"expert": 4, "context": 2},
+        {"scan_layers": True},
+        {"expert": 2, "tensor": 2, "unrolled": True},
+    ),
+    "dense": ("gqa", {"fsdp": 8}, {"scan_layers": True}, {"tensor": 4}),
     "chosen": ("gqa", {"data": 2, "fsdp": 2, "tensor": 2}, {}, {}),
 }
 # Beside one device's: of log-probs, and of Adam's moments after an update, whose gradient is clipped to norm 1.
@@ -219,9 +224,9 @@ def weights_arrive_as_they_are():
 
 def single_layers_become_stacks():
     train = Layout(mesh=make_mesh(fsdp=8))
-    serve = dataclasses.replace(train.serving(data=2, tensor=4), stacked=True)
+    serve = dataclasses.replace(train.serving(data=2, tensor=4), scan_layers=True)
     moved = Transfer(CONFIGS["gqa"], train, serve, jnp.dtype(jnp.float32))(laid("gqa", train)[1])
-    wanted = stacked(laid("gqa", train)[1], CONFIGS["gqa"], serve)
+    wanted = stack_layers(laid("gqa", train)[1], CONFIGS["gqa"], serve)
     for one, other in zip(jax.tree.leaves(moved), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(one, other)
         assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
@@ -261,7 +266,7 @@ def what_is_moved_is_what_arithmetic_says():
         ("sparse", {"expert": 4, "context": 2}, {"data": 2, "expert": 2, "tensor": 2}, None),
         ("gqa", {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 8}, None),
     ):
-        train = Layout(mesh=make_mesh(**sizes), stacked=True)
+        train = Layout(mesh=make_mesh(**sizes), scan_layers=True)
         to, config = train.serving(**serve), sampled_config(CONFIGS[kind])
         transfer = Transfer(config, train, to, jnp.dtype(jnp.float32))
         like = abstract_weights(CONFIGS[kind], layout=train)[1]
@@ -269,7 +274,7 @@ def what_is_moved_is_what_arithmetic_says():
         sent = sum(of.bytes for of in account(compiled.as_text(), train.mesh.shape).collectives)
         memory = compiled.memory_analysis()
         assert memory.temp_size_in_bytes <= 4 * (memory.argument_size_in_bytes + memory.output_size_in_bytes)
-        least = least_moved(config, train, to, jnp.dtype(jnp.float32))
+        least = reshard_lower_bound(config, train, to, jnp.dtype(jnp.float32))
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(laid(kind, LOCAL)[1]))
         assert (least > held / 100) == (times != 0), (kind, serve)
         print(

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from deepseek_jax import processes
+from deepseek_jax import distributed
 from deepseek_jax.config import ModelConfig, preset
+from deepseek_jax.report.metrics import MetricLog, read_metrics
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rewards.recipe import Rewards
-from deepseek_jax.rl.loss import GRPOConfig
-from deepseek_jax.train.grpo import GRPOTraining
-from deepseek_jax.train.metrics import MetricLog, read_metrics
+from deepseek_jax.rl.loss import GRPOLossConfig
+from deepseek_jax.train.grpo import GRPOConfig
 from experiments import r1_zero
 from tests.checkpoint.folders import QWEN2
-from tests.processes import launch as starter
+from tests.distributed import launch as starter
 
 # What a run does that costs as little as one can: two steps of each stage, and all that is around them.
 SMALL = r1_zero.Config(
@@ -30,7 +30,7 @@ SMALL = r1_zero.Config(
     cold_start_examples=16,
     cold_start_epochs=2,
     cold_start_batch=16,
-    grpo=GRPOTraining(steps=2, prompts_per_step=2, group_size=4, max_new_tokens=8, eval_every=2, save_every=2),
+    grpo=GRPOConfig(steps=2, prompts_per_step=2, group_size=4, max_new_tokens=8, eval_every=2, save_every=2),
 )
 MESH = {"mesh_fsdp": 2, "mesh_expert": 2, "mesh_tensor": 2}
 
@@ -82,7 +82,7 @@ def reinforced(folder: Path, architecture: ModelConfig, mesh: dict[str, int]) ->
     r1_zero.preset = lambda name: architecture
     reward = combine({"accuracy": by_length_and_first_token}, {"accuracy": 1.0})
     graded = Rewards(reward, reward, dict)
-    grpo = dataclasses.replace(SMALL.grpo, loss=GRPOConfig(beta=0.1), warmup=1, eval_every=3)
+    grpo = dataclasses.replace(SMALL.grpo, loss=GRPOLossConfig(beta=0.1), warmup=1, eval_every=3)
     for name, sizes in (("one", {}), ("mesh", mesh)):
         config = dataclasses.replace(SMALL, output=folder / name, grpo=grpo, **sizes)
         setup = r1_zero.prepare(config, graded)
@@ -109,9 +109,9 @@ def the_experiment_runs(folder: Path, /) -> None:
 
     sys.addaudithook(note)
     run = folder / "run"
-    r1_zero.main(dataclasses.replace(SMALL, output=run, stacked=True, remat="layers", **MESH))
+    r1_zero.main(dataclasses.replace(SMALL, output=run, scan_layers=True, remat="layers", **MESH))
     of_run = [path for path in written if str(run) in path and "/checkpoints/" not in path]
-    (folder / f"written.{processes.index()}.json").write_text(json.dumps(of_run))
+    (folder / f"written.{distributed.index()}.json").write_text(json.dumps(of_run))
 
 
 # --- laws ----------------------------------------------------------------------------------------

@@ -7,17 +7,17 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from deepseek_jax import processes
-from deepseek_jax.train.curriculum import EasyToHard, Pool, Staged, draws
-from deepseek_jax.train.examples import (
+from deepseek_jax import distributed
+from deepseek_jax.data.curriculum import EasyToHard, Pool, Staged, draws
+from deepseek_jax.data.examples import (
     Columns,
     DataConfig,
     Example,
     SourceConfig,
     example_of,
 )
-from deepseek_jax.train.filters import Dropped, asked_by, filtered, survey
-from deepseek_jax.train.sources import Source
+from deepseek_jax.data.filters import Dropped, asked_by, filtered, survey
+from deepseek_jax.data.sources import Source
 
 __all__ = [
     "DataConfig",
@@ -185,10 +185,10 @@ def _digest(*arrays: np.ndarray | None) -> str:
 
 def _agreed(identity: list[dict[str, Any]]) -> None:
     content = [[source["digest"], source["choice"]] for source in identity]
-    for number, found in enumerate(processes.exchange(content)):
+    for number, found in enumerate(distributed.exchange(content)):
         if found != content:
             raise ValueError(
-                f"data: process {number} has other rows than process {processes.index()}; give all the same"
+                f"data: process {number} has other rows than process {distributed.index()}; give all the same"
             )
 
 

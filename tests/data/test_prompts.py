@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_jax import processes
-from deepseek_jax.train.data import (
+from deepseek_jax import distributed
+from deepseek_jax.data.prompts import (
     DataConfig,
     EasyToHard,
     SourceConfig,
@@ -545,7 +545,7 @@ def test_a_data_file_may_move(tmp_path):
 
 
 def test_processes_with_other_rows_refuse_to_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "exchange", lambda value: [value, [["other", "rows"]]])
+    monkeypatch.setattr(distributed, "exchange", lambda value: [value, [["other", "rows"]]])
     with pytest.raises(ValueError, match="process 1 has other rows than process 0"):
         open_prompts(config(rows_file(tmp_path / "a.jsonl", numbered(5))))
 

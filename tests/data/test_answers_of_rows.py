@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from deepseek_jax.train.data import DataConfig, SourceConfig, open_prompts
+from deepseek_jax.data.prompts import DataConfig, SourceConfig, open_prompts
 
 GOOD = '{"question": "1+1?", "answer": "so\\n#### 2"}'
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from deepseek_jax.train.sources import Row, Source
+from deepseek_jax.data.sources import Row, Source
 
 # Names that public data sets give them, in any case of letters. Of the groups the first that is there counts; two
 # columns of one group are two candidates, between which a user has to choose. A group's inner tuple is read together.

@@ -12,9 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from deepseek_jax import processes
+from deepseek_jax import distributed
 from deepseek_jax.checkpoint.files import read_json, write_whole, writing
-from deepseek_jax.train.events import EventFile
+from deepseek_jax.report.events import EventFile
 
 RESERVED = ("stage", "step", "time", "nonfinite")
 
@@ -79,7 +79,7 @@ class MetricLog:
         self.path = self.folder / "metrics.jsonl"
         self._writers: dict[str, EventFile] = {}
         self._wandb: _WandbRun | None = None
-        if not processes.is_main():
+        if not distributed.is_main():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lines = StepLines(self.path)
@@ -100,7 +100,7 @@ class MetricLog:
         """
         if taken := [name for name in values if name in RESERVED]:
             raise ValueError(f"metric name {taken[0]!r} is reserved: rename the metric")
-        if not processes.is_main():
+        if not distributed.is_main():
             return
         now = time.time()
         numbers = {name: float(value) for name, value in values.items()}
@@ -124,7 +124,7 @@ class MetricLog:
 
         Earlier stages stay whole. Stages that began after this step go, since they will be run again.
         """
-        if processes.is_main():
+        if distributed.is_main():
             self._lines.truncate(stage, step)
             self._purge()
 

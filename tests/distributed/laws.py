@@ -18,24 +18,24 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from deepseek_jax import processes
+from deepseek_jax import distributed
 from deepseek_jax.checkpoint import convert
 from deepseek_jax.checkpoint.opened import open_folder
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
+from deepseek_jax.data.prompts import batches
 from deepseek_jax.evals.accuracy import greedy_accuracy
 from deepseek_jax.generate.engine import Generator
 from deepseek_jax.generate.text import TextCompletion
 from deepseek_jax.model.decoder import Decoder, split
 from deepseek_jax.ops import metrics as ops_metrics
+from deepseek_jax.report.metrics import MetricLog
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl import rollout as rollout_module
-from deepseek_jax.rl.rollout import Prompt, Roller
+from deepseek_jax.rl.rollout import Prompt, RolloutWorker
 from deepseek_jax.sharding import Layout, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE
-from deepseek_jax.train.data import batches
 from deepseek_jax.train.loop import Stage, run_stage
-from deepseek_jax.train.metrics import MetricLog
 from deepseek_jax.train.sft import SFTBatch, sft_batch, sft_objective
 from deepseek_jax.train.step import StepConfig, TrainState, init_state, make_train_step
 from tests.checkpoint.folders import V3
@@ -87,7 +87,7 @@ def whole(array: jax.Array) -> np.ndarray:
 def keep(folder: Path, name: str, tree: Any) -> None:
     """One file a process, with all leaves of a tree of whole arrays or numbers."""
     leaves = {str(number): np.asarray(leaf) for number, leaf in enumerate(jax.tree.leaves(tree))}
-    np.savez(folder / f"{name}.{processes.index()}.npz", **leaves)
+    np.savez(folder / f"{name}.{distributed.index()}.npz", **leaves)
 
 
 # --- laws ------------------------------------------------------------------------------------------
@@ -95,14 +95,14 @@ def keep(folder: Path, name: str, tree: Any) -> None:
 
 def they_meet_and_agree(folder: Path, /) -> None:
     print("words of the main process")
-    me, many = processes.index(), processes.count()
+    me, many = distributed.index(), distributed.count()
     assert (many, jax.process_count(), jax.device_count(), jax.process_index()) == (2, 2, 8, me)
-    assert processes.is_main() == (me == 0)
-    assert processes.exchange({"i am": me}) == [{"i am": 0}, {"i am": 1}]
-    assert processes.on_main(lambda: [me, 0.1, None]) == [0, 0.1, None]
+    assert distributed.is_main() == (me == 0)
+    assert distributed.exchange({"i am": me}) == [{"i am": 0}, {"i am": 1}]
+    assert distributed.on_main(lambda: [me, 0.1, None]) == [0, 0.1, None]
     for kind in (ValueError, FileNotFoundError, KeyError):
         with pytest.raises((ValueError, OSError, RuntimeError, KeyError)) as caught:
-            with processes.together():
+            with distributed.together():
                 if me == 1:
                     raise kind("only here")
         heard = {ValueError: ValueError, FileNotFoundError: OSError, KeyError: RuntimeError}[kind]
@@ -110,7 +110,7 @@ def they_meet_and_agree(folder: Path, /) -> None:
         assert str(caught.value).endswith("only here'" if kind is KeyError else "only here")
         assert ("process 1: " in str(caught.value)) == (me == 0)
     with pytest.raises(ZeroDivisionError if me == 0 else RuntimeError, match="division by zero"):
-        processes.on_main(lambda: 1 / 0)
+        distributed.on_main(lambda: 1 / 0)
     rewards_are_the_same_everywhere()
     a_batch_is_put_in_parts()
     keep(folder, "toy", whole(toy_stage(folder / "run").weights))
@@ -124,11 +124,11 @@ def rewards_are_the_same_everywhere() -> None:
     rollout_module.complete = lambda *arguments, **options: found
 
     def grade(**columns: list) -> list[float]:
-        return [processes.index() + 0.1 * row for row in range(4)]
+        return [distributed.index() + 0.1 * row for row in range(4)]
 
     none = SimpleNamespace()
     reward = combine({"part": grade}, {"part": 1.0})
-    roll = Roller(generator=none, tokenizer=none, sampling=none, group_size=4, reward=reward)
+    roll = RolloutWorker(generator=none, tokenizer=none, sampling=none, group_size=4, reward=reward)
     rolled = roll(None, [Prompt("q", [1], {"answer": "a"})], seed=0, step=0)
     assert rolled.rewards.tolist() == [np.float32([0, 0.1, 0.2, 0.1 * 3]).tolist()]
     assert rolled.parts == {"part": [0, 0.1, 0.2, 0.1 * 3]}
@@ -153,7 +153,7 @@ def a_batch_is_put_in_parts() -> None:
 
 def one_fails(folder: Path, /) -> None:
     """The other is in the middle of something that it will not come back from by itself."""
-    if processes.index() == int((folder / "who").read_text()):
+    if distributed.index() == int((folder / "who").read_text()):
         raise ValueError("the data\nof this process are bad")
     time.sleep(100)
 
@@ -162,7 +162,7 @@ def one_is_killed(folder: Path, /) -> None:
     """The second one, before its fourth step, the first checkpoint being whole; only in the first run."""
 
     def before(number: int) -> None:
-        if number == 3 and processes.index() == 1 and not (folder / "killed").exists():
+        if number == 3 and distributed.index() == 1 and not (folder / "killed").exists():
             while not (folder / "run" / "checkpoints" / "toy" / "2").exists():
                 time.sleep(0.01)
             (folder / "killed").touch()
@@ -172,7 +172,7 @@ def one_is_killed(folder: Path, /) -> None:
 
 
 def one_is_killed_while_the_other_waits(folder: Path, /) -> None:
-    if processes.index() == 1:
+    if distributed.index() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(100)
 
@@ -181,7 +181,7 @@ def one_gets_sigterm(folder: Path, /) -> None:
     """The second one, in its fourth step; only in the first run."""
 
     def before(number: int) -> None:
-        if number == 3 and processes.index() == processes.count() - 1 and not (folder / "asked").exists():
+        if number == 3 and distributed.index() == distributed.count() - 1 and not (folder / "asked").exists():
             (folder / "asked").touch()
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -192,7 +192,7 @@ def a_folder_is_converted(folder: Path, /) -> None:
     counted = []
     convert.convert_hf(open_folder(folder / "hf"), folder / "converted", advance=counted.append)
     written = open_folder(folder / "converted")
-    assert not processes.is_main() or sum(counted) == written.nbytes
+    assert not distributed.is_main() or sum(counted) == written.nbytes
     convert.verify(written.source, written.stored.hashes)
     convert.export_hf(written, folder / "exported")
     with pytest.raises(ValueError, match="exists already"):
@@ -210,7 +210,7 @@ def a_conversion_is_killed(folder: Path, /) -> None:
 
     def dying(path: Path, content: bytes) -> None:
         real(path, content)
-        if path.suffix == ".done" and processes.index() == 1:
+        if path.suffix == ".done" and distributed.index() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
     convert.write_whole = dying
@@ -272,4 +272,4 @@ def a_model_is_trained_and_asked(folder: Path, /) -> None:
         Generator(config, graphdef), everywhere, tokenizer, prompts, max_new_tokens=8, stop_ids=tokenizer.eos_ids
     )
     found = [[c.tokens.tolist() for c in answers.completions], answers.scores]
-    (folder / f"answers.{processes.index()}.json").write_text(json.dumps(found))
+    (folder / f"answers.{distributed.index()}.json").write_text(json.dumps(found))

@@ -12,15 +12,15 @@ from deepseek_jax.checkpoint import names
 from deepseek_jax.config import IndexerConfig, ModelConfig
 from deepseek_jax.model.cache import empty_cache
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
+from deepseek_jax.model.scan_layers import stack_layers, unstack_layers
 from deepseek_jax.model.scoring import score_ahead
-from deepseek_jax.model.stacks import stacked, unstacked
 from deepseek_jax.sharding import LOCAL, Layout
 from tests.checkpoint.folders import QWEN3, V3
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 B, T = 2, 8
-STACKED = Layout(stacked=True)
+STACKED = Layout(scan_layers=True)
 # more than one layer of each kind
 MLA = dataclasses.replace(V3, num_hidden_layers=4, num_nextn_predict_layers=1)
 MLA = dataclasses.replace(MLA, moe=dataclasses.replace(MLA.moe, first_k_dense_replace=2))
@@ -44,19 +44,19 @@ def weights(config) -> nnx.State:
 
 
 def of_layout(config, weights, layout):
-    lies = stacked(weights, config, layout) if layout.stacked else weights
+    lies = stack_layers(weights, config, layout) if layout.scan_layers else weights
     return abstract_weights(config, layout=layout)[0], lies
 
 
 def test_weights_come_back_from_a_stack_bit_for_bit(config, weights):
-    there = stacked(weights, config, STACKED)
+    there = stack_layers(weights, config, STACKED)
     like = abstract_weights(config, layout=STACKED)[1]
     assert jax.tree.map(jnp.shape, names.flat(there)) == jax.tree.map(jnp.shape, names.flat(like))
-    back = unstacked(there, config, LOCAL)
+    back = unstack_layers(there, config, LOCAL)
     jax.tree.map(np.testing.assert_array_equal, names.flat(back), names.flat(weights))
 
 
-@pytest.mark.parametrize("layout", [STACKED, Layout(stacked=True, workload="serve", lanes=32)])
+@pytest.mark.parametrize("layout", [STACKED, Layout(scan_layers=True, workload="serve", lanes=32)])
 def test_stacks_decode_as_layers_do(config, weights, layout):
     """A prompt and three tokens more, over the cache."""
 
@@ -94,8 +94,8 @@ def test_stacks_learn_as_layers_do(config, weights):
 
         gradient, scored = jax.jit(jax.grad(loss, has_aux=True))(params)
         gradient = nnx.merge_state(gradient, rest)
-        return names.flat(unstacked(gradient, config, LOCAL) if layout.stacked else gradient), scored
+        return names.flat(unstack_layers(gradient, config, LOCAL) if layout.scan_layers else gradient), scored
 
-    got, wanted = (run(layout) for layout in (Layout(stacked=True, remat=remat), LOCAL))
+    got, wanted = (run(layout) for layout in (Layout(scan_layers=True, remat=remat), LOCAL))
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)

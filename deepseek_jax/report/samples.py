@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deepseek_jax import processes
+from deepseek_jax import distributed
+from deepseek_jax.report.metrics import StepLines, read_lines
 from deepseek_jax.rl.rollout import Rollout
-from deepseek_jax.train.metrics import StepLines, read_lines
 
 
 class Sample(NamedTuple):
@@ -95,7 +95,7 @@ class SampleLog:
             raise ValueError(f"every: got {every}, wanted at least 1 step")
         self.every = every
         self.path = Path(folder) / "samples.jsonl"
-        if processes.is_main():
+        if distributed.is_main():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lines = StepLines(self.path)
 
@@ -109,12 +109,12 @@ class SampleLog:
         Raises:
             ValueError: the stage cannot name a folder, or the step goes back.
         """
-        if processes.is_main():
+        if distributed.is_main():
             self._lines.append({"stage": stage, "step": int(step), "groups": [_group(group) for group in groups]})
 
     def truncate(self, stage: str, step: int) -> None:
         """Forgets later steps of this stage, and everything written after them; call it where the metrics' is."""
-        if processes.is_main():
+        if distributed.is_main():
             self._lines.truncate(stage, step)
 
 

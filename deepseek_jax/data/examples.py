@@ -6,10 +6,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from deepseek_jax.rewards.extraction import solution_answer
-from deepseek_jax.train.columns import Columns, find_columns, laid_flat
-from deepseek_jax.train.curriculum import Curriculum
-from deepseek_jax.train.sources import Row, Source
+from deepseek_jax.data.columns import Columns, find_columns, laid_flat
+from deepseek_jax.data.curriculum import Curriculum
+from deepseek_jax.data.sources import Row, Source
+from deepseek_jax.text.answers import solution_answer
 
 # The parameters of a reward function, to which columns are passed by name.
 _TAKEN_COLUMNS = ("self", "prompts", "completions", "completion_ids")

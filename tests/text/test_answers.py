@@ -6,8 +6,8 @@ import pytest
 
 from deepseek_jax.rewards.accuracy import accuracy_reward
 from deepseek_jax.rewards.choice import choice_reward
-from deepseek_jax.rewards.extraction import extract_answer, extract_lenient, gsm8k_answer, solution_answer
 from deepseek_jax.rewards.math import MathGrader, math_reward
+from deepseek_jax.text.answers import extract_answer, extract_lenient, gsm8k_answer, solution_answer
 
 
 @pytest.mark.parametrize(

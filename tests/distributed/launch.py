@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-CODE = "from deepseek_jax.cli import run; from tests.processes import laws; run(laws.{law})"
+CODE = "from deepseek_jax.cli import run; from tests.distributed import laws; run(laws.{law})"
 
 
 class Ended(NamedTuple):

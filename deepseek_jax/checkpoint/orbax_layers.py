@@ -14,7 +14,7 @@ import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
-from deepseek_jax import processes
+from deepseek_jax import distributed
 from deepseek_jax.checkpoint.files import read_json, resolved, sync, writing
 from deepseek_jax.checkpoint.headers import DTYPES, Entry
 from deepseek_jax.checkpoint.layout import Array
@@ -28,15 +28,15 @@ _ALL = slice(None)
 _CONTEXT = {"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}}
 
 
-def lay_out(folder: Path, arrays: Sequence[Array]) -> None:
-    """Let Orbax make the checkpoint that a `NewShelf` of the same arguments fills.
+def create_layer(folder: Path, arrays: Sequence[Array]) -> None:
+    """Let Orbax make the checkpoint that a `OrbaxLayerWriter` of the same arguments fills.
 
     Of several processes all call it, one shelf after the other, because Orbax meets them; any of them may fill it.
     """
     options = ocp.Context()
     options.array.saving.array_metadata_store = None  # it would state the shapes of the empty arrays
     options.array.saving.enable_write_sharding_file = False
-    empty = processes.replicated(np.zeros((), np.float32))
+    empty = distributed.replicated(np.zeros((), np.float32))
     with options, writing(folder):
         ocp.save(resolved(_partial(folder)), {array.key: empty for array in arrays}, overwrite=True)
 
@@ -45,8 +45,8 @@ def _partial(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.partial")
 
 
-class NewShelf:
-    """An Orbax checkpoint in the making, after `lay_out`; it appears under its name with `close`.
+class OrbaxLayerWriter:
+    """An Orbax checkpoint in the making, after `create_layer`; it appears under its name with `close`.
 
     Args:
         folder: its name to be.

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from deepseek_jax.checkpoint.files import write_whole
-from deepseek_jax.train.metrics import explain_first_loss
+from deepseek_jax.report.metrics import explain_first_loss
 
 # Drawn in colours that nothing else uses, and then exchanged for the page's own, which follow light and dark.
 _PAGE_COLOURS = {

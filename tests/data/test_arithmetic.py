@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE, draw_chains, make_chain, trace
 from deepseek_jax.rewards.accuracy import accuracy_reward
 from deepseek_jax.rewards.format import format_reward
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.arithmetic import ALPHABET, TEMPLATE, draw_chains, make_chain, trace
 
 SUMS = {"terms": 3, "largest": 30, "operators": "+", "modulus": None}
 

@@ -98,7 +98,7 @@ def start() -> bool:
 
 def finish() -> None:
     """Wait for the others to come to their ends as well, and part from them."""
-    meet()
+    barrier()
     _watch.stop()
     jax.distributed.shutdown()
 
@@ -310,7 +310,7 @@ _watch = _Watch()
 # --- meeting and agreeing ------------------------------------------------------------------------
 
 
-def meet() -> None:
+def barrier() -> None:
     """Wait until every process is here."""
     if count() > 1:
         distributed.global_state.client.wait_at_barrier(f"deepseek_jax/meeting/{next(_numbers)}", _NO_LIMIT)
@@ -322,12 +322,12 @@ def exchange(value: Any) -> list[Any]:
         return [value]
     client, place = distributed.global_state.client, f"deepseek_jax/exchange/{next(_numbers)}"
     client.key_value_set(f"{place}/{index()}", json.dumps(value))
-    meet()
+    barrier()
     found = [
         json.loads(client.blocking_key_value_get(f"{place}/{number}", START_SECONDS * 1000))
         for number in range(count())
     ]
-    meet()  # before the values go, which would else be kept to the end of the run
+    barrier()  # before the values go, which would else be kept to the end of the run
     client.key_value_delete(f"{place}/{index()}")
     return found
 
@@ -378,7 +378,7 @@ def on_main(call: Callable[[], T]) -> T:
         if is_main():
             client.key_value_set(place, json.dumps(call()))
     value = json.loads(client.blocking_key_value_get(place, START_SECONDS * 1000))
-    meet()  # before the value goes, which would else be kept to the end of the run
+    barrier()  # before the value goes, which would else be kept to the end of the run
     if is_main():
         client.key_value_delete(place)
     return value

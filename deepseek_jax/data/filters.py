@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deepseek_jax.train.examples import Columns, DataConfig, Example, NoAnswer, SourceConfig, columns_of, example_of
-from deepseek_jax.train.sources import JsonLines, Source, open_source
+from deepseek_jax.data.examples import Columns, DataConfig, Example, NoAnswer, SourceConfig, columns_of, example_of
+from deepseek_jax.data.sources import JsonLines, Source, open_source
 
 _MOST_COLUMNS = 256
 _LEVEL = re.compile(r"\s*(?:level\s*)?([+-]?\d+(?:\.\d*)?)\s*", re.IGNORECASE)

@@ -3,8 +3,6 @@ r"""Where the final answer stands: in a completion, and in a data set's solution
 import re
 from typing import Literal
 
-from deepseek_jax.rewards.numbers import not_finite
-
 Extraction = Literal["strict", "lenient"]
 """What counts as a final answer: a box or answer tags; or also a phrase or the last number."""
 
@@ -35,6 +33,7 @@ _SENTENCE_BREAK = re.compile(r"[^\W\d_]{2,}[.!?]\s+\S")
 _UNANSWERED = re.compile(rf"####|{_BOX}|</?(?:think|answer)>")
 _MAX_WORDS = 8
 _MAX_BARE_WORDS = 2
+_NOT_FINITE = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
 
 
 def extract_answer(text: str, *, unclosed_box: bool = False) -> str | None:
@@ -208,3 +207,8 @@ def _last_tagged(text: str) -> str | None:
     if start < 0:
         return None
     return text[start + len("<answer>") : end].strip() or None
+
+
+def not_finite(text: str) -> bool:
+    """Whether the text is "nan", "inf" or "infinity", which equal nothing."""
+    return _NOT_FINITE.fullmatch(text) is not None

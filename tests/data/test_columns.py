@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_jax.train.data import DataConfig, Example, SourceConfig, open_prompts
+from deepseek_jax.data.prompts import DataConfig, Example, SourceConfig, open_prompts
 
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "checks"
 USER = [{"role": "user", "content": "q"}]

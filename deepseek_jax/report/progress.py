@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column
 
-from deepseek_jax import processes
+from deepseek_jax import distributed
 
 # Speed is that of the last steps, so that the first one's compilation is soon forgotten.
 _SPEED_STEPS = 20
@@ -55,7 +55,7 @@ class Progress:
         if total <= 0 or not 0 <= start <= total:
             raise ValueError(f"progress needs 0 <= start <= total and total > 0, got {start} and {total}")
         self.total, self.description, self.step = total, description, start
-        self._console = console or Console(quiet=not processes.is_main())
+        self._console = console or Console(quiet=not distributed.is_main())
         self._unit, self._seconds, self._clock = unit, seconds, clock
         self._lock = threading.Lock()
         self._metrics: dict[str, Any] = {}
@@ -101,7 +101,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Prints a line of its own, above the bar where there is one."""
-        self._console.print(processes.printable(text), markup=False, highlight=False, soft_wrap=True)
+        self._console.print(distributed.printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def steps_per_second(self) -> float | None:
         """The speed over the last steps; None before the first."""
@@ -128,7 +128,7 @@ class Progress:
             refresh_per_second=4,
         )
         bar.add_task(
-            escape(processes.printable(self.description)), total=self.total, completed=self.step, **self._fields()
+            escape(distributed.printable(self.description)), total=self.total, completed=self.step, **self._fields()
         )
         return bar
 
@@ -137,7 +137,7 @@ class Progress:
             "done": self._done(),
             "speed": self._speed(),
             "left": f"left {format_seconds(self.seconds_left())}",
-            "metrics": escape(processes.printable(format_metrics(self._metrics))),
+            "metrics": escape(distributed.printable(format_metrics(self._metrics))),
         }
 
     def _done(self) -> str:

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepseek_jax.report.metrics import MetricLog, read_metrics
+from deepseek_jax.report.samples import Sample, SampleGroup, SampleLog, read_samples, sample_groups
 from deepseek_jax.rl.rollout import Prompt, Rollout
-from deepseek_jax.train.metrics import MetricLog, read_metrics
-from deepseek_jax.train.samples import Sample, SampleGroup, SampleLog, read_samples, sample_groups
 
 
 def groups(text: str = "c", **values) -> list[SampleGroup]:
@@ -110,7 +110,7 @@ def test_a_half_written_last_line_is_dropped(tmp_path_factory: pytest.TempPathFa
 
 KILLED = """
 import sys
-from deepseek_jax.train.samples import Sample, SampleGroup, SampleLog
+from deepseek_jax.report.samples import Sample, SampleGroup, SampleLog
 log = SampleLog(sys.argv[1], every=1)
 for step in range(1, 10**9):
     log.write(step, [SampleGroup("p", None, [Sample("c" * 5000, {}, 0.0, 0.0, 1, False)] * 4)], "grpo")

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_jax.train import sources
-from deepseek_jax.train.sources import JsonLines, open_source
+from deepseek_jax.data import sources
+from deepseek_jax.data.sources import JsonLines, open_source
 
 ROWS = [{"question": f"{n}+1=?", "answer": n + 1} for n in range(7)]
 
@@ -224,7 +224,7 @@ def test_only_plain_tables_come_from_the_hub(hub, monkeypatch):
 def test_without_network_the_hub_is_one_line():
     """In a process of its own, for the library reads the setting when it is imported."""
     pytest.importorskip("datasets", reason="hub data sets need datasets: pip install -e '.[data]'")
-    code = "from deepseek_jax.train.sources import open_source\nopen_source('owner/no_such_rows')"
+    code = "from deepseek_jax.data.sources import open_source\nopen_source('owner/no_such_rows')"
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]

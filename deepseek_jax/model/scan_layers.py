@@ -14,15 +14,15 @@ from deepseek_jax.sharding import Layout
 Path = tuple[str | int, ...]
 
 
-def stacked(weights: nnx.State, config: ModelConfig, layout: Layout) -> nnx.State:
-    """Weights by layer as those of a stacked decoder, bit for bit, laid out for it.
+def stack_layers(weights: nnx.State, config: ModelConfig, layout: Layout) -> nnx.State:
+    """Weights by layer as those of a decoder with scanned layers, bit for bit, laid out for it.
 
     One weight at a time is in memory twice.
 
     Args:
-        weights: of a decoder whose layout is not stacked; they are left as they are.
+        weights: of a decoder whose layout has no `scan_layers`; they are left as they are.
         config: its architecture.
-        layout: a stacked one.
+        layout: one with `scan_layers`.
     """
     have = {path: leaf.get_raw_value() for path, leaf in nnx.to_flat_state(weights)}
     del weights  # what the caller does not hold either goes as soon as it is stacked
@@ -36,8 +36,8 @@ def stacked(weights: nnx.State, config: ModelConfig, layout: Layout) -> nnx.Stat
     return nnx.from_flat_state(filled)
 
 
-def unstacked(weights: nnx.State, config: ModelConfig, layout: Layout) -> nnx.State:
-    """The inverse, laid out for a layout that is not stacked: a trainer's weights for its sampler, or for a folder."""
+def unstack_layers(weights: nnx.State, config: ModelConfig, layout: Layout) -> nnx.State:
+    """The inverse, laid out for a layout without `scan_layers`: for a sampler, or for a folder."""
     have = {path: leaf.get_raw_value() for path, leaf in nnx.to_flat_state(weights)}
     del weights  # what the caller does not hold either goes as soon as it is stacked
     _, like = abstract_weights(config, layout=layout)

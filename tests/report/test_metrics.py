@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from deepseek_jax.train.metrics import MetricLog, WandbConfig, explain_first_loss, read_metrics
+from deepseek_jax.report.metrics import MetricLog, WandbConfig, explain_first_loss, read_metrics
 
 
 def steps(folder: Path) -> list[tuple[str, int]]:
@@ -126,7 +126,7 @@ def test_a_half_written_last_line_is_dropped(tmp_path_factory: pytest.TempPathFa
 
 KILLED = """
 import sys
-from deepseek_jax.train.metrics import MetricLog
+from deepseek_jax.report.metrics import MetricLog
 log = MetricLog(sys.argv[1])
 for step in range(1, 10**9):
     log.write(step, {"loss": 1.0 / step}, "sft")
@@ -221,7 +221,7 @@ class Service:
 def service(monkeypatch) -> Service:
     fake = Service()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr("deepseek_jax.train.metrics.find_spec", lambda name: fake)
+    monkeypatch.setattr("deepseek_jax.report.metrics.find_spec", lambda name: fake)
     return fake
 
 
@@ -274,7 +274,7 @@ def test_wandb_that_cannot_start_is_one_line(tmp_path: Path, service: Service):
 
 
 def test_wandb_that_is_not_installed_is_named(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("deepseek_jax.train.metrics.find_spec", lambda name: None)
+    monkeypatch.setattr("deepseek_jax.report.metrics.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"wandb: not installed.*pip install 'deepseek_jax\[wandb\]'"):
         MetricLog(tmp_path, wandb=WandbConfig(project="p"))
     with pytest.raises(ValueError, match="wandb project: got an empty name"):

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_jax.train.metrics import MetricLog, read_metrics
-from deepseek_jax.train.report import PANELS, smooth, write_report
+from deepseek_jax.report.metrics import MetricLog, read_metrics
+from deepseek_jax.report.page import PANELS, smooth, write_report
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepseek_jax import processes
-from deepseek_jax.train.data import batches
-from deepseek_jax.train.metrics import read_metrics
+from deepseek_jax import distributed
+from deepseek_jax.data.prompts import batches
+from deepseek_jax.report.metrics import read_metrics
 from tests.checkpoint.folders import R1, random_folder
-from tests.processes import laws
-from tests.processes.launch import ended, launch, started
+from tests.distributed import laws
+from tests.distributed.launch import ended, launch, started
 
 
 def kept(folder: Path, name: str, process: int) -> list[np.ndarray]:
@@ -70,7 +70,7 @@ def test_an_error_of_one_process_is_told_once_and_ends_the_other(tmp_path, who):
     assert time.monotonic() - start < 60
     assert found[who].status == 1
     assert found[who].err == f"error: process {who}: the data of this process are bad\n"
-    assert found[1 - who].status == processes.PEER_ENDED == 75
+    assert found[1 - who].status == distributed.PEER_ENDED == 75
     said = f"error: process {1 - who}: process {who} ended, so this one does too; its own output says why\n"
     assert found[1 - who].err == said
 
@@ -102,7 +102,7 @@ def test_a_stage_of_which_a_process_was_killed_ends_as_an_unbroken_one(tmp_path)
 @pytest.mark.slow
 def test_sigterm_of_one_process_saves_and_ends_both(tmp_path):
     main, other = ended(started(laws.one_gets_sigterm, tmp_path, processes=2, devices=4))
-    assert main.status == other.status == processes.PREEMPTED == 143
+    assert main.status == other.status == distributed.PREEMPTED == 143
     assert "toy: got SIGTERM, saved step 4 of 6; the same command goes on from there" in main.out
     assert main.err == other.err == other.out == ""
     main, _ = launch(laws.one_gets_sigterm, tmp_path)
@@ -209,7 +209,7 @@ SLURM = {
     ],
 )
 def test_the_environment_says_how_many_there_are(variables, found):
-    assert processes._environment(variables) == found
+    assert distributed._environment(variables) == found
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_the_environment_says_how_many_there_are(variables, found):
 )
 def test_variables_that_are_half_set_are_refused(variables, says):
     with pytest.raises(ValueError, match=says):
-        processes._environment(variables)
+        distributed._environment(variables)
 
 
 @pytest.mark.parametrize(
@@ -238,16 +238,16 @@ def test_a_tpu_pod_is_recognised_by_its_hosts(hosts, platforms, found, monkeypat
     """Where libtpu is installed and chips are there, which this test pretends."""
     from jax._src.clusters import GkeTpuCluster
 
-    monkeypatch.setattr(processes, "find_spec", lambda name: name == "libtpu")
+    monkeypatch.setattr(distributed, "find_spec", lambda name: name == "libtpu")
     monkeypatch.setattr(GkeTpuCluster, "is_env_present", lambda: True)
     monkeypatch.setattr(GkeTpuCluster, "get_process_count", lambda: hosts)
-    assert processes._environment({"JAX_PLATFORMS": platforms}) == found
+    assert distributed._environment({"JAX_PLATFORMS": platforms}) == found
 
 
 def test_one_process_is_the_main_one_and_waits_for_nobody():
-    assert (processes.index(), processes.count(), processes.is_main()) == (0, 1, True)
-    processes.meet()
-    assert processes.exchange({1: (2,)}) == [{1: (2,)}]
-    assert processes.on_main(lambda: (1, 2)) == (1, 2)
-    with pytest.raises(KeyError), processes.together():
+    assert (distributed.index(), distributed.count(), distributed.is_main()) == (0, 1, True)
+    distributed.barrier()
+    assert distributed.exchange({1: (2,)}) == [{1: (2,)}]
+    assert distributed.on_main(lambda: (1, 2)) == (1, 2)
+    with pytest.raises(KeyError), distributed.together():
         raise KeyError

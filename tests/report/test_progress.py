@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from deepseek_jax.train.progress import Progress
+from deepseek_jax.report.progress import Progress
 
 
 class Clock:
