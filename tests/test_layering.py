@@ -16,7 +16,7 @@ FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 # DESIGN's order, from what knows nothing to what strings everything together.
 ROOMS = (
     "interrupt config distributed sharding ops parallel model checkpoint text data generate rewards rl report train "
-    "evals plan serve cli"
+    "evals plan serve commands cli"
 ).split()
 OUTSIDE = {"experiments", "tools", "tests"}
 FORBIDDEN_MODULES = {"torch", "transformers", "pickle"}

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 
 from deepseek_jax.checkpoint.folder import Model, load_model, save_hf
 from deepseek_jax.cli import run
+from deepseek_jax.commands import train as r1_zero
 from deepseek_jax.config import preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
@@ -29,11 +30,11 @@ from deepseek_jax.report.metrics import MetricLog, read_metrics
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.grpo import GRPOConfig
 from deepseek_jax.train.runs import room_needed
-from experiments import r1_zero
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-SCRIPT = Path(r1_zero.__file__)
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "experiments/r1_zero.py"
 QUESTIONS = 8
 TINY = {
     "train-questions": 64,
@@ -460,7 +461,7 @@ def test_the_columns_are_named_on_the_command_line(tmp_path, monkeypatch, capsys
     assert "got 1 rows, wanted at least one beyond" in error_line(capsys)  # read, and too few
 
 
-STAGES = [p for p in sorted(SCRIPT.parents[1].glob("deepseek_jax/train/*.py")) if p.stem != "report"]  # CSS has "--"
+STAGES = [*sorted((ROOT / "deepseek_jax/train").glob("*.py")), Path(r1_zero.__file__)]
 
 
 @pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
@@ -478,7 +479,7 @@ def interruptible() -> None:
 @pytest.mark.parametrize("script", ["experiments/r1_zero.py", "tools/generate.py", "tools/plan.py"])
 @pytest.mark.parametrize("seconds", [0.15, 0.6])
 def test_ctrl_c_while_it_imports_is_one_line(tmp_path, script, seconds):
-    root = SCRIPT.parents[1]
+    root = ROOT
     begins = (root / script).read_text().split('"""', 2)[2].lstrip()
     assert begins.startswith('if __name__ == "__main__":\n    from deepseek_jax.interrupt import end_at_once\n')
     # counted from where the script begins, which the interpreter itself may take long to come to

@@ -14,11 +14,11 @@ from safetensors.numpy import load_file, save_file
 from deepseek_jax.checkpoint import names
 from deepseek_jax.checkpoint.adapters import CONFIG, WEIGHTS, adapted_paths, load_adapter, new_adapter, save_adapter
 from deepseek_jax.checkpoint.folder import load_model
+from deepseek_jax.commands import merge as merge_lora
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.lora import LoRAConfig, merge
 from deepseek_jax.sharding import LOCAL, Layout
 from tests.checkpoint.folders import KIMI, LLAMA_TIED, QWEN2, QWEN3, R1, V2, V3, V32, random_folder
-from tools import merge_lora
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -11,8 +11,9 @@ import pytest
 
 from deepseek_jax.checkpoint.adapters import load_adapter, new_adapter, save_adapter
 from deepseek_jax.checkpoint.folder import load_model
+from deepseek_jax.commands import merge as merge_lora
 from deepseek_jax.model.lora import LoRAConfig, beside, decoder_of, merge
-from tools import make_golden, merge_lora
+from tools import make_golden
 
 pytestmark = pytest.mark.oracle
 

@@ -21,6 +21,7 @@ from deepseek_jax.checkpoint.convert import convert_hf, export_hf, write_hf
 from deepseek_jax.checkpoint.folder import load_model, save_hf
 from deepseek_jax.checkpoint.opened import load_config, open_folder
 from deepseek_jax.cli import run
+from deepseek_jax.commands import logits
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.decoder import abstract_weights
 from tests.checkpoint.folders import (
@@ -38,7 +39,6 @@ from tests.checkpoint.folders import (
     stored_at,
     write_folder,
 )
-from tools import logits
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -16,9 +16,9 @@ from deepseek_jax.checkpoint.headers import parse_header
 from deepseek_jax.checkpoint.opened import open_folder
 from deepseek_jax.checkpoint.state import RunCheckpoints
 from deepseek_jax.cli import run
+from deepseek_jax.commands import merge as merge_lora
 from deepseek_jax.model.lora import LoRAConfig
 from tests.checkpoint.folders import LLAMA_TIED, QWEN2, R1, random_folder
-from tools import merge_lora
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

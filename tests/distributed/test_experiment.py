@@ -11,13 +11,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from deepseek_jax import distributed
+from deepseek_jax.commands import train as r1_zero
 from deepseek_jax.config import ModelConfig, preset
 from deepseek_jax.report.metrics import MetricLog, read_metrics
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rewards.recipe import Rewards
 from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.train.grpo import GRPOConfig
-from experiments import r1_zero
 from tests.checkpoint.folders import QWEN2
 from tests.distributed import launch as starter
 

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import tools.generate
 from deepseek_jax.checkpoint.convert import convert_hf
 from deepseek_jax.checkpoint.folder import Model, save_hf
 from deepseek_jax.checkpoint.opened import open_folder
+from deepseek_jax.commands import generate
+from deepseek_jax.commands.generate import main
 from deepseek_jax.config import preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.generate.text import TextCompletion
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.text.tokenizer import Tokenizer
-from tools.generate import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,9 +71,9 @@ def test_a_model_is_divided_over_all_devices(folder):
 
 def test_bfloat16_is_what_is_computed_in(folder, generate, monkeypatch):
     seen = []
-    complete = tools.generate.complete
+    complete = generate.complete
     note = lambda *arguments, **options: seen.append(arguments[1].norm.dtype) or complete(*arguments, **options)
-    monkeypatch.setattr("tools.generate.complete", note)
+    monkeypatch.setattr("deepseek_jax.commands.generate.complete", note)
     for options in ((), ("--dtype", "float32"), ("--dtype", "bfloat16")):
         assert generate(folder, "--prompt", "1+2=?", "--max-tokens", 2, *options)[0] == 0
     assert [dtype.name for dtype in seen] == ["float32", "float32", "bfloat16"]
@@ -146,7 +146,7 @@ def test_what_a_template_says_does_not_reach_the_terminal_raw(folder, generate, 
 def test_a_completion_is_escaped_on_a_terminal_alone(terminal, folder, generate, monkeypatch):
     written = "\x1b[31mred\x07\n\ttab 5\u202f%, 5\u2009m"
     completion = TextCompletion(written, np.array([1, 2]), np.zeros(2), finished=False)
-    monkeypatch.setattr("tools.generate.complete", lambda *of, **options: [completion])
+    monkeypatch.setattr("deepseek_jax.commands.generate.complete", lambda *of, **options: [completion])
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     status, text, _ = generate(folder, "--prompt", "1", "--max-tokens", 2)
     assert status == 0 and text == (r"\x1b[31mred\x07" + "\n\ttab 5\u202f%, 5\u2009m" if terminal else written) + "\n"

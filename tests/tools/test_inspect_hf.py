@@ -18,10 +18,10 @@ from deepseek_jax.checkpoint.convert import convert_hf
 from deepseek_jax.checkpoint.headers import NAMES, Entry
 from deepseek_jax.checkpoint.opened import open_folder
 from deepseek_jax.checkpoint.summary import Summary, of_folder, of_preset
+from deepseek_jax.commands.inspect import main
 from deepseek_jax.config import PRESETS, preset, to_hf
 from deepseek_jax.model.decoder import abstract_weights
 from tests.checkpoint.folders import KIMI, LLAMA_TIED, QWEN2, QWEN3, R1, V2, V32, random_folder, write_folder
-from tools.inspect_hf import main
 
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = [field.name for field in dataclasses.fields(Summary)]

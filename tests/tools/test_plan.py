@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_jax.commands.plan import main, read_memory
 from deepseek_jax.config import PRESETS, preset, to_hf
 from deepseek_jax.plan.chips import CHIPS, chip
 from deepseek_jax.plan.planner import plan
-from tools.plan import main, read_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {
