@@ -16,7 +16,7 @@ from flax import nnx
 from deepseek_jax.checkpoint.convert import convert_hf
 from deepseek_jax.checkpoint.folder import Model, save_hf
 from deepseek_jax.checkpoint.opened import open_folder
-from deepseek_jax.commands import generate
+from deepseek_jax.commands import generate as command
 from deepseek_jax.commands.generate import main
 from deepseek_jax.config import preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
@@ -71,7 +71,7 @@ def test_a_model_is_divided_over_all_devices(folder):
 
 def test_bfloat16_is_what_is_computed_in(folder, generate, monkeypatch):
     seen = []
-    complete = generate.complete
+    complete = command.complete
     note = lambda *arguments, **options: seen.append(arguments[1].norm.dtype) or complete(*arguments, **options)
     monkeypatch.setattr("deepseek_jax.commands.generate.complete", note)
     for options in ((), ("--dtype", "float32"), ("--dtype", "bfloat16")):
