@@ -284,7 +284,7 @@ def grpo_loss(
         advantages_BT: of each token, or [B], of each row's one sample, for all of its tokens.
         mask_BT: true at completion tokens. A sample without any adds 0 and is still one of `totals.samples`.
         config: the variant.
-        whole: samples and tokens of the whole batch when this is a part of it. None: these arrays are all.
+        totals: samples and tokens of the whole batch when this is a part of it. None: these arrays are all.
         segments_BT: int32, for packed rows: the number, from 1 to per_row, of the sample in its row; 0 at padding,
             which the mask leaves out anyway. None: a row is a sample.
         per_row: K, the most samples of a row; static. A number above it would not be counted.
