@@ -26,6 +26,7 @@ from deepseek_jax.checkpoint.folder import Model, load_model, save_hf
 from deepseek_jax.cli import run
 from deepseek_jax.config import preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
+from deepseek_jax.data.examples import Prompt
 from deepseek_jax.generate.engine import Generator
 from deepseek_jax.model.decoder import Decoder, split
 from deepseek_jax.ops.logprobs import logprobs_of_logits, token_logprobs
@@ -33,9 +34,9 @@ from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl.batch import Batch
 from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.rl.objective import frozen_scores, grpo_objective
-from deepseek_jax.rl.rollout import Prompt
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.grpo import GRPOConfig, GRPOTrainer
+from deepseek_jax.train.grpo import GRPOTrainer
+from deepseek_jax.train.grpo_config import GRPOConfig
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.step import StepConfig, init_state, make_train_step
 from experiments.ppo.critic import critic_from
