@@ -14,7 +14,7 @@ from flax import nnx
 from deepseek_jax.checkpoint.adapters import new_adapter
 from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.data.examples import Prompt
-from deepseek_jax.generate.engine import Generator, Record
+from deepseek_jax.generation.engine import Generator, Record
 from deepseek_jax.model.lora import beside, merge
 from deepseek_jax.model.precision import computed, convert_dtype
 from deepseek_jax.model.scoring import check_routes
