@@ -76,7 +76,7 @@ def main(
             f"{model}: the tokenizer gives the prompt the id {max(tokens)}, wanted ids below the model's vocab_size"
             f" {config.vocab_size}; take both from the same checkpoint"
         )
-    generator = Generator(config, graphdef, layout=layout)
+    generator = Generator(config, graphdef)
     start = time.perf_counter()
     seeds = range(seed, seed + samples)
     found = complete(generator, weights, tokenizer, [tokens], sampling, seeds=seeds, samples=samples)

@@ -1,25 +1,12 @@
 """Generation from text to text."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from flax import nnx
 
-from deepseek_jax.generation.engine import NO_RECORD, Generator, Record, SamplingConfig
+from deepseek_jax.generation.engine import NO_RECORD, Completion, Generator, Record, SamplingConfig
 from deepseek_jax.text.tokenizer import Tokenizer
-
-
-class TextCompletion(NamedTuple):
-    """A completion as text (special tokens left out) beside what `generation.engine.Completion` says of it."""
-
-    text: str
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    finished: bool
-    routes: np.ndarray | None = None
-    support: np.ndarray | None = None
-    penalised: np.ndarray | None = None
 
 
 def complete(
@@ -32,10 +19,10 @@ def complete(
     seeds: Sequence[int],
     samples: int = 1,
     record: Record = NO_RECORD,
-) -> list[TextCompletion]:
+) -> list[Completion]:
     """Complete tokenised prompts and decode what comes. Arguments and errors as for `Generator.__call__`."""
     found = generator(weights, prompts, sampling, seeds=seeds, samples=samples, record=record)
-    return [TextCompletion(tokenizer.decode(c.tokens.tolist()), *c) for c in found]
+    return [c._replace(text=tokenizer.decode(c.tokens.tolist())) for c in found]
 
 
 def seeds_for(*key: int, count: int) -> list[int]:

@@ -53,9 +53,9 @@ def trainer(settings: GRPOConfig) -> GRPOTrainer:
     weights = jax.jit(lambda: split(Decoder(CONFIG, rngs=nnx.Rngs(0), layout=layout()))[1])()
     model, tokenizer = Model(CONFIG, graphdef, weights), Tokenizer.characters(ALPHABET, chat_template=TEMPLATE)
     serving = serving_layout(CONFIG, layout())
-    generator = Generator(CONFIG, abstract_weights(CONFIG, layout=serving)[0], layout=serving)
+    generator = Generator(CONFIG, abstract_weights(CONFIG, layout=serving)[0])
     reward = combine({"length": lambda prompts, completions, **_: list(map(len, completions))}, {"length": 1.0})
-    return GRPOTrainer(settings, model, tokenizer, generator, reward, width=WIDTH, seed=0, layout=layout())
+    return GRPOTrainer(settings, model, tokenizer, generator, reward, width=WIDTH, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from deepseek_jax.commands import generate as command
 from deepseek_jax.commands.generate import main
 from deepseek_jax.config import preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
-from deepseek_jax.generation.text import TextCompletion
+from deepseek_jax.generation.engine import Completion
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.text.tokenizer import Tokenizer
 
@@ -145,7 +145,7 @@ def test_what_a_template_says_does_not_reach_the_terminal_raw(folder, generate, 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_completion_is_escaped_on_a_terminal_alone(terminal, folder, generate, monkeypatch):
     written = "\x1b[31mred\x07\n\ttab 5\u202f%, 5\u2009m"
-    completion = TextCompletion(written, np.array([1, 2]), np.zeros(2), finished=False)
+    completion = Completion(np.array([1, 2]), np.zeros(2), finished=False, text=written)
     monkeypatch.setattr("deepseek_jax.commands.generate.complete", lambda *of, **options: [completion])
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     status, text, _ = generate(folder, "--prompt", "1", "--max-tokens", 2)

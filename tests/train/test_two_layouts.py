@@ -89,7 +89,7 @@ def layouts(name: str) -> tuple[str, Layout, Layout]:
 def trainer(kind: str, train: Layout = LOCAL, serve: Layout = LOCAL, **changes) -> GRPOTrainer:
     graphdef, weights = laid(kind, train)
     config = sampled_config(config_of(kind))
-    generator = Generator(config, abstract_weights(config, layout=serve)[0], layout=serve)
+    generator = Generator(config, abstract_weights(config, layout=serve)[0])
     return GRPOTrainer(
         dataclasses.replace(SMALL, **changes),
         Model(config_of(kind), graphdef, weights),
@@ -98,7 +98,6 @@ def trainer(kind: str, train: Layout = LOCAL, serve: Layout = LOCAL, **changes) 
         combine({"digits": digits}, {"digits": 1.0}),
         width=32,
         seed=3,
-        layout=train,
     )
 
 
