@@ -26,7 +26,7 @@ from flax import nnx
 
 from deepseek_jax.checkpoint import names
 from deepseek_jax.checkpoint.adapters import adapted_paths, new_adapter
-from deepseek_jax.generate.engine import Generator, SamplingConfig
+from deepseek_jax.generation.engine import Generator, SamplingConfig
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.lora import LoRAConfig, abstract_adapter, beside, laid_out
 from deepseek_jax.model.scan_layers import members, stack_layers, unstack_layers

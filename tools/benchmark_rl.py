@@ -26,7 +26,7 @@ from deepseek_jax.checkpoint.folder import Model, load_model, save_hf
 from deepseek_jax.cli import run
 from deepseek_jax.config import preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
-from deepseek_jax.generate.engine import Generator
+from deepseek_jax.generation.engine import Generator
 from deepseek_jax.model.critic import critic_from
 from deepseek_jax.model.decoder import Decoder, split
 from deepseek_jax.ops.logprobs import logprobs_of_logits, token_logprobs

@@ -9,8 +9,8 @@ import jax
 from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.checkpoint.opened import load_config
 from deepseek_jax.distributed import printable, say
-from deepseek_jax.generate.engine import Generator, SamplingConfig
-from deepseek_jax.generate.text import complete
+from deepseek_jax.generation.engine import Generator, SamplingConfig
+from deepseek_jax.generation.text import complete
 from deepseek_jax.model.precision import Precision, dtype_of
 from deepseek_jax.model.transfer import serving_layout
 from deepseek_jax.sharding import LOCAL, Layout, lanes_of, make_mesh

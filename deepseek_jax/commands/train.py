@@ -35,7 +35,7 @@ from deepseek_jax.data.prompts import (
     prompt_batches,
 )
 from deepseek_jax.evals.accuracy import Accuracy, greedy_accuracy
-from deepseek_jax.generate.engine import Generator, bucket
+from deepseek_jax.generation.engine import Generator, bucket
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.precision import Precision, computed, dtype_of
 from deepseek_jax.model.transfer import Transfer, sampled_config, serving_layout

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepseek_jax.generate.engine import bucket
-from deepseek_jax.generate.text import TextCompletion
+from deepseek_jax.generation.engine import bucket
+from deepseek_jax.generation.text import TextCompletion
 
 
 class Batch(NamedTuple):

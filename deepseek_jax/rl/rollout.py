@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 
 from deepseek_jax import distributed
-from deepseek_jax.generate.engine import Generator, Record, SamplingConfig
-from deepseek_jax.generate.text import TextCompletion, complete, seeds_for
+from deepseek_jax.generation.engine import Generator, Record, SamplingConfig
+from deepseek_jax.generation.text import TextCompletion, complete, seeds_for
 from deepseek_jax.rewards.combine import CombinedReward, Graded
 from deepseek_jax.rl.advantage import zero_variance
 from deepseek_jax.text.tokenizer import Tokenizer

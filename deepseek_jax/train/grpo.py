@@ -18,7 +18,7 @@ from deepseek_jax import distributed
 from deepseek_jax.checkpoint.adapters import adapted_paths, new_adapter
 from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.generate.engine import Generator, Record, SamplingConfig
+from deepseek_jax.generation.engine import Generator, Record, SamplingConfig
 from deepseek_jax.model.lora import ALL_LINEAR, LoRAConfig, beside, merge
 from deepseek_jax.model.precision import Precision, computed, convert_dtype, dtype_of
 from deepseek_jax.model.scoring import check_routes

@@ -18,7 +18,7 @@ from deepseek_jax.checkpoint.headers import NAMES, make_header
 from deepseek_jax.checkpoint.opened import open_folder
 from deepseek_jax.checkpoint.summary import of_folder
 from deepseek_jax.config import FP8Config, from_hf, to_hf
-from deepseek_jax.generate.engine import Generator, SamplingConfig
+from deepseek_jax.generation.engine import Generator, SamplingConfig
 from tests.checkpoint import folders
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -25,8 +25,8 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.data.prompts import batches
 from deepseek_jax.evals.accuracy import greedy_accuracy
-from deepseek_jax.generate.engine import Generator
-from deepseek_jax.generate.text import TextCompletion
+from deepseek_jax.generation.engine import Generator
+from deepseek_jax.generation.text import TextCompletion
 from deepseek_jax.model.decoder import Decoder, split
 from deepseek_jax.ops import metrics as ops_metrics
 from deepseek_jax.report.metrics import MetricLog

@@ -7,7 +7,7 @@ import pytest
 
 from deepseek_jax.evals import accuracy
 from deepseek_jax.evals.accuracy import greedy_accuracy
-from deepseek_jax.generate.text import TextCompletion
+from deepseek_jax.generation.text import TextCompletion
 from deepseek_jax.rewards.combine import RewardError, combine
 from deepseek_jax.rl.rollout import Prompt
 

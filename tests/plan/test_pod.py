@@ -10,7 +10,7 @@ from flax import nnx
 from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.config import MLAConfig, preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
-from deepseek_jax.generate.engine import Generator
+from deepseek_jax.generation.engine import Generator
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.transfer import serving_layout
 from deepseek_jax.plan import arithmetic, compiled, planner

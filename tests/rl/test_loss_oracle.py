@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_jax.generate.text import TextCompletion
+from deepseek_jax.generation.text import TextCompletion
 from deepseek_jax.ops.metrics import BatchTotals, values
 from deepseek_jax.rl.advantage import group_advantages, normalized_sum_advantages, rloo_advantages
 from deepseek_jax.rl.entropy import first_control, high_entropy, next_control, weight_now

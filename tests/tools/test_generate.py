@@ -20,7 +20,7 @@ from deepseek_jax.commands import generate as command
 from deepseek_jax.commands.generate import main
 from deepseek_jax.config import preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
-from deepseek_jax.generate.text import TextCompletion
+from deepseek_jax.generation.text import TextCompletion
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.text.tokenizer import Tokenizer
 

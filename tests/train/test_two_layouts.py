@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.config import ModelConfig, preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
-from deepseek_jax.generate.engine import Generator
+from deepseek_jax.generation.engine import Generator
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.model.scan_layers import members, stack_layers

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from deepseek_jax.config import GQAConfig, MLAConfig, ModelConfig, RopeConfig, preset
-from deepseek_jax.generate.engine import Generator, SamplingConfig, bucket
-from deepseek_jax.generate.text import seeds_for
+from deepseek_jax.generation.engine import Generator, SamplingConfig, bucket
+from deepseek_jax.generation.text import seeds_for
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.model.scoring import score

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import numpy as np
 from flax import nnx
 
-from deepseek_jax.generate.engine import NO_RECORD, Generator, Record, SamplingConfig
+from deepseek_jax.generation.engine import NO_RECORD, Generator, Record, SamplingConfig
 from deepseek_jax.text.tokenizer import Tokenizer
 
 
 class TextCompletion(NamedTuple):
-    """A completion as text (special tokens left out) beside what `generate.engine.Completion` says of it."""
+    """A completion as text (special tokens left out) beside what `generation.engine.Completion` says of it."""
 
     text: str
     tokens: np.ndarray
