@@ -34,6 +34,7 @@ from deepseek_jax.rl.objective import frozen_scores, grpo_objective
 from deepseek_jax.rl.rollout import Rollout, RolloutWorker, dynamic_sampling, rollout_metrics
 from deepseek_jax.sharding import LOCAL, Layout
 from deepseek_jax.text.tokenizer import Tokenizer
+from deepseek_jax.train.grpo_config import GRPOConfig
 from deepseek_jax.train.optimizer import make_optimizer, schedule
 from deepseek_jax.train.step import TrainState, init_state, make_adapter_step, make_train_step
 
