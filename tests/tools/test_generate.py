@@ -15,8 +15,9 @@ import pytest
 from flax import nnx
 
 from deepseek_jax.checkpoint.convert import convert_hf
-from deepseek_jax.checkpoint.folder import Model, save_hf
+from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.checkpoint.opened import open_folder
+from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.commands.generate import main
 from deepseek_jax.config import preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
@@ -36,7 +37,7 @@ def folder(tmp_path_factory):
     weights = jax.jit(lambda: split(Decoder(config, rngs=nnx.Rngs(0)))[1])()
     model = Model(config, abstract_weights(config)[0], weights)
     target = tmp_path_factory.mktemp("models") / "hf"
-    save_hf(model, target, tokenizer=Tokenizer.characters(ALPHABET, chat_template=TEMPLATE).files)
+    save_model(model, target, tokenizer=Tokenizer.characters(ALPHABET, chat_template=TEMPLATE).files)
     convert_hf(open_folder(target), target.with_name("converted"))
     return target
 
