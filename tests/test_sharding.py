@@ -22,9 +22,10 @@ from deepseek_jax.checkpoint import folder as folder_module
 from deepseek_jax.checkpoint import names
 from deepseek_jax.checkpoint.convert import convert_hf, export_hf
 from deepseek_jax.checkpoint.files import TensorFolder
-from deepseek_jax.checkpoint.folder import Model, lay_out, load_model, save_hf
+from deepseek_jax.checkpoint.folder import Model, lay_out, load_model
 from deepseek_jax.checkpoint.layout import part
 from deepseek_jax.checkpoint.opened import open_folder
+from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.config import preset
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.scan_layers import stack_layers
@@ -262,7 +263,7 @@ def a_stacked_layout_loads_the_stacks_of_the_layers(folders: Path) -> None:
         for key, value in wanted.items():
             assert bits(got[key]) == bits(value), (name, key)
         saved = folders / f"saved {name}"
-        save_hf(model, saved)
+        save_model(model, saved)
         assert [path.name for path in sorted(saved.iterdir())] == ["config.json", "model.safetensors"]
         for file in saved.iterdir():
             assert file.read_bytes() == (folders / "unpacked" / file.name).read_bytes(), file
@@ -449,7 +450,7 @@ def found(tmp_path_factory) -> dict[str, str]:
     random_folder(folders / "v32", V32)
     convert_hf(open_folder(folders / "hf"), folders / "converted")
     config = dataclasses.replace(R1, quantization=None, num_hidden_layers=3)
-    save_hf(Model(config, *split(Decoder(config, rngs=nnx.Rngs(0)))), folders / "unpacked")
+    save_model(Model(config, *split(Decoder(config, rngs=nnx.Rngs(0)))), folders / "unpacked")
     export_hf(open_folder(folders / "unpacked", to="fp8"), folders / "sane")
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     # code that is not optimised computes the same, and compiles in a third of the time
