@@ -29,7 +29,7 @@ from deepseek_jax.model.scan_layers import members, stack_layers
 from deepseek_jax.model.transfer import Transfer, sampled_config, serving_layout, serving_sizes
 from deepseek_jax.parallel.reshard import reshard
 from deepseek_jax.plan.account import account
-from deepseek_jax.plan.exchange import reshard_lower_bound
+from deepseek_jax.plan.communication import reshard_lower_bound
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.sharding import LOCAL, Layout, make_mesh
