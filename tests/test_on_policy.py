@@ -18,7 +18,7 @@ from flax import nnx
 
 from deepseek_jax.checkpoint.state import RunCheckpoints
 from deepseek_jax.config import IndexerConfig, ModelConfig, preset
-from deepseek_jax.generate.engine import Completion, Generator, Record, SamplingConfig
+from deepseek_jax.generation.engine import Completion, Generator, Record, SamplingConfig
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.model.scan_layers import stack_layers
@@ -109,7 +109,7 @@ def on_host(completions: list[Completion], config: ModelConfig) -> list[Completi
 
 
 def sampled(config: ModelConfig, graphdef: nnx.GraphDef, weights: nnx.State, layout: Layout = LOCAL):
-    generator = Generator(config, graphdef, layout=layout)
+    generator = Generator(config, graphdef)
     record = Record(routes=True, support=True)
     seeds = list(range(SAMPLES * len(PROMPTS)))
     return on_host(generator(weights, PROMPTS, SAMPLING, seeds=seeds, samples=SAMPLES, record=record), config)

@@ -18,13 +18,14 @@ from deepseek_jax.checkpoint import folder as folder_module
 from deepseek_jax.checkpoint import names
 from deepseek_jax.checkpoint.convert import convert_hf, export_hf
 from deepseek_jax.checkpoint.files import TensorFolder
-from deepseek_jax.checkpoint.folder import Model, lay_out, load_model, save_hf
+from deepseek_jax.checkpoint.folder import Model, lay_out, load_model
 from deepseek_jax.checkpoint.layout import part
 from deepseek_jax.checkpoint.opened import open_folder
+from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.config import preset
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.scan_layers import stack_layers
-from deepseek_jax.sharding import AXES, LOCAL, Layout, make_mesh, weight_sharding
+from deepseek_jax.sharding import AXES, LOCAL, Layout, make_mesh, module_layout, weight_sharding
 from tests.checkpoint.folders import QWEN2, R1, V3, V32, random_folder
 from tests.laws import found_of
 
@@ -257,7 +258,7 @@ def a_stacked_layout_loads_the_stacks_of_the_layers(folders: Path) -> None:
         for key, value in wanted.items():
             assert bits(got[key]) == bits(value), (name, key)
         saved = folders / f"saved {name}"
-        save_hf(model, saved)
+        save_model(model, saved)
         assert [path.name for path in sorted(saved.iterdir())] == ["config.json", "model.safetensors"]
         for file in saved.iterdir():
             assert file.read_bytes() == (folders / "unpacked" / file.name).read_bytes(), file
@@ -431,7 +432,7 @@ def found(tmp_path_factory) -> dict[str, str]:
     random_folder(folders / "v32", V32)
     convert_hf(open_folder(folders / "hf"), folders / "converted")
     config = dataclasses.replace(R1, quantization=None, num_hidden_layers=3)
-    save_hf(Model(config, *split(Decoder(config, rngs=nnx.Rngs(0)))), folders / "unpacked")
+    save_model(Model(config, *split(Decoder(config, rngs=nnx.Rngs(0)))), folders / "unpacked")
     export_hf(open_folder(folders / "unpacked", to="fp8"), folders / "sane")
     return found_of(LAWS, folders)
 
@@ -464,3 +465,13 @@ def test_a_word_that_no_layout_has_is_refused(words):
 def test_a_slack_below_the_balanced_share_is_refused(capacity_factor):
     with pytest.raises(ValueError, match=f"capacity_factor: got {capacity_factor}, wanted 1 or more"):
         Layout(capacity_factor=capacity_factor)
+
+
+@pytest.mark.parametrize("given", [LOCAL, Layout(scan_layers=True, remat="layers"), Layout(workload="serve", lanes=4)])
+def test_a_models_static_description_keeps_its_layout(given):
+    graphdef, _ = abstract_weights(preset("tiny"), layout=given)
+    assert module_layout(graphdef) == given
+
+
+def test_a_module_without_a_layout_is_local():
+    assert module_layout(nnx.graphdef(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))) == LOCAL

@@ -16,20 +16,21 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.config import ModelConfig, preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
-from deepseek_jax.generate.engine import Generator
+from deepseek_jax.data.examples import Prompt
+from deepseek_jax.generation.engine import Generator
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.model.scan_layers import members, stack_layers
 from deepseek_jax.model.transfer import Transfer, sampled_config, serving_layout, serving_sizes
 from deepseek_jax.parallel.reshard import reshard
 from deepseek_jax.plan.account import account
-from deepseek_jax.plan.exchange import reshard_lower_bound
+from deepseek_jax.plan.communication import reshard_lower_bound
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl.loss import GRPOLossConfig
-from deepseek_jax.rl.rollout import Prompt
 from deepseek_jax.sharding import LOCAL, Layout, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.grpo import GRPOConfig, GRPOTrainer
+from deepseek_jax.train.grpo import GRPOTrainer
+from deepseek_jax.train.grpo_config import GRPOConfig
 from tests.laws import found_once
 from tests.test_sharded_steps import CONFIGS, laid
 
@@ -82,7 +83,7 @@ def layouts(name: str) -> tuple[str, Layout, Layout]:
 def trainer(kind: str, train: Layout = LOCAL, serve: Layout = LOCAL, **changes) -> GRPOTrainer:
     graphdef, weights = laid(kind, train)
     config = sampled_config(config_of(kind))
-    generator = Generator(config, abstract_weights(config, layout=serve)[0], layout=serve)
+    generator = Generator(config, abstract_weights(config, layout=serve)[0])
     return GRPOTrainer(
         dataclasses.replace(SMALL, **changes),
         Model(config_of(kind), graphdef, weights),
@@ -91,7 +92,6 @@ def trainer(kind: str, train: Layout = LOCAL, serve: Layout = LOCAL, **changes) 
         combine({"digits": digits}, {"digits": 1.0}),
         width=32,
         seed=3,
-        layout=train,
     )
 
 
