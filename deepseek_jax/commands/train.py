@@ -27,6 +27,7 @@ from deepseek_jax.checkpoint.owned import write_owned
 from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.config import ModelConfig, preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE, draw_chains, trace
+from deepseek_jax.data.examples import Prompt
 from deepseek_jax.data.prompts import (
     DataConfig,
     EasyToHard,
@@ -46,10 +47,11 @@ from deepseek_jax.report.metrics import MetricLog, WandbConfig, read_metrics
 from deepseek_jax.report.page import write_report
 from deepseek_jax.report.samples import read_samples
 from deepseek_jax.rewards.recipe import RewardConfig, Rewards, check_columns, rewards
-from deepseek_jax.rl.rollout import Prompt
 from deepseek_jax.sharding import AXES, Layout, Remat, lanes_of, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.grpo import GRPOConfig, GRPOTrainer, run_grpo
+from deepseek_jax.train.grpo import GRPOTrainer
+from deepseek_jax.train.grpo_config import GRPOConfig
+from deepseek_jax.train.grpo_stage import run_grpo
 from deepseek_jax.train.loop import Stage, run_stage
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from deepseek_jax.train.runs import RunSettings, check_folder, enter_folder, held_folder, room_needed, write_json
