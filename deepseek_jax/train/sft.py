@@ -260,12 +260,20 @@ class SFTTrainer:
 
     def evaluate(self, state: TrainState, examples: Sequence[MaskedTokens]) -> dict[str, float]:
         """Loss in nats a token, and the share of tokens that the model holds likeliest, over held-out rows."""
+        return self._evaluate(state.weights, examples)
+
+    def _evaluate(self, weights: nnx.State | None, examples: Sequence[MaskedTokens]) -> dict[str, float]:
         total = None
         for batch in self._parts(examples):
-            metrics = self._measure(state.weights, self.frozen, self.layout.put(batch))
+            metrics = self._measure(weights, self.frozen, self.layout.put(batch))
             total = metrics if total is None else ops_metrics.merge(total, metrics)
         values = ops_metrics.values(total)
         return {"eval/loss": values["nll"], "eval/mean_token_accuracy": values["mean_token_accuracy"]}
+
+    def evaluate_first(self, examples: Sequence[MaskedTokens]) -> dict[str, float]:
+        """The same before the first step."""
+        weights = self.model.weights if self.lora is None else None
+        return self._evaluate(weights, examples)
 
     def _parts(self, examples: Sequence[MaskedTokens]) -> Iterator[SFTBatch]:
         """In parts as large as a micro-batch; what the last one lacks is empty."""
@@ -274,12 +282,12 @@ class SFTTrainer:
             part = [examples[index] for index in range(first, min(first + size, len(examples)))]
             yield self._laid_out(part, self.layout.parts("batch"), size)
 
-    def _measured(self, weights: nnx.State, frozen: nnx.State | None, batch: SFTBatch) -> ops_metrics.Metrics:
+    def _measured(self, weights: nnx.State | None, frozen: nnx.State | None, batch: SFTBatch) -> ops_metrics.Metrics:
         weights, graphdef = convert_dtype(weights, self._dtype), self.model.graphdef
-        if self.lora is None:
+        if frozen is None:
             model = nnx.merge(graphdef, weights)
         else:
-            model = decoder_of(graphdef, beside(frozen, weights, self.lora))
+            model = decoder_of(graphdef, frozen if weights is None else beside(frozen, weights, self.lora))
         _, metrics, _ = sft_objective(model, self.layout.rows(batch), batch_totals(batch))
         return {name: metrics[name] for name in ("nll", "mean_token_accuracy")}
 
