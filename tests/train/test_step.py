@@ -19,7 +19,7 @@ from deepseek_jax.rl.batch import Batch
 from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.rl.objective import grpo_objective
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
-from deepseek_jax.train.sft import SFTBatch, make_sft_objective, sft_objective
+from deepseek_jax.train.sft_loss import SFTBatch, make_sft_objective, sft_objective
 from deepseek_jax.train.step import StepConfig, init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
