@@ -18,17 +18,17 @@ _LOGGED_CHARS = 500
 class RewardFunction(Protocol):
     """Scores completions, one value a row; None means that the function does not apply to the row.
 
-    It is called by keyword, so that it may name only what it looks at and take the rest as `**kwargs`; further
-    keywords are `log_extra(column, values)`, values one a row for the table of samples, and `log_metric(name, value)`,
-    a number for the dashboard. It may be `async`: such functions are waited for together.
+    It is called by keyword with prompts, completions, completion_ids and the data's other columns, so that it may name
+    only what it looks at and take the rest as `**kwargs`; further keywords are `log_extra(column, values)`, values one
+    a row for the table of samples, and `log_metric(name, value)`, a number for the dashboard. It may be `async`: such
+    functions are waited for together.
 
     Source: huggingface/trl, `GRPOTrainer` (`reward_funcs`).
     Differs: prompts and completions are plain strings, never lists of messages.
     """
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
-    ) -> list[float | None]: ...
+    # Any, so that a type checker takes functions that name columns of their own.
+    def __call__(self, *args: Any, **columns: Any) -> Any: ...
 
 
 class RewardError(RuntimeError):

@@ -29,7 +29,9 @@ CASES = {
 
 
 OF_SEEDS = [
-    pytest.param((name, seed), id=f"{name}-{seed}", marks=[pytest.mark.slow] * seed) for name in CASES for seed in range(2)
+    pytest.param((name, seed), id=f"{name}-{seed}", marks=[pytest.mark.slow] * seed)
+    for name in CASES
+    for seed in range(2)
 ]
 
 
