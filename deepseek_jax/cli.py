@@ -10,6 +10,7 @@ from typing import Any
 import tyro
 
 from deepseek_jax import distributed, interrupt
+from deepseek_jax.commands.options import prepared
 
 
 def run(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
@@ -50,8 +51,12 @@ def _warn(message: Warning | str, *of_source: Any) -> None:
 
 
 def _call(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
-    call = tyro.extras.subcommand_cli_from_dict if isinstance(main, dict) else tyro.cli
-    call(main, config=(tyro.conf.OmitArgPrefixes,))
+    config = (tyro.conf.OmitArgPrefixes,)
+    if isinstance(main, dict):
+        tyro.extras.subcommand_cli_from_dict(main, config=config)
+        return
+    function, arguments = prepared(main, sys.argv[1:])
+    tyro.cli(function, args=arguments, config=config)
 
 
 def _call_in_one_of_several(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:

@@ -51,10 +51,10 @@ class GRPOConfig:
     """Settings of a GRPO stage.
 
     Args:
-        steps: rollouts in all.
-        prompts_per_step: questions a step.
+        steps: rollouts in all (R1-Zero: 10,400); a finished run may be raised.
+        prompts_per_step: questions a step (R1-Zero: 32).
         group_size: samples a question (R1: 16).
-        max_new_tokens: limit a sample.
+        max_new_tokens: limit a sample (R1-Zero: 32,768).
         temperature: of the samples; log-probs are taken at the same.
         top_p: of the samples; below 1 wants keep_sampling_mask.
         top_k: of the samples; above 0 wants keep_sampling_mask.
@@ -73,7 +73,7 @@ class GRPOConfig:
             the batch.
         scale_rewards: what "group" divides by: the deviation of the group (R1), of the batch, or none (V3.2).
         mask_truncated_completions: samples that were cut off at max_new_tokens do not count.
-        lr: learning rate.
+        lr: learning rate (DeepSeekMath: 1e-6, R1-Zero: 3e-6).
         warmup: updates over which it rises.
         updates_per_rollout: parts of a rollout, an optimizer step each (R1-Zero: 16).
         num_iterations: passes over a rollout.
@@ -102,10 +102,10 @@ class GRPOConfig:
         profile_steps: "A:B" traces the steps A to B, counted from 1, into profile/.
     """
 
-    steps: int = 60
-    prompts_per_step: int = 16
+    steps: int = 1_000
+    prompts_per_step: int = 32
     group_size: int = 16
-    max_new_tokens: int = 48
+    max_new_tokens: int = 32_768
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -118,7 +118,7 @@ class GRPOConfig:
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     scale_rewards: Literal["group", "batch", "none"] = "group"
     mask_truncated_completions: bool = False
-    lr: float = 2e-4
+    lr: float = 1e-6
     warmup: int = 5
     updates_per_rollout: int = 1
     num_iterations: int = 1
