@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import tyro
@@ -82,8 +83,9 @@ def _begun(of: Command, arguments: Sequence[str]) -> Any:
     file = given.pop("config", None)
     if file is None:
         return of.defaults(given)
-    options = options_of(of.settings)
-    values = read_settings(options["config"].wanted(file), of.settings)
+    values = read_settings(Path(file), of.settings)
+    if "config" in values:
+        raise ValueError(f"{file}: config: got a file in a file, wanted it on the command line; leave it out")
     first = of.defaults({name: values[name] for name in of.deciding if name in values} | given)
     try:
         return with_values(first, values)

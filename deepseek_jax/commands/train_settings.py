@@ -72,7 +72,7 @@ class DataOptions:
 
     Args:
         data: files (.jsonl, .jsonl.gz, .json, .csv, .parquet), folders or patterns of such, or hub data sets
-            (owner/name:config), with a question and an answer in every row, as GSM8K has them.
+            (owner/name:config); with a question and an answer in every row, as GSM8K has them.
         eval_questions: held-out questions for the accuracies before and after.
         question_columns: of `data`: what is asked. Without it the columns are found by the names in use: question,
             Body and Question, problem, prompt, messages.
@@ -154,7 +154,7 @@ class LoggingOptions:
     """Where numbers go beside metrics.jsonl and TensorBoard.
 
     Args:
-        wandb_project: log to this project of Weights & Biases as well (pip install 'deepseek_jax[wandb]').
+        wandb_project: log to this project of Weights & Biases as well; needs pip install 'deepseek_jax[wandb]'.
         wandb_offline: keep its files in the run's folder, for `wandb sync`.
     """
 
@@ -247,15 +247,12 @@ def fitting(folder: Path, *, chat: bool) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"model: {folder}: no such folder; wanted a Hugging Face or converted one")
     tokenizer = Tokenizer.from_folder(folder)
-    opened = chat and tokenizer.chat_template is not None and opens_thought(tokenizer)
+    opened = False
+    if chat and (tokenizer.chat_template or tokenizer.chat_encoding):
+        asked = tokenizer.chat_text([{"role": "user", "content": "1+1=?"}])
+        opened = asked.rstrip().endswith(OPEN)  # the template begins the completion's thought, as R1's does
     context = load_config(folder).max_position_embeddings
     return {"max_new_tokens": min(max(context // 2, 1), LONGEST), "format": "boxed" if opened else "tags"}
-
-
-def opens_thought(tokenizer: Tokenizer) -> bool:
-    """Whether the chat template begins the completion's thought, as R1's does."""
-    asked = tokenizer.decode(tokenizer.chat([{"role": "user", "content": "1+1=?"}]), skip_special=False)
-    return asked.rstrip().endswith(OPEN)
 
 
 def stated(config: Config) -> list[str]:

@@ -226,23 +226,34 @@ class Tokenizer:
     def chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
     ) -> list[int]:
-        """Renders a conversation with the checkpoint's template and encodes it with one BOS.
+        """What `chat_text` gives, encoded with one BOS.
+
+        Args, Raises: as of `chat_text`.
+
+        Returns:
+          Token ids.
+
+        Differs: a model that wants a BOS gets it even if its template leaves it out
+          (tests/text/test_tokenizer.py, test_chat_begins_with_exactly_one_bos).
+        """
+        text = self.chat_text(messages, add_generation_prompt=add_generation_prompt, **variables)
+        return self.encode(text, add_bos=True)
+
+    def chat_text(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """Renders a conversation with the checkpoint's template.
 
         Args:
           messages: one mapping a message, with "role" and "content".
           add_generation_prompt: end with the opening of the assistant's turn.
           **variables: further variables of the template, such as tools or `thinking`.
 
-        Returns:
-          Token ids.
-
         Raises:
           ValueError: there is no template, the messages are malformed, or the template refuses them.
 
         Source: huggingface/transformers, `PreTrainedTokenizerBase.apply_chat_template`.
-        Differs: a model that wants a BOS gets it even if its template leaves it out
-          (tests/text/test_tokenizer.py, test_chat_begins_with_exactly_one_bos); DeepSeek-V3.2, which has no template,
-          is rendered by `encoding.encode_v32`.
+        Differs: DeepSeek-V3.2, which has no template, is rendered by `encoding.encode_v32`.
         """
         common = {
             "bos_token": self.bos or "",
@@ -252,16 +263,14 @@ class Tokenizer:
         }
         source = self.tool_template if common["tools"] and self.tool_template else self.chat_template
         if source is not None:
-            text = template.render(source, messages, **common)
-        elif self.chat_encoding is not None:
+            return template.render(source, messages, **common)
+        if self.chat_encoding is not None:
             template.check_messages(messages)
-            text = encoding.encode_v32(messages, **common)
-        else:
-            raise ValueError(
-                "chat: got a tokenizer without a chat_template, wanted one in chat_template.jinja or"
-                " tokenizer_config.json; give plain text (--no-chat), or add the template of the instruct model"
-            )
-        return self.encode(text, add_bos=True)
+            return encoding.encode_v32(messages, **common)
+        raise ValueError(
+            "chat: got a tokenizer without a chat_template, wanted one in chat_template.jinja or"
+            " tokenizer_config.json; give plain text (--no-chat), or add the template of the instruct model"
+        )
 
     def save(self, folder: Path | str) -> None:
         """Writes the tokenizer's files, byte for byte as they were read, to make an exported model complete.

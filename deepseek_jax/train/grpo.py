@@ -81,8 +81,8 @@ class GRPOConfig:
         pack: lay several short samples in one row.
         reference_every: steps after which the reference model follows the policy (R1-Zero: 400).
         reference_mixup: how far it follows: 1 replaces it, less is a moving average.
-        lora_rank: train an adapter of this rank beside the weights, which stay, as does the reference model, then
-            these weights, and the router biases; 0 trains the weights themselves.
+        lora_rank: train an adapter of this rank beside the weights; these stay, as does the reference model, which
+            they are then, and the router biases. 0 trains the weights themselves.
         lora_alpha: strength of the adapter, which counts alpha / rank times.
         lora_targets: Hugging Face's names of the modules to adapt, or all-linear.
         record_routes: note the experts of sampling, and report the share of tokens for which the trainer's differ.
