@@ -330,7 +330,7 @@ def test_what_ends_a_run_may_be_changed_where_it_ended_so_and_nothing_else(tmp_p
     folder = begun(tmp_path / "run", lr=1.0).output
     last_step(folder, **metrics)
     for changes in ({"lr": 1e-4}, {"lr": 1.0, "skip_grad_norm": 5.0}, {"lr": 1e-4, "skip_grad_norm": 5.0}):
-        check(small(folder, **changes), cold_start_lr=1e-3)
+        check(small(folder, **changes, cold_start_lr=1e-3))
     with pytest.raises(ValueError, match="has group_size 16, not 8"):
         check(small(folder, lr=1e-4, group_size=8))
     begun(folder, lr=1e-4)
