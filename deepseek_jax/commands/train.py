@@ -12,9 +12,11 @@ from flax import nnx
 from deepseek_jax import distributed
 from deepseek_jax.checkpoint.adapters import save_adapter
 from deepseek_jax.checkpoint.files import write_whole
+from deepseek_jax.checkpoint.hub import model_folder
 from deepseek_jax.checkpoint.owned import write_owned
 from deepseek_jax.commands.options import command
-from deepseek_jax.commands.train_report import evaluate, evaluate_once, report, save_model
+from deepseek_jax.commands.settings_file import with_values
+from deepseek_jax.commands.train_report import evaluate, evaluate_once, report, write_model
 from deepseek_jax.commands.train_settings import (
     COMMON,
     DECIDING,
@@ -31,7 +33,8 @@ from deepseek_jax.model.precision import dtype_of
 from deepseek_jax.ops import metrics as ops_metrics
 from deepseek_jax.report.metrics import MetricLog, WandbConfig
 from deepseek_jax.rewards.recipe import rewards
-from deepseek_jax.train.grpo import GRPOTrainer, run_grpo
+from deepseek_jax.train.grpo import GRPOTrainer
+from deepseek_jax.train.grpo_stage import run_grpo
 from deepseek_jax.train.loop import Stage, run_stage
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from deepseek_jax.train.runs import enter_folder, held_folder, room_needed
@@ -43,6 +46,8 @@ from deepseek_jax.train.step import TrainState, init_state, make_train_step
 def main(config: Config) -> None:
     """Train by reinforcement learning with rule-based rewards; docs and examples are in the README."""
     start = time.perf_counter()
+    if config.base.model is not None:
+        config = with_values(config, {"model": model_folder(config.base.model)})
     with room_needed(config.output), held_folder(config.output):
         base = distributed.on_main(lambda: check(config))
         with rewards(config.rewards, max_new_tokens=config.grpo.max_new_tokens) as graded:
@@ -65,7 +70,7 @@ def stages(config: Config, setup: Setup, base: str | None, start: float) -> None
     after = evaluate(config, setup, setup.to_sampler(weights))
     print(f"accuracy after GRPO: {after.mean:.1%} +- {after.stderr:.1%}")
     log.close()
-    save_model(config, setup, weights, run_id)
+    write_model(config, setup, weights, run_id)
     distributed.on_main(lambda: report(config, setup, before, after, time.perf_counter() - start))
 
 
@@ -101,7 +106,7 @@ def cold_start(config: Config, setup: Setup, log: MetricLog) -> nnx.State:
     optimizer = make_optimizer(adamw, steps)
     # the weights themselves are trained here, whatever GRPO trains: biases move
     of_step = dataclasses.replace(config.grpo.step_config, bias_gamma=config.grpo.bias_gamma)
-    update = make_train_step(setup.model.graphdef, sft_objective, optimizer, of_step, setup.layout)
+    update = make_train_step(setup.model.graphdef, sft_objective, optimizer, of_step)
     width = example_width(setup.cold_start)
 
     def step(state: TrainState, examples: Sequence, number: int) -> tuple[TrainState, Mapping[str, float]]:
@@ -127,7 +132,6 @@ def reinforce(config: Config, setup: Setup, weights: nnx.State, log: MetricLog, 
         setup.rewards.total,
         width=setup.width,
         seed=config.seed,
-        layout=setup.layout,
         donate=True,
         alter_rewards=shuffled if config.control == "shuffled" else None,
         take_metrics=setup.rewards.take_metrics,

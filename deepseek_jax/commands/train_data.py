@@ -8,9 +8,9 @@ import grain
 
 from deepseek_jax import distributed
 from deepseek_jax.commands.train_settings import Config
+from deepseek_jax.data.examples import Prompt
 from deepseek_jax.data.prompts import DataConfig, Example, PromptData, batches, open_prompts, prompt_batches
 from deepseek_jax.rewards.recipe import check_columns
-from deepseek_jax.rl.rollout import Prompt
 from deepseek_jax.text.tokenizer import Tokenizer
 
 

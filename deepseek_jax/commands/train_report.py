@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax import distributed
-from deepseek_jax.checkpoint.folder import save_hf
 from deepseek_jax.checkpoint.opened import named_dtype
 from deepseek_jax.checkpoint.owned import write_owned
+from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.commands.train_settings import Config
 from deepseek_jax.commands.train_setup import Setup
 from deepseek_jax.evals.accuracy import Accuracy, greedy_accuracy
@@ -43,10 +43,10 @@ def evaluate_once(config: Config, setup: Setup, weights: nnx.State, name: str) -
     return distributed.on_main(lambda: json.loads(path.read_text(encoding="utf-8")))
 
 
-def save_model(config: Config, setup: Setup, weights: nnx.State, run_id: str) -> None:
+def write_model(config: Config, setup: Setup, weights: nnx.State, run_id: str) -> None:
     """As a Hugging Face folder, in the place of the one that the run wrote when it had fewer steps."""
     trained = setup.model._replace(weights=computed(weights, saved_dtype(config)))
-    save = lambda target: save_hf(trained, target, source=config.base.model, tokenizer=setup.tokenizer.files)
+    save = lambda target: save_model(trained, target, source=config.base.model, tokenizer=setup.tokenizer.files)
     write_owned(config.output / "model", run=run_id, steps=config.grpo.steps, write=save)
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from deepseek_jax.checkpoint.fingerprint import fingerprint
+from deepseek_jax.checkpoint.hub import model_folder
 from deepseek_jax.checkpoint.opened import load_config
 from deepseek_jax.commands.mesh import MeshOptions
 from deepseek_jax.commands.settings_file import settings_text, values_of, with_values
@@ -21,9 +22,9 @@ from deepseek_jax.model.precision import Precision, dtype_of
 from deepseek_jax.rewards.own import own_rewards
 from deepseek_jax.rewards.recipe import RewardConfig
 from deepseek_jax.sharding import AXES
-from deepseek_jax.text.think import OPEN
+from deepseek_jax.text.think import opens_thought
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.grpo import GRPOConfig
+from deepseek_jax.train.grpo_config import GRPOConfig
 from deepseek_jax.train.runs import RunSettings, check_folder
 
 LONGEST = 4_096
@@ -49,7 +50,8 @@ class ModelOptions:
     """What is trained, and how it is asked.
 
     Args:
-        model: Hugging Face or converted folder to start from; without it a small model is made from nothing.
+        model: Hugging Face or converted folder to start from, or a name on the hub; without it a small model is made
+            from nothing.
         prompt: what a given model is asked; {question} stands for the question. None asks for the --format that is
             rewarded.
         chat: put the prompt into the model's chat template; base models, which have none, want --no-chat.
@@ -234,7 +236,9 @@ def defaults(given: Mapping[str, Any]) -> Config:
         given: of `DECIDING`, as far as they are given.
     """
     folder = given.get("model")
-    values = TOY if folder in (None, "None") else fitting(Path(folder), chat=given.get("chat", True))
+    values = (
+        TOY if folder in (None, "None") else fitting(model_folder(folder, weights=False), chat=given.get("chat", True))
+    )
     return with_values(Config(), values | (QUICK if given.get("quick") else {}))
 
 
@@ -242,15 +246,13 @@ def fitting(folder: Path, *, chat: bool) -> dict[str, Any]:
     """What suits a model: completions that its context has room for, and the format that its template begins.
 
     Raises:
-        ValueError: no such folder, or one that holds no model.
+        ValueError: a folder that holds no model.
     """
-    if not folder.is_dir():
-        raise ValueError(f"model: {folder}: no such folder; wanted a Hugging Face or converted one")
     tokenizer = Tokenizer.from_folder(folder)
     opened = False
     if chat and (tokenizer.chat_template or tokenizer.chat_encoding):
         asked = tokenizer.chat_text([{"role": "user", "content": "1+1=?"}])
-        opened = asked.rstrip().endswith(OPEN)  # the template begins the completion's thought, as R1's does
+        opened = opens_thought(asked)
     context = load_config(folder).max_position_embeddings
     return {"max_new_tokens": min(max(context // 2, 1), LONGEST), "format": "boxed" if opened else "tags"}
 
@@ -287,8 +289,6 @@ def base_of(config: Config) -> str | None:
     """What the model to start from is known by, if there is one."""
     if config.base.model is None:
         return None
-    if not config.base.model.is_dir():
-        raise ValueError(f"model: {config.base.model}: no such folder; wanted a Hugging Face or converted one")
     return fingerprint(config.base.model)
 
 

@@ -12,12 +12,12 @@ from deepseek_jax.commands.train_data import asked
 from deepseek_jax.commands.train_settings import Config
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
-from deepseek_jax.generate.engine import Generator, bucket
+from deepseek_jax.data.examples import Prompt
+from deepseek_jax.generation.engine import Generator, bucket
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.precision import dtype_of
 from deepseek_jax.model.transfer import Transfer, sampled_config, serving_layout
 from deepseek_jax.rewards.recipe import Rewards
-from deepseek_jax.rl.rollout import Prompt
 from deepseek_jax.sharding import Layout
 from deepseek_jax.text.tokenizer import Tokenizer
 
@@ -75,7 +75,7 @@ def make_sampler(config: Config, architecture: ModelConfig, layout: Layout) -> G
     }
     serving = serving_layout(architecture, layout, **given)
     sampled = sampled_config(architecture)
-    return Generator(sampled, abstract_weights(sampled, layout=serving)[0], layout=serving)
+    return Generator(sampled, abstract_weights(sampled, layout=serving)[0])
 
 
 def example_width(examples: Sequence[tuple[list[int], list[int]]]) -> int:

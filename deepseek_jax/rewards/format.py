@@ -5,8 +5,9 @@ import unicodedata
 
 from deepseek_jax.rewards.combine import check_strings
 from deepseek_jax.text.answers import extract_answer
+from deepseek_jax.text.think import CLOSE, OPEN, with_opening
 
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+TAGS = (OPEN, CLOSE, "<answer>", "</answer>")
 
 
 def format_reward(
@@ -34,7 +35,7 @@ def format_reward(
     Source: DeepSeek-R1 paper, section 2.2.2 (format rewards) and Table 1 (template).
     """
     check_strings("format_reward", prompts, completions)
-    return [float(_is_template(_whole(*row))) for row in zip(prompts, completions, strict=True)]
+    return [float(_is_template(with_opening(*row))) for row in zip(prompts, completions, strict=True)]
 
 
 def boxed_format_reward(
@@ -51,7 +52,7 @@ def boxed_format_reward(
     Source: DeepSeek-R1's README ("put your final answer within \boxed{}") and chat template, which opens the thought.
     """
     check_strings("boxed_format_reward", prompts, completions)
-    return [float(_is_boxed(_whole(*row))) for row in zip(prompts, completions, strict=True)]
+    return [float(_is_boxed(with_opening(*row))) for row in zip(prompts, completions, strict=True)]
 
 
 def soft_format_reward(
@@ -82,18 +83,14 @@ def soft_format_reward(
       (tests/rewards/test_format.py, test_soft_repeating_every_tag_is_no_full_score).
     """
     check_strings("soft_format_reward", prompts, completions)
-    return [_tag_cosine(_whole(*row)) for row in zip(prompts, completions, strict=True)]
-
-
-def _whole(prompt: str, completion: str) -> str:
-    return "<think>" + completion if prompt.rstrip().endswith("<think>") else completion
+    return [_tag_cosine(with_opening(*row)) for row in zip(prompts, completions, strict=True)]
 
 
 def _is_template(text: str) -> bool:
     if any(text.count(tag) != 1 for tag in TAGS):
         return False
-    before, _, rest = text.partition("<think>")
-    thought, closed, rest = rest.partition("</think>")
+    before, _, rest = text.partition(OPEN)
+    thought, closed, rest = rest.partition(CLOSE)
     between, opened, rest = rest.partition("<answer>")
     answer, ended, after = rest.partition("</answer>")
     in_order = bool(closed and opened and ended)
@@ -103,9 +100,9 @@ def _is_template(text: str) -> bool:
 
 def _is_boxed(text: str) -> bool:
     answer = text
-    if text.lstrip().startswith("<think>"):
-        thought, closed, answer = text.lstrip().removeprefix("<think>").partition("</think>")
-        if not closed or "<think>" in thought or not _shows(thought):
+    if text.lstrip().startswith(OPEN):
+        thought, closed, answer = text.lstrip().removeprefix(OPEN).partition(CLOSE)
+        if not closed or OPEN in thought or not _shows(thought):
             return False
     return not any(tag in answer for tag in TAGS) and extract_answer(answer) is not None
 

@@ -30,7 +30,7 @@ from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.data.prompts import Example, open_prompts
 from deepseek_jax.rewards.recipe import RewardConfig
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.grpo import GRPOConfig
+from deepseek_jax.train.grpo_config import GRPOConfig
 from deepseek_jax.train.runs import enter_folder
 
 THINKING = TEMPLATE.replace("<｜Assistant｜>{% endif %}", "<｜Assistant｜><think>{% endif %}")
@@ -150,7 +150,7 @@ def test_a_model_that_is_not_there_is_refused_by_that_name(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         run(train.main)
     assert end.value.code == 1
-    assert capsys.readouterr().err.startswith("error: model: nowhere: no such folder; wanted ")
+    assert capsys.readouterr().err.startswith("error: nowhere: no such folder; wanted ")
 
 
 def test_given_options_win_over_quick():
