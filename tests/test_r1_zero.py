@@ -459,7 +459,7 @@ def test_the_columns_are_named_on_the_command_line(tmp_path, monkeypatch, capsys
     assert main(monkeypatch, *given) == 1
     assert "name it by --answer-column" in error_line(capsys)
     assert main(monkeypatch, *given, "--answer-column", "out.truth") == 1
-    assert "got 1 rows, wanted at least one beyond" in error_line(capsys)  # read, and too few
+    assert "got 1 rows, wanted 2 or more" in error_line(capsys)  # read, and too few
 
 
 STAGES = [

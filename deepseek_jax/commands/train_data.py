@@ -53,7 +53,7 @@ def read(config: Config, tokenizer: Tokenizer) -> Asked:
     held_out, data, said = held_out_of(config, of, data)
     if distributed.is_main():
         for line in (*data.report, said):
-            print(distributed.printable(line))
+            print(distributed.printable(str(line)))
     for examples in (held_out, data):
         _check(config, (example.columns for example in examples))
     longest = max(len(make(example).tokens) for example in data)

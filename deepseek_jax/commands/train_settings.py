@@ -82,8 +82,8 @@ class DataOptions:
             reward_model.ground_truth, solution, ...
         tests_column: of `data`: the hidden tests for --accuracy code. Without it: tests, test_list, ...
         without_answer: what to do where a row has no final answer: refuse the data, or drop such rows and say how many.
-        held_out: as `data`, for the accuracies before and after; without it rows of `data` are drawn for that by the
-            seed, at most a tenth of them.
+        held_out: as `data`, to evaluate on; without it rows of `data` are drawn for that by the seed, at most a tenth
+            of them.
         held_out_question_columns: of `held_out`, where its names are others.
         held_out_answer_column: of `held_out`, where its name is another.
         held_out_tests_column: of `held_out`, where its name is another.
@@ -169,11 +169,11 @@ class Config:
     """Settings of a run.
 
     Args:
-        output: folder of the run: metrics.jsonl, tensorboard/, checkpoints/, model/, summary.json, report.html.
+        output: folder of the run; it gets metrics.jsonl, tensorboard/, checkpoints/, model/, summary.json, report.html.
         config: settings by the names of the options, as .toml or .yaml; what the command line says counts before them.
             A run's own config.toml repeats it.
         seed: of weights, data and sampling; the same seed gives the same run.
-        quick: a short run for a first look and for CI: a smaller cold start, few steps, few questions. What is given
+        quick: a short run for a first look and for CI; a smaller cold start, few steps, few questions. What is given
             beside it counts.
         control: "shuffled" hands every reward to a random sample of its group: nothing should be learnt.
         base: What is trained, and how it is asked.
