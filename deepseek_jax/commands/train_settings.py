@@ -251,7 +251,7 @@ def fitting(folder: Path, *, chat: bool) -> dict[str, Any]:
     tokenizer = Tokenizer.from_folder(folder)
     opened = False
     if chat and (tokenizer.chat_template or tokenizer.chat_encoding):
-        asked = tokenizer.chat_text([{"role": "user", "content": "1+1=?"}])
+        asked = tokenizer.render([{"role": "user", "content": "1+1=?"}], add_generation_prompt=True)
         opened = opens_thought(asked)
     context = load_config(folder).max_position_embeddings
     return {"max_new_tokens": min(max(context // 2, 1), LONGEST), "format": "boxed" if opened else "tags"}

@@ -245,34 +245,23 @@ class Tokenizer:
     def chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
     ) -> list[int]:
-        """What `chat_text` gives, encoded with one BOS.
-
-        Args, Raises: as of `chat_text`.
-
-        Returns:
-          Token ids.
-
-        Differs: a model that wants a BOS gets it even if its template leaves it out
-          (tests/text/test_tokenizer.py, test_chat_begins_with_exactly_one_bos).
-        """
-        text = self.chat_text(messages, add_generation_prompt=add_generation_prompt, **variables)
-        return self.encode(text, add_bos=True)
-
-    def chat_text(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
-    ) -> str:
-        """Renders a conversation with the checkpoint's template.
+        """Renders a conversation with the checkpoint's template and encodes it with one BOS.
 
         Args:
           messages: one mapping a message, with "role" and "content".
           add_generation_prompt: end with the opening of the assistant's turn.
           **variables: further variables of the template, such as tools or `thinking`.
 
+        Returns:
+          Token ids.
+
         Raises:
           ValueError: there is no template, the messages are malformed, or the template refuses them.
 
         Source: huggingface/transformers, `PreTrainedTokenizerBase.apply_chat_template`.
-        Differs: DeepSeek-V3.2, which has no template, is rendered by `encoding.encode_v32`.
+        Differs: a model that wants a BOS gets it even if its template leaves it out
+          (tests/text/test_tokenizer.py, test_chat_begins_with_exactly_one_bos); DeepSeek-V3.2, which has no template,
+          is rendered by `encoding.encode_v32`.
         """
         text = self.render(messages, add_generation_prompt=add_generation_prompt, **variables)
         return self.encode(text, add_bos=True)
