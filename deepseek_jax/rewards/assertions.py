@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from deepseek_jax.rewards.combine import RowsFailed
 from deepseek_jax.rewards.names import (
     assumed_imports,
     bound_names,
@@ -19,6 +18,7 @@ from deepseek_jax.rewards.names import (
     free_names,
     program_names,
 )
+from deepseek_jax.rewards.protocol import RowsFailed
 from deepseek_jax.rewards.sandbox import Limits, Program, Ran, run_linked
 from deepseek_jax.rewards.sandbox import __path__ as _sandbox_path
 
@@ -74,6 +74,9 @@ class Assertions:
                 ast.parse(text)
             except _SYNTAX as error:
                 raise _not_python(text, error) from None
+
+    def __len__(self) -> int:
+        return len(self.tests)
 
 
 def count_assertions(source: str, tests: Assertions, *, limits: Limits, allow_unsandboxed: bool = False) -> int:
