@@ -28,7 +28,7 @@ from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.report.metrics import MetricLog, read_metrics
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.grpo import GRPOConfig
+from deepseek_jax.train.grpo_config import GRPOConfig
 from deepseek_jax.train.runs import room_needed
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -26,15 +26,21 @@ from deepseek_jax.checkpoint.folder import Model, load_model, save_hf
 from deepseek_jax.cli import run
 from deepseek_jax.config import preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
+from deepseek_jax.data.examples import Prompt
 from deepseek_jax.generation.engine import Generator
-from deepseek_jax.model.critic import critic_from
 from deepseek_jax.model.decoder import Decoder, split
 from deepseek_jax.ops.logprobs import logprobs_of_logits, token_logprobs
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl.batch import Batch
 from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.rl.objective import frozen_scores, grpo_objective
-from deepseek_jax.rl.ppo import (
+from deepseek_jax.text.tokenizer import Tokenizer
+from deepseek_jax.train.grpo import GRPOTrainer
+from deepseek_jax.train.grpo_config import GRPOConfig
+from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
+from deepseek_jax.train.step import StepConfig, init_state, make_train_step
+from experiments.ppo.critic import critic_from
+from experiments.ppo.ppo import (
     PPOConfig,
     critic_objective,
     frozen_values,
@@ -42,11 +48,6 @@ from deepseek_jax.rl.ppo import (
     ppo_update,
     with_targets,
 )
-from deepseek_jax.rl.rollout import Prompt
-from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.grpo import GRPOConfig, GRPOTrainer
-from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
-from deepseek_jax.train.step import StepConfig, init_state, make_train_step
 
 GIB = 1 << 30
 
@@ -128,7 +129,7 @@ def _beside_trl(folder, texts, group_size, tokens, kl, rounds, ours, scratch) ->
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
-    from trl import GRPOLossConfig as TheirConfig
+    from trl import GRPOConfig as TheirConfig
     from trl import GRPOTrainer as TheirTrainer
 
     own = Tokenizer.from_folder(folder)

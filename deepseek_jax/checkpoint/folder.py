@@ -41,14 +41,14 @@ class Model(NamedTuple):
     weights: nnx.State
 
 
-def load_model(folder: Path, *, dtype: jnp.dtype | None = jnp.float32, layout: Layout = LOCAL) -> Model:
+def load_model(folder: str | Path, *, dtype: jnp.dtype | None = jnp.float32, layout: Layout = LOCAL) -> Model:
     """A model from a Hugging Face folder or a converted one, layer by layer.
 
     FP8 weights are unpacked on the devices. Every process reads the bytes that its own devices hold, and no more. For
     a stacked layout the layers are joined at the end; until then the devices hold both forms.
 
     Args:
-        folder: with config.json and weights.
+        folder: with config.json and weights, or the name of a model on the hub.
         dtype: to compute in; None keeps the stored one, and bfloat16 for FP8 weights. Router biases stay float32.
         layout: how the model lies and runs; without a mesh it lies on the first device.
 

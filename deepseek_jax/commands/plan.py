@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from deepseek_jax.checkpoint.opened import load_config
-from deepseek_jax.config import PRESETS, ModelConfig, preset
+from deepseek_jax.checkpoint.opened import named_config
+from deepseek_jax.config import PRESETS, ModelConfig
 from deepseek_jax.plan.arithmetic import DType
 from deepseek_jax.plan.chart import check_path, title, write_chart
 from deepseek_jax.plan.chips import CHIPS
@@ -57,7 +57,7 @@ def main(
     """Plan MODEL on a chip; without --chip on all, without MODEL all models. Exit status 3 if it does not fit.
 
     Args:
-        model: name of a published configuration, such as r1-671b, or a folder with config.json.
+        model: name of a published configuration, such as r1-671b, a folder with config.json, or a name on the hub.
         chip: v4, v5e, v5p, v6e, v7x, a100, h100, h200, b200, gb200, mi300x, l4, l40s, a10g, rtx4090 or rtx5090.
         chips: how many; by default the smallest slice that fits.
         memory: of one device, such as 24GB, in place of a chip: says what it holds.
@@ -86,7 +86,7 @@ def main(
         raise ValueError("--chart wants one model and one --chip")
     found = []
     for name in names:
-        config = read_model(name)
+        config = named_config(name)
         length = min(4096, config.max_position_embeddings) if context is None else context
         wanted = {
             "workload": workload,
@@ -108,15 +108,6 @@ def main(
         print(dumps({"plans": [_as_json(*each) for each in found]}, indent=2))
     else:
         _console().print(_many(found), *_notes(), sep="\n")
-
-
-def read_model(name: str) -> ModelConfig:
-    """A configuration by the name of a preset, or of a folder with config.json."""
-    if name in PRESETS:
-        return preset(name)
-    if Path(name).is_dir():
-        return load_config(Path(name))
-    raise ValueError(f"model: got {name!r}, wanted a folder with config.json or one of {', '.join(PRESETS)}")
 
 
 def read_memory(text: str) -> int:
@@ -263,7 +254,7 @@ def _advise(model: str | None, memory: int, context: int | None, dtype: DType | 
             raise ValueError("--dtype with --memory wants a model")
         found = advise_all(memory, context=length)
     else:
-        config = read_model(model)
+        config = named_config(model)
         dtypes = _DTYPES if dtype is None else (dtype,)
         found = [advise(_label(model), config, each, memory, context=length) for each in dtypes]
     if json:
@@ -278,7 +269,7 @@ def _advise(model: str | None, memory: int, context: int | None, dtype: DType | 
         packed,
         _recommendation(model, found),
     ]
-    thumbs = {advice.model: rule_of_thumb(read_model(model or advice.model)) for advice in found}
+    thumbs = {advice.model: rule_of_thumb(named_config(model or advice.model)) for advice in found}
     _console().print(_advice(found, thumbs, memory, length), *lines, sep="\n", highlight=False)
 
 

@@ -21,10 +21,12 @@ from deepseek_jax import distributed
 from deepseek_jax.checkpoint.adapters import save_adapter
 from deepseek_jax.checkpoint.fingerprint import fingerprint
 from deepseek_jax.checkpoint.folder import Model, lay_out, load_model, save_hf
+from deepseek_jax.checkpoint.hub import model_folder
 from deepseek_jax.checkpoint.opened import named_dtype
 from deepseek_jax.checkpoint.owned import write_owned
 from deepseek_jax.config import ModelConfig, preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE, draw_chains, trace
+from deepseek_jax.data.examples import Prompt
 from deepseek_jax.data.prompts import (
     DataConfig,
     EasyToHard,
@@ -44,10 +46,11 @@ from deepseek_jax.report.metrics import MetricLog, WandbConfig, read_metrics
 from deepseek_jax.report.page import write_report
 from deepseek_jax.report.samples import read_samples
 from deepseek_jax.rewards.recipe import RewardConfig, Rewards, check_columns, rewards
-from deepseek_jax.rl.rollout import Prompt
 from deepseek_jax.sharding import AXES, Layout, Remat, lanes_of, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.grpo import GRPOConfig, GRPOTrainer, run_grpo
+from deepseek_jax.train.grpo import GRPOTrainer
+from deepseek_jax.train.grpo_config import GRPOConfig
+from deepseek_jax.train.grpo_stage import run_grpo
 from deepseek_jax.train.loop import Stage, run_stage
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from deepseek_jax.train.runs import RunSettings, check_folder, enter_folder, held_folder, room_needed, write_json
@@ -142,7 +145,8 @@ class Config:
         seed: of weights, data and sampling; the same seed gives the same run.
         quick: a short run for a first look and for CI: a smaller cold start, few steps, few questions. What is given
             beside it counts.
-        model: Hugging Face or converted folder to start from; without it a small model is made from nothing.
+        model: Hugging Face or converted folder to start from, or a name on the hub; without it a small model is made
+            from nothing.
         questions: of the data; without any, chains of arithmetic are generated.
         prompt: what a given model is asked; {question} stands for the question.
         chat: put the prompt into the model's chat template; base models, which have none, want --no-chat.
@@ -245,6 +249,8 @@ def main(config: Config) -> None:
     """Train by reinforcement learning with rule-based rewards; see the top of this file."""
     start = time.perf_counter()
     config = shortened(config, sys.argv[1:]) if config.quick else config
+    if config.model is not None:
+        config = dataclasses.replace(config, model=model_folder(config.model))
     with room_needed(config.output), held_folder(config.output):
         base = distributed.on_main(lambda: check(config))
         with rewards(config.rewards, max_new_tokens=config.grpo.max_new_tokens) as graded:
@@ -303,8 +309,6 @@ def base_of(config: Config) -> str | None:
     """What the model to start from is known by, if there is one."""
     if config.model is None:
         return None
-    if not config.model.is_dir():
-        raise ValueError(f"model: {config.model}: no such folder; wanted a Hugging Face or converted one")
     return fingerprint(config.model)
 
 

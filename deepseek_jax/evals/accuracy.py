@@ -7,11 +7,11 @@ from typing import NamedTuple
 from flax import nnx
 
 from deepseek_jax import distributed
+from deepseek_jax.data.examples import Prompt
 from deepseek_jax.generation.engine import Generator, SamplingConfig
 from deepseek_jax.generation.text import TextCompletion, complete
 from deepseek_jax.rewards.accuracy import accuracy_reward
 from deepseek_jax.rewards.combine import CombinedReward, combine
-from deepseek_jax.rl.rollout import Prompt
 from deepseek_jax.text.tokenizer import Tokenizer
 
 _EXACT = combine({"accuracy": accuracy_reward}, {"accuracy": 1.0})

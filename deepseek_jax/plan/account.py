@@ -16,7 +16,7 @@ from deepseek_jax.ops.experts import TILES
 from deepseek_jax.plan.flops import flops, is_unknown
 from deepseek_jax.plan.groups import Axes
 from deepseek_jax.plan.hlo import Computation, Frame, Instruction, parse
-from deepseek_jax.plan.traffic import continues, fusion_bytes, instruction_bytes
+from deepseek_jax.plan.traffic import continues, fusion_bytes, instruction_bytes, skips_groups
 
 # Bytes that a chip sends, of an operand of so many bytes and a group of n chips.
 _SENT: Mapping[str, Callable[[int, int], int]] = {
@@ -27,12 +27,17 @@ _SENT: Mapping[str, Callable[[int, int], int]] = {
     "ragged-all-to-all": lambda operand, n: operand * (n - 1) // n,
     "collective-permute": lambda operand, n: operand,
 }
+# What calls a computation, and the attribute that names it: all but the first on TPU, of what its sparse cores do.
+_CALLS = {
+    "call": "to_apply",
+    "call-start": "to_apply",
+    "async-start": "calls",
+    "custom-call-start": "called_computations",  # libtpu 0.0.52
+}
 # Rounds of dispatch that only skewed loads of the experts need.
 _RARE = "overflow_rounds"
 # A loop over so many tiles of the experts' rows, if the load is even.
 _TILED = re.compile(rf"{TILES}(\d+)/while$")
-# How the TPU compiler marks a product whose tiles outside their group are skipped.
-_SKIPS_GROUPS = re.compile(r"ITERATION_SKIPPER_MODE_(GROUP_STARTS|ITERATION_INDICES)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,10 +84,10 @@ def account(text: str, mesh_shape: Mapping[str, int], *, loop: str | None = None
     """Adds up what a compiled program costs each chip, or what one turn of a loop of it does.
 
     FLOPs are those of dot and convolution as XLA counts them, within Triton's fusions and the calls of cuBLAS and
-    cuDNN as well, and those that a custom call declares. The weight
-    gradient of `ragged_dot` on TPU is a dense convolution over all groups whose masked tiles the
-    compiler marks to be skipped: one group's share is counted, which leaves out only that tiles at the border of
-    two groups run twice; no run on a TPU has confirmed it. Elementwise work is not counted.
+    cuDNN as well, and those that a custom call declares. The weight gradient of `ragged_dot` on TPU (of libtpu 0.0.52
+    the product itself too) is a dense convolution over all groups whose masked tiles the compiler marks to be skipped:
+    one group's share is counted, which leaves out only that tiles at the border of two groups run twice; no run on a
+    TPU has confirmed it. Elementwise work is not counted.
 
     Bytes are operands and results of every instruction outside fusions, without the padding of tiles; a slice or
     gather reads what it takes, a dynamic-update-slice writes what it updates, inside a fusion as well. Buffers
@@ -182,9 +187,8 @@ class _Walk:
         elif opcode == "conditional":
             branches = [self.total(frame.enter(instruction, name)) for name in _branches(instruction)]
             total.add(max(branches, key=lambda branch: (branch.flops, branch.bytes)))
-        elif opcode in ("call", "call-start", "async-start"):  # the second on v7x, of what its sparse cores do
-            name = instruction.called("calls" if opcode == "async-start" else "to_apply")
-            total.add(self.total(frame.enter(instruction, name)))
+        elif opcode in _CALLS:
+            total.add(self.total(frame.enter(instruction, instruction.called(_CALLS[opcode]))))
         elif opcode == "fusion":
             self._add_fusion(total, frame, instruction)
         else:
@@ -209,7 +213,8 @@ class _Walk:
         """What is inside, but for its bytes: only the fusion itself touches memory."""
         inside = self.total(frame.enter(fusion, fusion.called("calls")))
         part = dataclasses.replace(inside, bytes=fusion_bytes(frame, fusion))
-        if part.flops and _SKIPS_GROUPS.search(fusion.rest):
+        # the newer compiler wraps such a product in a second fusion, marked again
+        if part.flops and skips_groups(fusion) and not inside.masked_flops:
             part.flops //= _groups(frame, fusion)
             part.masked_flops = inside.flops - part.flops
         total.add(part)

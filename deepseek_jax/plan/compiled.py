@@ -25,7 +25,7 @@ from deepseek_jax.plan.chips import Chip
 from deepseek_jax.plan.exchange import comm_lower_bound, reshard_lower_bound
 from deepseek_jax.plan.topology import GPU_OPTIONS
 from deepseek_jax.sharding import Layout
-from deepseek_jax.train.grpo import GRPOConfig
+from deepseek_jax.train.grpo_config import GRPOConfig
 
 Step = Literal["prefill", "decode", "train", "grpo", "sync"]
 TRAINED: tuple[Step, ...] = ("train", "grpo", "sync")  # that begin where weights lie to be trained

@@ -102,7 +102,7 @@ class Instruction:
 
     def called(self, attribute: str) -> str:
         """The computation that an attribute such as `calls` or `body` names."""
-        return re.search(rf"\b{attribute}=%?([^ ,]+)", self.rest).group(1)
+        return re.search(rf"\b{attribute}=\{{?%?([^ ,}}]+)", self.rest).group(1)
 
     def index(self) -> int:
         """Of a get-tuple-element."""

@@ -26,8 +26,12 @@ _FREE = {
     "async-done",
     "async-update",
     "call-done",
+    "custom-call-done",
+    "custom-call-update",
 }
 _LAYER_OF = re.compile(rf'op_name="[^"]*{LAYER_OF}(\d+)')
+# How the TPU compiler marks a product whose tiles outside their group are skipped.
+_SKIPS_GROUPS = re.compile(r"ITERATION_SKIPPER_MODE_(GROUP_STARTS|ITERATION_INDICES)")
 _LIBRARY = re.compile(r'custom_call_target="__(cublas|cudnn)\$(?:gemm|lt|conv)')
 _FREE_CALLS = (
     "AllocateBuffer",
@@ -103,6 +107,11 @@ def _call_bytes(call: Instruction, operands: list[Instruction]) -> int:
     return max(0, estimate - unread)
 
 
+def skips_groups(fusion: Instruction) -> bool:
+    """Whether a fusion is the dense form of a ragged product, of which each row meets the tiles of its own group."""
+    return _SKIPS_GROUPS.search(fusion.rest) is not None
+
+
 def _other_layers(call: Instruction, operands: list[Instruction]) -> int:
     """Bytes of a stack of layers' experts that a grouped product over one layer leaves alone: its grid skips them."""
     found = _LAYER_OF.search(call.rest)
@@ -113,13 +122,17 @@ def _other_layers(call: Instruction, operands: list[Instruction]) -> int:
 
 
 def fusion_bytes(frame: Frame, fusion: Instruction) -> int:
+    """Bytes of main memory that a fusion reads and writes."""
     computations = frame.module.computations
     inside = computations[fusion.called("calls")]
+    operands = frame.computation.operands(fusion)
     read = sum(
         _read(computations, inside, parameter)
-        for operand, parameter in zip(frame.computation.operands(fusion), inside.parameters, strict=True)
+        for operand, parameter in zip(operands, inside.parameters, strict=True)
         if operand.hbm_bytes
     )
+    if skips_groups(fusion):
+        read -= _other_layers(fusion, operands)
     written = _written(computations, inside, inside.root)
     return read + sum(size for size, leaf in zip(written, fusion.leaves, strict=True) if leaf.hbm)
 

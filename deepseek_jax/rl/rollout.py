@@ -10,19 +10,12 @@ import numpy as np
 from flax import nnx
 
 from deepseek_jax import distributed
+from deepseek_jax.data.examples import Prompt
 from deepseek_jax.generation.engine import Generator, Record, SamplingConfig
 from deepseek_jax.generation.text import TextCompletion, complete, seeds_for
 from deepseek_jax.rewards.combine import CombinedReward, Graded
 from deepseek_jax.rl.advantage import zero_variance
 from deepseek_jax.text.tokenizer import Tokenizer
-
-
-class Prompt(NamedTuple):
-    """A question as text and tokens, and the columns that reward functions look at (`answer`, say)."""
-
-    text: str
-    tokens: list[int]
-    columns: Mapping[str, object]
 
 
 class Rollout(NamedTuple):

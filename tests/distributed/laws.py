@@ -23,6 +23,7 @@ from deepseek_jax.checkpoint import convert
 from deepseek_jax.checkpoint.opened import open_folder
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
+from deepseek_jax.data.examples import Prompt
 from deepseek_jax.data.prompts import batches
 from deepseek_jax.evals.accuracy import greedy_accuracy
 from deepseek_jax.generation.engine import Generator
@@ -32,7 +33,7 @@ from deepseek_jax.ops import metrics as ops_metrics
 from deepseek_jax.report.metrics import MetricLog
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl import rollout as rollout_module
-from deepseek_jax.rl.rollout import Prompt, RolloutWorker
+from deepseek_jax.rl.rollout import RolloutWorker
 from deepseek_jax.sharding import Layout, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.loop import Stage, run_stage

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 
+from deepseek_jax.data.examples import Prompt
 from deepseek_jax.evals import accuracy
 from deepseek_jax.evals.accuracy import greedy_accuracy
 from deepseek_jax.generation.text import TextCompletion
 from deepseek_jax.rewards.combine import RewardError, combine
-from deepseek_jax.rl.rollout import Prompt
 
 
 @pytest.fixture

@@ -10,16 +10,17 @@ from flax import nnx
 from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.config import MLAConfig, preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
+from deepseek_jax.data.examples import Prompt
 from deepseek_jax.generation.engine import Generator
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.transfer import serving_layout
 from deepseek_jax.plan import arithmetic, compiled, planner
 from deepseek_jax.plan.compiled import Task
 from deepseek_jax.rewards.combine import combine
-from deepseek_jax.rl.rollout import Prompt
 from deepseek_jax.sharding import Layout, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.grpo import GRPOConfig, GRPOTrainer
+from deepseek_jax.train.grpo import GRPOTrainer
+from deepseek_jax.train.grpo_config import GRPOConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

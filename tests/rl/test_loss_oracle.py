@@ -16,12 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepseek_jax.data.examples import Prompt
 from deepseek_jax.generation.text import TextCompletion
 from deepseek_jax.ops.metrics import BatchTotals, values
 from deepseek_jax.rl.advantage import group_advantages, normalized_sum_advantages, rloo_advantages
 from deepseek_jax.rl.entropy import first_control, high_entropy, next_control, weight_now
 from deepseek_jax.rl.loss import GRPOLossConfig, grpo_loss
-from deepseek_jax.rl.rollout import Prompt, Rollout, rollout_metrics
+from deepseek_jax.rl.rollout import Rollout, rollout_metrics
 
 pytestmark = pytest.mark.oracle
 

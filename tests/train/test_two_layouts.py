@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.config import ModelConfig, preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
+from deepseek_jax.data.examples import Prompt
 from deepseek_jax.generation.engine import Generator
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.layers import RouterBias
@@ -31,10 +32,10 @@ from deepseek_jax.plan.account import account
 from deepseek_jax.plan.exchange import reshard_lower_bound
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl.loss import GRPOLossConfig
-from deepseek_jax.rl.rollout import Prompt
 from deepseek_jax.sharding import LOCAL, Layout, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.grpo import GRPOConfig, GRPOTrainer
+from deepseek_jax.train.grpo import GRPOTrainer
+from deepseek_jax.train.grpo_config import GRPOConfig
 from tests.test_sharded_steps import CONFIGS, laid
 
 ROOT = Path(__file__).resolve().parents[2]
