@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from deepseek_jax.checkpoint.folder import load_model
-from deepseek_jax.checkpoint.opened import load_config
+from deepseek_jax.checkpoint.model_folder import load_config
 from deepseek_jax.distributed import printable, say
 from deepseek_jax.generation.engine import Generator, SamplingConfig
 from deepseek_jax.generation.text import complete

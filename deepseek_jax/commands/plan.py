@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from deepseek_jax.checkpoint.opened import named_config
+from deepseek_jax.checkpoint.model_folder import named_config
 from deepseek_jax.config import PRESETS, ModelConfig
 from deepseek_jax.plan.arithmetic import DType
 from deepseek_jax.plan.chart import check_path, title, write_chart

@@ -22,7 +22,7 @@ from deepseek_jax.checkpoint.adapters import save_adapter
 from deepseek_jax.checkpoint.fingerprint import fingerprint
 from deepseek_jax.checkpoint.folder import Model, lay_out, load_model, save_hf
 from deepseek_jax.checkpoint.hub import model_folder
-from deepseek_jax.checkpoint.opened import named_dtype
+from deepseek_jax.checkpoint.model_folder import named_dtype
 from deepseek_jax.checkpoint.owned import write_owned
 from deepseek_jax.config import ModelConfig, preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE, draw_chains, trace
@@ -338,7 +338,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 def layout_of(config: Config) -> Layout:
     """How the model lies on the devices and runs there."""
     sizes = {axis: getattr(config, f"mesh_{axis}") for axis in AXES}
-    one_device = distributed.count() == 1 and all(size == 1 for size in sizes.values())
+    one_device = distributed.process_count() == 1 and all(size == 1 for size in sizes.values())
     return Layout(
         mesh=None if one_device else make_mesh(**sizes),
         scan_layers=config.scan_layers,

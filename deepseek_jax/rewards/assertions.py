@@ -19,7 +19,7 @@ from deepseek_jax.rewards.names import (
     program_names,
 )
 from deepseek_jax.rewards.protocol import RowsFailed
-from deepseek_jax.rewards.sandbox import Limits, Program, Ran, run_linked
+from deepseek_jax.rewards.sandbox import CompletedProgram, Limits, Program, run_linked
 from deepseek_jax.rewards.sandbox import __path__ as _sandbox_path
 
 CANDIDATE = "candidate"
@@ -125,7 +125,7 @@ def wanted_names(tests: Assertions) -> frozenset[str]:
     return frozenset(re.match(r"\w*", name)[0] for name in plan.names.values())
 
 
-def _passed(ran: Ran) -> int:
+def _passed(ran: CompletedProgram) -> int:
     """Reads the judge's lines."""
     lines = ran.stderr.decode(errors="replace").split("\n")
     words = [line[1:] for line in lines if line.startswith("!")]

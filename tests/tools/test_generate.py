@@ -15,7 +15,7 @@ from flax import nnx
 
 from deepseek_jax.checkpoint.convert import convert_hf
 from deepseek_jax.checkpoint.folder import Model, save_hf
-from deepseek_jax.checkpoint.opened import open_folder
+from deepseek_jax.checkpoint.model_folder import open_folder
 from deepseek_jax.commands import generate as command
 from deepseek_jax.commands.generate import main
 from deepseek_jax.config import preset

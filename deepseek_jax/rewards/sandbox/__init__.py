@@ -112,7 +112,7 @@ class Program:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ran:
+class CompletedProgram:
     """How a program ended.
 
     Args:
@@ -139,7 +139,7 @@ def run_program(
     files: Mapping[str, str | bytes] | None = None,
     limits: Limits | None = None,
     allow_unsandboxed: bool = False,
-) -> Ran:
+) -> CompletedProgram:
     """Runs one program in a sandbox of its own and waits for its end; any thread may call it.
 
     Args:
@@ -161,7 +161,7 @@ def run_program(
 
 def run_programs(
     programs: Sequence[Program], *, workers: int | None = None, allow_unsandboxed: bool = False
-) -> list[Ran]:
+) -> list[CompletedProgram]:
     """Runs programs, several at once, each in a sandbox of its own.
 
     Args:
@@ -186,7 +186,7 @@ def run_programs(
         return list(pool.map(lambda program: _launch([program], sandboxed=sandboxed)[0], programs))
 
 
-def run_linked(first: Program, second: Program, *, allow_unsandboxed: bool = False) -> Ran:
+def run_linked(first: Program, second: Program, *, allow_unsandboxed: bool = False) -> CompletedProgram:
     """Runs two programs at once, in two sandboxes; each reads what the other writes to standard output.
 
     Args:
@@ -239,7 +239,7 @@ def _choose_sandboxed(allow_unsandboxed: bool) -> bool:
     return reason is None
 
 
-def _launch(programs: Sequence[Program], *, sandboxed: bool) -> list[Ran]:
+def _launch(programs: Sequence[Program], *, sandboxed: bool) -> list[CompletedProgram]:
     if sandboxed:
         return _ask(programs, [""] * len(programs), sandboxed)
     with tempfile.TemporaryDirectory(prefix="unsandboxed-") as parent:
@@ -249,7 +249,7 @@ def _launch(programs: Sequence[Program], *, sandboxed: bool) -> list[Ran]:
         return _ask(programs, folders, sandboxed)
 
 
-def _ask(programs: Sequence[Program], folders: Sequence[str], sandboxed: bool) -> list[Ran]:
+def _ask(programs: Sequence[Program], folders: Sequence[str], sandboxed: bool) -> list[CompletedProgram]:
     """Runs the launcher: a clean interpreter, since this process has threads and must not be forked.
 
     marshal carries the request because it costs the launcher no import; both ends are ours. The answer holds what
@@ -301,7 +301,7 @@ def _cell(program: Program, folder: str) -> dict[str, Any]:
     }
 
 
-def _parse(answer: bytes, count: int) -> list[Ran]:
+def _parse(answer: bytes, count: int) -> list[CompletedProgram]:
     results = []
     for _ in range(count):
         line, _, answer = answer.partition(b"\n")
@@ -313,7 +313,7 @@ def _parse(answer: bytes, count: int) -> list[Ran]:
             raise SandboxUnavailable(_explain(err.decode(errors="replace")))
         if kind == "error" and err.rstrip().rpartition(b"\n")[2].startswith(b"MemoryError"):
             kind = "memory"
-        results.append(Ran(kind=kind, code=int(code), seconds=float(seconds), stdout=out, stderr=err))
+        results.append(CompletedProgram(kind=kind, code=int(code), seconds=float(seconds), stdout=out, stderr=err))
     return results
 
 
