@@ -11,7 +11,7 @@ from deepseek_jax.rewards.assertions import PACKAGES, Assertions, TestsUnusable,
 from deepseek_jax.rewards.outputs import outputs_equal
 from deepseek_jax.rewards.programs import extract_program
 from deepseek_jax.rewards.protocol import check_strings
-from deepseek_jax.rewards.sandbox import Limits, Program, available, processors, run_programs
+from deepseek_jax.rewards.sandbox import Limits, Program, available, processors, run_program
 from deepseek_jax.rewards.tests_column import InputOutput, parse_tests
 
 _OUTPUT_ROOM = 1 << 20
@@ -134,7 +134,7 @@ class CodeReward:
             room = max(self.io_limits.output_bytes, len(test.output.encode(errors="replace")) + _OUTPUT_ROOM)
             limits = replace(self.io_limits, output_bytes=room)
             program = Program(source=source, stdin=test.input, limits=limits, packages=PACKAGES)
-            (ran,) = run_programs([program], workers=1, allow_unsandboxed=self.allow_unsandboxed)
+            ran = run_program(program, allow_unsandboxed=self.allow_unsandboxed)
             right = ran.kind == "ok" and outputs_equal(
                 ran.stdout.decode(errors="replace"), test.output, tolerance=self.tolerance
             )

@@ -27,7 +27,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -119,8 +118,8 @@ class CompletedProgram:
       kind: "ok" (status 0), "error" (another status), "memory" (an error, its last words a MemoryError), "timeout",
         "output" (it wrote more than allowed), "killed" (by a signal, a crash among them).
       code: exit status, minus the signal's number where there was one; 0 where it was stopped.
-      seconds: wall time from its first instruction to its end; neither waiting for a free worker, nor building the
-        sandbox counts, nor, where that decided, waiting for a processor.
+      seconds: wall time from its first instruction to its end; building the sandbox does not count, nor,
+        where that decided, waiting for a processor.
       stdout: bytes that it wrote, cut at the limit.
       stderr: likewise.
     """
@@ -132,18 +131,11 @@ class CompletedProgram:
     stderr: bytes
 
 
-def run_program(
-    source: str | bytes,
-    *,
-    stdin: str | bytes = "",
-    files: Mapping[str, str | bytes] | None = None,
-    limits: Limits | None = None,
-    allow_unsandboxed: bool = False,
-) -> CompletedProgram:
+def run_program(program: Program, *, allow_unsandboxed: bool = False) -> CompletedProgram:
     """Runs one program in a sandbox of its own and waits for its end; any thread may call it.
 
     Args:
-      source, stdin, files, limits: as in `Program`.
+      program: what to run.
       allow_unsandboxed: where no sandbox can be had, run the program as an ordinary process of this user, in a
         temporary folder, with the limits on time, memory, file size and output and, on Linux, the system call filter.
         It can then read and write whatever this user can. Where a sandbox can be had, it is used.
@@ -153,37 +145,8 @@ def run_program(
 
     Raises:
       SandboxUnavailable: no sandbox can be had and `allow_unsandboxed` is False, or one could not be built.
-      ValueError: what `Program` refuses.
     """
-    program = Program(source=source, stdin=stdin, files=files or {}, limits=limits or Limits())
-    return run_programs([program], workers=1, allow_unsandboxed=allow_unsandboxed)[0]
-
-
-def run_programs(
-    programs: Sequence[Program], *, workers: int | None = None, allow_unsandboxed: bool = False
-) -> list[CompletedProgram]:
-    """Runs programs, several at once, each in a sandbox of its own.
-
-    Args:
-      programs: what to run.
-      workers: how many run at once; by default the number of processors that this process may use.
-      allow_unsandboxed: as in `run_program`.
-
-    Returns:
-      How each ended, in their order.
-
-    Raises:
-      SandboxUnavailable: as in `run_program`.
-      ValueError: `workers` is not positive.
-    """
-    sandboxed = _choose_sandboxed(allow_unsandboxed)
-    workers = processors() if workers is None else workers
-    if workers < 1:
-        raise ValueError(f"run_programs: workers: got {workers}, wanted 1 or more; leave it out for one a processor")
-    if workers == 1 or len(programs) < 2:
-        return [_launch([program], sandboxed=sandboxed)[0] for program in programs]
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(lambda program: _launch([program], sandboxed=sandboxed)[0], programs))
+    return _launch([program], sandboxed=_choose_sandboxed(allow_unsandboxed))[0]
 
 
 def run_linked(first: Program, second: Program, *, allow_unsandboxed: bool = False) -> CompletedProgram:
