@@ -41,8 +41,5 @@ def printable(text: str) -> str:
     >>> print(printable(chr(27) + "[31mred, ü and 漢"))
     \\x1b[31mred, ü and 漢
     """
-    return "".join(of if of in _OF_TEXT or of.isprintable() or _is_space(of) else repr(of)[1:-1] for of in text)
-
-
-def _is_space(of: str) -> bool:
-    return unicodedata.category(of) == "Zs"
+    kept = lambda of: of in _OF_TEXT or of.isprintable() or unicodedata.category(of) == "Zs"
+    return "".join(of if kept(of) else repr(of)[1:-1] for of in text)
