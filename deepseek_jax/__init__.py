@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # the one list: type checkers read it, and so does `_homes`
     from deepseek_jax.checkpoint.folder import Model as Model
     from deepseek_jax.checkpoint.folder import load_model as load_model
     from deepseek_jax.checkpoint.hub import model_folder as model_folder
-    from deepseek_jax.checkpoint.opened import open_folder as open_folder
+    from deepseek_jax.checkpoint.model_folder import open_folder as open_folder
     from deepseek_jax.checkpoint.save import save_model as save_model
     from deepseek_jax.config import ModelConfig as ModelConfig
     from deepseek_jax.config import preset as preset

@@ -224,7 +224,7 @@ def _filed(held: Mapping[names.Path, np.ndarray], table: Mapping[str, _Place]) -
 def _write(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
     files.write_whole(folder / CONFIG, json.dumps(settings, indent=2).encode())
     header = make_header({name: (NAMES[value.dtype], value.shape) for name, value in tensors.items()})
-    shards = writer.NewShards(folder, writer.Plan({WEIGHTS: header}, None))
+    shards = writer.ShardWriter(folder, writer.Plan({WEIGHTS: header}, None))
     try:
         for name, value in tensors.items():
             shards.write(name, 0, value)

@@ -154,7 +154,7 @@ def _numbers(parts: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float
 
 def _raise_early(graded: Sequence[Future]) -> None:
     """What grading has raised so far, before more is sampled; of several processes all raise together, at the end."""
-    for answer in graded if distributed.count() == 1 else ():
+    for answer in graded if distributed.process_count() == 1 else ():
         if answer.done():
             answer.result()
 

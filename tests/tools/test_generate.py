@@ -16,7 +16,7 @@ from flax import nnx
 
 from deepseek_jax.checkpoint.convert import convert_hf
 from deepseek_jax.checkpoint.folder import Model
-from deepseek_jax.checkpoint.opened import open_folder
+from deepseek_jax.checkpoint.model_folder import open_folder
 from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.commands.generate import main
 from deepseek_jax.config import preset
