@@ -115,7 +115,7 @@ def on_host(completions: list[Completion], config: ModelConfig) -> list[Completi
 
 
 def sampled(config: ModelConfig, graphdef: nnx.GraphDef, weights: nnx.State, layout: Layout = LOCAL):
-    generator = Generator(config, graphdef, layout=layout)
+    generator = Generator(config, graphdef)
     record = Record(routes=True, support=True)
     seeds = list(range(SAMPLES * len(PROMPTS)))
     return on_host(generator(weights, PROMPTS, SAMPLING, seeds=seeds, samples=SAMPLES, record=record), config)

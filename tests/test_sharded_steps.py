@@ -128,7 +128,7 @@ def stepped(kind: str, objective: str, layout: Layout, micro_batches: int = 1):
     graphdef, weights = laid(kind, layout)
     of, batch = objectives(kind)[objective]
     config = StepConfig(balance_alpha=0.01, bias_gamma=0.01, micro_batches=micro_batches)
-    step = make_train_step(graphdef, of, optax.sgd(1.0), config, layout)
+    step = make_train_step(graphdef, of, optax.sgd(1.0), config)
     state, metrics = step(init_state(weights, optax.sgd(1.0), layout), batch)
     found = unstack_layers(state.weights, CONFIGS[kind], LOCAL) if layout.scan_layers else state.weights
     return {k: np.asarray(v) for k, v in names.flat(found).items()}, jax.tree.map(np.asarray, metrics)
@@ -194,7 +194,7 @@ def logits(kind: str, layout: Layout):
 @functools.cache
 def sampled(kind: str, layout: Layout):
     graphdef, weights = laid(kind, layout)
-    generator = Generator(CONFIGS[kind], graphdef, layout=layout)
+    generator = Generator(CONFIGS[kind], graphdef)
     prompts = [row[:length].tolist() for row, length in zip(TOKENS, (3, 7, 5), strict=False)]
     sampling = SamplingConfig(max_new_tokens=6, temperature=1.0, top_p=0.95)
     found = generator(weights, prompts, sampling, seeds=range(6), samples=2)
@@ -254,7 +254,7 @@ def cutting_a_batch_in_parts_moves_no_row():
     on_mesh = layout.put(batch)
 
     def of_step(parts):
-        step = make_train_step(graphdef, objective, optax.sgd(1.0), StepConfig(micro_batches=parts), layout)
+        step = make_train_step(graphdef, objective, optax.sgd(1.0), StepConfig(micro_batches=parts))
         return collectives(step.lower(init_state(weights, optax.sgd(1.0), layout), on_mesh))
 
     whole, cut = of_step(1), of_step(4)
@@ -292,7 +292,7 @@ def a_batch_is_put_shard_by_shard():
         assert all(a is b for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(put), strict=True))
 
         def after(batches, graphdef=graphdef, weights=weights, of=of, layout=layout):
-            step = make_train_step(graphdef, of, optax.sgd(1.0), StepConfig(), layout)
+            step = make_train_step(graphdef, of, optax.sgd(1.0), StepConfig())
             state = init_state(weights, optax.sgd(1.0), layout)
             for given in batches:
                 state, metrics = step(state, given)
@@ -322,7 +322,7 @@ def adapted_step(kind: str, layout: Layout):
     """An adapter, by layer, after a step of plain gradient descent beside frozen weights, with the metrics."""
     config, (graphdef, weights) = CONFIGS[kind], laid(kind, layout)
     of, batch = objectives(kind)["grpo"]
-    step = make_adapter_step(graphdef, of, optax.sgd(1.0), StepConfig(balance_alpha=0.01), LORA, layout)
+    step = make_adapter_step(graphdef, of, optax.sgd(1.0), StepConfig(balance_alpha=0.01), LORA)
     state, metrics = step(init_state(adapter_of(kind, layout), optax.sgd(1.0), layout), layout.put(batch), weights)
     found = {}
     for path, leaf in nnx.to_flat_state(state.weights):
@@ -374,7 +374,7 @@ def samples_beside_an_adapter_on_a_mesh_are_those_of_one_device():
     def sampled(kind, layout):
         graphdef, weights = laid(kind, layout)
         given = [row[:length].tolist() for row, length in zip(TOKENS, (3, 7, 5), strict=False)]
-        generator = Generator(CONFIGS[kind], graphdef, layout=layout)
+        generator = Generator(CONFIGS[kind], graphdef)
         sampling = SamplingConfig(max_new_tokens=6)
         found = generator(beside(weights, adapter_of(kind, layout), LORA), given, sampling, seeds=range(6), samples=2)
         return [of.tokens.tolist() for of in found], [of.logprobs for of in found]
@@ -393,7 +393,7 @@ def adamw_on_a_mesh_is_that_of_one_device():
         graphdef, weights = laid("mla", layout)
         of, batch = objectives("mla")["sft"]
         optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3), 2, untrained=())
-        step = make_train_step(graphdef, of, optimizer, StepConfig(), layout)
+        step = make_train_step(graphdef, of, optimizer, StepConfig())
         state = init_state(weights, optimizer, layout)
         for _ in range(2):
             state, _ = step(state, batch)
@@ -409,7 +409,7 @@ def a_state_keeps_lying_as_its_weights_do():
     graphdef, weights = laid("mla", layout)
     of, batch = objectives("mla")["sft"]
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3), 2)
-    step = make_train_step(graphdef, of, optimizer, StepConfig(bias_gamma=0.01), layout)
+    step = make_train_step(graphdef, of, optimizer, StepConfig(bias_gamma=0.01))
     state = init_state(weights, optimizer, layout)
     before = [a.sharding for a in jax.tree.leaves(state)]
     for _ in range(2):

@@ -29,7 +29,7 @@ from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.config import preset
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.scan_layers import stack_layers
-from deepseek_jax.sharding import AXES, LOCAL, Layout, make_mesh, weight_sharding
+from deepseek_jax.sharding import AXES, LOCAL, Layout, make_mesh, module_layout, weight_sharding
 from tests.checkpoint.folders import QWEN2, R1, V3, V32, random_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -489,3 +489,13 @@ def test_a_word_that_no_layout_has_is_refused(words):
 def test_a_slack_below_the_balanced_share_is_refused(capacity_factor):
     with pytest.raises(ValueError, match=f"capacity_factor: got {capacity_factor}, wanted 1 or more"):
         Layout(capacity_factor=capacity_factor)
+
+
+@pytest.mark.parametrize("given", [LOCAL, Layout(scan_layers=True, remat="layers"), Layout(workload="serve", lanes=4)])
+def test_a_models_static_description_keeps_its_layout(given):
+    graphdef, _ = abstract_weights(preset("tiny"), layout=given)
+    assert module_layout(graphdef) == given
+
+
+def test_a_module_without_a_layout_is_local():
+    assert module_layout(nnx.graphdef(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))) == LOCAL

@@ -25,7 +25,7 @@ from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.model.scan_layers import stack_layers
 from deepseek_jax.ops.fp8 import dequantize
-from deepseek_jax.sharding import LOCAL, Layout
+from deepseek_jax.sharding import LOCAL, Layout, module_layout
 
 
 class Model(NamedTuple):
@@ -34,6 +34,11 @@ class Model(NamedTuple):
     config: ModelConfig
     graphdef: nnx.GraphDef
     weights: nnx.State
+
+    @property
+    def layout(self) -> Layout:
+        """How it lies on devices and runs there."""
+        return module_layout(self.graphdef)
 
 
 def load_model(model: str | Path, *, dtype: jnp.dtype | None = jnp.float32, layout: Layout = LOCAL) -> Model:

@@ -91,7 +91,7 @@ def main(
     )
     layout = _layout(folder, serve_expert, serve_tensor)
     loaded = load_model(folder, dtype=dtype_of(dtype), layout=layout)
-    job = _Job(Generator(loaded.config, loaded.graphdef, layout=layout), loaded, tokenizer, asked, sampling, seed)
+    job = _Job(Generator(loaded.config, loaded.graphdef), loaded, tokenizer, asked, sampling, seed)
     _check(job, samples, folder)
     start = time.perf_counter()
     if len(asked) * samples == 1 and not json:

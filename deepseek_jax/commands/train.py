@@ -383,7 +383,7 @@ def make_sampler(config: Config, architecture: ModelConfig, layout: Layout) -> G
     given = {"expert": config.serve_expert, "tensor": config.serve_tensor, "unrolled": config.serve_unrolled}
     serving = serving_layout(architecture, layout, **given)
     sampled = sampled_config(architecture)
-    return Generator(sampled, abstract_weights(sampled, layout=serving)[0], layout=serving)
+    return Generator(sampled, abstract_weights(sampled, layout=serving)[0])
 
 
 class Asked(NamedTuple):
@@ -488,7 +488,7 @@ def cold_start(config: Config, setup: Setup, log: MetricLog) -> nnx.State:
     optimizer = make_optimizer(adamw, steps)
     # the weights themselves are trained here, whatever GRPO trains: biases move
     of_step = dataclasses.replace(config.grpo.step_config, bias_gamma=config.grpo.bias_gamma)
-    update = make_train_step(setup.model.graphdef, sft_objective, optimizer, of_step, setup.layout)
+    update = make_train_step(setup.model.graphdef, sft_objective, optimizer, of_step)
     width = example_width(setup.cold_start)
 
     def step(state: TrainState, examples: Sequence, number: int) -> tuple[TrainState, Mapping[str, float]]:
@@ -514,7 +514,6 @@ def reinforce(config: Config, setup: Setup, weights: nnx.State, log: MetricLog, 
         setup.rewards.total,
         width=setup.width,
         seed=config.seed,
-        layout=setup.layout,
         donate=True,
         alter_rewards=shuffled if config.control == "shuffled" else None,
         take_metrics=setup.rewards.take_metrics,

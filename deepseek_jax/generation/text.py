@@ -4,33 +4,22 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from deepseek_jax.checkpoint.folder import Model, load_model
 from deepseek_jax.checkpoint.hub import model_folder
-from deepseek_jax.generation.engine import NO_RECORD, Generator, Record, SamplingConfig
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.generation.engine import NO_RECORD, Completion, Generator, Record, SamplingConfig
 from deepseek_jax.model.precision import Precision, dtype_of
 from deepseek_jax.sharding import LOCAL, Layout
-from deepseek_jax.text.think import OPEN, split_thinking
+from deepseek_jax.text.think import opens_thought, split_thinking
 from deepseek_jax.text.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
 R1_SAMPLING = SamplingConfig(max_new_tokens=256, temperature=0.6, top_p=0.95)
-
-
-class TextCompletion(NamedTuple):
-    """A completion as text (special tokens left out) beside what `generation.engine.Completion` says of it."""
-
-    text: str
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    finished: bool
-    routes: np.ndarray | None = None
-    support: np.ndarray | None = None
-    penalised: np.ndarray | None = None
 
 
 def generate(
@@ -45,7 +34,7 @@ def generate(
     tokenizer: Tokenizer | None = None,
     dtype: Precision = "auto",
     layout: Layout = LOCAL,
-) -> list[TextCompletion]:
+) -> list[Completion]:
     """Complete prompts with a model, all in one batch. `Generator` is for more than that.
 
     Args:
@@ -75,15 +64,15 @@ def generate(
     given = [prompts] if isinstance(prompts, str) else prompts
     tokens = [encode_prompt(tokenizer, prompt, system=system, chat=chat) for prompt in given]
     sampling = sampling if sampling.stop_ids else dataclasses.replace(sampling, stop_ids=tokenizer.eos_ids)
-    generator = _generator(model.config, model.graphdef, layout)
+    generator = _generator(model.config, model.graphdef)
     seeds = range(seed, seed + len(tokens) * samples)
     return complete(generator, model.weights, tokenizer, tokens, sampling, seeds=seeds, samples=samples)
 
 
 @lru_cache(maxsize=2)
-def _generator(config, graphdef: nnx.GraphDef, layout: Layout) -> Generator:
+def _generator(config: ModelConfig, graphdef: nnx.GraphDef) -> Generator:
     """What a generator has compiled is kept for the next call."""
-    return Generator(config, graphdef, layout=layout)
+    return Generator(config, graphdef)
 
 
 def encode_prompt(
@@ -125,8 +114,7 @@ def encode_prompt(
 
 def thinking_and_answer(tokenizer: Tokenizer, prompt: Sequence[int], text: str) -> tuple[str, str]:
     """A completion of a prompt told apart; the prompt may have opened the thought, as R1's template does."""
-    asked = tokenizer.decode(prompt[-16:], skip_special=False)
-    return split_thinking(text, opened=asked.rstrip().endswith(OPEN))
+    return split_thinking(text, opened=opens_thought(tokenizer.decode(prompt[-16:], skip_special=False)))
 
 
 def complete(
@@ -139,10 +127,10 @@ def complete(
     seeds: Sequence[int],
     samples: int = 1,
     record: Record = NO_RECORD,
-) -> list[TextCompletion]:
+) -> list[Completion]:
     """Complete tokenised prompts and decode what comes. Arguments and errors as for `Generator.__call__`."""
     found = generator(weights, prompts, sampling, seeds=seeds, samples=samples, record=record)
-    return [TextCompletion(tokenizer.decode(c.tokens.tolist()), *c) for c in found]
+    return [c._replace(text=tokenizer.decode(c.tokens.tolist())) for c in found]
 
 
 def seeds_for(*key: int, count: int) -> list[int]:

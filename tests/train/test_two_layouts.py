@@ -29,7 +29,7 @@ from deepseek_jax.model.scan_layers import members, stack_layers
 from deepseek_jax.model.transfer import Transfer, sampled_config, serving_layout, serving_sizes
 from deepseek_jax.parallel.reshard import reshard
 from deepseek_jax.plan.account import account
-from deepseek_jax.plan.exchange import reshard_lower_bound
+from deepseek_jax.plan.communication import reshard_lower_bound
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.sharding import LOCAL, Layout, make_mesh
@@ -89,7 +89,7 @@ def layouts(name: str) -> tuple[str, Layout, Layout]:
 def trainer(kind: str, train: Layout = LOCAL, serve: Layout = LOCAL, **changes) -> GRPOTrainer:
     graphdef, weights = laid(kind, train)
     config = sampled_config(config_of(kind))
-    generator = Generator(config, abstract_weights(config, layout=serve)[0], layout=serve)
+    generator = Generator(config, abstract_weights(config, layout=serve)[0])
     return GRPOTrainer(
         dataclasses.replace(SMALL, **changes),
         Model(config_of(kind), graphdef, weights),
@@ -98,7 +98,6 @@ def trainer(kind: str, train: Layout = LOCAL, serve: Layout = LOCAL, **changes) 
         combine({"digits": digits}, {"digits": 1.0}),
         width=32,
         seed=3,
-        layout=train,
     )
 
 
