@@ -3,11 +3,7 @@
 import dataclasses
 import functools
 import itertools
-import json
 import os
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,9 +27,8 @@ from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.scan_layers import stack_layers
 from deepseek_jax.sharding import AXES, LOCAL, Layout, make_mesh, module_layout, weight_sharding
 from tests.checkpoint.folders import QWEN2, R1, V3, V32, random_folder
+from tests.laws import found_of
 
-ROOT = Path(__file__).resolve().parents[1]
-DEVICES = 8
 LAYOUTS = {
     "all three": ({"fsdp": 2, "expert": 2, "tensor": 2}, "train"),
     "experts": ({"expert": 8}, "train"),
@@ -430,19 +425,6 @@ LAWS = [
 ]
 
 
-def run_laws(folders: Path) -> None:
-    """In the process with eight devices: what went wrong with each law, as JSON in the folder."""
-    assert jax.device_count() == DEVICES
-    found = {}
-    for law in LAWS:
-        try:
-            law(folders)
-            found[law.__name__] = ""
-        except (Exception, pytest.fail.Exception):  # the latter is what pytest.raises raises
-            found[law.__name__] = traceback.format_exc()
-    (folders / "found.json").write_text(json.dumps(found))
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, str]:
     folders = tmp_path_factory.mktemp("folders")
@@ -452,13 +434,7 @@ def found(tmp_path_factory) -> dict[str, str]:
     config = dataclasses.replace(R1, quantization=None, num_hidden_layers=3)
     save_model(Model(config, *split(Decoder(config, rngs=nnx.Rngs(0)))), folders / "unpacked")
     export_hf(open_folder(folders / "unpacked", to="fp8"), folders / "sane")
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    # code that is not optimised computes the same, and compiles in a third of the time
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
-    code = f"from pathlib import Path; from tests.test_sharding import run_laws; run_laws(Path({str(folders)!r}))"
-    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
-    assert child.returncode == 0, child.stderr
-    return json.loads((folders / "found.json").read_text())
+    return found_of(LAWS, folders)
 
 
 @pytest.mark.parametrize("law", [law.__name__ for law in LAWS])
