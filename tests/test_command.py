@@ -28,6 +28,7 @@ LAUNCHERS = {
     "tools/merge_lora.py": "merge",
     "tools/plan.py": "plan",
     "experiments/r1_zero.py": "train",
+    "experiments/sft.py": "sft",
 }
 LAUNCHER = """
 

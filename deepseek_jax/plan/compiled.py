@@ -191,12 +191,8 @@ def compile_step(task: Task, of_chip: Chip) -> Compiled:
         return Compiled(fits=False, used_bytes=used_bytes, compile_seconds=spent, **common)
     spent = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    used_bytes = (
-        memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
+    used_bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    used_bytes += memory.output_size_in_bytes - memory.alias_size_in_bytes
     # of decoding one token a sequence is the step, without what the loop prepares once for all of them
     loop = "jit(_decode)/while" if task.step == "decode" else None
     sums = account(compiled.as_text(), task.layout.mesh.shape, loop=loop)

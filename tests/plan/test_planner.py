@@ -15,7 +15,7 @@ from deepseek_jax.plan.chips import CHIPS, GIB, chip
 from deepseek_jax.plan.meshes import Sizes, meshes, weights_a_device
 from deepseek_jax.plan.model_bytes import MASTERS, StateDTypes
 from deepseek_jax.plan.planner import plan
-from deepseek_jax.sharding import AXES, Layout
+from deepseek_jax.sharding import AXES, Layout, cut_numbers, misfit
 
 R1 = preset("r1-671b")
 WORKLOADS = ("serve", "train", "grpo")
@@ -49,6 +49,38 @@ def test_chips_have_the_published_memories():
         "rtx4090": 24 * GB,
         "rtx5090": 32 * GB,
     }
+
+
+@pytest.mark.parametrize(
+    "name, bandwidth, bf16, eight_bits, link",
+    [
+        ("v4", 1.2, 275, 275, 600),
+        ("v5e", 0.819, 197, 393, 400),
+        ("v5p", 2.765, 459, 459, 1200),
+        ("v6e", 1.638, 918, 1836, 800),
+        ("v7x", 7.38, 2307, 4614, 1200),
+        ("h100", 3.35, 989, 1979, 900),
+        ("h200", 4.8, 989, 1979, 900),
+        ("b200", 8, 2250, 4500, 1800),
+        ("gb200", 8, 2500, 5000, 1800),
+        ("mi300x", 5.3, 1307, 2615, 448),
+        ("a100", 2.039, 312, 624, 600),
+        ("l4", 0.3, 121, 242, 64),
+        ("l40s", 0.864, 362, 733, 64),
+        ("a10g", 0.6, 70, 140, 64),
+        ("rtx4090", 1.008, 165, 330, 64),
+        ("rtx5090", 1.792, 209, 419, 128),
+    ],
+)
+def test_chips_have_the_makers_speeds(name, bandwidth, bf16, eight_bits, link):
+    """TB/s of memory, dense TFLOP/s in bfloat16 and 8 bits (with float32 sums), GB/s of links, both ways.
+
+    Of data sheets: A100 80GB SXM, L4, L40S, A10G, and the Ada and Blackwell papers for GeForce; PCIe Gen 4 or 5 x16
+    where there is no faster link.
+    """
+    each = chip(name)
+    assert (each.bandwidth / 1e12, each.bf16_flops / 1e12) == pytest.approx((bandwidth, bf16))
+    assert (each.flops_8bit / 1e12, each.link_bytes_per_s / 1e9) == pytest.approx((eight_bits, link))
 
 
 @pytest.mark.parametrize("each", CHIPS, ids=lambda each: each.name)
@@ -134,10 +166,11 @@ def test_where_r1_in_fp8_fits(name, chips, fits, tight):
 
 @pytest.mark.parametrize("name, chips", [("h100", 16), ("h200", 8), ("v5e", 64), ("v6e", 32), ("v5p", 8), ("v7x", 4)])
 def test_the_smallest_slice_that_fits_is_found(name, chips):
-    found = plan("r1", R1, chip(name))
+    found = plan("r1", R1, chip(name), dtype="fp8")
     assert (found.chips, found.fits, found.dtype) == (chips, True, "fp8")
     smaller = chip(name).slices[chip(name).slices.index(chips) - 1]
-    assert not plan("r1", R1, chip(name), chips=smaller).fits
+    assert not plan("r1", R1, chip(name), chips=smaller, dtype="fp8").fits
+    assert plan("r1", R1, chip(name)).dtype == "bf16"  # what programs compute in, whatever the files are in
 
 
 def test_training_r1_wants_a_pod():
@@ -255,6 +288,24 @@ def test_a_meshs_parts_hold_the_whole_model(name, workload, power):
         a_device = weights_a_device(config, dtype, workload, sizes)
         assert whole <= a_device * math.prod(sizes) and a_device <= whole
     assert weights_a_device(config, dtype, workload, Sizes()) == whole
+
+
+axes = st.sampled_from([1, 2, 3, 4, 7, 8, 16, 64])
+
+
+@given(models, st.sampled_from(WORKLOADS[:2]), st.builds(Sizes, *(axes,) * 5))
+def test_a_mesh_that_divides_a_models_numbers_divides_its_weights(name, workload, sizes):
+    """And one that does not divides some weight of it, or its heads, not either."""
+    config = preset(name)
+    cut = [
+        (size, sizes.parts(workload, axis))
+        for weight in weights.weights(config)
+        for size, axis in zip(weight.shape, weight.axes, strict=True)
+        if axis is not None
+    ]
+    heads = [(number, sizes.parts(workload, axis)) for _, number, axis in cut_numbers(config) if "heads" in axis]
+    divides = not any(size % parts for size, parts in cut + heads) and (config.moe is not None or sizes.expert == 1)
+    assert (misfit(config, workload, sizes._asdict()) is None) == divides
 
 
 def test_pieces_of_a_layer_by_hand():
