@@ -5,9 +5,12 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from types import NoneType
+from typing import Any, get_args
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo, UnsupportedTypeAnnotationError
 
 from deepseek_jax import distributed, interrupt
 
@@ -49,9 +52,31 @@ def _warn(message: Warning | str, *of_source: Any) -> None:
     distributed.say(" ".join(str(message).split()), kind="warning")
 
 
+_SHOWN = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName)
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _optional(of: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | UnsupportedTypeAnnotationError | None:
+    """`INT` in the help for `int | None`, whose default says that there may be none; the word None is still taken."""
+    some = [kind for kind in get_args(of.type) if kind is not NoneType]
+    if len(some) + 1 != len(get_args(of.type)) or len(some) != 1:
+        return None
+    spec = _REGISTRY.get_primitive_spec(PrimitiveTypeInfo.make(some[0], of.markers))
+    if not isinstance(spec, PrimitiveConstructorSpec) or spec.nargs != 1:
+        return None
+    return replace(
+        spec,
+        instance_from_str=lambda words: None if words == ["None"] else spec.instance_from_str(words),
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda value: ["None"] if value is None else spec.str_from_instance(value),
+        choices=None if spec.choices is None else (*spec.choices, "None"),
+    )
+
+
 def _call(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
     call = tyro.extras.subcommand_cli_from_dict if isinstance(main, dict) else tyro.cli
-    call(main, config=(tyro.conf.OmitArgPrefixes,))
+    call(main, config=_SHOWN, registry=_REGISTRY)
 
 
 def _call_in_one_of_several(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:

@@ -312,6 +312,16 @@ class Layout:
 LOCAL = Layout()
 
 
+def module_layout(graphdef: nnx.GraphDef) -> Layout:
+    """The layout that a module was made with, which its static description keeps; LOCAL where it keeps none.
+
+    Args:
+        graphdef: of `model.decoder.split` or `abstract_weights`.
+    """
+    static = (getattr(attribute, "value", None) for _, attribute in graphdef.attributes)
+    return next((value for value in static if isinstance(value, Layout)), LOCAL)
+
+
 def lanes_of(platform: str) -> int:
     """What `Layout.lanes` is to be on devices of a platform, as jax names it."""
     return 128 if platform == "tpu" else 1

@@ -15,7 +15,7 @@ FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 # DESIGN's order, from what knows nothing to what strings everything together.
 ROOMS = (
-    "interrupt config distributed sharding ops parallel model checkpoint text data generate rewards rl report train "
+    "interrupt config distributed sharding ops parallel model checkpoint text data generation rewards rl report train "
     "evals plan serve commands cli"
 ).split()
 OUTSIDE = {"experiments", "tools", "tests"}
@@ -111,8 +111,8 @@ def test_the_package_uses_nothing_forbidden(path: Path):
         ("import numpy, deepseek_jax.report.metrics as m", "ops", None),
         ("from deepseek_jax.rl.loss import grpo_loss", "model", None),
         ("from deepseek_jax import rl", "model", None),
-        ("from ..generate import sample", "text", None),
-        ("from .. import generate", "text", None),
+        ("from ..generation import sample", "text", None),
+        ("from .. import generation", "text", None),
         ("from ...model import cache", "ops", "deepseek_jax.ops.kernels"),
         ("from .ops import norm", "config", "deepseek_jax"),
         ("def f():\n    from deepseek_jax import serve", "plan", None),

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from deepseek_jax.config import preset
-from deepseek_jax.generate.engine import Generator
+from deepseek_jax.generation.engine import Generator
 from deepseek_jax.model.decoder import Decoder, abstract_weights
 from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.ops.experts import tiled_matmul

@@ -22,19 +22,26 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import track
 
-from deepseek_jax.checkpoint.folder import Model, load_model, save_hf
+from deepseek_jax.checkpoint.folder import Model, load_model
+from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.cli import run
 from deepseek_jax.config import preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
-from deepseek_jax.generate.engine import Generator
-from deepseek_jax.model.critic import critic_from
+from deepseek_jax.data.examples import Prompt
+from deepseek_jax.generation.engine import Generator
 from deepseek_jax.model.decoder import Decoder, split
 from deepseek_jax.ops.logprobs import logprobs_of_logits, token_logprobs
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl.batch import Batch
 from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.rl.objective import frozen_scores, grpo_objective
-from deepseek_jax.rl.ppo import (
+from deepseek_jax.text.tokenizer import Tokenizer
+from deepseek_jax.train.grpo import GRPOTrainer
+from deepseek_jax.train.grpo_config import GRPOConfig
+from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
+from deepseek_jax.train.step import StepConfig, init_state, make_train_step
+from experiments.ppo.critic import critic_from
+from experiments.ppo.ppo import (
     PPOConfig,
     critic_objective,
     frozen_values,
@@ -42,11 +49,6 @@ from deepseek_jax.rl.ppo import (
     ppo_update,
     with_targets,
 )
-from deepseek_jax.rl.rollout import Prompt
-from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.grpo import GRPOConfig, GRPOTrainer
-from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
-from deepseek_jax.train.step import StepConfig, init_state, make_train_step
 
 GIB = 1 << 30
 
@@ -128,7 +130,7 @@ def _beside_trl(folder, texts, group_size, tokens, kl, rounds, ours, scratch) ->
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
-    from trl import GRPOLossConfig as TheirConfig
+    from trl import GRPOConfig as TheirConfig
     from trl import GRPOTrainer as TheirTrainer
 
     own = Tokenizer.from_folder(folder)
@@ -186,7 +188,7 @@ def _tiny(folder: Path, experts: int | None) -> Path:
         like_r1 = {"n_routed_experts": experts, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4}
         config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, **like_r1))
     graphdef, weights = split(Decoder(config, rngs=nnx.Rngs(0)))
-    save_hf(Model(config, graphdef, weights), folder, tokenizer=tokenizer.files)
+    save_model(Model(config, graphdef, weights), folder, tokenizer=tokenizer.files)
     return folder
 
 

@@ -1,12 +1,11 @@
 """Export a converted deepseek_jax folder as a Hugging Face checkpoint folder, every tensor as stored."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from any folder, without an install too
+
+from deepseek_jax.__main__ import main  # noqa: E402
+
 if __name__ == "__main__":
-    from deepseek_jax.interrupt import end_at_once
-
-    end_at_once()
-
-from deepseek_jax.cli import run
-from deepseek_jax.commands.export import main
-
-if __name__ == "__main__":
-    run(main)
+    main("export")

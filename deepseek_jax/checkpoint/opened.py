@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 from deepseek_jax.checkpoint import files, names
 from deepseek_jax.checkpoint.files import TensorFolder
+from deepseek_jax.checkpoint.hub import model_folder
 from deepseek_jax.checkpoint.layout import Array, Source, arrays
 from deepseek_jax.checkpoint.orbax_layers import ConvertedFolder, is_converted
 from deepseek_jax.checkpoint.quantised import refuse_other_quantisation
 from deepseek_jax.checkpoint.recast import Format, recast
 from deepseek_jax.checkpoint.sidecars import copy_sidecars
-from deepseek_jax.config import ModelConfig, from_hf
+from deepseek_jax.config import PRESETS, ModelConfig, from_hf, preset
 from deepseek_jax.config.hf import write_quantization
 from deepseek_jax.model.decoder import abstract_weights
 
@@ -71,20 +72,30 @@ def load_config(folder: Path) -> ModelConfig:
         raise ValueError(f"{folder}: {problem}") from None
 
 
-def open_folder(folder: Path, *, to: Format = "stored") -> Opened:
+def named_config(model: str) -> ModelConfig:
+    """A configuration by the name of a published one, by a folder, or by a name on the hub; ValueError for others."""
+    if model in PRESETS:
+        return preset(model)
+    if "/" in model or Path(model).is_dir():
+        return load_config(model_folder(model, weights=False))
+    raise ValueError(f"model: got {model!r}, wanted a folder with config.json or one of {', '.join(PRESETS)}")
+
+
+def open_folder(folder: str | Path, *, to: Format = "stored") -> Opened:
     """Open a folder and check it against its configuration, before any weight is read.
 
     A configuration may promise MTP modules that the folder lacks altogether, because transformers drops them on save;
     the configuration of the result has those that are there.
 
     Args:
-        folder: with config.json and weights.
+        folder: with config.json and weights, or the name of a model on the hub.
         to: the format that the result gives the weights in.
 
     Raises:
         ValueError: an unsupported configuration, a damaged header, or tensors that are missing, unexpected or
             misshapen.
     """
+    folder = model_folder(folder)
     config = load_config(folder)
     stored = ConvertedFolder(folder) if is_converted(folder) else TensorFolder(folder)
     config = names.with_held_modules(config, stored.entries)

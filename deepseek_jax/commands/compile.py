@@ -3,16 +3,14 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from json import dumps
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
-from deepseek_jax import config
-from deepseek_jax.checkpoint.opened import load_config
-from deepseek_jax.config import PRESETS, ModelConfig
+from deepseek_jax.checkpoint.opened import named_config
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.transfer import serving_layout
 from deepseek_jax.plan import compiled
 from deepseek_jax.plan.compiled import DTYPES, Compiled, Step, Task
@@ -45,7 +43,7 @@ def main(
     """Prove that a step compiles and fits, with the TPU's or the GPU's own compiler. Exit status 0: it fits, 3: not.
 
     Args:
-        preset: name of a published configuration, such as r1-671b, or a folder with config.json.
+        preset: name of a published configuration, such as r1-671b, a folder with config.json, or a name on the hub.
         topology: TPU and shape of the slice, such as v5p:4x4x4 or v7x:4x4x4, or a GPU (a100, h100, h200, b200) and
             hosts x GPUs of each, such as h200:2x8 or h100:8.
         step: prefill, decode, train (fine-tuning with the MTP loss, where there are modules), grpo (the update) or
@@ -100,7 +98,7 @@ def _serving(config: ModelConfig, layout: Layout, step: Step, serve_mesh: str | 
 
 
 def _config(name: str, step: Step) -> ModelConfig:
-    found = config.preset(name) if name in PRESETS or not Path(name).is_dir() else load_config(Path(name))
+    found = named_config(name)
     # packed weights are unpacked to be computed with; sampling leaves the modules out, whose weights a run keeps
     modules = found.num_nextn_predict_layers if step in compiled.TRAINED else 0
     return dataclasses.replace(found, quantization=None, num_nextn_predict_layers=modules)

@@ -14,7 +14,7 @@ def main(model: Path, tokens: Path, logits: Path, /, *, dtype: Precision = "floa
     """Compute the logits of MODEL for TOKENS.
 
     Args:
-        model: Hugging Face or converted folder.
+        model: Hugging Face or converted folder, or a name on the hub.
         tokens: .npy file, int32 [B, T].
         logits: .npy file to write, float32 [B, T, V].
         dtype: of weights and activations; auto is bfloat16 on accelerators and float32 on the CPU.

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deepseek_jax.checkpoint.opened import load_config
-from deepseek_jax.config import PRESETS, ModelConfig, preset
+from deepseek_jax.checkpoint.opened import named_config
+from deepseek_jax.config import PRESETS, ModelConfig
 from deepseek_jax.plan.advice import Advice, advise, advise_all, rule_of_thumb, thumb_tensor_parallel
 from deepseek_jax.plan.chart import check_path, title, write_chart
 from deepseek_jax.plan.chips import CHIPS, Chip
@@ -49,7 +49,7 @@ def main(
     """Plan MODEL on a chip; without --chip on all, without MODEL all models. Exit status 3 if it does not fit.
 
     Args:
-        model: name of a published configuration, such as r1-671b, or a folder with config.json.
+        model: name of a published configuration, such as r1-671b, a folder with config.json, or a name on the hub.
         chip: v4, v5e, v5p, v6e, v7x, a100, h100, h200, b200, gb200, mi300x, l4, l40s, a10g, rtx4090 or rtx5090.
         chips: how many; by default the smallest slice that fits.
         memory: of one device, such as 24GB, in place of a chip: says what it holds.
@@ -91,19 +91,10 @@ _Found = tuple[str, ModelConfig, Plan]  # name as given, architecture, plan
 
 
 def _plans(name: str, which: Sequence[Chip], context: int | None, asked: Mapping[str, Any]) -> Iterator[_Found]:
-    config = read_model(name)
+    config = named_config(name)
     length = min(4096, config.max_position_embeddings) if context is None else context
     for each in which:
         yield name, config, plan(_label(name), config, each, context=length, **asked)
-
-
-def read_model(name: str) -> ModelConfig:
-    """A configuration by the name of a preset, or of a folder with config.json."""
-    if name in PRESETS:
-        return preset(name)
-    if Path(name).is_dir():
-        return load_config(Path(name))
-    raise ValueError(f"model: got {name!r}, wanted a folder with config.json or one of {', '.join(PRESETS)}")
 
 
 def read_memory(text: str) -> int:
@@ -268,7 +259,7 @@ def _advise(model: str | None, memory: int, context: int | None, dtype: DType | 
             raise ValueError("--dtype with --memory wants a model")
         found = advise_all(memory, context=length)
     else:
-        config = read_model(model)
+        config = named_config(model)
         dtypes = _DTYPES if dtype is None else (dtype,)
         found = [advise(_label(model), config, each, memory, context=length) for each in dtypes]
     if json:
@@ -283,7 +274,7 @@ def _advise(model: str | None, memory: int, context: int | None, dtype: DType | 
         packed,
         _recommendation(model, found),
     ]
-    thumbs = {advice.model: rule_of_thumb(read_model(model or advice.model)) for advice in found}
+    thumbs = {advice.model: rule_of_thumb(named_config(model or advice.model)) for advice in found}
     _console().print(_advice(found, thumbs, memory, length), *lines, sep="\n", highlight=False)
 
 

@@ -20,11 +20,14 @@ from flax import nnx
 from deepseek_jax import distributed
 from deepseek_jax.checkpoint.adapters import save_adapter
 from deepseek_jax.checkpoint.fingerprint import fingerprint
-from deepseek_jax.checkpoint.folder import Model, lay_out, load_model, save_hf
+from deepseek_jax.checkpoint.folder import Model, lay_out, load_model
+from deepseek_jax.checkpoint.hub import model_folder
 from deepseek_jax.checkpoint.opened import named_dtype
 from deepseek_jax.checkpoint.owned import write_owned
+from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.config import ModelConfig, preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE, draw_chains, trace
+from deepseek_jax.data.examples import Prompt
 from deepseek_jax.data.prompts import (
     DataConfig,
     EasyToHard,
@@ -35,7 +38,7 @@ from deepseek_jax.data.prompts import (
     prompt_batches,
 )
 from deepseek_jax.evals.accuracy import Accuracy, greedy_accuracy
-from deepseek_jax.generate.engine import Generator, bucket
+from deepseek_jax.generation.engine import Generator, bucket
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.precision import Precision, computed, dtype_of
 from deepseek_jax.model.transfer import Transfer, sampled_config, serving_layout
@@ -44,10 +47,11 @@ from deepseek_jax.report.metrics import MetricLog, WandbConfig, read_metrics
 from deepseek_jax.report.page import write_report
 from deepseek_jax.report.samples import read_samples
 from deepseek_jax.rewards.recipe import RewardConfig, Rewards, check_columns, rewards
-from deepseek_jax.rl.rollout import Prompt
 from deepseek_jax.sharding import AXES, Layout, Remat, lanes_of, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.grpo import GRPOConfig, GRPOTrainer, run_grpo
+from deepseek_jax.train.grpo import GRPOTrainer
+from deepseek_jax.train.grpo_config import GRPOConfig
+from deepseek_jax.train.grpo_stage import run_grpo
 from deepseek_jax.train.loop import Stage, run_stage
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from deepseek_jax.train.runs import RunSettings, check_folder, enter_folder, held_folder, room_needed, write_json
@@ -142,7 +146,8 @@ class Config:
         seed: of weights, data and sampling; the same seed gives the same run.
         quick: a short run for a first look and for CI: a smaller cold start, few steps, few questions. What is given
             beside it counts.
-        model: Hugging Face or converted folder to start from; without it a small model is made from nothing.
+        model: Hugging Face or converted folder to start from, or a name on the hub; without it a small model is made
+            from nothing.
         questions: of the data; without any, chains of arithmetic are generated.
         prompt: what a given model is asked; {question} stands for the question.
         chat: put the prompt into the model's chat template; base models, which have none, want --no-chat.
@@ -245,6 +250,8 @@ def main(config: Config) -> None:
     """Train by reinforcement learning with rule-based rewards; see the top of this file."""
     start = time.perf_counter()
     config = shortened(config, sys.argv[1:]) if config.quick else config
+    if config.model is not None:
+        config = dataclasses.replace(config, model=model_folder(config.model))
     with room_needed(config.output), held_folder(config.output):
         base = distributed.on_main(lambda: check(config))
         with rewards(config.rewards, max_new_tokens=config.grpo.max_new_tokens) as graded:
@@ -274,7 +281,7 @@ def stages(config: Config, setup: Setup, base: str | None, start: float) -> None
     after = evaluate(config, setup, setup.to_sampler(weights))
     print(f"accuracy after GRPO: {after.mean:.1%} +- {after.stderr:.1%}")
     log.close()
-    save_model(config, setup, weights, run_id)
+    write_model(config, setup, weights, run_id)
     distributed.on_main(lambda: report(config, setup, before, after, time.perf_counter() - start))
 
 
@@ -303,8 +310,6 @@ def base_of(config: Config) -> str | None:
     """What the model to start from is known by, if there is one."""
     if config.model is None:
         return None
-    if not config.model.is_dir():
-        raise ValueError(f"model: {config.model}: no such folder; wanted a Hugging Face or converted one")
     return fingerprint(config.model)
 
 
@@ -378,7 +383,7 @@ def make_sampler(config: Config, architecture: ModelConfig, layout: Layout) -> G
     given = {"expert": config.serve_expert, "tensor": config.serve_tensor, "unrolled": config.serve_unrolled}
     serving = serving_layout(architecture, layout, **given)
     sampled = sampled_config(architecture)
-    return Generator(sampled, abstract_weights(sampled, layout=serving)[0], layout=serving)
+    return Generator(sampled, abstract_weights(sampled, layout=serving)[0])
 
 
 class Asked(NamedTuple):
@@ -483,7 +488,7 @@ def cold_start(config: Config, setup: Setup, log: MetricLog) -> nnx.State:
     optimizer = make_optimizer(adamw, steps)
     # the weights themselves are trained here, whatever GRPO trains: biases move
     of_step = dataclasses.replace(config.grpo.step_config, bias_gamma=config.grpo.bias_gamma)
-    update = make_train_step(setup.model.graphdef, sft_objective, optimizer, of_step, setup.layout)
+    update = make_train_step(setup.model.graphdef, sft_objective, optimizer, of_step)
     width = example_width(setup.cold_start)
 
     def step(state: TrainState, examples: Sequence, number: int) -> tuple[TrainState, Mapping[str, float]]:
@@ -509,7 +514,6 @@ def reinforce(config: Config, setup: Setup, weights: nnx.State, log: MetricLog, 
         setup.rewards.total,
         width=setup.width,
         seed=config.seed,
-        layout=setup.layout,
         donate=True,
         alter_rewards=shuffled if config.control == "shuffled" else None,
         take_metrics=setup.rewards.take_metrics,
@@ -552,10 +556,10 @@ def evaluate_once(config: Config, setup: Setup, weights: nnx.State, name: str) -
     return distributed.on_main(lambda: json.loads(path.read_text(encoding="utf-8")))
 
 
-def save_model(config: Config, setup: Setup, weights: nnx.State, run_id: str) -> None:
+def write_model(config: Config, setup: Setup, weights: nnx.State, run_id: str) -> None:
     """As a Hugging Face folder, in the place of the one that the run wrote when it had fewer steps."""
     trained = setup.model._replace(weights=computed(weights, saved_dtype(config)))
-    save = lambda target: save_hf(trained, target, source=config.model, tokenizer=setup.tokenizer.files)
+    save = lambda target: save_model(trained, target, source=config.model, tokenizer=setup.tokenizer.files)
     write_owned(config.output / "model", run=run_id, steps=config.grpo.steps, write=save)
 
 

@@ -1,6 +1,7 @@
 """Rows of data sets as prompts with their answers, and the settings that say which rows and which columns."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -106,6 +107,14 @@ class DataConfig:
             low, high = (asdict(self)[f"{end}_{name}"] for end in ("min", "max"))
             if low is not None and high is not None and low > high:
                 raise ValueError(f"min_{name}: got {low}, wanted at most max_{name}, {high}")
+
+
+class Prompt(NamedTuple):
+    """A question as text and tokens, and the columns that reward functions look at (`answer`, say)."""
+
+    text: str
+    tokens: list[int]
+    columns: Mapping[str, object]
 
 
 class Example(NamedTuple):

@@ -34,7 +34,7 @@ from deepseek_jax.plan.meshes import Sizes
 from deepseek_jax.plan.model_bytes import StateDTypes
 from deepseek_jax.plan.topology import GPU_OPTIONS
 from deepseek_jax.sharding import Layout
-from deepseek_jax.train.grpo import GRPOConfig
+from deepseek_jax.train.grpo_config import GRPOConfig
 
 Step = Literal["prefill", "decode", "train", "grpo", "sync"]
 TRAINED: tuple[Step, ...] = ("train", "grpo", "sync")  # that begin where weights lie to be trained

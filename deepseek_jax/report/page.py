@@ -1,7 +1,7 @@
 """A run's `report.html`: summary, curves and samples in one file that asks the network for nothing.
 
 Sampled text is hostile input: all text is escaped, and the page's own policy forbids requests, and scripts but for the
-one that searches completions, which it knows by its digest.
+one that searches completions (page.js), which it knows by its digest. Its looks are in page.css.
 """
 
 import base64
@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -92,79 +93,6 @@ PANELS = (
     Panel(title="Step time", unit="seconds", names=("step_time", "time/*", "timing/*")),
 )
 
-_STYLE = """
-:root { color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --ink: #1c2330; --faint: #667085;
-  --line: #e3e7ed; --c1: #2563eb; --c2: #d9480f; --c3: #0f8a5f; --c4: #9333ea; --c5: #b58105; --c6: #0e7490; }
-@media (prefers-color-scheme: dark) { :root { --page: #0f141b; --card: #171e28; --ink: #e6e9ef;
-  --faint: #98a2b3; --line: #2a3442; --c1: #7aa7ff; --c2: #ff9466; --c3: #4fd1a1; --c4: #c79bff;
-  --c5: #e5bd4f; --c6: #5cc8de; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1240px; padding: 28px 20px 60px; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { font-size: 26px; line-height: 1.2; margin: 0 0 18px; }
-h2 { font-size: 19px; margin: 34px 0 12px; }
-.headline { font-size: 17px; margin: 0 0 18px; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-.summary { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); margin: 0;
-  gap: 14px 18px; padding: 18px; }
-.summary dt { color: var(--faint); font-size: 13px; }
-.summary dd { margin: 0; font-weight: 600; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(360px, 100%), 1fr)); gap: 14px; }
-figure { margin: 0; padding: 12px 12px 6px; }
-figcaption { font-weight: 600; }
-figcaption small { font-weight: 400; color: var(--faint); }
-figure svg { display: block; width: 100%; height: auto; }
-svg text { font-family: inherit; }
-details { margin-top: 14px; }
-summary { cursor: pointer; color: var(--faint); margin-bottom: 12px; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; min-width: 640px; }
-th, td { text-align: left; vertical-align: top; padding: 10px 14px; border-bottom: 1px solid var(--line); }
-tr:last-child td { border-bottom: 0; }
-th { color: var(--faint); font-size: 13px; font-weight: 600; white-space: nowrap; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th.number { text-align: right; }
-pre { margin: 0; min-width: 200px; max-height: 320px; overflow: auto; white-space: pre-wrap;
-  overflow-wrap: anywhere; unicode-bidi: isolate; font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; }
-.note { color: var(--faint); }
-.find { display: flex; flex-wrap: wrap; gap: 10px; align-items: center; margin: 0 0 12px; }
-.find input, .find button { font: inherit; color: inherit; background: var(--card); padding: 6px 12px;
-  border: 1px solid var(--line); border-radius: 8px; }
-.find input { flex: 1 1 260px; }
-.group { padding: 12px 14px; margin: 0 0 10px; }
-.group > summary { color: var(--ink); margin: 0; overflow-wrap: anywhere; }
-.group h4 { margin: 14px 0 6px; font-size: 13px; color: var(--faint); }
-@media print { body { max-width: none; } pre { max-height: none; } figure, tr { break-inside: avoid; } }
-"""
-
-# Shows the completions, or groups by their prompt, that hold the text; opens what it found, and closes it after.
-_SCRIPT = """
-"use strict";
-const box = document.getElementById("find"), told = document.getElementById("found");
-const groups = [...document.querySelectorAll("details.group")];
-const holds = (element, text) => element.textContent.toLowerCase().includes(text);
-box.addEventListener("input", () => {
-  const text = box.value.trim().toLowerCase();
-  let found = 0;
-  for (const group of groups) {
-    const whole = holds(group.querySelector(".asked"), text);
-    let any = false;
-    for (const row of group.querySelectorAll("tbody tr")) {
-      row.hidden = !(whole || holds(row, text));
-      any = any || !row.hidden;
-      found += row.hidden ? 0 : 1;
-    }
-    group.hidden = !any;
-    group.open = text !== "" && any;
-  }
-  told.textContent = text === "" ? "" : found + " found";
-});
-document.getElementById("expand").addEventListener("click", () => {
-  const open = groups.some((group) => !group.hidden && !group.open);
-  for (const group of groups) group.open = open;
-});
-"""
-
 
 def write_report(
     folder: str | Path,
@@ -202,23 +130,29 @@ def write_report(
         _samples(samples),
         _course(completions),
     ]
+    style, script = (_packaged(f"page.{kind}") for kind in ("css", "js"))
     # No other script runs than this one, whatever a model wrote.
-    policy = f" script-src 'sha256-{base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()}';"
+    policy = f" script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}';"
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         # Should any text ever slip through as markup, the browser still runs nothing and asks no one.
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\';'
         f"{policy if completions else ''} style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{_text(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n"
         + "\n".join(part for part in body if part)
-        + (f"\n<script>{_SCRIPT}</script>" if completions else "")
+        + (f"\n<script>{script}</script>" if completions else "")
         + "\n</body>\n</html>\n"
     )
     path = Path(folder) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, page.encode())
     return path
+
+
+def _packaged(name: str) -> str:
+    """A file of this package, from the line after its element's tag on."""
+    return "\n" + resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:

@@ -25,7 +25,7 @@ from deepseek_jax.rewards.sandbox import __path__ as _sandbox_path
 CANDIDATE = "candidate"
 PACKAGES = ("numpy",)
 _SYNTAX = (SyntaxError, ValueError, RecursionError, MemoryError)
-_INSIDE = ("wire", "proxies", "peer")
+_INSIDE = ("wire", "proxies", "objects", "peer")
 _MAIN = """
 import sys, types
 for name in ("deepseek_jax", "deepseek_jax.rewards", "deepseek_jax.rewards.sandbox"):

@@ -5,8 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepseek_jax.generate.engine import bucket
-from deepseek_jax.generate.text import TextCompletion
+from deepseek_jax.generation.engine import Completion, bucket
 
 
 class Batch(NamedTuple):
@@ -57,7 +56,7 @@ class PackedSlot(NamedTuple):
 
 def make_batch(
     prompts: Sequence[Sequence[int]],
-    completions: Sequence[TextCompletion],
+    completions: Sequence[Completion],
     advantages: np.ndarray,
     *,
     width: int | None = None,
@@ -82,7 +81,7 @@ def make_batch(
 
 def pack(
     prompts: Sequence[Sequence[int]],
-    completions: Sequence[TextCompletion],
+    completions: Sequence[Completion],
     advantages: np.ndarray,
     *,
     width: int,
@@ -151,7 +150,7 @@ def _laid_out(prompts, completions, advantages, slots: list[PackedSlot], shape, 
     return batch
 
 
-def _empty(shape: tuple[int, int], per_row: int, like: TextCompletion) -> Batch:
+def _empty(shape: tuple[int, int], per_row: int, like: Completion) -> Batch:
     routes, support, penalised = like.routes, like.support, like.penalised
     return Batch(
         tokens_BT=np.zeros(shape, np.int32),

@@ -31,7 +31,7 @@ def grpo_objective(
     Args:
         model: the policy.
         batch: samples with the log-probs of sampler and reference, and advantages.
-        whole: of the whole batch.
+        totals: of the whole batch.
         config: of the loss.
         temperature: the sampler's.
         repetition_penalty: the sampler's, for the tokens that the batch has as penalised.

@@ -50,8 +50,6 @@ def read(folder: Path) -> dict[str, bytes]:
     """
     found = {name: _content(folder / name) for name in SAVED if os.path.lexists(folder / name)}
     if "tokenizer.json" not in found:
-        if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder, wanted a checkpoint's; correct the path")
         advice = "save the tokenizer there with transformers' save_pretrained, which writes it"
         advice = next((text for name, text in _NO_TOKENIZER.items() if (folder / name).is_file()), advice)
         raise ValueError(f"{folder}: got no tokenizer.json, wanted a checkpoint folder with one; {advice}")

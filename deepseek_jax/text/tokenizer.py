@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from deepseek_jax.checkpoint.hub import model_folder
 from deepseek_jax.text import confined, encoding, files, template
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -63,11 +64,11 @@ class Tokenizer:
         """Reads a checkpoint's tokenizer.
 
         Args:
-          folder: holds tokenizer.json and, as a rule, tokenizer_config.json. special_tokens_map.json,
-            chat_template.jinja (which overrules the config's), generation_config.json and config.json are read when
-            there. End-of-sequence ids are the tokenizer's own with generation_config.json's or, where that has none,
-            config.json's; only config.json may name ids outside the vocabulary (class defaults), and those are left
-            out.
+          folder: a model's, or its name on the hub. It holds tokenizer.json and, as a rule, tokenizer_config.json.
+            special_tokens_map.json, chat_template.jinja (which overrules the config's), generation_config.json and
+            config.json are read when there. End-of-sequence ids are the tokenizer's own with generation_config.json's
+            or, where that has none, config.json's; only config.json may name ids outside the vocabulary (class
+            defaults), and those are left out.
 
         Returns:
           The tokenizer.
@@ -81,7 +82,7 @@ class Tokenizer:
         Differs: a special token that the config leaves out is read from special_tokens_map.json even if the config has
           `added_tokens_decoder`; a pad token outside the vocabulary is none (tests/text/test_tokenizer_oracle.py).
         """
-        folder = Path(folder)
+        folder = model_folder(folder)
         found = files.read(folder)
         return cls._from_files(folder, found, files.model_config(folder))
 

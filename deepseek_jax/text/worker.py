@@ -108,7 +108,11 @@ def _strftime_now(form: str) -> str:
 
 def _environment() -> jinja2.Environment:
     environment = _Environment(
-        trim_blocks=True, lstrip_blocks=True, finalize=_finalize, extensions=[_Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalize,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
+        optimized=False,  # it would write a constant ['nan' | float] into Python as the unknown name nan
     )
     environment.filters["tojson"] = _tojson
     environment.globals |= {

@@ -10,6 +10,7 @@ import pytest
 
 from deepseek_jax import distributed
 from deepseek_jax.data.prompts import batches
+from deepseek_jax.distributed import environment
 from deepseek_jax.report.metrics import read_metrics
 from tests.checkpoint.folders import R1, random_folder
 from tests.distributed import laws
@@ -209,7 +210,7 @@ SLURM = {
     ],
 )
 def test_the_environment_says_how_many_there_are(variables, found):
-    assert distributed._environment(variables) == found
+    assert environment.initialize_arguments(variables) == found
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_the_environment_says_how_many_there_are(variables, found):
 )
 def test_variables_that_are_half_set_are_refused(variables, says):
     with pytest.raises(ValueError, match=says):
-        distributed._environment(variables)
+        environment.initialize_arguments(variables)
 
 
 @pytest.mark.parametrize(
@@ -238,10 +239,10 @@ def test_a_tpu_pod_is_recognised_by_its_hosts(hosts, platforms, found, monkeypat
     """Where libtpu is installed and chips are there, which this test pretends."""
     from jax._src.clusters import GkeTpuCluster
 
-    monkeypatch.setattr(distributed, "find_spec", lambda name: name == "libtpu")
+    monkeypatch.setattr(environment, "find_spec", lambda name: name == "libtpu")
     monkeypatch.setattr(GkeTpuCluster, "is_env_present", lambda: True)
     monkeypatch.setattr(GkeTpuCluster, "get_process_count", lambda: hosts)
-    assert distributed._environment({"JAX_PLATFORMS": platforms}) == found
+    assert environment.initialize_arguments({"JAX_PLATFORMS": platforms}) == found
 
 
 def test_one_process_is_the_main_one_and_waits_for_nobody():

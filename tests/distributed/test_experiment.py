@@ -17,7 +17,7 @@ from deepseek_jax.report.metrics import MetricLog, read_metrics
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rewards.recipe import Rewards
 from deepseek_jax.rl.loss import GRPOLossConfig
-from deepseek_jax.train.grpo import GRPOConfig
+from deepseek_jax.train.grpo_config import GRPOConfig
 from tests.checkpoint.folders import QWEN2
 from tests.distributed import launch as starter
 

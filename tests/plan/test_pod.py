@@ -10,7 +10,8 @@ from flax import nnx
 from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.config import MLAConfig, preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
-from deepseek_jax.generate.engine import Generator
+from deepseek_jax.data.examples import Prompt
+from deepseek_jax.generation.engine import Generator
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.transfer import serving_layout
 from deepseek_jax.plan import compiled
@@ -19,10 +20,10 @@ from deepseek_jax.plan.memory import train_memory, transfer_memory
 from deepseek_jax.plan.meshes import Sizes
 from deepseek_jax.plan.model_bytes import train_state_bytes
 from deepseek_jax.rewards.combine import combine
-from deepseek_jax.rl.rollout import Prompt
 from deepseek_jax.sharding import Layout, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.grpo import GRPOConfig, GRPOTrainer
+from deepseek_jax.train.grpo import GRPOTrainer
+from deepseek_jax.train.grpo_config import GRPOConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -55,9 +56,9 @@ def trainer(settings: GRPOConfig) -> GRPOTrainer:
     weights = jax.jit(lambda: split(Decoder(CONFIG, rngs=nnx.Rngs(0), layout=layout()))[1])()
     model, tokenizer = Model(CONFIG, graphdef, weights), Tokenizer.characters(ALPHABET, chat_template=TEMPLATE)
     serving = serving_layout(CONFIG, layout())
-    generator = Generator(CONFIG, abstract_weights(CONFIG, layout=serving)[0], layout=serving)
+    generator = Generator(CONFIG, abstract_weights(CONFIG, layout=serving)[0])
     reward = combine({"length": lambda prompts, completions, **_: list(map(len, completions))}, {"length": 1.0})
-    return GRPOTrainer(settings, model, tokenizer, generator, reward, width=WIDTH, seed=0, layout=layout())
+    return GRPOTrainer(settings, model, tokenizer, generator, reward, width=WIDTH, seed=0)
 
 
 @pytest.mark.parametrize(

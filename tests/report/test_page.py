@@ -2,6 +2,7 @@ import base64
 import hashlib
 import math
 import re
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import deepseek_jax
 from deepseek_jax.report.metrics import MetricLog, read_metrics
 from deepseek_jax.report.page import PANELS, smooth, write_report
 
@@ -280,3 +282,11 @@ def test_a_first_loss_of_zero_is_explained_where_it_is_drawn(tmp_path: Path):
     assert source.count("is right") == 1
     for rows in (zero[1:], rows_of({"reward": [0.1], "loss": [0.2]}), rows_of({"loss": [0.0]})):
         assert "is right" not in make(tmp_path, rows=rows)[0]
+
+
+def test_an_installed_package_holds_every_file_that_is_not_python():
+    package = Path(deepseek_jax.__file__).parent
+    found = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()}
+    settings = tomllib.loads((package.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    named = settings["tool"]["setuptools"]["package-data"]["deepseek_jax"]
+    assert {name for name in found if not name.endswith((".py", ".pyc"))} == set(named)

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepseek_jax.data.examples import Prompt
 from deepseek_jax.report.metrics import MetricLog, read_metrics
 from deepseek_jax.report.samples import Sample, SampleGroup, SampleLog, read_samples, sample_groups
-from deepseek_jax.rl.rollout import Prompt, Rollout
+from deepseek_jax.rl.rollout import Rollout
 
 
 def groups(text: str = "c", **values) -> list[SampleGroup]:

@@ -363,7 +363,7 @@ def test_linked_programs_talk_and_the_second_ends_with_the_first():
 
 def test_the_launcher_loads_nothing_but_the_standard_library():
     source = "import sys; sys.path.append(sys.argv[1]); import launcher; print(*sys.modules)"
-    command = [sys.executable, "-I", "-S", "-c", source, str(sandbox._LAUNCHER.parent)]
+    command = [sys.executable, "-I", "-S", "-c", source, str(Path(sandbox.__file__).parent)]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert {name.split(".")[0] for name in loaded} - set(sys.stdlib_module_names) <= {"launcher", "__main__"}
     assert not {"json", "re", "signal", "typing"} & set(loaded)

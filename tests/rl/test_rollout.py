@@ -9,7 +9,8 @@ from flax import nnx
 
 from deepseek_jax.config import MLAConfig, preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
-from deepseek_jax.generate.engine import Generator, Record, SamplingConfig
+from deepseek_jax.data.examples import Prompt
+from deepseek_jax.generation.engine import Generator, Record, SamplingConfig
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.ops.metrics import BatchTotals
 from deepseek_jax.rewards.combine import combine
@@ -17,7 +18,7 @@ from deepseek_jax.rl.advantage import group_advantages
 from deepseek_jax.rl.batch import make_batch, pack
 from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.rl.objective import frozen_scores, grpo_objective
-from deepseek_jax.rl.rollout import Prompt, RolloutWorker, dynamic_sampling, joined, rollout_metrics
+from deepseek_jax.rl.rollout import RolloutWorker, dynamic_sampling, joined, rollout_metrics
 from deepseek_jax.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -58,6 +58,7 @@ def show(template, messages=USER, **extra):
         ("{{ 'a\nb' | indent(2) }}|{{ '  a' | trim }}|{{ 'xax'.strip('x') }}", "a\n  b|a|a"),
         ("{{ x is defined }}{{ x | default('d') }}{{ messages[0].content is string }}", "FalsedTrue"),
         ("{{ dict(a=1)['a'] }}{{ 7 // 2 }}{{ 2 ** 3 }}", "138"),
+        ("{% set x = ['nan' | float, 'inf' | float] %}{{ x }}", "[nan, inf]"),
     ],
 )  # fmt: skip
 def test_renders_as_jinja(template, expected):

@@ -14,17 +14,19 @@ from flax import nnx
 from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.config import MLAConfig, preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
+from deepseek_jax.data.examples import Prompt
 from deepseek_jax.data.prompts import batches
-from deepseek_jax.generate.engine import Generator
+from deepseek_jax.generation.engine import Generator
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.report.metrics import MetricLog, read_metrics
 from deepseek_jax.report.samples import read_samples
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl.loss import GRPOLossConfig
-from deepseek_jax.rl.rollout import Prompt
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train import grpo
-from deepseek_jax.train.grpo import GRPOConfig, GRPOTrainer, _counted, followed, run_grpo, total_tokens
+from deepseek_jax.train.grpo import GRPOTrainer, _counted, followed, total_tokens
+from deepseek_jax.train.grpo_config import GRPOConfig
+from deepseek_jax.train.grpo_stage import run_grpo
 from deepseek_jax.train.loop import NonFiniteError, ended_nonfinite
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

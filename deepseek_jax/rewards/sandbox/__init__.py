@@ -29,15 +29,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from deepseek_jax.rewards.sandbox.seccomp import filter_program
 
 Kind = Literal["ok", "error", "timeout", "memory", "output", "killed"]
 
-_LAUNCHER = Path(__file__).with_name("launcher.py")
-_GRACE_SECONDS = 150.0  # above the launcher's own patience, SETUP_SECONDS and MOST_STARVED_SECONDS
+# The folder of the package `launcher`, after the standard library's own.
+_LAUNCH = "import sys; sys.path.append(sys.argv[1]); import launcher; launcher.main()"
+_GRACE_SECONDS = 150.0  # above the launcher's own patience, `cells.SETUP_SECONDS` and `MOST_STARVED_SECONDS`
 _MIN_MEMORY_BYTES = 64 << 20
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
@@ -266,7 +266,7 @@ def _ask(programs: Sequence[Program], folders: Sequence[str], sandboxed: bool) -
         "packages": [place for name in packages for place in _places(name)],
         "cells": [_cell(*pair) for pair in zip(programs, folders, strict=True)],
     }
-    command = [_interpreter(), "-I", "-S", str(_LAUNCHER)]
+    command = [_interpreter(), "-I", "-S", "-c", _LAUNCH, os.path.dirname(os.path.abspath(__file__))]
     pipe = subprocess.PIPE
     try:
         started = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""One end of the line between judge and player: questions, answers, and the objects that each has of the other."""
+"""One end of the line between judge and player: questions and answers."""
 
 from __future__ import annotations
 
@@ -16,16 +16,8 @@ import types
 from collections.abc import Iterator
 
 from deepseek_jax.rewards.sandbox import proxies
-from deepseek_jax.rewards.sandbox.wire import (
-    CONTAINERS,
-    Decoder,
-    Encoder,
-    is_container,
-    name_of,
-    named_type,
-    replace,
-    type_name,
-)
+from deepseek_jax.rewards.sandbox.objects import ENDS, Objects, error_text, is_callback, is_own
+from deepseek_jax.rewards.sandbox.wire import CONTAINERS, Decoder, Encoder, is_container, natural, replace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,16 +28,13 @@ _MAX_HELD = 1000
 """Items of an attribute's container up to which both sides keep its changes."""
 _MOST_HELD = 16
 _SLICE_SECONDS = 0.001
-# By these a program could end a test's loop rather than fail the test.
-_ENDS = (StopIteration, StopAsyncIteration, GeneratorExit)
-_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type(str.upper), type(str.__len__))
 
 
 class Ended(BaseException):
     """The other side has ended or speaks nonsense; no test passes after that."""
 
 
-class Peer:
+class Peer(Objects):
     """One end of the line.
 
     Args:
@@ -55,19 +44,14 @@ class Peer:
     """
 
     def __init__(self, reader: int, writer: int, *, guarded: bool) -> None:
+        super().__init__(guarded=guarded)
         self.lines = os.fdopen(reader, "r", encoding="ascii", newline="\n")
         self.out = os.fdopen(writer, "w", encoding="ascii", newline="\n")
-        self.guarded = guarded
         self.ended = False
         self.received = 0
         self.crossed: list[BaseException] = []
         self.classes_of_tests: set[int] = set()
         self.lock = threading.RLock()
-        self.objects: list[object] = []
-        self.numbers: dict[int, int] = {}
-        self.described: set[int] = set()
-        self.kinds: dict[int, type] = {}
-        self.remotes: dict[tuple[int, bool], proxies.Remote] = {}
         self.loop: Any = None
         self.captured: Any = None
         self.late: dict[int, BaseException] = {}
@@ -75,8 +59,6 @@ class Peer:
         # the contents of which the other side knows.
         self.held: dict[int, tuple[object, str]] = {}
         self.root: object = None
-
-    # --- Questions
 
     def ask(self, do: str, on: int | None, args: Any, kwargs: dict[str, object] | None = None) -> Any:
         """Puts a question to the other side and waits for the answer, answering its own questions meanwhile."""
@@ -110,7 +92,7 @@ class Peer:
                 decode.refill(containers[number], content)
             self._hear_held(reply, decode)
             if "holds" in reply:
-                value = self._hold(_number(reply["holds"]), value)
+                value = self._hold(natural(reply["holds"]), value)
         except Exception as problem:  # whatever the other side's line holds: it ends the talk
             self._end(problem)
         if reply.get("out") and sys.stdout is not sys.__stdout__:
@@ -124,11 +106,9 @@ class Peer:
         if "error" in reply:
             return self._made_exception(reply["error"], decode)
         kind = vars(builtins).get(reply["raise"])
-        if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, _ENDS):
+        if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, ENDS):
             kind = RuntimeError
         return kind(str(reply["text"]))
-
-    # --- The line
 
     def _send(self, message: dict, new: dict[int, dict]) -> None:
         if new:
@@ -159,8 +139,6 @@ class Peer:
     def _end(self, problem: BaseException) -> None:
         self.ended = True
         raise Ended(str(problem)) from None
-
-    # --- Answers
 
     def serve(self) -> None:
         """Answers questions until the line ends."""
@@ -212,7 +190,7 @@ class Peer:
 
     def _hear_held(self, message: dict, decode: Decoder) -> None:
         for number, content in message.get("held", ()):
-            container = self.held[_number(number)][0]
+            container = self.held[natural(number)][0]
             decode.refill(container, content)
             self.held[number] = (container, self._held_text(container))
 
@@ -233,7 +211,7 @@ class Peer:
 
     def _raised(self, error: BaseException, encode: Encoder) -> dict:
         known = next((kind for kind in type(error).__mro__ if vars(builtins).get(kind.__name__) is kind), RuntimeError)
-        reply: dict = {"raise": known.__name__, "text": _text(error)}
+        reply: dict = {"raise": known.__name__, "text": error_text(error)}
         try:
             reply["error"] = self._exception_data(error, encode)
         except Exception:  # an exception that is too strange to cross whole
@@ -252,7 +230,7 @@ class Peer:
         return [[number, encode.contents(container)] for number, container in enumerate(list(containers))]
 
     def _do(self, do: str, on: object, args: list, kwargs: dict) -> object:
-        target = self.root if on is None else self.objects[_number(on)]
+        target = self.root if on is None else self.objects[natural(on)]
         if self.guarded:
             self._check(do, target, args)
         if do == "get":
@@ -269,7 +247,7 @@ class Peer:
             kind = type(target)
             return getattr(kind, args[0])(target, *args[1:], **kwargs)
         if do == "next":
-            return self._next(_number(on), target, args[0])
+            return self._next(natural(on), target, args[0])
         if do == "isinstance":
             return isinstance(args[0], target)
         if do == "data":
@@ -285,11 +263,11 @@ class Peer:
 
     def _check(self, do: str, target: object, args: list) -> None:
         """What a program may do with an object of the tests': call a function, use an instance of their own class."""
-        own = _is_own(target)
+        own = is_own(target)
         name = args[0] if args else ""
         plain = isinstance(name, str) and not name.startswith("__")
         allowed = {
-            "call": own or _is_callback(target),
+            "call": own or is_callback(target),
             "get": own and plain,
             "set": own
             and plain
@@ -339,214 +317,8 @@ class Peer:
 
         return self.loop.run_until_complete(wait())
 
-    # --- Objects
-
-    def _encoder(self, containers: Any = ()) -> tuple[Encoder, dict[int, dict]]:
-        new: dict[int, dict] = {}
-        encode: Encoder
-        encode = Encoder(lambda value: self._export(value, encode, new), containers)
-        return encode, new
-
-    def _export(self, value: object, encode: Encoder | None = None, new: dict[int, dict] | None = None) -> dict:
-        """Data of an object that does not cross by value."""
-        new = {} if new is None else new
-        if value is proxies.STRANGER:
-            return {"stranger": 0}
-        number = proxies.number_of(value, self)
-        if number is not None:
-            return {"yours": number}
-        if isinstance(value, BaseException):
-            return {"error": self._exception_data(value, encode or Encoder(self._export))}
-        if isinstance(value, type):
-            return {"class": self._describe(value, new)}
-        if self.guarded:
-            named = _library_function(value)
-            if named is not None:
-                return {"function": named}
-            self._check_export(value)
-        data = {"ref": self.number(value), "class": self._describe(type(value), new)}
-        if isinstance(value, types.CoroutineType):
-            data["coroutine"] = True
-        return data
-
-    def number(self, value: object) -> int:
-        number = self.numbers.setdefault(id(value), len(self.objects))
-        if number == len(self.objects):
-            self.objects.append(value)
-        return number
-
-    def _check_export(self, value: object) -> None:
-        if not (_is_own(value) or _is_callback(value) or isinstance(value, types.CoroutineType | Iterator)):
-            raise TypeError(f"a test hands the program a {type(value).__name__}, which does not cross")
-
-    def _describe(self, kind: type, new: dict[int, dict]) -> int:
-        """The number of a class, which the other side is told about once."""
-        number = self.number(kind)
-        if number in self.described or number in new:
-            return number
-        new[number] = {}
-        bases = []
-        for base in kind.__bases__ if kind.__module__ not in ("builtins", "types") else ():
-            name = type_name(base)
-            if name is None:
-                bases.append({"class": self._describe(base, new)})
-            elif name != "object":
-                bases.append({"type": name})
-        held = {name for base in kind.__mro__ if base is not object for name in vars(base)}
-        new[number] |= {
-            "name": kind.__name__,
-            "module": "candidate",
-            "doc": kind.__doc__ if isinstance(kind.__doc__, str) else None,
-            "operators": sorted(held & proxies.OPERATORS),
-            "unhashable": kind.__hash__ is None,
-            "like": next((base.__name__ for base in kind.__mro__ if base.__module__ == "builtins"), ""),
-            "bases": bases,
-        }
-        return number
-
-    def _learn(self, message: dict) -> None:
-        pending = {_number(number): about for number, about in message.get("classes", ())}
-        for number in pending:
-            self._mirror(number, pending)
-
-    def _mirror(self, number: int, pending: dict[int, dict]) -> type:
-        if number in self.kinds:
-            return self.kinds[number]
-        about = pending[number]
-        bases = []
-        for base in about["bases"]:
-            kind = self._mirror(_number(base["class"]), pending) if "class" in base else _known(base["type"])
-            if isinstance(kind, proxies.RemoteType) or issubclass(kind, (BaseException, *proxies._DATA)):
-                bases.append(RuntimeError if issubclass(kind, _ENDS) else kind)
-        self.kinds[number] = proxies.mirror(self, number, about, bases)
-        return self.kinds[number]
-
-    def remote(self, number: object, kind: type, *, trusted: bool = False, base: object = None) -> proxies.Remote:
-        """The stand-in for object `number`, always the same one for the same trust."""
-        own = number[1] if isinstance(number, tuple) else _number(number)
-        found = self.remotes.get((own, trusted))
-        if found is None or base is not None:
-            found = proxies.stand_in(self, own, kind, trusted=trusted, base=base)
-            self.remotes[own, trusted] = found
-        return found
-
-    def _import(self, data: dict, decode: Decoder) -> object:
-        if "stranger" in data:
-            return object()
-        if "yours" in data:
-            return self.objects[_number(data["yours"])]
-        if "error" in data:
-            return self._made_exception(data["error"], decode)
-        if "function" in data and not self.guarded:
-            return _found_function(*data["function"])
-        if "sub" in data:
-            base, reference = data["sub"]
-            base = decode(base)
-            return (
-                self.objects[_number(reference["yours"])] if "yours" in reference else self._reference(reference, base)
-            )
-        return self._reference(data, None)
-
-    def _reference(self, data: dict, base: object) -> object:
-        if "ref" not in data:
-            return self.kinds[_number(data["class"])]
-        kind = self.kinds[_number(data["class"])] if "class" in data else self._unknown()
-        if base is not None and not issubclass(kind, type(base)):
-            raise ValueError("a value of another type than its class")
-        made = self.remote(data["ref"], kind, base=base)
-        return _awaiting(made) if data.get("coroutine") else made
-
-    def _unknown(self) -> type:
-        """For an object that is told without its class: something to call."""
-        about = {
-            "name": "object",
-            "module": "candidate",
-            "operators": ["__call__"],
-            "like": "",
-            "unhashable": False,
-            "doc": None,
-        }
-        if -1 not in self.kinds:
-            self.kinds[-1] = proxies.mirror(self, -1, about, [])
-        return self.kinds[-1]
-
-    # --- Exceptions
-
-    def _exception_data(self, error: BaseException, encode: Encoder) -> dict:
-        kinds = [encode(kind) for kind in type(error).__mro__ if issubclass(kind, BaseException)]
-        number = self.number(error)
-        state = {key: value for key, value in vars(error).items() if key != "__notes__"}
-        return {
-            "kinds": kinds,
-            "args": encode(list(error.args)),
-            "text": _text(error),
-            "state": encode(state),
-            "ref": number,
-            "cause": encode(error.__cause__),
-        }
-
-    def _made_exception(self, data: dict, decode: Decoder) -> BaseException:
-        kind = next(kind for kind in map(self._exception_kind, data["kinds"]) if kind is not None)
-        args, state = decode(data["args"]), decode(data["state"])
-        if issubclass(kind, _ENDS):
-            kind = RuntimeError
-        made = kind.__new__(kind, *args)
-        if kind.__module__ == "builtins":
-            kind.__init__(made, *args)  # sets what is no part of vars, such as the code of SystemExit
-        made.args = tuple(args)
-        vars(made).update(state)
-        made.__cause__ = decode(data["cause"])
-        if isinstance(type(made), proxies.RemoteType):
-            vars(made).update(_text=str(data["text"]), _number=_number(data["ref"]))
-        return made
-
-    def _exception_kind(self, data: object) -> type | None:
-        try:
-            kind = Decoder(self._import)(data)
-        except ValueError:
-            return None
-        return kind if isinstance(kind, type) and issubclass(kind, BaseException) else None
-
-
-def _is_own(value: object) -> bool:
-    """Whether a value is a class of the tests', an instance of one, a mock or a text stream."""
-    kind = value if isinstance(value, type) else type(value)
-    return kind.__module__ in ("checks", "unittest.mock") or (
-        kind.__module__ == "_io" and kind.__name__ in ("StringIO", "BytesIO")
-    )
-
-
-def _is_callback(value: object) -> bool:
-    """Whether a value of the tests' may be called by the program: a function, or a method of a container."""
-    if isinstance(value, types.BuiltinFunctionType):
-        return type(value.__self__).__module__ in ("builtins", "collections") and not isinstance(
-            value.__self__, type | types.ModuleType
-        )
-    return isinstance(value, types.FunctionType | types.MethodType) or name_of(type(value)) in _CALLABLES
-
 
 _NAMES = ("__name__", "__qualname__", "__doc__")
-_CALLABLES = ("functools:partial", "operator:itemgetter", "operator:attrgetter", "operator:methodcaller")
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str.__str__(str(error))[:10_000]
-    except Exception:  # its __str__ is the program's
-        return ""
-
-
-def _known(name: str) -> type:
-    try:
-        return named_type(name)
-    except ValueError:
-        return object
-
-
-def _number(value: object) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"wanted a number, got {value!r}")
-    return value
 
 
 def _no_constant(text: str) -> object:
@@ -560,10 +332,6 @@ def _unread(fd: int) -> int:
     return size[0]
 
 
-async def _awaiting(remote: Any) -> object:
-    return await remote
-
-
 def _drive(coroutine: Any) -> object:
     """Runs a coroutine of the tests' that waits for nothing."""
     try:
@@ -571,26 +339,3 @@ def _drive(coroutine: Any) -> object:
     except StopIteration as end:
         return end.value
     raise RuntimeError("a coroutine of the tests' waits inside the program")
-
-
-def _library_function(value: object) -> list[str] | None:
-    """Where the program's side finds a function of Python's own."""
-    if not isinstance(value, _FUNCTIONS):
-        return None
-    owner = getattr(value, "__objclass__", None)
-    module = owner.__module__ if owner is not None else getattr(value, "__module__", None)
-    if not isinstance(module, str) or module.partition(".")[0] not in sys.stdlib_module_names or module == "__main__":
-        return None
-    name = value.__qualname__
-    return (
-        [module, name]
-        if "<" not in name and getattr(value, "__self__", None) in (None, builtins, sys.modules.get(module))
-        else None
-    )
-
-
-def _found_function(module: str, name: str) -> object:
-    found: object = __import__(module, fromlist=["*"])
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found

@@ -128,7 +128,7 @@ class Decoder:
         kind = next(iter(data))
         content = data[kind]
         if kind == "same":
-            return self.containers[_natural(content)]
+            return self.containers[natural(content)]
         if kind in _EMPTY:
             return self._fill(_EMPTY[kind](), content)
         if kind in _READERS:
@@ -155,7 +155,7 @@ class Decoder:
         module, _, name = kind.partition(":")
         maker = getattr(importlib.import_module(module), name)
         if name == "deque":
-            return self._fill(maker(maxlen=None if content[0] is None else _natural(content[0])), content[1])
+            return self._fill(maker(maxlen=None if content[0] is None else natural(content[0])), content[1])
         if name == "defaultdict":
             return self._fill(maker(self(content[0])), content[1])
         if name in ("OrderedDict", "Counter"):
@@ -163,7 +163,7 @@ class Decoder:
         if name == "array":
             return maker(content[0], bytes.fromhex(content[1]))
         if name in ("datetime", "time"):
-            return maker(*map(self, content[0]), fold=_natural(content[1]))
+            return maker(*map(self, content[0]), fold=natural(content[1]))
         return maker(*map(self, content))
 
 
@@ -220,14 +220,15 @@ def named_type(name: str) -> type:
     return found
 
 
-def _library() -> set[str]:
-    return {name for name in sys.modules if name.partition(".")[0] in sys.stdlib_module_names}
-
-
-def _natural(number: Data) -> int:
+def natural(number: Data) -> int:
+    """A number of an object or a size, which must be one."""
     if type(number) is not int or number < 0:
         raise ValueError(f"wanted a number, got {number!r}")
     return number
+
+
+def _library() -> set[str]:
+    return {name for name in sys.modules if name.partition(".")[0] in sys.stdlib_module_names}
 
 
 def _plain(value: object, base: type) -> object:
@@ -250,7 +251,7 @@ def _array(_: Decoder, content: Data) -> object:
     if dtype[1] not in _DTYPES.replace("?", "b") or not dtype[2:].isdigit():
         raise ValueError(f"no dtype {dtype!r}")
     numpy = importlib.import_module("numpy")
-    return numpy.frombuffer(bytearray.fromhex(text), dtype).reshape([_natural(size) for size in shape])
+    return numpy.frombuffer(bytearray.fromhex(text), dtype).reshape([natural(size) for size in shape])
 
 
 def _view(kind: str) -> Callable[[Encoder, object], Data]:

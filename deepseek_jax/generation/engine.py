@@ -6,7 +6,7 @@ padding, nor the device count changes what is drawn.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -18,12 +18,12 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.generation.draw import Knobs, Modes, Record, Recorded, State, draw
 from deepseek_jax.model.cache import Cache, abstract_cache, empty_cache
 from deepseek_jax.model.decoder import Hidden, experts_of
 from deepseek_jax.model.lora import decoder_of
-from deepseek_jax.ops import sampling as ops
-from deepseek_jax.ops.logprobs import logprobs_of_logits, project, to_bits, within
-from deepseek_jax.sharding import LOCAL, Layout
+from deepseek_jax.ops.logprobs import project
+from deepseek_jax.sharding import module_layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,22 +63,6 @@ class SamplingConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted {wanted}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """What generation keeps beside tokens and log-probs, for a trainer to replay.
-
-    Source: DeepSeek-V3.2, arXiv 2512.02556 section 3.1, "Keep Routing" and "Keep Sampling Mask".
-
-    Args:
-        routes: the experts that every token went to, 2 x L x A bytes a token on the device.
-        support: the tokens among which each one was drawn, V / 8 bytes a token; as many again for those that a
-            repetition penalty was laid on, where there is one.
-    """
-
-    routes: bool = False
-    support: bool = False
-
-
 NO_RECORD = Record()
 
 
@@ -92,7 +76,8 @@ class Completion(NamedTuple):
     routes: int16 (int32 from 32,769 experts on) [tokens of the prompt + C - 1, L, A], the experts of each of L MoE
     layers that every token went to which was an input; all but the last were. support: uint32 [C, V / 32 rounded up],
     the tokens among which each one was drawn, as `ops.logprobs` has their bits; penalised: the same of those
-    that the penalty was on. None where not recorded.
+    that the penalty was on. None where not recorded. text: the tokens decoded, special ones left out; None from the
+    engine, which knows no tokenizer (`generation.text.complete` fills it in).
     """
 
     tokens: np.ndarray
@@ -101,51 +86,16 @@ class Completion(NamedTuple):
     routes: np.ndarray | None = None
     support: np.ndarray | None = None
     penalised: np.ndarray | None = None
+    text: str | None = None
 
 
-class _Knobs(NamedTuple):
-    """Sampling numbers as arrays, so that changing one recompiles nothing."""
+class _Begun(NamedTuple):
+    """Completions with a token each: the arguments of decoding after the weights, and what belongs to the prompts."""
 
-    temperature: jax.Array
-    top_p: jax.Array
-    top_k: jax.Array
-    min_p: jax.Array
-    penalty: jax.Array
-    stop_ids: jax.Array
-
-
-class _Modes(NamedTuple):
-    """Which parts of sampling are compiled in at all."""
-
-    greedy: bool
-    filtered: bool
-    penalised: bool
-    record: Record
-
-
-class _Recorded(NamedTuple):
-    """Of the tokens drawn: the experts that each went to when it was fed, and the bits of those it was drawn from.
-
-    And of those that the penalty was on. None where not recorded.
-    """
-
-    routes_BNLA: jax.Array | None = None
-    support_BNW: jax.Array | None = None
-    penalised_BNW: jax.Array | None = None
-
-
-class _State(NamedTuple):
-    """What decoding carries from token to token."""
-
-    cache: Cache
-    token_B: jax.Array
-    position_B: jax.Array
-    done_B: jax.Array
-    seen_BV: jax.Array | None
-    tokens_BN: jax.Array
-    logprobs_BN: jax.Array
-    count: jax.Array
-    record: _Recorded
+    of_decode: tuple[State, np.ndarray, np.ndarray, Knobs]
+    modes: Modes
+    limits: np.ndarray
+    routes_PTLA: jax.Array | None
 
 
 class Generator:
@@ -155,20 +105,15 @@ class Generator:
         config: the model's.
         graphdef: static part of the module, from `model.decoder.split`.
         dtype: of the cache; None takes that of the weights, as their activations have it.
+
+    Attributes:
         layout: the one that the module was made with.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        graphdef: nnx.GraphDef,
-        *,
-        dtype: jnp.dtype | None = None,
-        layout: Layout = LOCAL,
-    ):
-        self.config, self.graphdef, self.dtype, self.layout = config, graphdef, dtype, layout
+    def __init__(self, config: ModelConfig, graphdef: nnx.GraphDef, *, dtype: jnp.dtype | None = None):
+        self.config, self.graphdef, self.dtype, self.layout = config, graphdef, dtype, module_layout(graphdef)
         self.prefill = jax.jit(self._prefill, static_argnames=("samples", "slots", "modes", "room"))
-        self.decode = jax.jit(self._decode, static_argnames="modes", donate_argnames="state")
+        self.decode = jax.jit(self._decode, static_argnames=("modes", "steps"), donate_argnames="state")
 
     def __call__(
         self,
@@ -197,7 +142,38 @@ class Generator:
             ValueError: no or empty prompts, a prompt that fills the context, a wrong number of seeds, or a record that
                 the model or the sampling has nothing for.
         """
-        self._check(prompts, seeds, samples)
+        begun = self._begin(weights, prompts, sampling, seeds, samples, record)
+        state = self.decode(weights, *begun.of_decode, modes=begun.modes)
+        found = _completions(state, begun.limits, sampling.stop_ids)
+        if begun.routes_PTLA is None:
+            return found
+        return _with_routes(found, prompts, samples, _on_host(begun.routes_PTLA), _on_host(state.record.routes_BNLA))
+
+    def stream(
+        self, weights: nnx.State, prompt: Sequence[int], sampling: SamplingConfig, *, seed: int, steps: int = 8
+    ) -> Iterator[Completion]:
+        """Complete one prompt, and give what there is of it after every few tokens.
+
+        Args:
+            weights, prompt, sampling, seed: as for a call with one prompt and one sample.
+            steps: tokens between two looks at it.
+
+        Yields:
+            The completion so far; the last is the whole one, that of a call.
+        """
+        begun = self._begin(weights, [prompt], sampling, [seed], 1, NO_RECORD)
+        state, limit = begun.of_decode[0], int(begun.limits[0])
+        while True:
+            drawn = int(state.count)
+            (found,) = _completions(state, np.minimum(begun.limits, drawn), sampling.stop_ids)
+            yield found
+            if found.finished or drawn >= limit:
+                return
+            state = self.decode(weights, state, *begun.of_decode[1:], modes=begun.modes, steps=steps)
+
+    def _begin(self, weights, prompts, sampling, seeds, samples, record) -> "_Begun":
+        """Prompts padded and prefilled, and the first token of each completion drawn."""
+        self.check(prompts, seeds, samples)
         self._check_record(record, sampling)
         longest = max(map(len, prompts))
         context = self.config.max_position_embeddings
@@ -223,17 +199,13 @@ class Generator:
             modes=modes,
             room=bucket(room),
         )
-        state = self.decode(weights, state, padded_seeds, padded_limits, knobs, modes=modes)
-        found = _completions(state, limits, sampling.stop_ids)
-        if routes_PTLA is None:
-            return found
-        return _with_routes(found, prompts, samples, _on_host(routes_PTLA), _on_host(state.record.routes_BNLA))
+        return _Begun((state, padded_seeds, padded_limits, knobs), modes, limits, routes_PTLA)
 
-    def settings(self, sampling: SamplingConfig, record: Record = NO_RECORD) -> tuple[_Knobs, _Modes]:
+    def settings(self, sampling: SamplingConfig, record: Record = NO_RECORD) -> tuple[Knobs, Modes]:
         """How to draw, as arrays for the compiled calls and as what is compiled in."""
         stops = sampling.stop_ids or (-1,)
         stops = stops + (stops[-1],) * (bucket(len(stops), least=4) - len(stops))
-        knobs = _Knobs(
+        knobs = Knobs(
             temperature=jnp.float32(sampling.temperature),
             top_p=jnp.float32(sampling.top_p),
             top_k=jnp.int32(sampling.top_k),
@@ -241,7 +213,7 @@ class Generator:
             penalty=jnp.float32(sampling.repetition_penalty),
             stop_ids=jnp.asarray(stops, jnp.int32),
         )
-        modes = _Modes(
+        modes = Modes(
             greedy=sampling.temperature == 0,
             filtered=sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0,
             penalised=sampling.repetition_penalty != 1,
@@ -255,7 +227,8 @@ class Generator:
         whole = math.lcm(self.layout.parts("batch"), of_cache // math.gcd(of_cache, samples))
         return -(-bucket(prompts, least=1) // whole) * whole
 
-    def _check(self, prompts, seeds, samples) -> None:
+    def check(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], samples: int) -> None:
+        """Refuse arguments of a call that the model cannot work with; ValueError says why."""
         if not prompts:
             raise ValueError("prompts: got none, wanted at least one")
         if len(seeds) != len(prompts) * samples:
@@ -296,13 +269,13 @@ class Generator:
             record=self._empty_record(B, room, modes),
         )
         logits_BV = self.layout.constrain(each(logits_PV), "cache_batch", None)
-        state = self._laid(_draw(state, logits_BV, seeds_B, limits_B, knobs, modes))
+        state = self._laid(draw(state, logits_BV, seeds_B, limits_B, knobs, modes))
         return state, self._routes(hidden) if modes.record.routes else None
 
     @staticmethod
-    def first_state(rows: int, room: int) -> _State:
+    def first_state(rows: int, room: int) -> State:
         """Of sequences without a token, before their cache is there."""
-        return _State(
+        return State(
             cache=(),
             token_B=jnp.zeros(rows, jnp.int32),
             position_B=jnp.zeros(rows, jnp.int32),
@@ -311,10 +284,10 @@ class Generator:
             tokens_BN=jnp.zeros((rows, room), jnp.int32),
             logprobs_BN=jnp.zeros((rows, room), jnp.float32),
             count=jnp.int32(0),
-            record=_Recorded(),
+            record=Recorded(),
         )
 
-    def _empty_record(self, rows: int, room: int, modes: _Modes) -> _Recorded:
+    def _empty_record(self, rows: int, room: int, modes: Modes) -> Recorded:
         routes = support = penalised = None
         if modes.record.routes:
             layers = sum(self.config.is_moe_layer(layer) for layer in range(self.config.num_hidden_layers))
@@ -322,7 +295,7 @@ class Generator:
         if modes.record.support:
             support = jnp.zeros((rows, room, -(-self.config.vocab_size // 32)), jnp.uint32)
             penalised = jnp.zeros_like(support) if modes.penalised else None
-        return _Recorded(routes, support, penalised)
+        return Recorded(routes, support, penalised)
 
     def _routes(self, hidden: Hidden) -> jax.Array:
         """[B, T, L, A] of the tokens just fed."""
@@ -335,7 +308,7 @@ class Generator:
     def _empty(self, rows: int, slots: int, of_weights: jnp.dtype) -> Cache:
         return empty_cache(self.config, rows, slots, self.dtype or of_weights, self.layout)
 
-    def _laid(self, state: _State) -> _State:
+    def _laid(self, state: State) -> State:
         """A state with what the host reads on every device, and cache and record cut as decoding reads the cache."""
         if self.layout.mesh is None:
             return state
@@ -345,15 +318,15 @@ class Generator:
         by_sequence = lambda a: self.layout.constrain(a, "cache_batch", *(None,) * (a.ndim - 1))
         seen, record = jax.tree.map(by_sequence, (state.seen_BV, state.record))
         everywhere = lambda a: self.layout.constrain(a, *(None,) * a.ndim)
-        small = jax.tree.map(everywhere, state._replace(cache=(), seen_BV=None, record=_Recorded()))
+        small = jax.tree.map(everywhere, state._replace(cache=(), seen_BV=None, record=Recorded()))
         return small._replace(cache=cache, seen_BV=seen, record=record)
 
-    def _decode(self, weights, state, seeds_B, limits_B, knobs, *, modes):
-        """Feed the last token, draw the next, until every sequence stopped or reached its limit."""
+    def _decode(self, weights, state, seeds_B, limits_B, knobs, *, modes, steps=None):
+        """Feed the last token, draw the next, until every sequence stopped or reached its limit, or for some steps."""
         model = decoder_of(self.graphdef, weights)
         head_DV = model.head_DV()  # out of the loop: tied embeddings are transposed once, not every step
 
-        def body(state: _State) -> _State:
+        def body(state: State) -> State:
             # the token that was drawn last lies one before the position that comes next
             hidden, cache = model.extend(state.token_B[:, None], state.position_B[:, None] - 1, state.cache)
             logits_BV = project(hidden.x_BTD[:, 0], head_DV)
@@ -365,60 +338,18 @@ class Generator:
                 routes = record.routes_BNLA.at[:, state.count - 1].set(self._routes(hidden)[:, 0])
                 record = record._replace(routes_BNLA=routes)
             state = state._replace(cache=cache, record=record)
-            return self._laid(_draw(state, logits_BV, seeds_B, limits_B, knobs, modes))
+            return self._laid(draw(state, logits_BV, seeds_B, limits_B, knobs, modes))
 
-        return self._laid(jax.lax.while_loop(lambda s: ~jnp.all(s.done_B), body, state))
-
-
-def _draw(state: _State, logits_BV, seeds_B, limits_B, knobs: _Knobs, modes: _Modes) -> _State:
-    """Choose the token of `position_B`, note it and its log-prob, and step on."""
-    B = seeds_B.shape[0]
-    every = lambda value: jnp.broadcast_to(value, (B,))
-    plain = logits_BV if modes.greedy else logits_BV / knobs.temperature
-    chosen_from = logits_BV
-    if modes.penalised:
-        chosen_from = ops.penalise_repeats(chosen_from, state.seen_BV, every(knobs.penalty))
-    if modes.greedy:
-        token_B = jnp.argmax(chosen_from, axis=-1).astype(jnp.int32)
-    else:
-        chosen_from = chosen_from / knobs.temperature
-        plain = chosen_from if modes.record.support else plain
-        if modes.filtered:
-            chosen_from = ops.keep_top_k(chosen_from, every(knobs.top_k))
-            chosen_from = ops.keep_top_p(chosen_from, every(knobs.top_p))
-            chosen_from = ops.keep_min_p(chosen_from, every(knobs.min_p))
-        token_B = ops.sample(chosen_from, ops.uniform_noise(seeds_B, state.position_B))
-    record = state.record
-    if modes.record.support:
-        kept_BV = chosen_from > -jnp.inf
-        plain = within(plain, kept_BV)
-        record = record._replace(support_BNW=record.support_BNW.at[:, state.count].set(to_bits(kept_BV)))
-        if modes.penalised:
-            bits = record.penalised_BNW.at[:, state.count].set(to_bits(state.seen_BV))
-            record = record._replace(penalised_BNW=bits)
-    logprob_B, _ = logprobs_of_logits(plain, token_B)
-    seen = state.seen_BV
-    if modes.penalised:
-        seen = seen.at[jnp.arange(B), token_B].set(True)
-    stopped = jnp.any(token_B[:, None] == knobs.stop_ids, axis=-1) | (state.count + 1 >= limits_B)
-    return _State(
-        cache=state.cache,
-        token_B=token_B,
-        position_B=state.position_B + 1,
-        done_B=state.done_B | stopped,
-        seen_BV=seen,
-        tokens_BN=state.tokens_BN.at[:, state.count].set(token_B),
-        logprobs_BN=state.logprobs_BN.at[:, state.count].set(logprob_B),
-        count=state.count + 1,
-        record=record,
-    )
+        last = None if steps is None else state.count + steps
+        goes_on = lambda s: ~jnp.all(s.done_B) if last is None else ~jnp.all(s.done_B) & (s.count < last)
+        return self._laid(jax.lax.while_loop(goes_on, body, state))
 
 
 class NonFiniteLogitsError(ValueError):
     """A model's logits are no finite numbers, so that nothing can be drawn from them."""
 
 
-def _completions(state: _State, limits: np.ndarray, stop_ids: tuple[int, ...]) -> list[Completion]:
+def _completions(state: State, limits: np.ndarray, stop_ids: tuple[int, ...]) -> list[Completion]:
     tokens, logprobs = np.asarray(state.tokens_BN), np.asarray(state.logprobs_BN)
     bits = state.record.support_BNW, state.record.penalised_BNW
     bits = [None if of is None else _on_host(of) for of in bits]

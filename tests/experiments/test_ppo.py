@@ -15,14 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_jax.config import MLAConfig, preset
-from deepseek_jax.model.critic import critic_from
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.ops.metrics import BatchTotals, Mean, values
 from deepseek_jax.rl.batch import Batch
 from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.rl.objective import frozen_scores, grpo_objective
-from deepseek_jax.rl.ppo import (
+from deepseek_jax.train.step import StepConfig, init_state, make_train_step
+from experiments.ppo.critic import critic_from
+from experiments.ppo.ppo import (
     CriticBatch,
     PPOConfig,
     critic_objective,
@@ -33,7 +34,6 @@ from deepseek_jax.rl.ppo import (
     value_loss,
     with_targets,
 )
-from deepseek_jax.train.step import StepConfig, init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

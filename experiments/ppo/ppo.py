@@ -17,10 +17,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from deepseek_jax.model.critic import Critic, Valued, value_of
 from deepseek_jax.ops.metrics import BatchTotals, Mean, Metrics, masked_mean
 from deepseek_jax.rl.batch import Batch
-from deepseek_jax.rl.gae import centred, gae, token_rewards, whitened
+from experiments.ppo.critic import Critic, CriticOutput, value_of
+from experiments.ppo.gae import centred, gae, token_rewards, whitened
 
 Step = Callable[[Any, Any], tuple[Any, Metrics]]
 
@@ -170,20 +170,20 @@ def ppo_update(
 
 def critic_objective(
     model: Critic, batch: CriticBatch, totals: BatchTotals, *, config: PPOConfig
-) -> tuple[jax.Array, Metrics, Valued]:
+) -> tuple[jax.Array, Metrics, CriticOutput]:
     """value_coef times the value loss of a batch, or of a part of one, for `make_train_step`.
 
     Args:
         model: the critic.
         batch: states, and what they turned out to be worth.
-        whole: of the whole batch.
+        totals: of the whole batch.
         config: clipping and weight.
     """
-    valued = value_of(model, batch.tokens_BT, batch.mask_BT)
+    output = value_of(model, batch.tokens_BT, batch.mask_BT)
     loss, metrics = value_loss(
-        valued.values_BT, batch.old_values_BT, batch.returns_BT, batch.mask_BT, clip=config.value_clip, totals=totals
+        output.values_BT, batch.old_values_BT, batch.returns_BT, batch.mask_BT, clip=config.value_clip, totals=totals
     )
-    return config.value_coef * loss, metrics, valued
+    return config.value_coef * loss, metrics, output
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -209,7 +209,7 @@ def value_loss(
         values_BT, old_values_BT, returns_BT: float32; what stands where nothing counts is never looked at.
         mask_BT: true at completion tokens.
         clip: None takes the plain error.
-        whole: of the whole batch; the sum is divided by its tokens, so that losses of parts add up.
+        totals: of the whole batch; the sum is divided by its tokens, so that losses of parts add up.
 
     Returns:
         The loss, and the metrics `value_loss`, `value/mean` and `value/clip_ratio`.

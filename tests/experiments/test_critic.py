@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 from deepseek_jax.config import MLAConfig, preset
-from deepseek_jax.model.critic import Critic, critic_from, value_of
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.scoring import score
 from deepseek_jax.sharding import Layout
+from experiments.ppo.critic import Critic, critic_from, value_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -14,7 +14,7 @@ from deepseek_jax.model.scoring import real_tokens, routing_of
 from deepseek_jax.sharding import LOCAL, Layout
 
 
-class Valued(NamedTuple):
+class CriticOutput(NamedTuple):
     """Values of one forward pass, float32 [B, T], and the trunk's routing, load_LE and balance as `Scored` has them."""
 
     values_BT: jax.Array
@@ -52,7 +52,7 @@ class Critic(nnx.Module):
         return jnp.sum(hidden.x_BTD.astype(jnp.float32) * self.value_D[...], axis=-1), hidden
 
 
-def value_of(critic: Critic, tokens_BT: jax.Array, mask_BT: jax.Array) -> Valued:
+def value_of(critic: Critic, tokens_BT: jax.Array, mask_BT: jax.Array) -> CriticOutput:
     """What the state after each token is worth, just before the next one is chosen.
 
     Args:
@@ -63,7 +63,7 @@ def value_of(critic: Critic, tokens_BT: jax.Array, mask_BT: jax.Array) -> Valued
     """
     values_BT, hidden = critic(tokens_BT, real_tokens(mask_BT))
     load_LE, balance, _ = routing_of(hidden.stats)
-    return Valued(values_BT, load_LE, balance)
+    return CriticOutput(values_BT, load_LE, balance)
 
 
 def critic_from(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from deepseek_jax.rl.gae import gae, token_rewards, whitened
+from experiments.ppo.gae import gae, token_rewards, whitened
 
 B, T = 5, 24
 ours = jax.jit(gae)
