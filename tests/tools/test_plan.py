@@ -157,8 +157,7 @@ def test_a_plan_says_which_command_runs_it(call):
     assert " --moments bfloat16 --prompts-per-step " in text and text.count("--moments bfloat16") == 2
     assert f"--topology v6e:4x4 --step grpo --batch {found['batch']} " in found["commands"]["compile"]
     assert found["commands"]["missing"] == []
-    text = call("--chip", "h100")[1]
-    assert "generate.py" in text and "nothing yet" in text
+    assert "generate.py" in call("--chip", "h100")[1] and "nothing yet" in call("--chip", "h100", "--dtype", "fp8")[1]
 
 
 def test_the_commands_of_a_plan_parse(call):
