@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.flags import flags
+
 ROOT = Path(__file__).resolve().parents[1]
 CODE = "import sys; from tests.laws import run_laws; run_laws(*sys.argv[1:])"
 
@@ -34,11 +36,10 @@ def found_of(
     """
     [module] = {law.__module__ for law in laws}
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    # code that is not optimised computes the same, and compiles in a third of the time
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "XLA_FLAGS": flags, **environment}
+    own = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "XLA_FLAGS": flags(devices)}
     given = json.dumps([str(folder) for folder in folders])
     command = [sys.executable, "-c", CODE, module, str(devices), given, *(law.__name__ for law in laws)]
+    environment = {**os.environ, **own, **environment}
     child = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
     assert child.returncode == 0, child.stderr
     print(child.stderr)

@@ -34,7 +34,7 @@ def exact(x: jax.Array) -> np.ndarray:
 def test_logprobs_are_those_of_the_exact_product(temperature):
     hidden, head = halves(0, 2, 5, 64) * 4, halves(1, 64, 300)
     tokens = jnp.asarray(np.random.default_rng(2).integers(0, 300, (2, 5)))
-    found, _ = jax.jit(lambda h, w: token_logprobs(h, w, tokens, temperature=temperature))(hidden, head)
+    found, _, _ = jax.jit(lambda h, w: token_logprobs(h, w, tokens, temperature=temperature))(hidden, head)
     logits = exact(hidden) @ exact(head) / temperature
     best = logits.max(axis=-1, keepdims=True)
     wanted = logits - best - np.log(np.exp(logits - best).sum(axis=-1, keepdims=True))

@@ -31,7 +31,7 @@ from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.rl.objective import frozen_scores, grpo_objective
 from deepseek_jax.sharding import LOCAL, Layout, Remat, Transport, make_mesh
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
-from deepseek_jax.train.sft import SFTBatch, make_sft_objective
+from deepseek_jax.train.sft_loss import SFTBatch, make_sft_objective
 from deepseek_jax.train.step import StepConfig, init_state, make_adapter_step, make_train_step
 from tests.checkpoint.folders import QWEN2, R1, V32
 from tests.laws import found_once
@@ -205,12 +205,12 @@ def what_is_sampled_on_a_mesh_is_what_one_device_samples():
 
 
 def scored(given, function, *more, **bits):
-    """((a number of both, (log-probs, entropies)), its gradients in states and head)."""
+    """((a number of both, (log-probs, entropies, best log-probs)), its gradients in states and head)."""
     hidden, head, tokens = given
 
     def total(hidden, head):
-        logp, entropy = function(hidden, head, tokens, *more, temperature=0.7, penalty=1.6, **bits)
-        return jnp.sum(jnp.sin(logp) + entropy), (logp, entropy)
+        logp, entropy, best = function(hidden, head, tokens, *more, temperature=0.7, penalty=1.6, **bits)
+        return jnp.sum(jnp.sin(logp) + entropy), (logp, entropy, best)
 
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(hidden, head)
 

@@ -216,7 +216,7 @@ def logprobs(
 
     def of(function):
         def loss(x, head):
-            logp, entropy = function(x, head, targets)
+            logp, entropy = function(x, head, targets)[:2]
             return jnp.mean(logp) + 0.01 * jnp.mean(entropy), (logp, entropy)
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)).lower(x, head).compile()

@@ -55,7 +55,7 @@ from deepseek_jax.train.grpo_stage import run_grpo
 from deepseek_jax.train.loop import Stage, run_stage
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from deepseek_jax.train.runs import RunSettings, check_folder, enter_folder, held_folder, room_needed, write_json
-from deepseek_jax.train.sft import sft_batch, sft_objective
+from deepseek_jax.train.sft_loss import sft_batch, sft_objective
 from deepseek_jax.train.step import TrainState, init_state, make_train_step
 
 

@@ -172,7 +172,7 @@ def open_prompts(config: DataConfig, *, count_tokens: Callable[[Example], int] |
         difficulty = None if found.difficulty is None else found.difficulty[rows]
         kept.append(_Kept(wanted, found.source, found.columns, rows, difficulty))
     data = PromptData(config, kept, tuple(columns), tuple(report))
-    _agreed(data.identity())
+    check_agreed(data.identity())
     return data
 
 
@@ -183,7 +183,8 @@ def _digest(*arrays: np.ndarray | None) -> str:
     return digest.hexdigest()
 
 
-def _agreed(identity: list[dict[str, Any]]) -> None:
+def check_agreed(identity: list[dict[str, Any]]) -> None:
+    """Refuse data that is not the same in all processes; all call this alike."""
     content = [[source["digest"], source["choice"]] for source in identity]
     for number, found in enumerate(distributed.exchange(content)):
         if found != content:

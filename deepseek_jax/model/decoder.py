@@ -15,7 +15,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import Layer
 from deepseek_jax.model.cache import Cache, stack_sizes
 from deepseek_jax.model.layers import ATTENTION, Maker, MoE, Rotary, RouterStats
-from deepseek_jax.model.mtp import MTP, ahead
+from deepseek_jax.model.mtp import MTP, ahead, ahead_within
 from deepseek_jax.ops.attention import positions_within
 from deepseek_jax.ops.logprobs import project
 from deepseek_jax.ops.norm import rms_norm
@@ -103,7 +103,13 @@ class Decoder(nnx.Module):
         return self._forward(tokens_BT, mask_BT, segments_BT, per_row, routes_BTLA)[0]
 
     def draft(
-        self, hidden_BTD: jax.Array, next_tokens_BT: jax.Array, mask_BT: jax.Array | None = None
+        self,
+        hidden_BTD: jax.Array,
+        next_tokens_BT: jax.Array,
+        mask_BT: jax.Array | None = None,
+        *,
+        segments_BT: jax.Array | None = None,
+        per_row: int | None = None,
     ) -> tuple[Hidden, ...]:
         """What the MTP modules make of whole sequences: module d, from 1, speaks of the token d + 1 places on.
 
@@ -115,20 +121,23 @@ class Decoder(nnx.Module):
             next_tokens_BT: int32, the token that follows each position's; padding on the right.
             mask_BT: bool, which of those tokens are real; None: all. Module d counts position i in its routing where
                 token i + d + 1, which it predicts, is among them.
+            segments_BT, per_row: of packed rows, as for a call on whole sequences.
 
         Returns:
             One Hidden a module, states [B, T, D] as the head reads them; none where the model has no module. The
-            last d - 1 states of module d have no token to join and mean nothing.
+            last d - 1 states of module d have no token to join and mean nothing; of packed samples, each one's.
 
         Source: arXiv 2412.19437 section 2.2, equations 21 to 23.
         """
-        rotary = self._whole(next_tokens_BT.shape)
+        rotary = self._whole(next_tokens_BT.shape) if segments_BT is None else self._packed(segments_BT)
         real = jnp.ones(next_tokens_BT.shape, bool) if mask_BT is None else mask_BT
         drafts, x = [], hidden_BTD
         for depth, module in enumerate(self.mtp, 1):
             embedded = self._embedded(ahead(next_tokens_BT, depth - 1))
-            run = self._runner(lambda module, x, of: module(of[0], x, rotary, of[1]), module, whole=True)
-            x, stats = run(x, nnx.state(module), (embedded, ahead(real, depth)))
+            counted = ahead_within(real, depth, segments_BT)
+            samples = None if segments_BT is None else _samples(segments_BT, per_row) & counted[..., None]
+            run = self._runner(lambda module, x, of: module(of[0], x, rotary, *of[1:]), module, whole=True)
+            x, stats = run(x, nnx.state(module), (embedded, counted, samples))
             drafts.append(Hidden(x, () if stats is None else (stats,)))
         return tuple(drafts)
 
@@ -140,7 +149,8 @@ class Decoder(nnx.Module):
     def extend(self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache) -> tuple[Hidden, Cache]:
         """Further tokens at the given positions of each sequence, attending to the cache and themselves."""
         rotary, counted = self._rotary(positions_BT), jnp.ones(tokens_BT.shape, bool)
-        x = self.layout.constrain(self.embed[tokens_BT], "cache_batch", None, None)
+        with jax.named_scope("embed"):
+            x = self.layout.constrain(self.embed[tokens_BT], "cache_batch", None, None)
 
         def visit(layer, carried, of):
             x, entry = carried
@@ -151,6 +161,7 @@ class Decoder(nnx.Module):
         hidden = self._finish(x, stats)
         return hidden._replace(x_BTD=self.layout.constrain(hidden.x_BTD, "batch", None, None)), cache
 
+    @jax.named_scope("logits")
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V] from states after the final norm."""
         return project(x_BTD, self.head_DV())
@@ -174,6 +185,7 @@ class Decoder(nnx.Module):
         entries, stats = zip(*outs, strict=True)
         return self._finish(x, stats), entries
 
+    @jax.named_scope("embed")
     def _embedded(self, tokens_BT) -> jax.Array:
         """Of whole sequences."""
         if self.layout.mesh is None:

@@ -34,12 +34,14 @@ class MTP(nnx.Module):
         self.layer = Layer(config, config.num_hidden_layers + depth, make)
         self.norm = make.scale(D, None)
 
+    @jax.named_scope("mtp")
     def __call__(
         self,
         embedded_BTD: jax.Array,
         hidden_BTD: jax.Array,
         rotary: Rotary,
         counted_BT: jax.Array,
+        samples_BTK: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats | None]:
         """States [B, T, D] after the module's norm, for the head and for the next module, and its layer's routing.
 
@@ -49,14 +51,21 @@ class MTP(nnx.Module):
             rotary: of the positions. Both parts of a position lie at the position of its state; attention
                 knows only distances, so the place of the joined token would give the same.
             counted_BT: which positions the routing statistics count.
+            samples_BTK: which of them belong to which packed sample of their row, if rows are packed.
         """
         token = rms_norm(embedded_BTD, self.token_norm[...], self.eps)
         state = rms_norm(hidden_BTD, self.hidden_norm[...], self.eps)
         z = jnp.concatenate([token, state], axis=-1) @ self.project
-        x, _, stats = self.layer(z, rotary, counted_BT)
+        x, _, stats = self.layer(z, rotary, counted_BT, samples_BTK=samples_BTK)
         return rms_norm(x, self.norm[...], self.eps), stats
 
 
 def ahead(values_BT: jax.Array, steps: int) -> jax.Array:
     """What lies `steps` columns to the right; zero, or false, where nothing does."""
     return jnp.pad(values_BT, ((0, 0), (0, steps)))[:, steps:]
+
+
+def ahead_within(mask_BT: jax.Array, steps: int, segments_BT: jax.Array | None) -> jax.Array:
+    """`ahead` of a mask, false also where what lies there is of another packed sample."""
+    shifted = ahead(mask_BT, steps)
+    return shifted if segments_BT is None else shifted & (segments_BT == ahead(segments_BT, steps))

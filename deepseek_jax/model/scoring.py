@@ -9,7 +9,7 @@ import numpy as np
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.decoder import Decoder, experts_of
 from deepseek_jax.model.layers import RouterStats
-from deepseek_jax.model.mtp import ahead
+from deepseek_jax.model.mtp import ahead, ahead_within
 from deepseek_jax.ops.logprobs import token_logprobs
 from deepseek_jax.parallel.logprobs import sharded_logprobs
 
@@ -21,7 +21,8 @@ class Scored(NamedTuple):
     first, then those of the MTP modules if these ran; None without MoE.
     balance: the sequence-wise balance loss summed over the same layers and over sequences.
     experts_BTLA: int32, what the routers of these layers choose for each token, best first, also where other experts
-    are given to use; None without MoE. A program that does not use it does not compute it.
+    are given to use; None without MoE. best_BT: the likeliest token's log-prob, nats; a target is that token where its
+    own equals it. A program that does not use one of these does not compute it.
     """
 
     logprobs_BT: jax.Array
@@ -29,6 +30,7 @@ class Scored(NamedTuple):
     load_LE: jax.Array | None
     balance: jax.Array
     experts_BTLA: jax.Array | None
+    best_BT: jax.Array
 
 
 class Ahead(NamedTuple):
@@ -78,31 +80,37 @@ def score(
     """
     real_BT = real_tokens(mask_BT) if segments_BT is None else _real_of_packed(mask_BT, segments_BT)
     hidden = model(tokens_BT, real_BT, segments_BT=segments_BT, per_row=per_row, routes_BTLA=routes_BTLA)
-    logprobs, entropy = _logprobs(
+    logprobs, entropy, best = _logprobs(
         model, hidden.x_BTD, targets_BT, (support_BTW, penalised_BTW), temperature=temperature, penalty=penalty
     )
-    return Scored(logprobs, entropy, *routing_of(hidden.stats))
+    return Scored(logprobs, entropy, *routing_of(hidden.stats), best)
 
 
 def score_ahead(
-    model: Decoder, tokens_BT: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array
+    model: Decoder,
+    tokens_BT: jax.Array,
+    targets_BT: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    segments_BT: jax.Array | None = None,
+    per_row: int | None = None,
 ) -> tuple[Scored, tuple[Ahead, ...]]:
     """The same at temperature 1, and from the same forward pass what each MTP module says further ahead.
 
-    Of samples in rows of their own: packed ones are for `score`.
-
     Returns:
-        Scores of the model, with the modules' layers among its routing statistics, and one Ahead a module.
+        Scores of the model, with the modules' layers among its routing statistics, and one Ahead a module. A module
+        does not look from one packed sample into the next.
     """
-    real_BT = real_tokens(mask_BT)
-    hidden = model(tokens_BT, real_BT)
-    logprobs, entropy = _logprobs(model, hidden.x_BTD, targets_BT)
+    packed = {"segments_BT": segments_BT, "per_row": per_row}
+    real_BT = real_tokens(mask_BT) if segments_BT is None else _real_of_packed(mask_BT, segments_BT)
+    hidden = model(tokens_BT, real_BT, **packed)
+    logprobs, entropy, best = _logprobs(model, hidden.x_BTD, targets_BT)
     further, stats = [], hidden.stats
-    for depth, draft in enumerate(model.draft(hidden.x_BTD, targets_BT, real_BT), 1):
-        of_targets, _ = _logprobs(model, draft.x_BTD, ahead(targets_BT, depth))
-        further.append(Ahead(of_targets, ahead(mask_BT, depth)))
+    for depth, draft in enumerate(model.draft(hidden.x_BTD, targets_BT, real_BT, **packed), 1):
+        of_targets, _, _ = _logprobs(model, draft.x_BTD, ahead(targets_BT, depth))
+        further.append(Ahead(of_targets, ahead_within(mask_BT, depth, segments_BT)))
         stats += draft.stats
-    return Scored(logprobs, entropy, *routing_of(stats)), tuple(further)
+    return Scored(logprobs, entropy, *routing_of(stats), best), tuple(further)
 
 
 def check_routes(routes: np.ndarray, config: ModelConfig) -> None:
@@ -133,13 +141,14 @@ def _routes_a_token(config: ModelConfig) -> tuple[int, int]:
     return layers, config.moe.num_experts_per_tok
 
 
+@jax.named_scope("logits")
 def _logprobs(
     model: Decoder,
     x_BTD: jax.Array,
     targets_BT: jax.Array,
     bits_BTW: tuple[jax.Array | None, jax.Array | None] = (None, None),
     **of_sampler: float,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     given = x_BTD, model.head_DV(), targets_BT
     if model.layout.mesh is None:
         return token_logprobs(*given, support=bits_BTW[0], penalised=bits_BTW[1], **of_sampler)

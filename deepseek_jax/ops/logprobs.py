@@ -50,8 +50,10 @@ def token_logprobs(
     penalised: UInt32[Array, "B T words"] | None = None,
     penalty: float = 1.0,
     chunk: int | None = None,
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """log p(token) and the entropy of p, where p = softmax(hidden @ head / temperature), within a support if given.
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
+    """log p(token), the entropy of p, and log p of the likeliest token.
+
+    p = softmax(hidden @ head / temperature), within a support if given.
 
     The T positions are taken `chunk` at a time and recomputed for the gradient, so at most B x chunk x V
     logits exist at once.
@@ -68,13 +70,14 @@ def token_logprobs(
         chunk: positions at a time; None takes as many as keep the logits at once within 128 MiB.
 
     Returns:
-        Log-probs and entropies, float32 [B, T], in nats.
+        Log-probs, entropies and the likeliest tokens' log-probs, float32 [B, T], in nats. A target is the likeliest
+        token, or ties with it, where its log-prob equals the last exactly.
     """
 
     def of_chunk(part, given):
         targets, words = given
         logits = as_sampled(project(part, head), *words, temperature=temperature, penalty=penalty)
-        return logprobs_of_logits(logits, targets)
+        return scores_of_logits(logits, targets)
 
     given = tokens, (support, penalised)
     return in_chunks(of_chunk, hidden, given, chunk or positions_at_once(hidden.shape[0] * head.shape[1]))
@@ -102,11 +105,11 @@ def positions_at_once(logits_a_position: int) -> int:
 
 
 def in_chunks(
-    of_chunk: Callable[[Float[Array, "B t D"], Any], tuple[Float[Array, "B t"], Float[Array, "B t"]]],
+    of_chunk: Callable[[Float[Array, "B t D"], Any], tuple[Float[Array, "B t"], ...]],
     hidden: Float[Array, "B T D"],
     given: Any,
     chunk: int,
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+) -> tuple[Float[Array, "B T"], ...]:
     """`of_chunk` over the positions, `chunk` at a time and recomputed for the gradient.
 
     Args:
@@ -125,23 +128,29 @@ def in_chunks(
 
     of_chunk, parts = jax.checkpoint(of_chunk), jax.tree.map(chunks, (hidden, given))
     if padded == size:  # a map of one step would still cost a loop
-        logp, entropy = of_chunk(*jax.tree.map(lambda x: x[0], parts))
-        return logp[:, :T], entropy[:, :T]
-    logp, entropy = jax.lax.map(lambda args: of_chunk(*args), parts)
-    join = lambda x: x.swapaxes(0, 1).reshape(B, padded)[:, :T]
-    return join(logp), join(entropy)
+        found = of_chunk(*jax.tree.map(lambda x: x[0], parts))
+        return tuple(x[:, :T] for x in found)
+    found = jax.lax.map(lambda args: of_chunk(*args), parts)
+    return tuple(x.swapaxes(0, 1).reshape(B, padded)[:, :T] for x in found)
 
 
 def logprobs_of_logits(
     logits: Float[Array, "*B V"], tokens: Int[Array, "*B"]
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
     """log softmax(logits)[token] and the entropy, in nats."""
+    return scores_of_logits(logits, tokens)[:2]
+
+
+def scores_of_logits(
+    logits: Float[Array, "*B V"], tokens: Int[Array, "*B"]
+) -> tuple[Float[Array, "*B"], Float[Array, "*B"], Float[Array, "*B"]]:
+    """The same, and the log-prob of the likeliest token."""
     # Everything is taken from the best logit: beside a large one, what a sure token lacks of 1 would be rounded away.
     best = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     total = jnp.log(jnp.sum(jnp.exp(logits - best), axis=-1, keepdims=True))
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1) - best - total
     every = logits - best - total
-    return chosen[..., 0], -jnp.sum(jnp.exp(every) * every, axis=-1)
+    return chosen[..., 0], -jnp.sum(jnp.exp(every) * every, axis=-1), -total[..., 0]
 
 
 def within(logits: Float[Array, "*B V"], support: Bool[Array, "*B V"]) -> Float[Array, "*B V"]:

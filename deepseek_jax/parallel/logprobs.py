@@ -18,8 +18,8 @@ def sharded_logprobs(
     support_BTW: jax.Array | None = None,
     penalised_BTW: jax.Array | None = None,
     penalty: float = 1.0,
-) -> tuple[jax.Array, jax.Array]:
-    """`ops.logprobs.token_logprobs` on the mesh of a layout: float32 [B, T] log-probs and entropies, in nats.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`ops.logprobs.token_logprobs` on the mesh of a layout, with its three results.
 
     The head is gathered once, for all chunks of positions, and its gradient reduced once; XLA by itself would do both
     for every chunk. With the vocabulary cut over `tensor`, three numbers a token travel.
@@ -56,16 +56,16 @@ def sharded_logprobs(
         local,
         mesh=layout.mesh,
         in_specs=(whole, PartitionSpec(width, "tensor"), rows, whole, whole),
-        out_specs=(rows, rows),
+        out_specs=(rows, rows, rows),
     )(hidden_BTD, head_DV, tokens_BT, support_BTW, penalised_BTW)
 
 
-def _of_cut_logits(logits_btV: jax.Array, tokens_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`ops.logprobs.logprobs_of_logits` of this device's part of the vocabulary; tokens count from its first one."""
+def _of_cut_logits(logits_btV: jax.Array, tokens_bt: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`ops.logprobs.scores_of_logits` of this device's part of the vocabulary; tokens count from its first one."""
     summed = lambda x: jax.lax.psum(jnp.sum(x, axis=-1), "tensor")
     best = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(logits_btV, axis=-1)), "tensor")
     from_best = logits_btV - best[..., None]
     total = jnp.log(summed(jnp.exp(from_best)))
     mine = jnp.arange(logits_btV.shape[-1]) == tokens_bt[..., None]
     every = from_best - total[..., None]
-    return summed(jnp.where(mine, from_best, 0.0)) - total, -summed(jnp.exp(every) * every)
+    return summed(jnp.where(mine, from_best, 0.0)) - total, -summed(jnp.exp(every) * every), -total

@@ -19,7 +19,7 @@ from deepseek_jax.rl.objective import grpo_objective
 from deepseek_jax.sharding import Layout
 from deepseek_jax.train.grpo_config import GRPOConfig
 from deepseek_jax.train.optimizer import make_optimizer
-from deepseek_jax.train.sft import SFTBatch, make_sft_objective
+from deepseek_jax.train.sft_loss import SFTBatch, make_sft_objective
 from deepseek_jax.train.step import MaskedBatch, Objective, TrainState, init_state, make_train_step
 
 

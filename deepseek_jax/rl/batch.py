@@ -1,5 +1,6 @@
 """Samples laid out for an update: one a row, or several packed into a row."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -121,6 +122,14 @@ def first_fit(lengths: Sequence[int], width: int, per_row: int) -> list[PackedSl
         used[row] += lengths[sample]
         held[row] += 1
     return [slots[sample] for sample in range(len(lengths))]
+
+
+def rows_multiple(samples: int, parts: int) -> int:
+    """What the number of packed rows is a multiple of, so that rows come in at most eight numbers.
+
+    Each number is a compilation. `parts` is what rows are divided into, by micro-batches and the mesh.
+    """
+    return math.ceil(math.ceil(samples / 8) / parts) * parts
 
 
 def _lengths(prompts, completions) -> list[int]:

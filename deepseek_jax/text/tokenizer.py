@@ -180,6 +180,28 @@ class Tokenizer:
           ValueError: a character that a vocabulary without an unknown token lacks; it is named. Or the text takes
             this tokenizer more time or memory than `confined` allows.
         """
+        ids = self._encoded("encode", text)
+        return [self.bos_id, *ids[self._leading_bos(ids) :]] if add_bos and self.adds_bos else ids
+
+    def encode_with_offsets(self, text: str, *, add_bos: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode`, and where each token stands in the text.
+
+        Returns:
+          Token ids, and for each its first character and the one after its last; (0, 0) for a BOS that is not in the
+          text. Tokens that share a character, whose bytes they divide, all have it.
+        """
+        ids, starts, ends = self._encoded("offsets", text)
+        places = list(zip(starts, ends, strict=True))
+        if not (add_bos and self.adds_bos):
+            return ids, places
+        first = self._leading_bos(ids)
+        bos = places[first - 1] if first else (0, 0)
+        return [self.bos_id, *ids[first:]], [bos, *places[first:]]
+
+    def _leading_bos(self, ids: Sequence[int]) -> int:
+        return next((i for i, token in enumerate(ids) if token != self.bos_id), len(ids))
+
+    def _encoded(self, operation: str, text: str) -> Any:
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -188,7 +210,7 @@ class Tokenizer:
                 " Unicode text; clean it"
             ) from None
         try:
-            ids = self._ask("encode", text)
+            return self._ask(operation, text)
         except confined.Reply as reply:
             if reply.kind != "unwritable":
                 raise ValueError(f"encode: {reply.value}; shorten the text or use another tokenizer") from None
@@ -197,10 +219,6 @@ class Tokenizer:
                 f"encode: got {piece!r}, wanted text that the vocabulary of {self.vocab_size} tokens can write"
                 f" ({reason}); clean the text or widen the vocabulary"
             ) from None
-        if not (add_bos and self.adds_bos):
-            return ids
-        first = next((i for i, token in enumerate(ids) if token != self.bos_id), len(ids))
-        return [self.bos_id, *ids[first:]]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Turns token ids into text.
@@ -245,6 +263,11 @@ class Tokenizer:
           (tests/text/test_tokenizer.py, test_chat_begins_with_exactly_one_bos); DeepSeek-V3.2, which has no template,
           is rendered by `encoding.encode_v32`.
         """
+        text = self.render(messages, add_generation_prompt=add_generation_prompt, **variables)
+        return self.encode(text, add_bos=True)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, **variables: Any) -> str:
+        """The text that `chat` encodes; arguments and errors are its own."""
         common = {
             "bos_token": self.bos or "",
             "eos_token": self.eos or "",
@@ -253,16 +276,14 @@ class Tokenizer:
         }
         source = self.tool_template if common["tools"] and self.tool_template else self.chat_template
         if source is not None:
-            text = template.render(source, messages, **common)
-        elif self.chat_encoding is not None:
+            return template.render(source, messages, **common)
+        if self.chat_encoding is not None:
             template.check_messages(messages)
-            text = encoding.encode_v32(messages, **common)
-        else:
-            raise ValueError(
-                "chat: got a tokenizer without a chat_template, wanted one in chat_template.jinja or"
-                " tokenizer_config.json; give plain text (--no-chat), or add the template of the instruct model"
-            )
-        return self.encode(text, add_bos=True)
+            return encoding.encode_v32(messages, **common)
+        raise ValueError(
+            "chat: got a tokenizer without a chat_template, wanted one in chat_template.jinja or"
+            " tokenizer_config.json; give plain text (--no-chat), or add the template of the instruct model"
+        )
 
     def save(self, folder: Path | str) -> None:
         """Writes the tokenizer's files, byte for byte as they were read, to make an exported model complete.

@@ -31,6 +31,8 @@ MEMORY_BYTES = 2**30
 KEPT_TOKENIZERS = 4
 _REPLY_BYTES, _REPLY_GROWTH = 2**21, 64  # a reply's longest size: so much, and so many times the request's
 _MAX_REASON_CHARS = 300
+GENERATION_OPENS, GENERATION_CLOSES = "generation_opens", "generation_closes"
+"""Variables of a template that are printed around what stands in its `{% generation %}` tags."""
 _PRINTED = str | int | float | list | tuple | dict | jinja2.Undefined | None
 
 
@@ -48,13 +50,18 @@ class Reply(Exception):
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's text for training masks; a rendering passes through it."""
+    """`{% generation %}` marks the assistant's text for training masks.
+
+    A rendering passes through it, and prints two variables around it, which are nothing where nobody gives them.
+    """
 
     tags = {"generation"}
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        mark = lambda name: nodes.Output([nodes.Name(name, "load", lineno=line)], lineno=line)
+        return nodes.Scope([mark(GENERATION_OPENS), *body, mark(GENERATION_CLOSES)], lineno=line)
 
 
 class _Namespace(Namespace):
@@ -190,9 +197,19 @@ def load(key: str, source: str, special: list[str], names: list[str]) -> dict[st
 
 def encode(key: str, text: str) -> list[int]:
     """Token ids, without what a post-processor adds."""
+    return _encoded(key, text).ids
+
+
+def offsets(key: str, text: str) -> list[list[int]]:
+    """The same ids, and each one's first character and the one after its last."""
+    found = _encoded(key, text)
+    return [found.ids, [start for start, _ in found.offsets], [end for _, end in found.offsets]]
+
+
+def _encoded(key: str, text: str) -> tokenizers.Encoding:
     inner = _tokenizer(key)
     try:
-        return inner.encode(text, add_special_tokens=False).ids
+        return inner.encode(text, add_special_tokens=False)
     except Exception as error:  # The library raises bare Exception.
         raise Reply("unwritable", [_unknown_piece(inner, text)[:40], _reason(error)]) from None
 
@@ -225,7 +242,7 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error)[:_MAX_REASON_CHARS].split()) or type(error).__name__
 
 
-OPERATIONS = {function.__name__: function for function in (render, load, encode, decode)}
+OPERATIONS = {function.__name__: function for function in (render, load, encode, offsets, decode)}
 
 
 def _answer(line: bytes) -> tuple[str, Any, bool]:

@@ -1,6 +1,5 @@
 """GRPO on one model: sample groups, grade, compare, update."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -29,7 +28,7 @@ from deepseek_jax.rl.advantage import (
     reinforce_baseline_advantages,
     rloo_advantages,
 )
-from deepseek_jax.rl.batch import Batch, make_batch, pack
+from deepseek_jax.rl.batch import Batch, make_batch, pack, rows_multiple
 from deepseek_jax.rl.objective import frozen_scores, grpo_objective
 from deepseek_jax.rl.rollout import Rollout, RolloutWorker, dynamic_sampling, rollout_metrics
 from deepseek_jax.text.tokenizer import Tokenizer
@@ -262,10 +261,7 @@ class GRPOTrainer:
         return np.asarray(normalized_sum_advantages(jnp.asarray(np.stack(scores, axis=2)), of_weights))
 
     def _rows_of(self, samples: int) -> int:
-        """Rows come in at most eight numbers, each a compilation, and are divided by micro-batches and the mesh."""
-        whole = self.config.micro_batches * self.layout.parts("batch")
-        eighth = math.ceil(samples / 8)
-        return math.ceil(eighth / whole) * whole
+        return rows_multiple(samples, self.config.micro_batches * self.layout.parts("batch"))
 
     def _scored(self, batch: Batch, reference: nnx.State | None, policy: nnx.State | None) -> Batch:
         """With the log-probs of the reference, and of the policy where sampling is corrected for."""

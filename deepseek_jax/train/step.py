@@ -193,8 +193,9 @@ def _stepped(
     gradient, (metrics, load_LE) = _accumulate(part_gradient, batch, config.micro_batches)
     metrics["loss"] = Mean(metrics["loss"].total, jnp.float32(1))
     metrics["grad_norm"] = Mean(optax.tree.norm(gradient), jnp.float32(1))
-    updates, moments = optimizer.update(gradient, state.moments, params)
-    params = optax.apply_updates(params, updates)
+    with jax.named_scope("optimizer"):
+        updates, moments = optimizer.update(gradient, state.moments, params)
+        params = optax.apply_updates(params, updates)
     if config.bias_gamma:
         rest = _moved_biases(rest, load_LE, config.bias_gamma)
     after = TrainState(nnx.merge_state(params, rest), moments, state.step + 1)

@@ -36,7 +36,7 @@ from deepseek_jax.rl.rollout import RolloutWorker
 from deepseek_jax.sharding import Layout, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.loop import Stage, run_stage
-from deepseek_jax.train.sft import SFTBatch, sft_batch, sft_objective
+from deepseek_jax.train.sft_loss import SFTBatch, sft_batch, sft_objective
 from deepseek_jax.train.step import StepConfig, TrainState, init_state, make_train_step
 from tests.checkpoint.folders import V3
 

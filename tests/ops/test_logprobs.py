@@ -41,7 +41,7 @@ def twin_gradient(hidden, head, tokens, temperature, seeds):
 @partial(jax.jit, static_argnames=("temperature", "chunk"))
 def ours(hidden, head, tokens, seeds, *, temperature, chunk):
     def weighted(hidden, head):
-        found = token_logprobs(hidden, head, tokens, temperature=temperature, chunk=chunk)
+        found = token_logprobs(hidden, head, tokens, temperature=temperature, chunk=chunk)[:2]
         return sum(jnp.sum(s * f) for s, f in zip(seeds, found, strict=True)), found
 
     gradient, found = jax.grad(weighted, argnums=(0, 1), has_aux=True)(hidden, head)

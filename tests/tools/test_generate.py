@@ -24,6 +24,7 @@ from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.generation.engine import Generator
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.text.tokenizer import Tokenizer
+from tests.flags import flags
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,8 +62,7 @@ def test_a_model_is_divided_over_all_devices(folder):
     options = ["--prompt", "1+2=?", "--max-tokens", "6", "--temperature", "0.8", "--seed", "3", "--samples", "2"]
     texts = []
     for devices, more in ((1, []), (4, ["--serve-tensor", "2"]), (4, ["--serve-expert", "2", "--serve-tensor", "1"])):
-        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags(devices), "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "tools/generate.py", str(folder), *options, *more]
         child = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
         assert child.returncode == 0, child.stderr

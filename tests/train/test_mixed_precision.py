@@ -19,7 +19,7 @@ from deepseek_jax.model.scan_layers import stack_layers, unstack_layers
 from deepseek_jax.sharding import LOCAL, Layout
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
-from deepseek_jax.train.sft import SFTBatch, sft_batch, sft_objective
+from deepseek_jax.train.sft_loss import SFTBatch, sft_batch, sft_objective
 from deepseek_jax.train.step import StepConfig, TrainState, init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -19,7 +19,7 @@ from deepseek_jax.rl.batch import Batch
 from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.rl.objective import grpo_objective
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
-from deepseek_jax.train.sft import SFTBatch, make_sft_objective, sft_objective
+from deepseek_jax.train.sft_loss import SFTBatch, make_sft_objective, sft_objective
 from deepseek_jax.train.step import StepConfig, init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -308,3 +308,15 @@ def test_bad_optimizer_settings_are_refused_by_name(bad):
     (name,) = bad
     with pytest.raises(ValueError, match=f"^{name}: got "):
         OptimizerConfig(**{"learning_rate": 1e-3, **bad})
+
+
+SCOPES = (
+    *("jvp(embed)", "jvp(layer)/attention", "jvp(layer)/router", "jvp(layer)/experts", "jvp(layer)/mlp", "jvp(logits)"),
+    *("jvp(loss)", "transpose(jvp(layer))/attention", "optimizer"),
+)
+
+
+def test_a_profile_of_a_step_names_layers_and_stages():
+    update, start = adamw_update()
+    program = update.lower(jax.eval_shape(start), grpo_batch()).as_text(debug_info=True)
+    assert not [scope for scope in SCOPES if f"jit(step)/{scope}/" not in program]

@@ -19,7 +19,7 @@ from deepseek_jax.model.scan_layers import stack_layers
 from deepseek_jax.ops.metrics import values
 from deepseek_jax.sharding import LOCAL, Layout
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
-from deepseek_jax.train.sft import SFTBatch, sft_objective
+from deepseek_jax.train.sft_loss import SFTBatch, sft_objective
 from deepseek_jax.train.step import StepConfig, batch_totals, init_state, make_adapter_step, make_train_step
 from tests.checkpoint.folders import QWEN2, V3
 

@@ -13,7 +13,18 @@ from flax import nnx
 from deepseek_jax.config import MLAConfig, preset
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.ops.metrics import BatchTotals, values
-from deepseek_jax.train.sft import make_sft_objective, sft_batch, sft_mtp_objective, sft_objective
+from deepseek_jax.text.turns import MaskedTokens
+from deepseek_jax.train.sft_loss import (
+    lay_out,
+    make_sft_objective,
+    mean_of_examples,
+    mean_of_tokens,
+    pack,
+    sft_batch,
+    sft_mtp_objective,
+    sft_objective,
+)
+from deepseek_jax.train.step import batch_totals
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -74,6 +85,63 @@ def test_loss_is_the_mean_of_each_examples_mean():
     metrics = values(metrics)
     assert metrics["nll"] == pytest.approx(np.concatenate(each).mean(), rel=1e-5)
     assert metrics["tokens_per_example"] == 2.0
+    hits = [logp[row, len(p) - 1 : len(p) + len(c) - 1].argmax(-1) == c for row, (p, c) in enumerate(EXAMPLES)]
+    assert metrics["mean_token_accuracy"] == pytest.approx(np.concatenate(hits).mean(), rel=1e-6)
+
+
+# --- packed rows -----------------------------------------------------------------------------------
+
+# a conversation of two turns among them, one that is cut off, and lengths that share rows of 8 columns
+TURNS = [
+    MaskedTokens(np.array(tokens, np.int32), np.array(mask, bool))
+    for tokens, mask in (
+        ([3, 4, 5, 6, 2], [0, 0, 1, 1, 1]),
+        ([7, 8, 2, 9, 3, 2], [0, 1, 1, 0, 1, 1]),
+        ([5, 2], [0, 1]),
+        ([8, 9, 3, 4], [0, 0, 1, 0]),
+        ([4, 6, 7, 8, 9, 3, 5, 2, 4], [0, 0, 0, 0, 0, 1, 1, 1, 1]),
+    )
+]
+
+
+def test_rows_are_packed_first_fit_and_empty_ones_fill_up():
+    batch = pack(TURNS, width=8, per_row=3, parts=4)
+    np.testing.assert_array_equal(batch.segments_BT, [[1] * 8, [1] * 5 + [2] * 3, [1] * 4 + [2] + [0] * 3, [0] * 8])
+    np.testing.assert_array_equal(batch.lengths_BK, [[4, 0, 0], [4, 1, 0], [3, 1, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(batch.tokens_BT[1], [7, 8, 2, 9, 3, 8, 9, 3])
+    np.testing.assert_array_equal(batch.targets_BT[1], [8, 2, 9, 3, 2, 9, 3, 4])
+    np.testing.assert_array_equal(batch.mask_BT[1], [1, 1, 0, 1, 1, 0, 1, 0])
+    with pytest.raises(ValueError, match="example 4: got 9 tokens, wanted at most 8"):
+        pack(TURNS, width=7, per_row=3, parts=1)
+
+
+@pytest.mark.parametrize("mtp_weight", [0.0, 0.3])
+@pytest.mark.parametrize("mean", [mean_of_tokens, mean_of_examples])
+def test_packed_rows_have_the_loss_and_gradient_of_rows_of_their_own(mean, mtp_weight):
+    """Of a model with experts: routing statistics and the modules' targets do not look into the next row either."""
+    graphdef, weights = mtp_model()
+    params, rest = nnx.split_state(weights, nnx.Param, ...)
+    objective = make_sft_objective(mtp_weight=mtp_weight, mean=mean)
+
+    @jax.jit
+    def run(params, batch):
+        def loss(params):
+            value, metrics, scored = objective(nnx.merge(graphdef, params, rest), batch, batch_totals(batch))
+            return value + 0.01 * scored.balance, (value, metrics, scored.load_LE)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    own, packed = lay_out(TURNS, width=8), pack(TURNS, width=8, per_row=3, parts=2)
+    assert len(packed.mask_BT) == 4 < len(own.mask_BT)
+    wanted, (value, metrics, load) = run(params, jax.tree.map(jnp.asarray, own))
+    found, (packed_value, packed_metrics, packed_load) = run(params, jax.tree.map(jnp.asarray, packed))
+    assert float(packed_value) == pytest.approx(float(value), rel=2e-6)
+    for name, of in values(metrics).items():
+        assert values(packed_metrics)[name] == pytest.approx(of, rel=2e-6), name
+    np.testing.assert_array_equal(packed_load, load)
+    for path, leaf in nnx.to_flat_state(wanted):
+        other = dict(nnx.to_flat_state(found))[path][...]
+        np.testing.assert_allclose(other, leaf[...], rtol=0, atol=5e-6, err_msg=str(path))
 
 
 # --- multi-token prediction ------------------------------------------------------------------------
@@ -156,7 +224,7 @@ def test_mtp_loss_is_linear_in_its_weight_and_reaches_every_part_of_the_model():
         run(*weight) for run, *weight in ((plain,), (mtp_run(), 0.3), (mtp_run(), 0.9))
     )
     assert more - none == pytest.approx(3 * (some - none), rel=1e-4) and some > none
-    assert values(metrics).keys() == {"nll", "tokens_per_example"}
+    assert values(metrics).keys() == {"nll", "mean_token_accuracy", "tokens_per_example"}
     assert values(metrics)["nll"] == pytest.approx(values(with_metrics)["nll"], rel=1e-6)
     for path, gradient in without.items():
         share = with_some[path] - gradient
@@ -171,7 +239,7 @@ def test_one_module_reports_one_figure():
         lambda batch: make_sft_objective(mtp_weight=0.1)(Decoder(config, rngs=nnx.Rngs(0)), batch, THREE)[1],
         jax.tree.map(jnp.asarray, sft_batch(EXAMPLES, width=6)),
     )
-    assert metrics.keys() == {"nll", "tokens_per_example", "mtp/nll"}
+    assert metrics.keys() == {"nll", "mean_token_accuracy", "tokens_per_example", "mtp/nll"}
 
 
 def test_without_a_weight_the_objective_is_the_plain_one():

@@ -1,0 +1,335 @@
+"""Fine-tune a model on conversations, or a tiny one on generated ones; what is learnt is what the assistant says."""
+
+import dataclasses
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from deepseek_jax import distributed
+from deepseek_jax.checkpoint.adapters import save_adapter
+from deepseek_jax.checkpoint.fingerprint import fingerprint
+from deepseek_jax.checkpoint.folder import Model, lay_out, load_model, save_hf
+from deepseek_jax.checkpoint.hub import model_folder
+from deepseek_jax.checkpoint.opened import load_config, named_dtype
+from deepseek_jax.checkpoint.owned import write_owned
+from deepseek_jax.config import ModelConfig, preset
+from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE, draw_chains, trace
+from deepseek_jax.data.conversations import Conversation
+from deepseek_jax.data.masked_rows import ConversationConfig, MaskedRows, open_rows, row_batches, rows_of
+from deepseek_jax.model.decoder import Decoder, split
+from deepseek_jax.model.precision import Precision, computed, dtype_of
+from deepseek_jax.report.metrics import MetricLog, WandbConfig, read_metrics
+from deepseek_jax.report.page import write_report
+from deepseek_jax.sharding import AXES, Layout, Remat, lanes_of, make_mesh
+from deepseek_jax.text.tokenizer import Tokenizer
+from deepseek_jax.train.runs import RunSettings, check_folder, enter_folder, held_folder, room_needed, write_json
+from deepseek_jax.train.sft import SFTConfig, SFTTrainer, run_sft
+from deepseek_jax.train.step import TrainState
+
+_LONGEST = 32_768  # tokens of a row in R1's stages of supervised fine-tuning
+_MOST_PER_ROW = 64
+_SHOWN = 8  # rows in the report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of a run.
+
+    Args:
+        output: folder of the run: metrics.jsonl, tensorboard/, checkpoints/, model/, summary.json, report.html.
+        seed: of weights, of the rows that are held out, and of the order; the same seed gives the same run.
+        model: Hugging Face or converted folder to start from, or a name on the hub; without it a small model is made
+            from nothing and learns generated conversations, with numbers that suit it.
+        conversations: what is learnt.
+        held_out: as `data`, for the loss before, in between and after.
+        eval_rows: rows of `data` to hold out by chance where `held_out` names none; None takes a twentieth of them, at
+            most 256.
+        sft: of the stage.
+        wandb_project: log to this project of Weights & Biases as well (pip install 'deepseek_jax[wandb]').
+        wandb_offline: keep its files in the run's folder, for `wandb sync`.
+        mesh_data: replicas of the model. The product of the five sizes of the mesh must be the number of devices of
+            all processes; all 1 in one process is a run on its first device, however many there are.
+        mesh_fsdp: parts that weights are cut into by their width, and batches by row.
+        mesh_expert: groups of devices that the experts are divided between; batches are cut by them as well.
+        mesh_context: parts of every sequence, and of the weights' width.
+        mesh_tensor: parts of heads, inner widths and vocabulary.
+        scan_layers: layers of one kind are one stack, run by a scan: a deep model compiles in the time of one layer.
+        remat: what the backward pass works out again: nothing, whole layers, or all of a layer but its attention.
+        save_dtype: of the model's folder at the end; auto is that of the model to start from, and float32 without one.
+    """
+
+    output: Path = Path("runs/sft")
+    seed: int = 0
+    model: Path | None = None
+    conversations: ConversationConfig = ConversationConfig()
+    held_out: tuple[str, ...] = ()
+    eval_rows: int | None = None
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    wandb_project: str | None = None
+    wandb_offline: bool = False
+    mesh_data: int = 1
+    mesh_fsdp: int = 1
+    mesh_expert: int = 1
+    mesh_context: int = 1
+    mesh_tensor: int = 1
+    scan_layers: bool = False
+    remat: Remat = "nothing"
+    save_dtype: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        if (self.model is None) != (not self.conversations.data):
+            given, other = ("--data", "--model") if self.model is None else ("--model", "--data")
+            raise ValueError(f"{other[2:]}: got {given} without {other}; give both, or neither for the generated task")
+        if self.eval_rows is not None and self.eval_rows < 0:
+            raise ValueError(f"eval_rows: got {self.eval_rows}, wanted 0, for none, or more")
+
+    @property
+    def layout(self) -> Layout:
+        """How the model lies on the devices and runs there."""
+        sizes = {axis: getattr(self, f"mesh_{axis}") for axis in AXES}
+        one_device = distributed.count() == 1 and all(size == 1 for size in sizes.values())
+        return Layout(
+            mesh=None if one_device else make_mesh(**sizes),
+            scan_layers=self.scan_layers,
+            remat=self.remat,
+            lanes=lanes_of(jax.default_backend()),
+        )
+
+
+# What suits the small model, where nothing else is given: it learns from nothing, and quickly.
+_TOY = {"batch_size": 32, "epochs": 3.0, "lr": 3e-3, "warmup": 20, "bias_gamma": 1e-3, "eval_every": 25}
+_TOY_CONVERSATIONS = 1_500
+# What may change when a run goes on, because its weights do not depend on it. `steps`, of the epochs, may grow.
+_FREE = {"output", "model", "epochs", "wandb_project", "wandb_offline", "save_dtype", "remat", "profile_steps"}
+_FREE |= {"eval_every", "save_every", *(f"mesh_{axis}" for axis in AXES)}
+_REMEDIES = {"lr", "skip_grad_norm"}
+
+
+class Rows(NamedTuple):
+    """What is learnt, and what is held out."""
+
+    train: MaskedRows
+    held_out: MaskedRows
+
+
+def main(config: Config) -> None:
+    """Supervised fine-tuning on conversations; see the top of this file."""
+    start = time.perf_counter()
+    config = _suited(config)
+    with room_needed(config.output), held_folder(config.output):
+        architecture, tokenizer = _architecture(config)
+        config.sft.check_model(architecture)
+        rows = _rows(config, tokenizer, architecture)
+        steps = config.sft.steps_of(len(rows.train))
+        settings = distributed.on_main(lambda: _checked(config, steps))
+        trainer = _trainer(config, architecture, tokenizer, rows, steps)
+        run_id = distributed.on_main(lambda: enter_folder(config.output, RunSettings(*settings)))
+        wandb = config.wandb_project and WandbConfig(project=config.wandb_project, offline=config.wandb_offline)
+        with MetricLog(config.output, wandb=wandb or None) as log:
+            before = _before(config, trainer, rows)
+            data = row_batches(rows.train, size=config.sft.batch_size, seed=config.seed)
+            state = run_sft(trainer, data, folder=config.output, log=log, held_out=rows.held_out)
+        _save(config, trainer, tokenizer, state, run_id)
+        seconds = time.perf_counter() - start
+        distributed.on_main(lambda: _report(config, trainer, tokenizer, rows, before, seconds))
+
+
+def _suited(config: Config) -> Config:
+    if config.model is not None:
+        return dataclasses.replace(config, model=model_folder(config.model))
+    plain = SFTConfig()
+    toy = {name: value for name, value in _TOY.items() if getattr(config.sft, name) == getattr(plain, name)}
+    return dataclasses.replace(config, sft=dataclasses.replace(config.sft, **toy))
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+def _checked(config: Config, steps: int) -> tuple:
+    """The settings of the run; refuses a folder with one that cannot go on with them."""
+    base = None if config.model is None else fingerprint(config.model)
+    plain = Config()
+    found = _settings(config, steps), _settings(plain, plain.sft.steps or 1), _FREE, base, _REMEDIES
+    writes = ("model", "adapter") if config.sft.lora_rank else ("model",)
+    check_folder(config.output, RunSettings(*found), stage="sft", writes=writes)
+    return found
+
+
+def _settings(config: Config, steps: int) -> dict[str, Any]:
+    """All settings by the names of their options; files by their whole paths."""
+    values = dataclasses.asdict(config)
+    flat = {**values, **values.pop("conversations"), **values.pop("sft")}
+    flat = {name: value for name, value in flat.items() if not isinstance(value, Mapping)}
+    flat = json.loads(json.dumps(flat, default=str))
+    whole = lambda name: os.path.realpath(name) if os.path.exists(name) else name
+    flat |= {name: [whole(file) for file in flat[name]] for name in ("data", "held_out")}
+    return flat | {"steps": steps, "dtype": dtype_of(config.sft.dtype).name}
+
+
+# --- model and rows -------------------------------------------------------------------------------
+
+
+def _architecture(config: Config) -> tuple[ModelConfig, Tokenizer]:
+    if config.model is not None:
+        return load_config(config.model), Tokenizer.from_folder(config.model)
+    tokenizer = Tokenizer.characters(ALPHABET, chat_template=TEMPLATE)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_ids[0]}
+    return dataclasses.replace(preset("tiny"), vocab_size=32, **ids), tokenizer
+
+
+def _rows(config: Config, tokenizer: Tokenizer, architecture: ModelConfig) -> Rows:
+    """All rows, read and encoded, and what there is to say of them, said."""
+    asked = config.conversations
+    longest = _longest(config, architecture)
+    if config.model is None:
+        rows = rows_of(asked, tokenizer, _generated(config.seed))
+    else:
+        rows = open_rows(asked, tokenizer, max_length=longest)
+    if config.held_out:
+        found = Rows(rows, open_rows(asked, tokenizer, names=config.held_out, max_length=longest))
+    else:
+        count = min(len(rows) // 20, 256) if config.eval_rows is None else config.eval_rows
+        if count >= len(rows):
+            raise ValueError(f"eval_rows: got {count}, wanted fewer than the {len(rows)} rows there are")
+        held_out, train = rows.split(count, seed=config.seed)
+        found = Rows(train, held_out)
+    highest = max(int(row.tokens.max()) for part in found for row in part)
+    if highest >= architecture.vocab_size:
+        raise ValueError(
+            f"{config.model}: the tokenizer gives the id {highest}, wanted ids below the model's vocab_size "
+            f"{architecture.vocab_size}; take both from the same checkpoint"
+        )
+    if distributed.is_main():
+        for line in _told(config, found):
+            print(distributed.printable(line))
+    return found
+
+
+def _longest(config: Config, architecture: ModelConfig) -> int:
+    """Tokens that a row may have."""
+    context, wanted = architecture.max_position_embeddings, config.conversations.max_length
+    if wanted is None:
+        return min(context, _LONGEST)
+    if wanted > context:
+        raise ValueError(f"max_length: got {wanted}, wanted at most {context}, the model's context")
+    return wanted
+
+
+def _told(config: Config, rows: Rows) -> list[str]:
+    dropped = {line: None for part in rows for line in map(str, part.report)}
+    noted = {f"note: {line}": None for part in rows for line in part.notes}
+    steps, size = config.sft.steps_of(len(rows.train)), config.sft.batch_size
+    return [
+        *dropped,
+        *noted,
+        f"to learn: {rows.train.counts()}",
+        f"held out: {rows.held_out.counts()}",
+        f"{steps} updates of {size} rows, {steps * size / len(rows.train):.1f} epochs",
+    ]
+
+
+def _generated(seed: int) -> list[Conversation]:
+    """Conversations of one or two questions each, answered step by step."""
+    chains = draw_chains(_TOY_CONVERSATIONS * 2, terms=4, largest=9, operators="+", modulus=10, seed=seed)
+    of = lambda chain: (
+        {"role": "user", "content": chain.question},
+        {"role": "assistant", "content": trace(chain, worked=True)},
+    )
+    twice = np.random.default_rng(seed).random(_TOY_CONVERSATIONS) < 0.5
+    pairs = zip(chains[::2], chains[1::2], twice, strict=True)
+    return [Conversation((*of(first), *of(second)) if two else of(first)) for first, second, two in pairs]
+
+
+def _trainer(config: Config, architecture: ModelConfig, tokenizer: Tokenizer, rows: Rows, steps: int) -> SFTTrainer:
+    layout = config.layout
+    lengths = np.concatenate([part.lengths for part in rows])
+    longest = _longest(config, architecture) if config.sft.pack else int(lengths.max())
+    whole = int(np.lcm(32, layout.parts("tokens")))  # what differs little compiles to the same
+    width = -(-(longest - 1) // whole) * whole
+    if not config.sft.pack:
+        layout.check_batch(config.sft.batch_size // config.sft.micro_batches, width)
+    if config.model is None:
+        graphdef, weights = split(Decoder(architecture, rngs=nnx.Rngs(config.seed)))
+        model = lay_out(Model(architecture, graphdef, weights), layout)
+    else:
+        # what an adapter leaves as it is needs no float32
+        dtype = dtype_of(config.sft.dtype if config.sft.lora_rank else "float32")
+        model = load_model(config.model, dtype=dtype, layout=layout)
+    per_row = min(_MOST_PER_ROW, max(1, width // max(1, int(lengths.min()) - 1)))
+    trainer = partial(SFTTrainer, config.sft, model, steps=steps, width=width, per_row=per_row)
+    return trainer(seed=config.seed, layout=layout, donate=True)
+
+
+# --- what is measured and left --------------------------------------------------------------------
+
+
+def _before(config: Config, trainer: SFTTrainer, rows: Rows) -> dict[str, float]:
+    """The loss of the held-out rows before training, which a resumed run reads back."""
+    path = config.output / "loss_before.json"
+    if not rows.held_out:
+        return {}
+    if not distributed.on_main(path.exists):
+        found = trainer.evaluate_first(rows.held_out)
+        distributed.on_main(lambda: write_json(path, found))
+    return distributed.on_main(lambda: json.loads(path.read_text(encoding="utf-8")))
+
+
+def _save(config: Config, trainer: SFTTrainer, tokenizer: Tokenizer, state: TrainState, run_id: str) -> None:
+    """The model as a Hugging Face folder, and an adapter as PEFT has it."""
+    base = config.model
+    dtype = jnp.dtype("float32" if config.save_dtype == "auto" else config.save_dtype)
+    if config.save_dtype == "auto" and base is not None and named_dtype(base) == "bfloat16":
+        dtype = jnp.dtype("bfloat16")
+    owned = partial(write_owned, run=run_id, steps=trainer.steps)
+    if trainer.lora is not None:
+        name = None if base is None else str(base)
+        adapter = lambda target: save_adapter(state.weights, trainer.lora, trainer.model.config, target, base=name)
+        owned(config.output / "adapter", write=adapter)
+    trained = trainer.model._replace(weights=computed(trainer.trained(state), dtype))
+    owned(
+        config.output / "model", write=lambda target: save_hf(trained, target, source=base, tokenizer=tokenizer.files)
+    )
+
+
+def _report(
+    config: Config, trainer: SFTTrainer, tokenizer: Tokenizer, rows: Rows, before: dict[str, float], seconds: float
+) -> None:
+    """The report, and last the summary, which says that the run is whole."""
+    metrics = read_metrics(config.output / "metrics.jsonl")
+    counts = rows.train.counts()
+    after = {name: metrics[-1][name] for name in before}
+    left_out = Counter({dropped.reason: dropped.rows for part in rows for dropped in part.report})
+    summary = {
+        "loss": metrics[-1]["loss"],
+        **{f"{name.removeprefix('eval/')}_before": value for name, value in before.items()},
+        **{f"{name.removeprefix('eval/')}_after": value for name, value in after.items()},
+        "rows": counts.rows,
+        "tokens": counts.tokens,
+        "learnt_tokens": counts.learnt,
+        "held_out_rows": len(rows.held_out),
+        "rows_left_out": dict(left_out),
+        "steps": trainer.steps,
+        "wall_seconds": round(seconds, 1),
+        "seed": config.seed,
+    }
+    shown = [rows.train[index] for index in range(min(_SHOWN, len(rows.train)))]
+    decode = lambda tokens: tokenizer.decode(tokens.tolist(), skip_special=False)
+    first = lambda row: int(np.argmax(row.mask))
+    samples = [
+        {"prompt": decode(row.tokens[: first(row)]), "completion": decode(row.tokens[first(row) :])} for row in shown
+    ]
+    write_report(config.output, title="Supervised fine-tuning", summary=summary, rows=metrics, samples=samples)
+    write_json(config.output / "summary.json", summary)
+    print(json.dumps(summary, indent=2))
+    print(distributed.printable(f"report: {config.output / 'report.html'}   model: {config.output / 'model'}"))
