@@ -245,7 +245,7 @@ def _many(found: list[_Found]) -> Table:
         chips = f"{each.chips} x {each.chip}"
         cells = (each.model, each.dtype, chips, _verdict(each), _mesh(each.mesh), str(each.batch))
         run = commands(each, name).run
-        by = "nothing yet" if run is None else Path(run.split()[1]).name
+        by = "nothing yet" if run is None else run.split()[1]
         table.add_row(*cells, memory, speed, each.bound, rule_of_thumb(config) or "-", by)
     return table
 

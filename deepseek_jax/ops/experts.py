@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax.ops.low_rank import LowRank, summed
 
-TILES = "tiles_"  # names a loop over so many tiles, for the account of a compiled program
+TILES = "tiles_"  # names a loop over so many tiles, for the cost analysis of a compiled program
 
 
 def expert_mlp(
