@@ -20,7 +20,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from deepseek_jax.checkpoint.folder import Model, load_model, save_hf
+from deepseek_jax.checkpoint.folder import Model, load_model
+from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.cli import run
 from deepseek_jax.commands import train as r1_zero
 from deepseek_jax.config import preset
@@ -527,7 +528,7 @@ def test_a_model_without_template_or_end_is_refused_before_training(options, sai
     settings = json.loads(files["tokenizer_config.json"])
     del settings["eos_token" if options else "chat_template"]
     files["tokenizer_config.json"] = json.dumps(settings).encode()
-    save_hf(Model(shape, abstract_weights(shape)[0], model), tmp_path / "model", tokenizer=files)
+    save_model(Model(shape, abstract_weights(shape)[0], model), tmp_path / "model", tokenizer=files)
     given = [*arguments(tmp_path / "run"), "--model", str(tmp_path / "model"), "--prompt", "{question}", *options]
     assert main(monkeypatch, *given) == 1
     assert said in error_line(capsys)

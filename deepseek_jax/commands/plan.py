@@ -10,26 +10,16 @@ from rich.table import Table
 
 from deepseek_jax.checkpoint.opened import named_config
 from deepseek_jax.config import PRESETS, ModelConfig
-from deepseek_jax.plan.arithmetic import DType
+from deepseek_jax.plan.advice import Advice, advise, advise_all, rule_of_thumb, thumb_tensor_parallel
 from deepseek_jax.plan.chart import check_path, title, write_chart
 from deepseek_jax.plan.chips import CHIPS
 from deepseek_jax.plan.chips import chip as chip_of
 from deepseek_jax.plan.commands import commands
-from deepseek_jax.plan.planner import (
-    ASSUMED,
-    USABLE,
-    Advice,
-    Moments,
-    Plan,
-    Workload,
-    advise,
-    advise_all,
-    plan,
-    rule_of_thumb,
-    state_of,
-    thumb_tensor_parallel,
-    weights_share,
-)
+from deepseek_jax.plan.memory import Moments, state_of
+from deepseek_jax.plan.meshes import Workload
+from deepseek_jax.plan.planner import USABLE, Plan, plan, weights_share
+from deepseek_jax.plan.roofline import ASSUMED
+from deepseek_jax.plan.weights import DType
 from deepseek_jax.report.progress import format_bytes
 
 _UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20, "TB": 10**12, "TIB": 2**40}

@@ -173,7 +173,7 @@ class Generator:
 
     def _begin(self, weights, prompts, sampling, seeds, samples, record) -> "_Begun":
         """Prompts padded and prefilled, and the first token of each completion drawn."""
-        self._check(prompts, seeds, samples)
+        self.check(prompts, seeds, samples)
         self._check_record(record, sampling)
         longest = max(map(len, prompts))
         context = self.config.max_position_embeddings
@@ -227,7 +227,8 @@ class Generator:
         whole = math.lcm(self.layout.parts("batch"), of_cache // math.gcd(of_cache, samples))
         return -(-bucket(prompts, least=1) // whole) * whole
 
-    def _check(self, prompts, seeds, samples) -> None:
+    def check(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], samples: int) -> None:
+        """Refuse arguments of a call that the model cannot work with; ValueError says why."""
         if not prompts:
             raise ValueError("prompts: got none, wanted at least one")
         if len(seeds) != len(prompts) * samples:
