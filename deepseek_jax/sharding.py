@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -51,6 +52,60 @@ _TABLE: Mapping[str, _Cut] = {
     "tokens": _Cut(("context",), ("context", "tensor")),
     "cache_batch": _Cut(("data", "fsdp", "expert"), ("data", "fsdp", "expert", "tensor")),
 }
+
+
+def cut(workload: Workload, axis: str | None) -> tuple[str, ...]:
+    """The mesh axes that cut a logical axis."""
+    return () if axis is None else getattr(_TABLE[axis], workload)
+
+
+@lru_cache(maxsize=256)
+def cut_numbers(config: ModelConfig) -> tuple[tuple[str, int, str], ...]:
+    """Every number of a model that a mesh has to divide: its name, itself and its logical axis.
+
+    A mesh that divides them divides the model's weights, which are made of these numbers, and its heads.
+    """
+    moe, a = config.moe, config.attention
+    found = [
+        ("num_attention_heads", config.num_attention_heads, "heads"),
+        ("hidden_size", config.hidden_size, "embed"),
+        ("vocab_size", config.vocab_size, "vocab"),
+    ]
+    if moe is None or moe.first_k_dense_replace:
+        found.append(("intermediate_size", config.intermediate_size, "mlp"))
+    if moe is not None:
+        shared = moe.n_shared_experts * moe.moe_intermediate_size
+        found += [
+            ("n_routed_experts", moe.n_routed_experts, "expert"),
+            ("moe_intermediate_size", moe.moe_intermediate_size, "expert_mlp"),
+            ("n_shared_experts x moe_intermediate_size", shared, "mlp"),
+        ]
+    if isinstance(a, GQAConfig):
+        found.append(("num_key_value_heads", a.num_key_value_heads, "kv_heads"))
+    else:
+        found.append(("kv_lora_rank", a.kv_lora_rank, "rank"))
+        found.append(("kv_lora_rank + qk_rope_head_dim", a.kv_lora_rank + a.qk_rope_head_dim, "latent"))
+        if a.q_lora_rank is not None:
+            found += [("q_lora_rank", a.q_lora_rank, axis) for axis in ("rank", "latent")]
+        if a.indexer is not None:
+            found.append(("index_n_heads", a.indexer.index_n_heads, "heads"))
+    return tuple(found)
+
+
+def misfit(config: ModelConfig, workload: Workload, sizes: Mapping[str, int]) -> str | None:
+    """Which number of a model a mesh of such sizes does not divide, in words; None where it divides all."""
+    if config.moe is None and sizes.get("expert", 1) > 1:
+        return f"mesh: expert {sizes['expert']} for a model without experts, wanted 1"
+    return _undivided(cut_numbers(config), workload, sizes)
+
+
+def _undivided(numbers: Iterable[tuple[str, int, str]], workload: Workload, sizes: Mapping[str, int]) -> str | None:
+    for name, number, axis in numbers:
+        parts = {of: sizes[of] for of in cut(workload, axis) if sizes.get(of, 1) > 1}
+        if number % math.prod(parts.values()):
+            by = " x ".join(f"{of} {size}" for of, size in parts.items())
+            return f"{name} {number} is not divisible by mesh {'axis' if len(parts) == 1 else 'axes'} {by}"
+    return None
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
@@ -153,7 +208,7 @@ class Layout:
 
     def cut(self, axis: str | None) -> tuple[str, ...]:
         """The mesh axes that cut a logical axis."""
-        return () if axis is None else getattr(_TABLE[axis], self.workload)
+        return cut(self.workload, axis)
 
     def size(self, *mesh_axes: str) -> int:
         """How many parts these axes of the mesh make."""
@@ -237,37 +292,13 @@ class Layout:
         Raises:
             ValueError: which number of the model is not divisible by which axes of the mesh.
         """
-        if self.mesh is None:
-            return
-        moe, a = config.moe, config.attention
-        if moe is None and self.size("expert") > 1:
-            raise ValueError(f"mesh: expert {self.size('expert')} for a model without experts, wanted 1")
-        numbers = [
-            ("num_attention_heads", config.num_attention_heads, "heads"),
-            ("hidden_size", config.hidden_size, "embed"),
-            ("vocab_size", config.vocab_size, "vocab"),
-        ]
-        if moe is None or moe.first_k_dense_replace:
-            numbers.append(("intermediate_size", config.intermediate_size, "mlp"))
-        if moe is not None:
-            shared = moe.n_shared_experts * moe.moe_intermediate_size
-            numbers += [
-                ("n_routed_experts", moe.n_routed_experts, "expert"),
-                ("moe_intermediate_size", moe.moe_intermediate_size, "expert_mlp"),
-                ("n_shared_experts x moe_intermediate_size", shared, "mlp"),
-            ]
-        if isinstance(a, GQAConfig):
-            numbers.append(("num_key_value_heads", a.num_key_value_heads, "kv_heads"))
-        else:
-            numbers.append(("kv_lora_rank", a.kv_lora_rank, "rank"))
-            numbers.append(("kv_lora_rank + qk_rope_head_dim", a.kv_lora_rank + a.qk_rope_head_dim, "latent"))
-            if a.q_lora_rank is not None:
-                numbers += [("q_lora_rank", a.q_lora_rank, axis) for axis in ("rank", "latent")]
-            if a.indexer is not None:
-                numbers.append(("index_n_heads", a.indexer.index_n_heads, "heads"))
-        for name, number, axis in numbers:
-            if number % self.parts(axis):
-                raise ValueError(f"{name} {number} is not divisible by {self._named(self.cut(axis))}")
+        if self.mesh is not None and (problem := misfit(config, self.workload, self.mesh.shape)):
+            raise ValueError(problem)
+
+    def check_divides(self, *numbers: tuple[str, int, str]) -> None:
+        """The same for any numbers: their names, themselves and their logical axes."""
+        if self.mesh is not None and (problem := _undivided(numbers, self.workload, self.mesh.shape)):
+            raise ValueError(problem)
 
     def check_batch(self, sequences: int, length: int) -> None:
         """Refuse a batch of whole sequences that the mesh does not divide.
@@ -275,16 +306,20 @@ class Layout:
         Raises:
             ValueError: with the numbers.
         """
-        for name, number, axis in (("batch", sequences, "batch"), ("length", length, "tokens")):
-            if number % self.parts(axis):
-                raise ValueError(f"{name} {number} is not divisible by {self._named(self.cut(axis))}")
-
-    def _named(self, mesh_axes: Sequence[str]) -> str:
-        named = [f"{axis} {self.mesh.shape[axis]}" for axis in mesh_axes if self.mesh.shape[axis] > 1]
-        return f"mesh {'axis' if len(named) == 1 else 'axes'} {' x '.join(named)}"
+        self.check_divides(("batch", sequences, "batch"), ("length", length, "tokens"))
 
 
 LOCAL = Layout()
+
+
+def module_layout(graphdef: nnx.GraphDef) -> Layout:
+    """The layout that a module was made with, which its static description keeps; LOCAL where it keeps none.
+
+    Args:
+        graphdef: of `model.decoder.split` or `abstract_weights`.
+    """
+    static = (getattr(attribute, "value", None) for _, attribute in graphdef.attributes)
+    return next((value for value in static if isinstance(value, Layout)), LOCAL)
 
 
 def lanes_of(platform: str) -> int:
@@ -308,10 +343,9 @@ def weight_sharding(layout: Layout, shape: Sequence[int], axes: Sequence[str | N
     Raises:
         ValueError: a dimension is not divisible by the mesh axes that cut it.
     """
-    for size, axis in zip(shape, axes, strict=True):
-        if axis is not None and size % layout.parts(axis):
-            by = layout._named(layout.cut(axis))
-            raise ValueError(f"{name}: axis {axis} of size {size} is not divisible by {by}")
+    layout.check_divides(
+        *((f"{name}: axis {axis} of size", size, axis) for size, axis in zip(shape, axes, strict=True) if axis)
+    )
     return layout.sharding(*axes)
 
 

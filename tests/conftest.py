@@ -3,8 +3,12 @@
 import os
 from importlib.util import find_spec
 
+from tests.flags import SOONER
+
 # Set before anything imports jax. One device: tests that need eight ask for them in a process of their own.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# With XLA_FLAGS in the environment, even empty, nothing is added: so .ci/run tests the ops as users compile them.
+os.environ.setdefault("XLA_FLAGS", SOONER)
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402

@@ -5,11 +5,6 @@ of eight devices, in a process of its own, sampled as weights lie to be served a
 """
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-import traceback
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -29,12 +24,11 @@ from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.model.scan_layers import stack_layers
 from deepseek_jax.model.scoring import Scored, check_routes, score
 from deepseek_jax.sharding import LOCAL, Layout, make_mesh
+from tests.laws import found_once
 from tests.model import test_packing as packing
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-ROOT = Path(__file__).resolve().parents[1]
-DEVICES = 8
 TEMPERATURE = 0.7
 SAMPLING = SamplingConfig(max_new_tokens=10, temperature=TEMPERATURE, top_p=0.8, stop_ids=(2,))
 PROMPTS = [[1, 17, 5], [1, 9, 33, 21, 8, 40, 3], [1, 60]]
@@ -115,7 +109,7 @@ def on_host(completions: list[Completion], config: ModelConfig) -> list[Completi
 
 
 def sampled(config: ModelConfig, graphdef: nnx.GraphDef, weights: nnx.State, layout: Layout = LOCAL):
-    generator = Generator(config, graphdef, layout=layout)
+    generator = Generator(config, graphdef)
     record = Record(routes=True, support=True)
     seeds = list(range(SAMPLES * len(PROMPTS)))
     return on_host(generator(weights, PROMPTS, SAMPLING, seeds=seeds, samples=SAMPLES, record=record), config)
@@ -252,29 +246,9 @@ def a_packed_batch_on_a_mesh_is_its_samples_one_a_row():
 LAWS = [on_a_mesh_the_sampler_is_the_trainer, a_packed_batch_on_a_mesh_is_its_samples_one_a_row]
 
 
-def run_laws(*laws: str) -> None:
-    """In the process with eight devices: prints what went wrong with each law, as JSON."""
-    assert jax.device_count() == DEVICES
-    found = {}
-    for law in laws:
-        try:
-            globals()[law]()
-            found[law] = ""
-        except Exception:  # told to the process that asked, whatever it is
-            found[law] = traceback.format_exc()
-    print(json.dumps(found))
-
-
 @pytest.fixture(scope="module")
-def of_laws() -> dict[str, str]:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    # code that is not optimised computes the same, and compiles in a third of the time
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
-    code = "import sys; from tests.test_on_policy import run_laws; run_laws(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, *(law.__name__ for law in LAWS)]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
-    assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout.splitlines()[-1])
+def of_laws(tmp_path_factory) -> dict[str, str]:
+    return found_once(tmp_path_factory, LAWS)
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from deepseek_jax.checkpoint.folder import Model, load_model, save_hf
+from deepseek_jax.checkpoint.folder import Model, load_model
+from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.cli import run
 from deepseek_jax.commands import train as r1_zero
 from deepseek_jax.config import preset
@@ -199,7 +200,7 @@ def test_another_setting_does_not_go_on_with_an_unfinished_run(tmp_path):
 # --- killed runs -----------------------------------------------------------------------------------
 
 
-def launch(folder: Path, cache: Path, *more: str) -> subprocess.Popen:
+def launch(folder: Path, cache: Path, **changes) -> subprocess.Popen:
     # Runs share what they compiled, so that the kills fall on work and not on the compiler.
     environment = {
         **os.environ,
@@ -207,7 +208,7 @@ def launch(folder: Path, cache: Path, *more: str) -> subprocess.Popen:
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    lengths = {"steps": 30, "cold_start_epochs": 16, "eval_every": 10, "sampling_rounds": 2}
+    lengths = {"steps": 30, "cold_start_epochs": 16, "eval_every": 10, "sampling_rounds": 2} | changes
     command = [sys.executable, str(SCRIPT), *arguments(folder, **lengths)]
     with (folder.parent / f"{folder.name}.txt").open("ab") as output:
         return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
@@ -234,16 +235,23 @@ def comparable(folder: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "moments"),
+    [
+        ({}, [("cold_start", n) for n in (0, 4, 9)] + [("grpo", n) for n in (0, 2, 5, 8, 11, 14, 17)]),
+        ({"dtype": "bfloat16", "steps": 12}, [("cold_start", 4), ("grpo", 2), ("grpo", 5)]),
+    ],
+    ids=["float32", "bfloat16"],
+)
+def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, changes, moments):
     cache, whole, broken = tmp_path / "cache", tmp_path / "whole", tmp_path / "broken"
-    assert launch(whole, cache).wait(timeout=600) == 0, (tmp_path / "whole.txt").read_text()
+    assert launch(whole, cache, **changes).wait(timeout=600) == 0, (tmp_path / "whole.txt").read_text()
 
     chance = random.Random(0)
-    moments = [("cold_start", n) for n in (0, 4, 9)] + [("grpo", n) for n in (0, 2, 5, 8, 11, 14, 17)]
     for stage, at_least in moments:
-        kill_within(launch(broken, cache), broken, stage, at_least, chance.uniform(0, 0.5))
+        kill_within(launch(broken, cache, **changes), broken, stage, at_least, chance.uniform(0, 0.5))
         assert not (broken / "summary.json").exists(), "it was over before the kill: kill earlier"
-    assert launch(broken, cache).wait(timeout=600) == 0, (tmp_path / "broken.txt").read_text()
+    assert launch(broken, cache, **changes).wait(timeout=600) == 0, (tmp_path / "broken.txt").read_text()
 
     wanted, found = (load_file(folder / "model" / "model.safetensors") for folder in (whole, broken))
     assert wanted.keys() == found.keys()
@@ -520,7 +528,7 @@ def test_a_model_without_template_or_end_is_refused_before_training(options, sai
     settings = json.loads(files["tokenizer_config.json"])
     del settings["eos_token" if options else "chat_template"]
     files["tokenizer_config.json"] = json.dumps(settings).encode()
-    save_hf(Model(shape, abstract_weights(shape)[0], model), tmp_path / "model", tokenizer=files)
+    save_model(Model(shape, abstract_weights(shape)[0], model), tmp_path / "model", tokenizer=files)
     given = [*arguments(tmp_path / "run"), "--model", str(tmp_path / "model"), "--prompt", "{question}", *options]
     assert main(monkeypatch, *given) == 1
     assert said in error_line(capsys)

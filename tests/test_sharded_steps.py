@@ -5,16 +5,10 @@ Logits, decoding, loss, gradients and one optimizer step, over meshes of every a
 
 import dataclasses
 import functools
-import json
-import os
 import re
-import subprocess
-import sys
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import get_args
 
 import jax
@@ -40,8 +34,8 @@ from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.sft_loss import SFTBatch, make_sft_objective
 from deepseek_jax.train.step import StepConfig, init_state, make_adapter_step, make_train_step
 from tests.checkpoint.folders import QWEN2, R1, V32
+from tests.laws import found_once
 
-ROOT = Path(__file__).resolve().parents[1]
 DEVICES = 8
 B, T = 8, 16
 TOLERANCE = 2e-5
@@ -78,6 +72,7 @@ GQA = dataclasses.replace(
     ),  # and Qwen3's norms
 )
 CONFIGS = {"mla": MLA, "sparse": SPARSE, "gqa": GQA}
+SCANNED = Layout(scan_layers=True)  # of one device, sooner compiled than LOCAL
 FACTORS = [
     {"data": a, "fsdp": b, "expert": c, "context": d, "tensor": e}
     for a in (1, 2, 4, 8)
@@ -128,7 +123,7 @@ def stepped(kind: str, objective: str, layout: Layout, micro_batches: int = 1):
     graphdef, weights = laid(kind, layout)
     of, batch = objectives(kind)[objective]
     config = StepConfig(balance_alpha=0.01, bias_gamma=0.01, micro_batches=micro_batches)
-    step = make_train_step(graphdef, of, optax.sgd(1.0), config, layout)
+    step = make_train_step(graphdef, of, optax.sgd(1.0), config)
     state, metrics = step(init_state(weights, optax.sgd(1.0), layout), batch)
     found = unstack_layers(state.weights, CONFIGS[kind], LOCAL) if layout.scan_layers else state.weights
     return {k: np.asarray(v) for k, v in names.flat(found).items()}, jax.tree.map(np.asarray, metrics)
@@ -194,7 +189,7 @@ def logits(kind: str, layout: Layout):
 @functools.cache
 def sampled(kind: str, layout: Layout):
     graphdef, weights = laid(kind, layout)
-    generator = Generator(CONFIGS[kind], graphdef, layout=layout)
+    generator = Generator(CONFIGS[kind], graphdef)
     prompts = [row[:length].tolist() for row, length in zip(TOKENS, (3, 7, 5), strict=False)]
     sampling = SamplingConfig(max_new_tokens=6, temperature=1.0, top_p=0.95)
     found = generator(weights, prompts, sampling, seeds=range(6), samples=2)
@@ -241,7 +236,7 @@ def log_probs_after_a_penalty_on_a_mesh_are_those_of_one_device():
 
 def micro_batches_change_nothing_on_a_mesh():
     layout = Layout(mesh=make_mesh(fsdp=2, expert=2, tensor=2), scan_layers=True, remat="layers")
-    same(stepped("mla", "sft", layout, 2), stepped("mla", "sft", LOCAL), "micro batches")
+    same(stepped("mla", "sft", layout, 2), stepped("mla", "sft", SCANNED), "micro batches")
 
 
 def cutting_a_batch_in_parts_moves_no_row():
@@ -254,7 +249,7 @@ def cutting_a_batch_in_parts_moves_no_row():
     on_mesh = layout.put(batch)
 
     def of_step(parts):
-        step = make_train_step(graphdef, objective, optax.sgd(1.0), StepConfig(micro_batches=parts), layout)
+        step = make_train_step(graphdef, objective, optax.sgd(1.0), StepConfig(micro_batches=parts))
         return collectives(step.lower(init_state(weights, optax.sgd(1.0), layout), on_mesh))
 
     whole, cut = of_step(1), of_step(4)
@@ -267,13 +262,15 @@ def cutting_a_batch_in_parts_moves_no_row():
     assert len(np.unique(wanted[:, 0])) == B
 
 
+PUT_ON = ({"data": 2, "fsdp": 4}, {"fsdp": 2, "expert": 2, "context": 2}, {"context": 2, "tensor": 4})
+
+
 def a_batch_is_put_shard_by_shard():
-    """Each device gets its own rows and positions, the step is the same bit for bit, and compiles once."""
-    for sizes in ({"data": 2, "fsdp": 4}, {"fsdp": 2, "expert": 2, "context": 2}, {"context": 2, "tensor": 4}):
+    """Each device gets its own rows and positions."""
+    for sizes in PUT_ON:
         layout = Layout(mesh=make_mesh(**sizes))
         rows = layout.parts("batch")
-        graphdef, weights = laid("mla", layout)
-        of, batch = objectives("mla")["grpo"]
+        _, batch = objectives("mla")["grpo"]
         routes = np.arange(B * T * 6).reshape(B, T, 3, 2)
         lengths = np.full((B, 1), T, np.int32)
         put = layout.put(batch._replace(routes_BTLA=routes, entropy_coef_B=np.arange(B), lengths_BK=lengths))
@@ -290,9 +287,21 @@ def a_batch_is_put_shard_by_shard():
                 assert value.ndim == 1 or shard.data.shape[1] == by_position, (sizes, name)
         again = layout.put(put)
         assert all(a is b for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(put), strict=True))
+        if rows > 1:
+            with pytest.raises(ValueError, match=f"batch 7 is not divisible by mesh ax[ie]s .*{sizes['fsdp']}"):
+                layout.put(jax.tree.map(lambda a: a[:7], batch))
+    assert LOCAL.put(batch) is batch
+
+
+def a_step_on_a_batch_that_was_put():
+    """The step is the same bit for bit as on a host's arrays, and compiles once."""
+    for sizes in PUT_ON:
+        layout = Layout(mesh=make_mesh(**sizes), scan_layers=True)
+        graphdef, weights = laid("mla", layout)
+        of, batch = objectives("mla")["grpo"]
 
         def after(batches, graphdef=graphdef, weights=weights, of=of, layout=layout):
-            step = make_train_step(graphdef, of, optax.sgd(1.0), StepConfig(), layout)
+            step = make_train_step(graphdef, of, optax.sgd(1.0), StepConfig())
             state = init_state(weights, optax.sgd(1.0), layout)
             for given in batches:
                 state, metrics = step(state, given)
@@ -302,10 +311,6 @@ def a_batch_is_put_shard_by_shard():
         got, wanted = after([layout.put(batch) for _ in range(2)]), after([batch] * 2)
         for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_array_equal(one, other, err_msg=str(sizes))
-        if rows > 1:
-            with pytest.raises(ValueError, match=f"batch 7 is not divisible by mesh ax[ie]s .*{sizes['fsdp']}"):
-                layout.put(jax.tree.map(lambda a: a[:7], batch))
-    assert LOCAL.put(batch) is batch
 
 
 def collectives(lowered: jax.stages.Lowered) -> Counter[str]:
@@ -322,7 +327,7 @@ def adapted_step(kind: str, layout: Layout):
     """An adapter, by layer, after a step of plain gradient descent beside frozen weights, with the metrics."""
     config, (graphdef, weights) = CONFIGS[kind], laid(kind, layout)
     of, batch = objectives(kind)["grpo"]
-    step = make_adapter_step(graphdef, of, optax.sgd(1.0), StepConfig(balance_alpha=0.01), LORA, layout)
+    step = make_adapter_step(graphdef, of, optax.sgd(1.0), StepConfig(balance_alpha=0.01), LORA)
     state, metrics = step(init_state(adapter_of(kind, layout), optax.sgd(1.0), layout), layout.put(batch), weights)
     found = {}
     for path, leaf in nnx.to_flat_state(state.weights):
@@ -357,8 +362,8 @@ def an_adapters_step_on_a_mesh_is_that_of_one_device(*names: str):
     """Metrics and the gradients of both matrices, whatever cuts rows and columns, and in every transport."""
     for name in names or ADAPTED:
         kind, sizes, settings = ADAPTED[name]
-        got = adapted_step(kind, Layout(mesh=make_mesh(**sizes), **settings))
-        wanted = adapted_step(kind, LOCAL)
+        layout = Layout(mesh=make_mesh(**sizes), **settings)
+        got, wanted = adapted_step(kind, layout), adapted_step(kind, SCANNED if layout.scan_layers else LOCAL)
         assert got[0].keys() == wanted[0].keys()
         same([got[0][key] for key in wanted[0]], list(wanted[0].values()), name)
         same(got[1], wanted[1], name)
@@ -374,7 +379,7 @@ def samples_beside_an_adapter_on_a_mesh_are_those_of_one_device():
     def sampled(kind, layout):
         graphdef, weights = laid(kind, layout)
         given = [row[:length].tolist() for row, length in zip(TOKENS, (3, 7, 5), strict=False)]
-        generator = Generator(CONFIGS[kind], graphdef, layout=layout)
+        generator = Generator(CONFIGS[kind], graphdef)
         sampling = SamplingConfig(max_new_tokens=6)
         found = generator(beside(weights, adapter_of(kind, layout), LORA), given, sampling, seeds=range(6), samples=2)
         return [of.tokens.tolist() for of in found], [of.logprobs for of in found]
@@ -393,7 +398,7 @@ def adamw_on_a_mesh_is_that_of_one_device():
         graphdef, weights = laid("mla", layout)
         of, batch = objectives("mla")["sft"]
         optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3), 2, untrained=())
-        step = make_train_step(graphdef, of, optimizer, StepConfig(), layout)
+        step = make_train_step(graphdef, of, optimizer, StepConfig())
         state = init_state(weights, optimizer, layout)
         for _ in range(2):
             state, _ = step(state, batch)
@@ -409,7 +414,7 @@ def a_state_keeps_lying_as_its_weights_do():
     graphdef, weights = laid("mla", layout)
     of, batch = objectives("mla")["sft"]
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3), 2)
-    step = make_train_step(graphdef, of, optimizer, StepConfig(bias_gamma=0.01), layout)
+    step = make_train_step(graphdef, of, optimizer, StepConfig(bias_gamma=0.01))
     state = init_state(weights, optimizer, layout)
     before = [a.sharding for a in jax.tree.leaves(state)]
     for _ in range(2):
@@ -421,11 +426,12 @@ def a_state_keeps_lying_as_its_weights_do():
 
 QUICK = [
     micro_batches_change_nothing_on_a_mesh,
-    cutting_a_batch_in_parts_moves_no_row,
     a_batch_is_put_shard_by_shard,
     an_adapters_step_among_experts_is_that_of_one_device,
 ]
 THOROUGH = [
+    a_step_on_a_batch_that_was_put,
+    cutting_a_batch_in_parts_moves_no_row,
     a_step_on_a_mesh_is_that_of_one_device,
     logits_on_a_mesh_are_those_of_one_device,
     what_is_sampled_on_a_mesh_is_what_one_device_samples,
@@ -437,38 +443,19 @@ THOROUGH = [
 ]
 
 
-def run_laws(*laws: str) -> None:
-    """In the process with eight devices: prints what went wrong with each law, as JSON."""
-    assert jax.device_count() == DEVICES
-    found = {}
-    for law in laws:
-        try:
-            globals()[law]()
-            found[law] = ""
-        except Exception:  # told to the process that asked, whatever it is
-            found[law] = traceback.format_exc()
-    print(json.dumps(found))
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> dict[str, str]:
+    return found_once(tmp_path_factory, QUICK)
 
 
-def found_of(laws: list[Callable[[], None]]) -> dict[str, str]:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    # code that is not optimised computes the same, and compiles in a third of the time
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
-    code = "import sys; from tests.test_sharded_steps import run_laws; run_laws(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, *(law.__name__ for law in laws)]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
-    assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout.splitlines()[-1])
+@pytest.mark.parametrize("law", [law.__name__ for law in QUICK])
+def test_on_eight_devices(law, quick):
+    assert quick[law] == "", quick[law]
 
 
 @pytest.fixture(scope="module")
-def thorough() -> dict[str, str]:
-    return found_of(THOROUGH)
-
-
-@pytest.mark.parametrize("law", QUICK)
-def test_on_eight_devices(law):
-    assert found_of([law])[law.__name__] == ""
+def thorough(tmp_path_factory) -> dict[str, str]:
+    return found_once(tmp_path_factory, THOROUGH)
 
 
 @pytest.mark.slow

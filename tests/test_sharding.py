@@ -3,11 +3,7 @@
 import dataclasses
 import functools
 import itertools
-import json
 import os
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,17 +18,17 @@ from deepseek_jax.checkpoint import folder as folder_module
 from deepseek_jax.checkpoint import names
 from deepseek_jax.checkpoint.convert import convert_hf, export_hf
 from deepseek_jax.checkpoint.files import TensorFolder
-from deepseek_jax.checkpoint.folder import Model, lay_out, load_model, save_hf
+from deepseek_jax.checkpoint.folder import Model, lay_out, load_model
 from deepseek_jax.checkpoint.layout import part
 from deepseek_jax.checkpoint.opened import open_folder
+from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.config import preset
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.scan_layers import stack_layers
-from deepseek_jax.sharding import AXES, LOCAL, Layout, make_mesh, weight_sharding
+from deepseek_jax.sharding import AXES, LOCAL, Layout, make_mesh, module_layout, weight_sharding
 from tests.checkpoint.folders import QWEN2, R1, V3, V32, random_folder
+from tests.laws import found_of
 
-ROOT = Path(__file__).resolve().parents[1]
-DEVICES = 8
 LAYOUTS = {
     "all three": ({"fsdp": 2, "expert": 2, "tensor": 2}, "train"),
     "experts": ({"expert": 8}, "train"),
@@ -262,7 +258,7 @@ def a_stacked_layout_loads_the_stacks_of_the_layers(folders: Path) -> None:
         for key, value in wanted.items():
             assert bits(got[key]) == bits(value), (name, key)
         saved = folders / f"saved {name}"
-        save_hf(model, saved)
+        save_model(model, saved)
         assert [path.name for path in sorted(saved.iterdir())] == ["config.json", "model.safetensors"]
         for file in saved.iterdir():
             assert file.read_bytes() == (folders / "unpacked" / file.name).read_bytes(), file
@@ -429,19 +425,6 @@ LAWS = [
 ]
 
 
-def run_laws(folders: Path) -> None:
-    """In the process with eight devices: what went wrong with each law, as JSON in the folder."""
-    assert jax.device_count() == DEVICES
-    found = {}
-    for law in LAWS:
-        try:
-            law(folders)
-            found[law.__name__] = ""
-        except (Exception, pytest.fail.Exception):  # the latter is what pytest.raises raises
-            found[law.__name__] = traceback.format_exc()
-    (folders / "found.json").write_text(json.dumps(found))
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, str]:
     folders = tmp_path_factory.mktemp("folders")
@@ -449,15 +432,9 @@ def found(tmp_path_factory) -> dict[str, str]:
     random_folder(folders / "v32", V32)
     convert_hf(open_folder(folders / "hf"), folders / "converted")
     config = dataclasses.replace(R1, quantization=None, num_hidden_layers=3)
-    save_hf(Model(config, *split(Decoder(config, rngs=nnx.Rngs(0)))), folders / "unpacked")
+    save_model(Model(config, *split(Decoder(config, rngs=nnx.Rngs(0)))), folders / "unpacked")
     export_hf(open_folder(folders / "unpacked", to="fp8"), folders / "sane")
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    # code that is not optimised computes the same, and compiles in a third of the time
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
-    code = f"from pathlib import Path; from tests.test_sharding import run_laws; run_laws(Path({str(folders)!r}))"
-    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
-    assert child.returncode == 0, child.stderr
-    return json.loads((folders / "found.json").read_text())
+    return found_of(LAWS, folders)
 
 
 @pytest.mark.parametrize("law", [law.__name__ for law in LAWS])
@@ -488,3 +465,13 @@ def test_a_word_that_no_layout_has_is_refused(words):
 def test_a_slack_below_the_balanced_share_is_refused(capacity_factor):
     with pytest.raises(ValueError, match=f"capacity_factor: got {capacity_factor}, wanted 1 or more"):
         Layout(capacity_factor=capacity_factor)
+
+
+@pytest.mark.parametrize("given", [LOCAL, Layout(scan_layers=True, remat="layers"), Layout(workload="serve", lanes=4)])
+def test_a_models_static_description_keeps_its_layout(given):
+    graphdef, _ = abstract_weights(preset("tiny"), layout=given)
+    assert module_layout(graphdef) == given
+
+
+def test_a_module_without_a_layout_is_local():
+    assert module_layout(nnx.graphdef(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))) == LOCAL

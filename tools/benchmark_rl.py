@@ -22,7 +22,8 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import track
 
-from deepseek_jax.checkpoint.folder import Model, load_model, save_hf
+from deepseek_jax.checkpoint.folder import Model, load_model
+from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.cli import run
 from deepseek_jax.config import preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
@@ -187,7 +188,7 @@ def _tiny(folder: Path, experts: int | None) -> Path:
         like_r1 = {"n_routed_experts": experts, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4}
         config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, **like_r1))
     graphdef, weights = split(Decoder(config, rngs=nnx.Rngs(0)))
-    save_hf(Model(config, graphdef, weights), folder, tokenizer=tokenizer.files)
+    save_model(Model(config, graphdef, weights), folder, tokenizer=tokenizer.files)
     return folder
 
 

@@ -1,11 +1,10 @@
-"""Models in memory, from folders and back: Hugging Face's, and converted ones, onto one device or a mesh."""
+"""Models from folders, Hugging Face's and converted ones, onto one device or a mesh."""
 
 import dataclasses
 import functools
-import json
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,24 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from deepseek_jax import distributed
-from deepseek_jax.checkpoint import files, names, writer
-from deepseek_jax.checkpoint.convert import THREADS, write_hf
-from deepseek_jax.checkpoint.finite import check_finite
-from deepseek_jax.checkpoint.headers import DTYPES, NAMES, Entry
+from deepseek_jax.checkpoint import names, writer
+from deepseek_jax.checkpoint.convert import THREADS
+from deepseek_jax.checkpoint.headers import DTYPES
 from deepseek_jax.checkpoint.layout import Array, Source, part, units
-from deepseek_jax.checkpoint.opened import DTYPE_KEYS, Opened, open_folder
+from deepseek_jax.checkpoint.opened import Opened, open_folder
 from deepseek_jax.checkpoint.orbax_layers import ConvertedFolder
-from deepseek_jax.checkpoint.sidecars import copy_sidecars, drop_missing_code
-from deepseek_jax.config import ModelConfig, to_hf
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.layers import RouterBias
-from deepseek_jax.model.scan_layers import members, stack_layers
+from deepseek_jax.model.scan_layers import stack_layers
 from deepseek_jax.ops.fp8 import dequantize
-from deepseek_jax.sharding import LOCAL, Layout
+from deepseek_jax.sharding import LOCAL, Layout, module_layout
 
 
 class Model(NamedTuple):
@@ -40,15 +35,23 @@ class Model(NamedTuple):
     graphdef: nnx.GraphDef
     weights: nnx.State
 
+    @property
+    def layout(self) -> Layout:
+        """How it lies on devices and runs there."""
+        return module_layout(self.graphdef)
 
-def load_model(folder: str | Path, *, dtype: jnp.dtype | None = jnp.float32, layout: Layout = LOCAL) -> Model:
+
+def load_model(model: str | Path, *, dtype: jnp.dtype | None = jnp.float32, layout: Layout = LOCAL) -> Model:
     """A model from a Hugging Face folder or a converted one, layer by layer.
+
+    In this order: the configuration and the headers of the weights, checked against each other; the layout, which
+    may not divide the model; the bytes of each device.
 
     FP8 weights are unpacked on the devices. Every process reads the bytes that its own devices hold, and no more. For
     a stacked layout the layers are joined at the end; until then the devices hold both forms.
 
     Args:
-        folder: with config.json and weights, or the name of a model on the hub.
+        model: a folder with config.json and weights, or a name on the hub.
         dtype: to compute in; None keeps the stored one, and bfloat16 for FP8 weights. Router biases stay float32.
         layout: how the model lies and runs; without a mesh it lies on the first device.
 
@@ -59,13 +62,12 @@ def load_model(folder: str | Path, *, dtype: jnp.dtype | None = jnp.float32, lay
         ValueError: damaged, missing, unknown or misshapen tensors, an unsupported configuration, or a mesh that does
             not divide the model; that is said before any weight is read.
     """
-    opened = open_folder(folder)
+    opened = open_folder(model)
     config = dataclasses.replace(opened.config, quantization=None)
     graphdef, _ = abstract_weights(config, layout=layout)
     _check_copies(opened)
-    if layout.scan_layers:
-        return Model(config, graphdef, stack_layers(_read_by_layer(opened, dtype, layout), config, layout))
-    return Model(config, graphdef, _read_by_layer(opened, dtype, layout))
+    read = functools.partial(_read_by_layer, opened, dtype, layout)
+    return Model(config, graphdef, stack_layers(read(), config, layout) if layout.scan_layers else read())
 
 
 def lay_out(model: Model, layout: Layout) -> Model:
@@ -205,121 +207,3 @@ def _same(source: Source, one: str, other: str) -> bool:
         return source.hashes[one] == source.hashes[other]
     pairs = zip(writer.parts(source, one), writer.parts(source, other), strict=True)
     return all(a.tobytes() == b.tobytes() for (_, a), (_, b) in pairs)
-
-
-def save_hf(
-    model: Model, target: Path, *, source: Path | None = None, tokenizer: Mapping[str, bytes] | None = None
-) -> None:
-    """Write a model from memory as a Hugging Face folder, in the dtypes it has, under whatever layout it lies.
-
-    Several processes all call this. The main one writes; one weight of one layer at a time is gathered for it, whole
-    on every device and in the main memory of every process.
-
-    Args:
-        model: to write.
-        target: folder to make; it appears when it is whole.
-        source: folder whose configuration and tokenizer files go with it; None writes config.json from the model.
-        tokenizer: further files by name, such as `Tokenizer.files`.
-
-    Raises:
-        ValueError: the target exists, or the weights are not finite.
-    """
-    files.refuse_existing(target, source)
-    check_finite(model.weights, target)
-    with files.shared_folder(target) as partial:
-        distributed.on_main(lambda: _write_sidecars(model, partial, source, tokenizer or {}))
-        memory = _InMemory(model, target)
-        if distributed.count() == 1:
-            write_hf(memory, partial, writer.plan(memory))
-        else:
-            _write_together(memory, partial)
-
-
-def _write_sidecars(model: Model, folder: Path, source: Path | None, tokenizer: Mapping[str, bytes]) -> None:
-    values = to_hf(model.config)
-    if source is not None:
-        copy_sidecars(source, folder)
-        values = files.read_json(folder / "config.json")
-        values.pop("quantization_config", None)  # what is in memory is unpacked
-        params, _ = nnx.split_state(model.weights, nnx.Param, ...)
-        values |= {key: jax.tree.leaves(params)[0].dtype.name for key in DTYPE_KEYS if key in values}
-    files.write_whole(folder / "config.json", json.dumps(values, indent=2).encode())
-    for name, content in tokenizer.items():
-        files.write_whole(folder / name, content)
-    drop_missing_code(folder)
-
-
-def _write_together(memory: "_InMemory", folder: Path) -> None:
-    """The tensors as safetensors. All processes gather them, in the same order; the main one writes."""
-    with distributed.together():
-        shards = writer.NewShards(folder, writer.plan(memory)) if distributed.is_main() else None
-    writes: list[Future] = []
-    # what goes wrong in writing is kept to the end: until then the other processes wait for this one in every gather
-    with ThreadPoolExecutor(1) as pool:
-        for name in memory.entries:
-            value = memory.read(name)
-            if shards is not None:
-                wait(writes[-1:])
-                writes.append(pool.submit(shards.write, name, 0, value))
-    if shards is not None:
-        shards.close()
-    for write in writes:
-        write.result()
-
-
-class _InMemory:
-    """A model's weights as the tensors of a checkpoint, whether they lie by layer or in stacks."""
-
-    def __init__(self, model: Model, folder: Path):
-        self.folder = folder
-        self._held: dict[str, tuple[jax.Array, int | None]] = {}  # by layer: an array, and the place if it is a stack
-        for path, leaf in nnx.to_flat_state(model.weights):
-            for place, member in enumerate(members(path, model.config)):
-                self._held[names.key(member)] = leaf.get_raw_value(), place if path[0] == "stacks" else None
-        self._gathered: tuple[str, np.ndarray] = "", np.empty(0)
-        table = names.tensors(model.config, abstract_weights(model.config)[1])
-        self._tensors = {tensor.name: tensor for tensor in table}
-        dtype = lambda tensor: NAMES[np.dtype(self._held[self._key(tensor)][0].dtype)]
-        self.entries = {name: Entry(dtype(tensor), tensor.shape, 0) for name, tensor in self._tensors.items()}
-
-    def _key(self, tensor: names.Tensor) -> str:
-        """The key of the weight that a tensor is, or is a copy of; a tied head is the embedding."""
-        key = names.key(tensor.copy_of or tensor.path)
-        return key if key in self._held else "embed"
-
-    def where(self, name: str) -> str:
-        return str(self.folder)
-
-    def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray:
-        tensor = self._tensors[name]
-        key = self._key(tensor)
-        array, place = self._held[key]
-        if array.is_fully_addressable:
-            value = _entry(array, place, tensor.expert)
-        else:
-            value = self._whole(key)
-            value = value if tensor.expert is None else value[tensor.expert]
-        value = np.asarray(value)
-        value = value.T if tensor.transposed and key != "embed" else value
-        return value[(rows, columns)[: value.ndim]]
-
-    def _whole(self, key: str) -> np.ndarray:
-        """A weight from all processes, which all ask for it; the last is kept, for its experts follow each other."""
-        if self._gathered[0] != key:
-            array, place = self._held[key]
-            self._gathered = key, multihost_utils.process_allgather(_entry(array, place, None), tiled=True)
-        return self._gathered[1]
-
-
-def _entry(array: jax.Array, *places: int | None) -> jax.Array:
-    """The entry at these places along the first axes; None is no axis."""
-    given = tuple(np.int32(place) for place in places if place is not None)
-    return _taken(array, given) if given else array
-
-
-@jax.jit
-def _taken(array: jax.Array, places: tuple[np.int32, ...]) -> jax.Array:
-    """By dynamic indices: static ones would compile once an expert."""
-    for place in places:
-        array = jax.lax.dynamic_index_in_dim(array, place, keepdims=False)
-    return array

@@ -185,11 +185,19 @@ def _template(config: ModelConfig, path: Path) -> str:
 
 
 def _dtype(config: ModelConfig, path: Path, shape: tuple[int, ...]) -> str:
-    if path[-2:] == ("mlp", "bias"):
+    if is_float32(config, path, len(shape)):
         return "F32"
-    if len(shape) == 1:
-        return "F32" if config.model_type == "deepseek_v32" else "BF16"
-    return "F8_E4M3" if config.quantization is not None and path[-1] not in _NEVER_FP8 else "BF16"
+    return "F8_E4M3" if config.quantization is not None and is_packable(path, len(shape)) else "BF16"
+
+
+def is_float32(config: ModelConfig, path: Path, rank: int) -> bool:
+    """Whether published checkpoints have a weight in float32: router biases, and all vectors of V3.2."""
+    return path[-2:] == ("mlp", "bias") or (rank == 1 and config.model_type == "deepseek_v32")
+
+
+def is_packable(path: Path, rank: int) -> bool:
+    """Whether published FP8 checkpoints have a weight in FP8."""
+    return rank > 1 and path[-1] not in _NEVER_FP8
 
 
 def key(path: Path) -> str:

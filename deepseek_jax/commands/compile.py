@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from json import dumps
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from rich.console import Console
@@ -67,38 +67,34 @@ def main(
     of_model = _config(preset, step)
     of_chip, devices = device_topology(topology)
     sizes = compiled.default_mesh(of_model, step, len(devices)) if mesh is None else _parsed(mesh)
-    training = step in compiled.TRAINED
-    layout = Layout(
-        mesh=make_mesh(devices, **sizes),
-        workload="train" if training else "serve",
-        transport=transport,
-        capacity_factor=capacity_factor,
-        scan_layers=scan_layers,
-        remat=remat if training else "nothing",
-        lanes=lanes_of(devices[0].platform),
-    )
-    serving = None
-    if step == "sync":
-        serving = serving_layout(of_model, layout, **_of_serving(serve_mesh))
-    elif serve_mesh is not None:
-        raise ValueError(f"serve_mesh: got {serve_mesh!r} to {step}, wanted it with --step sync alone; use --mesh")
+    options = {"transport": transport, "capacity_factor": capacity_factor, "scan_layers": scan_layers, "remat": remat}
+    layout = _layout(step, make_mesh(devices, **sizes), options)
+    serving = _serving(of_model, layout, step, serve_mesh)
     if batch is None:
         batch = 8 * len(devices) if step == "decode" else layout.parts("batch") * micro_batches
-    task = Task(
-        config=of_model,
-        layout=layout,
-        step=step,
-        batch=batch,
-        context=context,
-        serving=serving,
-        dtype=dtype,
-        moments=moments,
-        micro_batches=micro_batches,
-    )
+    asked = {"batch": batch, "context": context, "dtype": dtype, "moments": moments, "micro_batches": micro_batches}
+    task = Task(config=of_model, layout=layout, step=step, serving=serving, **asked)
     found = compiled.compile_step(task, of_chip)
     print(dumps(_as_json(found, sizes, task), indent=2)) if json else _show(found, task, topology, sizes)
     if not found.fits:
         raise SystemExit(_DOES_NOT_FIT)
+
+
+def _layout(step: Step, mesh: jax.sharding.Mesh, options: Mapping[str, Any]) -> Layout:
+    """Of a step; what serves has no backward pass to save memory in."""
+    lanes = lanes_of(mesh.devices.flat[0].platform)
+    if step in compiled.TRAINED:
+        return Layout(mesh=mesh, workload="train", lanes=lanes, **options)
+    return Layout(mesh=mesh, workload="serve", lanes=lanes, **{**options, "remat": "nothing"})
+
+
+def _serving(config: ModelConfig, layout: Layout, step: Step, serve_mesh: str | None) -> Layout | None:
+    """The layout that a sync moves weights to."""
+    if step == "sync":
+        return serving_layout(config, layout, **_of_serving(serve_mesh))
+    if serve_mesh is not None:
+        raise ValueError(f"serve_mesh: got {serve_mesh!r} to {step}, wanted it with --step sync alone; use --mesh")
+    return None
 
 
 def _config(name: str, step: Step) -> ModelConfig:

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from deepseek_jax.checkpoint.adapters import load_adapter
 from deepseek_jax.checkpoint.files import refuse_existing
-from deepseek_jax.checkpoint.folder import load_model, save_hf
+from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.checkpoint.hub import model_folder
+from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.distributed import printable
 from deepseek_jax.model.lora import merge
 
@@ -29,5 +30,5 @@ def main(
         refuse_existing(out, source)
     loaded = load_model(folder, dtype=None if dtype == "stored" else jnp.dtype(dtype))
     lora, matrices = load_adapter(of_adapter, loaded.config)
-    save_hf(loaded._replace(weights=merge(loaded.weights, matrices, lora)), out, source=folder)
+    save_model(loaded._replace(weights=merge(loaded.weights, matrices, lora)), out, source=folder)
     print(printable(f"wrote {out}"))

@@ -2,34 +2,26 @@
 
 import dataclasses
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from json import dumps
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from deepseek_jax.checkpoint.opened import named_config
 from deepseek_jax.config import PRESETS, ModelConfig
-from deepseek_jax.plan.arithmetic import DType
+from deepseek_jax.plan.advice import Advice, advise, advise_all, rule_of_thumb, thumb_tensor_parallel
 from deepseek_jax.plan.chart import check_path, title, write_chart
-from deepseek_jax.plan.chips import CHIPS
+from deepseek_jax.plan.chips import CHIPS, Chip
 from deepseek_jax.plan.chips import chip as chip_of
 from deepseek_jax.plan.commands import commands
-from deepseek_jax.plan.planner import (
-    ASSUMED,
-    USABLE,
-    Advice,
-    Moments,
-    Plan,
-    Workload,
-    advise,
-    advise_all,
-    plan,
-    rule_of_thumb,
-    state_of,
-    thumb_tensor_parallel,
-    weights_share,
-)
+from deepseek_jax.plan.memory import Moments, state_of
+from deepseek_jax.plan.meshes import Workload
+from deepseek_jax.plan.planner import USABLE, Plan, plan, weights_share
+from deepseek_jax.plan.roofline import ASSUMED
+from deepseek_jax.plan.weights import DType
 from deepseek_jax.report.progress import format_bytes
 
 _UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20, "TB": 10**12, "TIB": 2**40}
@@ -64,50 +56,45 @@ def main(
         workload: serve, train or grpo.
         context: tokens of a sequence; by default 4096, or the model's if that is less.
         batch: sequences at once; by default as many as fit.
-        dtype: of the weights to serve, by default the published one; to train what is computed in, by default bf16.
+        dtype: of the weights to serve, to train what is computed in; by default bf16, to which FP8 files are unpacked.
         moments: what the optimizer's are kept in; what is trained is float32.
         json: print one JSON object: a plan's figures, or a list of them under "plans", or "advice" on a memory.
         chart: PNG or HTML file for a plan's memory against the context.
     """
     if model is None and chip is None and memory is None:
         raise ValueError("wanted a model, --chip or --memory; for example r1-671b --chip v5e, or --memory 24GB")
-    if chart is not None:
-        check_path(chart)
     if memory is not None:
         if chip is not None or chips is not None or chart is not None or workload != "serve" or batch is not None:
             raise ValueError("--memory goes with a model, --context, --dtype and --json, and with nothing else")
         return _advise(model, read_memory(memory), context, dtype, json)
     if chips is not None and chip is None:
         raise ValueError("--chips wants --chip")
+    one = model is not None and chip is not None
+    if chart is not None:
+        check_path(chart)
+        if not one:
+            raise ValueError("--chart wants one model and one --chip")
+    asked = {"workload": workload, "chips": chips, "batch": batch, "dtype": dtype, "moments": moments}
     names = _PUBLISHED if model is None else (model,)
     which = CHIPS if chip is None else (chip_of(chip),)
-    one = model is not None and chip is not None
-    if chart is not None and not one:
-        raise ValueError("--chart wants one model and one --chip")
-    found = []
-    for name in names:
-        config = named_config(name)
-        length = min(4096, config.max_position_embeddings) if context is None else context
-        wanted = {
-            "workload": workload,
-            "context": length,
-            "chips": chips,
-            "batch": batch,
-            "dtype": dtype,
-            "moments": moments,
-        }
-        found += [(name, config, plan(_label(name), config, each, **wanted)) for each in which]
+    found = [each for name in names for each in _plans(name, which, context, asked)]
     if one:
-        name, config, mine = found[0]
-        if chart is not None:
-            write_chart(chart, mine, config, which[0])
-        _print_one(name, config, mine, json)
-        if not mine.fits:
-            raise SystemExit(_DOES_NOT_FIT)
+        _print_one(*found[0], json, chart)
     elif json:
         print(dumps({"plans": [_as_json(*each) for each in found]}, indent=2))
     else:
-        _console().print(_many(found), *_notes(), sep="\n")
+        configs = [config for _, config, _ in found]
+        _console().print(_many(found), *_precision(configs, found[0][2]), *_notes(), sep="\n")
+
+
+_Found = tuple[str, ModelConfig, Plan]  # name as given, architecture, plan
+
+
+def _plans(name: str, which: Sequence[Chip], context: int | None, asked: Mapping[str, Any]) -> Iterator[_Found]:
+    config = named_config(name)
+    length = min(4096, config.max_position_embeddings) if context is None else context
+    for each in which:
+        yield name, config, plan(_label(name), config, each, context=length, **asked)
 
 
 def read_memory(text: str) -> int:
@@ -138,13 +125,23 @@ def _as_json(name: str, config: ModelConfig, found: Plan) -> dict:
     return found.as_json() | {"weights_share": share, "rule_of_thumb": thumb, "commands": known}
 
 
-def _print_one(name: str, config: ModelConfig, found: Plan, json: bool) -> None:
+def _print_one(name: str, config: ModelConfig, found: Plan, json: bool, chart: Path | None) -> None:
+    """Figures, as a table or as JSON, and the chart; ends with a status of its own where the model does not fit."""
+    if chart is not None:
+        write_chart(chart, found, config, chip_of(found.chip))
     facts = _as_json(name, config, found)
     if json:
         print(dumps(facts, indent=2))
-        return
-    table = _memory(found) if found.phases is None else _phases(found)
-    lines = [
+    else:
+        _console().print(_memory(found) if found.phases is None else _phases(found))
+        lines = _lines(config, found, facts)
+        _console().print(*lines, sep="\n", highlight=False, soft_wrap=True)  # commands are to be copied
+    if not found.fits:
+        raise SystemExit(_DOES_NOT_FIT)
+
+
+def _lines(config: ModelConfig, found: Plan, facts: dict) -> list[str]:
+    return [
         f"fits          {_verdict(found)}; the weights alone are {100 * facts['weights_share']:.1f} % of all memory",
         f"chips         {found.chips} x {found.chip} ({found.slice})",
         f"mesh          {_mesh(found.mesh)}",
@@ -152,11 +149,19 @@ def _print_one(name: str, config: ModelConfig, found: Plan, json: bool) -> None:
         f"batch         {found.batch} sequences of {found.context} tokens",
         *(_speeds(found) if found.fits else []),
         *_commands(facts["commands"]),
+        *_precision([config], found),
         *_notes(),
         _thumb(facts["rule_of_thumb"]),
     ]
-    _console().print(table)
-    _console().print(*lines, sep="\n", highlight=False, soft_wrap=True)  # commands are to be copied
+
+
+def _precision(configs: Sequence[ModelConfig], found: Plan) -> list[str]:
+    """What is planned for where a published checkpoint has fewer bits."""
+    if found.workload != "serve" or found.dtype not in ("bf16", "f32"):
+        return []
+    if not any(config.quantization for config in configs):
+        return []
+    return [f"FP8 checkpoints are unpacked to {found.dtype}, as the programs here do; --dtype fp8 is an estimate."]
 
 
 def _memory(found: Plan) -> Table:
@@ -218,7 +223,7 @@ def _thumb(rule: dict) -> str:
 # --- many plans, and a given memory --------------------------------------------------------------
 
 
-def _many(found: list[tuple[str, ModelConfig, Plan]]) -> Table:
+def _many(found: list[_Found]) -> Table:
     columns = (
         "model",
         "dtype",

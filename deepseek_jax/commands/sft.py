@@ -19,10 +19,11 @@ from flax import nnx
 from deepseek_jax import distributed
 from deepseek_jax.checkpoint.adapters import save_adapter
 from deepseek_jax.checkpoint.fingerprint import fingerprint
-from deepseek_jax.checkpoint.folder import Model, lay_out, load_model, save_hf
+from deepseek_jax.checkpoint.folder import Model, lay_out, load_model
 from deepseek_jax.checkpoint.hub import model_folder
 from deepseek_jax.checkpoint.opened import load_config, named_dtype
 from deepseek_jax.checkpoint.owned import write_owned
+from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.config import ModelConfig, preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE, draw_chains, trace
 from deepseek_jax.data.conversations import Conversation
@@ -298,7 +299,8 @@ def _save(config: Config, trainer: SFTTrainer, tokenizer: Tokenizer, state: Trai
         owned(config.output / "adapter", write=adapter)
     trained = trainer.model._replace(weights=computed(trainer.trained(state), dtype))
     owned(
-        config.output / "model", write=lambda target: save_hf(trained, target, source=base, tokenizer=tokenizer.files)
+        config.output / "model",
+        write=lambda target: save_model(trained, target, source=base, tokenizer=tokenizer.files),
     )
 
 

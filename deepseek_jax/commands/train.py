@@ -20,10 +20,11 @@ from flax import nnx
 from deepseek_jax import distributed
 from deepseek_jax.checkpoint.adapters import save_adapter
 from deepseek_jax.checkpoint.fingerprint import fingerprint
-from deepseek_jax.checkpoint.folder import Model, lay_out, load_model, save_hf
+from deepseek_jax.checkpoint.folder import Model, lay_out, load_model
 from deepseek_jax.checkpoint.hub import model_folder
 from deepseek_jax.checkpoint.opened import named_dtype
 from deepseek_jax.checkpoint.owned import write_owned
+from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.config import ModelConfig, preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE, draw_chains, trace
 from deepseek_jax.data.examples import Prompt
@@ -280,7 +281,7 @@ def stages(config: Config, setup: Setup, base: str | None, start: float) -> None
     after = evaluate(config, setup, setup.to_sampler(weights))
     print(f"accuracy after GRPO: {after.mean:.1%} +- {after.stderr:.1%}")
     log.close()
-    save_model(config, setup, weights, run_id)
+    write_model(config, setup, weights, run_id)
     distributed.on_main(lambda: report(config, setup, before, after, time.perf_counter() - start))
 
 
@@ -382,7 +383,7 @@ def make_sampler(config: Config, architecture: ModelConfig, layout: Layout) -> G
     given = {"expert": config.serve_expert, "tensor": config.serve_tensor, "unrolled": config.serve_unrolled}
     serving = serving_layout(architecture, layout, **given)
     sampled = sampled_config(architecture)
-    return Generator(sampled, abstract_weights(sampled, layout=serving)[0], layout=serving)
+    return Generator(sampled, abstract_weights(sampled, layout=serving)[0])
 
 
 class Asked(NamedTuple):
@@ -487,7 +488,7 @@ def cold_start(config: Config, setup: Setup, log: MetricLog) -> nnx.State:
     optimizer = make_optimizer(adamw, steps)
     # the weights themselves are trained here, whatever GRPO trains: biases move
     of_step = dataclasses.replace(config.grpo.step_config, bias_gamma=config.grpo.bias_gamma)
-    update = make_train_step(setup.model.graphdef, sft_objective, optimizer, of_step, setup.layout)
+    update = make_train_step(setup.model.graphdef, sft_objective, optimizer, of_step)
     width = example_width(setup.cold_start)
 
     def step(state: TrainState, examples: Sequence, number: int) -> tuple[TrainState, Mapping[str, float]]:
@@ -513,7 +514,6 @@ def reinforce(config: Config, setup: Setup, weights: nnx.State, log: MetricLog, 
         setup.rewards.total,
         width=setup.width,
         seed=config.seed,
-        layout=setup.layout,
         donate=True,
         alter_rewards=shuffled if config.control == "shuffled" else None,
         take_metrics=setup.rewards.take_metrics,
@@ -556,10 +556,10 @@ def evaluate_once(config: Config, setup: Setup, weights: nnx.State, name: str) -
     return distributed.on_main(lambda: json.loads(path.read_text(encoding="utf-8")))
 
 
-def save_model(config: Config, setup: Setup, weights: nnx.State, run_id: str) -> None:
+def write_model(config: Config, setup: Setup, weights: nnx.State, run_id: str) -> None:
     """As a Hugging Face folder, in the place of the one that the run wrote when it had fewer steps."""
     trained = setup.model._replace(weights=computed(weights, saved_dtype(config)))
-    save = lambda target: save_hf(trained, target, source=config.model, tokenizer=setup.tokenizer.files)
+    save = lambda target: save_model(trained, target, source=config.model, tokenizer=setup.tokenizer.files)
     write_owned(config.output / "model", run=run_id, steps=config.grpo.steps, write=save)
 
 

@@ -8,8 +8,8 @@ from flax import nnx
 
 from deepseek_jax import distributed
 from deepseek_jax.data.examples import Prompt
-from deepseek_jax.generation.engine import Generator, SamplingConfig
-from deepseek_jax.generation.text import TextCompletion, complete
+from deepseek_jax.generation.engine import Completion, Generator, SamplingConfig
+from deepseek_jax.generation.text import complete
 from deepseek_jax.rewards.accuracy import accuracy_reward
 from deepseek_jax.rewards.combine import CombinedReward, combine
 from deepseek_jax.text.tokenizer import Tokenizer
@@ -23,7 +23,7 @@ class Accuracy(NamedTuple):
 
     mean: float
     stderr: float
-    completions: list[TextCompletion]
+    completions: list[Completion]
     scores: list[float | None]
     graded: int
 
@@ -57,7 +57,7 @@ def greedy_accuracy(
     if "accuracy" not in grade.functions:
         raise ValueError(f"greedy_accuracy: grade: got {', '.join(grade.functions)}, wanted 'accuracy'; name it so")
     sampling = SamplingConfig(max_new_tokens=max_new_tokens, temperature=0.0, stop_ids=stop_ids)
-    found: list[TextCompletion] = []
+    found: list[Completion] = []
     for start in range(0, len(prompts), batch):
         part = [p.tokens for p in prompts[start : start + batch]]
         found += complete(generator, weights, tokenizer, part, sampling, seeds=[0] * len(part))

@@ -72,6 +72,7 @@ class State(NamedTuple):
     record: Recorded
 
 
+@jax.named_scope("sampling")
 def draw(state: State, logits_BV, seeds_B, limits_B, knobs: Knobs, modes: Modes) -> State:
     """Choose the token of `position_B`, note it and its log-prob, and step on."""
     B = seeds_B.shape[0]

@@ -23,7 +23,7 @@ from deepseek_jax.model.cache import Cache, abstract_cache, empty_cache
 from deepseek_jax.model.decoder import Hidden, experts_of
 from deepseek_jax.model.lora import decoder_of
 from deepseek_jax.ops.logprobs import project
-from deepseek_jax.sharding import LOCAL, Layout
+from deepseek_jax.sharding import module_layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,8 @@ class Completion(NamedTuple):
     routes: int16 (int32 from 32,769 experts on) [tokens of the prompt + C - 1, L, A], the experts of each of L MoE
     layers that every token went to which was an input; all but the last were. support: uint32 [C, V / 32 rounded up],
     the tokens among which each one was drawn, as `ops.logprobs` has their bits; penalised: the same of those
-    that the penalty was on. None where not recorded.
+    that the penalty was on. None where not recorded. text: the tokens decoded, special ones left out; None from the
+    engine, which knows no tokenizer (`generation.text.complete` fills it in).
     """
 
     tokens: np.ndarray
@@ -85,6 +86,7 @@ class Completion(NamedTuple):
     routes: np.ndarray | None = None
     support: np.ndarray | None = None
     penalised: np.ndarray | None = None
+    text: str | None = None
 
 
 class _Begun(NamedTuple):
@@ -103,18 +105,13 @@ class Generator:
         config: the model's.
         graphdef: static part of the module, from `model.decoder.split`.
         dtype: of the cache; None takes that of the weights, as their activations have it.
+
+    Attributes:
         layout: the one that the module was made with.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        graphdef: nnx.GraphDef,
-        *,
-        dtype: jnp.dtype | None = None,
-        layout: Layout = LOCAL,
-    ):
-        self.config, self.graphdef, self.dtype, self.layout = config, graphdef, dtype, layout
+    def __init__(self, config: ModelConfig, graphdef: nnx.GraphDef, *, dtype: jnp.dtype | None = None):
+        self.config, self.graphdef, self.dtype, self.layout = config, graphdef, dtype, module_layout(graphdef)
         self.prefill = jax.jit(self._prefill, static_argnames=("samples", "slots", "modes", "room"))
         self.decode = jax.jit(self._decode, static_argnames=("modes", "steps"), donate_argnames="state")
 
@@ -176,7 +173,7 @@ class Generator:
 
     def _begin(self, weights, prompts, sampling, seeds, samples, record) -> "_Begun":
         """Prompts padded and prefilled, and the first token of each completion drawn."""
-        self._check(prompts, seeds, samples)
+        self.check(prompts, seeds, samples)
         self._check_record(record, sampling)
         longest = max(map(len, prompts))
         context = self.config.max_position_embeddings
@@ -230,7 +227,8 @@ class Generator:
         whole = math.lcm(self.layout.parts("batch"), of_cache // math.gcd(of_cache, samples))
         return -(-bucket(prompts, least=1) // whole) * whole
 
-    def _check(self, prompts, seeds, samples) -> None:
+    def check(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], samples: int) -> None:
+        """Refuse arguments of a call that the model cannot work with; ValueError says why."""
         if not prompts:
             raise ValueError("prompts: got none, wanted at least one")
         if len(seeds) != len(prompts) * samples:

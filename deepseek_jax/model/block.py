@@ -1,5 +1,6 @@
 """One decoder layer: what the decoder stacks, and what a multi-token prediction module holds one of."""
 
+import jax
 from flax import nnx
 
 from deepseek_jax.config import MLAConfig, ModelConfig
@@ -21,6 +22,7 @@ class Layer(nnx.Module):
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, make)
 
+    @jax.named_scope("layer")
     def __call__(self, x, rotary, counted_BT, layer_idx=None, *, samples_BTK=None, routes_BTA=None):
         """Whole sequences: states, what a cache keeps of them, and the routing.
 
@@ -32,6 +34,7 @@ class Layer(nnx.Module):
         out, stats = self._feed_forward(normed, counted_BT, layer_idx, samples_BTK=samples_BTK, routes_BTA=routes_BTA)
         return self.layout.constrain(x + out, "batch", "sequence", None), new, stats
 
+    @jax.named_scope("layer")
     def extend(self, x, rotary, cache, counted_BT, layer_idx=None):
         """Further tokens over a cache, which is the layer's own or, with a place, its stack's."""
         lay = self.layout.constrain

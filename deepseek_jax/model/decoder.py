@@ -149,7 +149,8 @@ class Decoder(nnx.Module):
     def extend(self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache) -> tuple[Hidden, Cache]:
         """Further tokens at the given positions of each sequence, attending to the cache and themselves."""
         rotary, counted = self._rotary(positions_BT), jnp.ones(tokens_BT.shape, bool)
-        x = self.layout.constrain(self.embed[tokens_BT], "cache_batch", None, None)
+        with jax.named_scope("embed"):
+            x = self.layout.constrain(self.embed[tokens_BT], "cache_batch", None, None)
 
         def visit(layer, carried, of):
             x, entry = carried
@@ -160,6 +161,7 @@ class Decoder(nnx.Module):
         hidden = self._finish(x, stats)
         return hidden._replace(x_BTD=self.layout.constrain(hidden.x_BTD, "batch", None, None)), cache
 
+    @jax.named_scope("logits")
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V] from states after the final norm."""
         return project(x_BTD, self.head_DV())
@@ -183,6 +185,7 @@ class Decoder(nnx.Module):
         entries, stats = zip(*outs, strict=True)
         return self._finish(x, stats), entries
 
+    @jax.named_scope("embed")
     def _embedded(self, tokens_BT) -> jax.Array:
         """Of whole sequences."""
         if self.layout.mesh is None:

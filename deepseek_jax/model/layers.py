@@ -88,6 +88,7 @@ class MLP(nnx.Module):
         self.up = make.matrix(width, inner, axes=("embed", "mlp"))
         self.down = make.matrix(inner, width, axes=("mlp", "embed"))
 
+    @jax.named_scope("mlp")
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         hidden = jax.nn.silu(product(x_BTD, self.gate[...])) * product(x_BTD, self.up[...])
         return product(hidden, self.down[...])
@@ -127,15 +128,22 @@ class MoE(nnx.Module):
         Args:
             x_BTD: tokens.
             mask_BT: which of them count.
-            place: the layer's in a stack, where the experts' weights are a whole stack's.
+            layer_idx: the layer's in a stack, where the experts' weights are a whole stack's.
             samples_BTK: in packed rows, which sample of its row a token that counts belongs to.
             routes_BTA: experts of the tokens that count, instead of those that the router chooses; their weights are
                 of its scores all the same. The other tokens, padding, go where it sends them.
         """
-        B, T, D = x_BTD.shape
+        axes = ("cache_batch", None) if x_BTD.shape[1] == 1 else ("batch", "tokens")
+        own = self.layout.constrain(x_BTD, *axes, None)
+        weights, experts, stats = self._route(own, mask_BT, samples_BTK, routes_BTA)
+        return self._routed(own, weights, experts, layer_idx) + self.shared(x_BTD), stats
+
+    @jax.named_scope("router")
+    def _route(self, x_BTD, mask_BT, samples_BTK, routes_BTA):
+        """Weights and experts of every token, and the statistics of those that count."""
+        B, T, _ = x_BTD.shape
         moe = self.config
-        own = self.layout.constrain(x_BTD, *(("cache_batch", None) if T == 1 else ("batch", "tokens")), None)
-        logits = routing.logits_of(own, self.router[...])
+        logits = routing.logits_of(x_BTD, self.router[...])
         scores_BTE = routing.scores_of(logits, moe)
         bias = None if self.bias is None else self.bias[...]
         by_row, by_token = lambda of: of.reshape(B * T, -1), lambda of: of.reshape(B, T, -1)
@@ -147,9 +155,9 @@ class MoE(nnx.Module):
             balance = routing.sequence_balance(scores_BTE, load, mask_BT, moe)
         else:
             balance = routing.packed_balance(scores_BTE, experts, samples_BTK, moe)
-        stats = RouterStats(load, balance, chosen)
-        return self._routed(own, weights, experts, layer_idx) + self.shared(x_BTD), stats
+        return weights, experts, RouterStats(load, balance, chosen)
 
+    @jax.named_scope("experts")
     def _routed(self, x_BTD, weights_BTA, experts_BTA, layer_idx):
         e, layout = self.experts, self.layout
         matrices = e.gate[...], e.up[...], e.down[...]
@@ -213,6 +221,7 @@ class Indexer(nnx.Module):
         q = (latent_BTQ @ self.q).reshape(*x_BTD.shape[:2], self.heads, -1)
         return self._rotate(q, rotary), x_BTD @ self.weights
 
+    @jax.named_scope("indexer")
     def choose(self, queries: tuple[jax.Array, jax.Array], keys_BSZ: jax.Array, visible_BTS: jax.Array) -> jax.Array:
         """Indices [B, T, U] of the index_topk best keys; there must be so many, though not so many visible ones."""
         q, weights = queries
@@ -248,6 +257,7 @@ class LatentAttention(nnx.Module):
         self.o = make.matrix(N * a.v_head_dim, D, axes=("heads", "embed"))
         self.indexer = None if a.indexer is None else Indexer(config, make)
 
+    @jax.named_scope("attention")
     def __call__(self, x_BTD: jax.Array, rotary: Rotary) -> tuple[jax.Array, LatentCache]:
         lay = self.layout.constrain
         latent = self._query_latent(x_BTD)
@@ -270,6 +280,7 @@ class LatentAttention(nnx.Module):
         out = attention.in_blocks(attend_rows, queries, **_blocks(self.layout, x_BTD.shape, self.heads))
         return self._output(checkpoint_name(out, ATTENTION)), new
 
+    @jax.named_scope("attention")
     def extend(
         self, x_BTD: jax.Array, rotary: Rotary, cache: LatentCache, layer_idx: jax.Array | None = None
     ) -> tuple[jax.Array, LatentCache]:
@@ -349,6 +360,7 @@ class GroupedAttention(nnx.Module):
             self.q_head_norm = make.scale(K, None)
             self.k_head_norm = make.scale(K, None)
 
+    @jax.named_scope("attention")
     def __call__(self, x_BTD: jax.Array, rotary: Rotary) -> tuple[jax.Array, KVCache]:
         lay = self.layout.constrain
         q, new = self._project(x_BTD, rotary)
@@ -364,6 +376,7 @@ class GroupedAttention(nnx.Module):
         out = attention.in_blocks(attend_rows, queries, **_blocks(self.layout, x_BTD.shape, self.shape[0]))
         return self._output(checkpoint_name(out, ATTENTION)), new
 
+    @jax.named_scope("attention")
     def extend(
         self, x_BTD: jax.Array, rotary: Rotary, cache: KVCache, layer_idx: jax.Array | None = None
     ) -> tuple[jax.Array, KVCache]:

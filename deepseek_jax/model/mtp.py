@@ -34,6 +34,7 @@ class MTP(nnx.Module):
         self.layer = Layer(config, config.num_hidden_layers + depth, make)
         self.norm = make.scale(D, None)
 
+    @jax.named_scope("mtp")
     def __call__(
         self,
         embedded_BTD: jax.Array,

@@ -141,6 +141,7 @@ def _routes_a_token(config: ModelConfig) -> tuple[int, int]:
     return layers, config.moe.num_experts_per_tok
 
 
+@jax.named_scope("logits")
 def _logprobs(
     model: Decoder,
     x_BTD: jax.Array,

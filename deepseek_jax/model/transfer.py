@@ -14,7 +14,7 @@ from deepseek_jax.model.cache import stack_sizes
 from deepseek_jax.model.precision import computed, convert_dtype
 from deepseek_jax.model.scan_layers import members
 from deepseek_jax.parallel.reshard import reshard
-from deepseek_jax.sharding import Layout
+from deepseek_jax.sharding import Layout, misfit
 
 MOST_TENSOR = 16  # parts of heads: cut further, a step's sums over chips cost more than the reading they save
 
@@ -47,18 +47,15 @@ def serving_layout(
         if (expert or 1) * (tensor or 1) > 1:
             raise ValueError(f"mesh: expert {expert or 1} x tensor {tensor or 1} do not divide the one device in use")
         return found
-    devices = trained.mesh.size
-    tensors = _divisors(serving_sizes(config, devices, expert=expert)["tensor"]) if tensor is None else [tensor]
-    layouts = [found.serving(**serving_sizes(config, devices, expert=expert, tensor=of)) for of in tensors]
-    fitting = next((layout for layout in layouts if _divides(layout, config)), layouts[-1])
-    fitting.check(config)
-    return fitting
+    found = found.serving(**serving_sizes(config, trained.mesh.size, expert=expert, tensor=tensor))
+    found.check(config)
+    return found
 
 
 def serving_sizes(
     config: ModelConfig, devices: int, *, expert: int | None = None, tensor: int | None = None
 ) -> dict[str, int]:
-    """Sizes of the axes of the mesh of `serving_layout`, by the numbers of heads and experts alone.
+    """Sizes of the axes of the mesh of `serving_layout`: the largest `tensor` by which all the model's numbers divide.
 
     Raises:
         ValueError: given sizes that do not divide the devices.
@@ -66,27 +63,26 @@ def serving_sizes(
     given = (expert or 1) * (tensor or 1)
     if devices % given:
         raise ValueError(f"mesh: expert {expert or 1} x tensor {tensor or 1} do not divide the {devices} devices")
-    moe, rest = config.moe, devices // given
-    if tensor is None and moe is None:
-        tensor = math.gcd(rest, getattr(config.attention, "num_key_value_heads", config.num_attention_heads))
-    elif tensor is None:
-        tensor = math.gcd(rest, MOST_TENSOR, config.num_attention_heads, moe.n_routed_experts // (expert or 1))
+    tensors = [tensor]
+    if tensor is None:
+        most = _most_tensor(config, devices // given, expert or 1)
+        tensors = [of for of in range(most, 0, -1) if most % of == 0]
+    meshes = [_with_tensor(config, devices, expert, of) for of in tensors]
+    return next((sizes for sizes in meshes if misfit(config, "serve", sizes) is None), meshes[-1])
+
+
+def _most_tensor(config: ModelConfig, devices: int, expert: int) -> int:
+    """By the numbers of heads and experts alone."""
+    if config.moe is None:
+        return math.gcd(devices, getattr(config.attention, "num_key_value_heads", config.num_attention_heads))
+    return math.gcd(devices, MOST_TENSOR, config.num_attention_heads, config.moe.n_routed_experts // expert)
+
+
+def _with_tensor(config: ModelConfig, devices: int, expert: int | None, tensor: int) -> dict[str, int]:
     if expert is None:
-        expert = 1 if moe is None else math.gcd(devices // tensor, max(1, moe.n_routed_experts // tensor))
+        experts = 1 if config.moe is None else max(1, config.moe.n_routed_experts // tensor)
+        expert = math.gcd(devices // tensor, experts)
     return {"data": devices // (expert * tensor), "expert": expert, "tensor": tensor}
-
-
-def _divisors(number: int) -> list[int]:
-    """The largest first."""
-    return [of for of in range(number, 0, -1) if number % of == 0]
-
-
-def _divides(layout: Layout, config: ModelConfig) -> bool:
-    try:
-        layout.check(config)
-    except ValueError:
-        return False
-    return True
 
 
 def sampled_config(config: ModelConfig) -> ModelConfig:

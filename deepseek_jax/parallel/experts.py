@@ -249,12 +249,14 @@ def _sent_round(trip, number, arrays, numbers):
     x, weights, matrices = arrays
     entries, layer = numbers
     go = trip(entries, number)
-    arrived = go.dispatch(take_rows(x, go.entry // weights.shape[1], go.slot))
-    order, inverse = by_expert(go.starts, go.sizes, arrived.shape[0])
-    rows = take_rows(arrived, order, inverse[:, None])
+    with jax.named_scope("dispatch"):
+        arrived = go.dispatch(take_rows(x, go.entry // weights.shape[1], go.slot))
+        order, inverse = by_expert(go.starts, go.sizes, arrived.shape[0])
+        rows = take_rows(arrived, order, inverse[:, None])
     out = _swiglu(rows, matrices, jnp.sum(go.sizes, axis=0), layer)
-    returned = go.combine(take_rows(out, inverse, order[:, None]))
-    return _combined(returned, weights, go.slot, go.entry)
+    with jax.named_scope("combine"):
+        returned = go.combine(take_rows(out, inverse, order[:, None]))
+        return _combined(returned, weights, go.slot, go.entry)
 
 
 _FIXED = partial(

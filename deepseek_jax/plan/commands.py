@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deepseek_jax.plan.chips import chip
-from deepseek_jax.plan.planner import Plan, Sizes
+from deepseek_jax.plan.meshes import Sizes
+from deepseek_jax.plan.planner import Plan
 from deepseek_jax.plan.topology import compilable
 
 Step = Literal["decode", "train", "grpo", "sync"]

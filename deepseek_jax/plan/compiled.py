@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -18,11 +17,21 @@ import numpy as np
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.transfer import sampled_config, serving_sizes
-from deepseek_jax.plan import arithmetic, planner, pod
+from deepseek_jax.plan import model_bytes, model_flops, pod
 from deepseek_jax.plan.account import Account, Collective, account
-from deepseek_jax.plan.arithmetic import StateDTypes
 from deepseek_jax.plan.chips import Chip
-from deepseek_jax.plan.exchange import comm_lower_bound, reshard_lower_bound
+from deepseek_jax.plan.communication import comm_lower_bound, reshard_lower_bound
+from deepseek_jax.plan.memory import (
+    Memory,
+    Moments,
+    prefill_memory,
+    serve_memory,
+    state_of,
+    train_memory,
+    transfer_memory,
+)
+from deepseek_jax.plan.meshes import Sizes
+from deepseek_jax.plan.model_bytes import StateDTypes
 from deepseek_jax.plan.topology import GPU_OPTIONS
 from deepseek_jax.sharding import Layout
 from deepseek_jax.train.grpo_config import GRPOConfig
@@ -57,7 +66,7 @@ class Task:
     context: int
     serving: Layout | None = None
     dtype: Literal["bf16", "f32"] = "bf16"
-    moments: planner.Moments = "float32"
+    moments: Moments = "float32"
     micro_batches: int = 1
 
     @property
@@ -73,7 +82,7 @@ class Task:
     @property
     def state(self) -> StateDTypes:
         """The same for the planner."""
-        return planner.state_of(self.dtype, self.moments)
+        return state_of(self.dtype, self.moments)
 
     def check(self) -> None:
         """Refuse what the mesh does not divide, before anything is compiled. Raises ValueError with the numbers."""
@@ -98,7 +107,7 @@ class Compiled:
         devices: of the mesh, one or two a chip.
         hbm_bytes: memory of a device.
         used_bytes: of it, arguments and temporaries and results that take no argument's place.
-        planned_bytes: what `plan.planner` says of the same mesh and batch.
+        planned_bytes: what `plan.memory` says of the same mesh and batch.
         argument_bytes, temp_bytes: as the compiler reports them.
         weight_bytes, optimizer_bytes, cache_bytes: parts of the arguments.
         serving_bytes: of the weights that a sync gives.
@@ -109,7 +118,7 @@ class Compiled:
         bytes_accessed: read from and written to memory.
         analytic_bytes: weights touched, cache, gradients and moments, once each; what a sync reads and writes.
         collectives: op, mesh axis and bytes sent.
-        collective_bytes, analytic_collective_bytes: their sum, and the least of `plan.exchange`.
+        collective_bytes, analytic_collective_bytes: their sum, and the least of `plan.communication`.
         uncounted: op names of loops that are counted once, since only the data know their length, and of kernels
             whose arithmetic nothing tells.
         compile_seconds: lowering included.
@@ -182,12 +191,8 @@ def compile_step(task: Task, of_chip: Chip) -> Compiled:
         return Compiled(fits=False, used_bytes=used_bytes, compile_seconds=spent, **common)
     spent = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    used_bytes = (
-        memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
+    used_bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    used_bytes += memory.output_size_in_bytes - memory.alias_size_in_bytes
     # of decoding one token a sequence is the step, without what the loop prepares once for all of them
     loop = "jit(_decode)/while" if task.step == "decode" else None
     sums = account(compiled.as_text(), task.layout.mesh.shape, loop=loop)
@@ -247,10 +252,10 @@ def analytic_flops(task: Task) -> int:
     if task.step == "sync":
         return 0
     if task.step == "prefill":
-        return arithmetic.prefill_flops(config, batch, context).total
+        return model_flops.prefill_flops(config, batch, context).total
     if task.step == "decode":
-        return arithmetic.decode_flops(config, batch, context).total
-    return arithmetic.train_flops(config, batch, context, mtp=task.step == "train").total
+        return model_flops.decode_flops(config, batch, context).total
+    return model_flops.train_flops(config, batch, context, mtp=task.step == "train").total
 
 
 def analytic_bytes(task: Task) -> float:
@@ -260,16 +265,16 @@ def analytic_bytes(task: Task) -> float:
         memory = planned_memory(task)
         return task.layout.mesh.size * (memory.weights + memory.serving)
     if task.step == "prefill":
-        return arithmetic.prefill_bytes(config, task.batch, task.context, dtype, cache_dtype=dtype).total
+        return model_bytes.prefill_bytes(config, task.batch, task.context, dtype, cache_dtype=dtype).total
     if task.step == "decode":
-        return arithmetic.decode_bytes(config, task.batch, task.context, dtype, cache_dtype=dtype).total
-    return arithmetic.train_bytes(config, task.state).total
+        return model_bytes.decode_bytes(config, task.batch, task.context, dtype, cache_dtype=dtype).total
+    return model_bytes.train_bytes(config, task.state).total
 
 
 def _least(task: Task) -> float:
     if task.step == "sync":
         return reshard_lower_bound(sampled_config(task.config), task.layout, task.serving, DTYPES[task.dtype])
-    return comm_lower_bound(task.config, task.layout, task.step, task.batch, task.context)
+    return comm_lower_bound(task.config, Sizes(**task.layout.mesh.shape), task.step, task.batch, task.context)
 
 
 def _tokens(task: Task) -> int:
@@ -278,22 +283,19 @@ def _tokens(task: Task) -> int:
     return task.batch * (1 if task.step == "decode" else task.context)
 
 
-def planned_memory(task: Task) -> planner.Memory:
+def planned_memory(task: Task) -> Memory:
     """What the planner says that a device holds of the step, on the task's own mesh."""
-    sizes = planner.Sizes(**task.layout.mesh.shape)
+    sizes = Sizes(**task.layout.mesh.shape)
     kind = "tpu" if task.layout.mesh.devices.flat[0].platform == "tpu" else "gpu"
     if task.step == "sync":
-        return planner.transfer_memory(
-            task.config, task.state, sizes, planner.Sizes(**task.serving.mesh.shape), kind=kind
-        )
+        return transfer_memory(task.config, task.state, sizes, Sizes(**task.serving.mesh.shape), kind=kind)
     if task.step in TRAINED:
         form = {"kind": kind, "modules": task.step == "train", "micro_batches": task.micro_batches}
-        return planner.train_memory(task.config, task.state, sizes, task.batch, task.context, **form)
+        return train_memory(task.config, task.state, sizes, task.batch, task.context, **form)
+    given = task.config, task.dtype, sizes, task.batch, task.context
     if task.step == "decode":
-        memory = partial(planner.serve_memory, multiple=task.layout.lanes)
-    else:
-        memory = planner.prefill_memory
-    return memory(task.config, task.dtype, sizes, task.batch, task.context)
+        return serve_memory(*given, multiple=task.layout.lanes)
+    return prefill_memory(*given)
 
 
 def _times(sums: Account, of_chip: Chip, task: Task) -> dict[str, float]:

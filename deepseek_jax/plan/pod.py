@@ -40,7 +40,7 @@ class Program(NamedTuple):
 def trace_prefill(config: ModelConfig, layout: Layout, batch: int, context: int, dtype: jnp.dtype) -> Program:
     """`batch` prompts of `context` tokens into the cache, and the first token drawn."""
     graphdef, weights = abstract_weights(config, dtype, layout)
-    generator = Generator(config, graphdef, dtype=dtype, layout=layout)
+    generator = Generator(config, graphdef, dtype=dtype)
     knobs, modes = generator.settings(SamplingConfig(max_new_tokens=1))
     of = partial(_everywhere, layout)
     traced = generator.prefill.trace(
@@ -61,7 +61,7 @@ def trace_prefill(config: ModelConfig, layout: Layout, batch: int, context: int,
 def trace_decode(config: ModelConfig, layout: Layout, batch: int, context: int, dtype: jnp.dtype) -> Program:
     """The decoding loop of `batch` sequences over a cache of `context` slots; its body is one token a sequence."""
     graphdef, weights = abstract_weights(config, dtype, layout)
-    generator = Generator(config, graphdef, dtype=dtype, layout=layout)
+    generator = Generator(config, graphdef, dtype=dtype)
     knobs, modes = generator.settings(SamplingConfig(max_new_tokens=1))
     of = partial(_everywhere, layout)
     cache = abstract_cache(config, batch, context, dtype, layout)
@@ -113,7 +113,7 @@ def _trace_update(
 ) -> Program:
     graphdef, weights = abstract_weights(config, jnp.float32, layout)
     optimizer = make_optimizer(settings.adamw, 1, untrained=untrained)
-    update = make_train_step(graphdef, objective, optimizer, settings.step_config, layout)
+    update = make_train_step(graphdef, objective, optimizer, settings.step_config)
     state = abstract_state(weights, optimizer, layout)
     place = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
     traced = update.trace(state, jax.tree.map(place, like, layout.row_shardings(like)))

@@ -4,8 +4,9 @@ import math
 import unicodedata
 
 from deepseek_jax.rewards.combine import check_strings
+from deepseek_jax.text.think import CLOSE, OPEN, with_opening
 
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+TAGS = (OPEN, CLOSE, "<answer>", "</answer>")
 
 
 def format_reward(
@@ -33,7 +34,7 @@ def format_reward(
     Source: DeepSeek-R1 paper, section 2.2.2 (format rewards) and Table 1 (template).
     """
     check_strings("format_reward", prompts, completions)
-    return [float(_is_template(_whole(*row))) for row in zip(prompts, completions, strict=True)]
+    return [float(_is_template(with_opening(*row))) for row in zip(prompts, completions, strict=True)]
 
 
 def soft_format_reward(
@@ -64,18 +65,14 @@ def soft_format_reward(
       (tests/rewards/test_format.py, test_soft_repeating_every_tag_is_no_full_score).
     """
     check_strings("soft_format_reward", prompts, completions)
-    return [_tag_cosine(_whole(*row)) for row in zip(prompts, completions, strict=True)]
-
-
-def _whole(prompt: str, completion: str) -> str:
-    return "<think>" + completion if prompt.rstrip().endswith("<think>") else completion
+    return [_tag_cosine(with_opening(*row)) for row in zip(prompts, completions, strict=True)]
 
 
 def _is_template(text: str) -> bool:
     if any(text.count(tag) != 1 for tag in TAGS):
         return False
-    before, _, rest = text.partition("<think>")
-    thought, closed, rest = rest.partition("</think>")
+    before, _, rest = text.partition(OPEN)
+    thought, closed, rest = rest.partition(CLOSE)
     between, opened, rest = rest.partition("<answer>")
     answer, ended, after = rest.partition("</answer>")
     in_order = bool(closed and opened and ended)

@@ -8,7 +8,7 @@ from itertools import groupby
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from deepseek_jax.rewards.combine import RewardFunction, check_strings
-from deepseek_jax.text.think import split_thinking
+from deepseek_jax.text.think import opens_thought, split_thinking
 
 # What is no language: code, LaTeX, addresses. The bounds keep many openings without an end from taking quadratic time.
 _NO_WORDS = re.compile(
@@ -87,7 +87,7 @@ def language_reward(*, language: str) -> RewardFunction:
     ) -> list[float | None]:
         check_strings("language_reward", prompts, completions)
         thoughts = [
-            split_thinking(completion, opened=prompt.rstrip().endswith("<think>"))[0]
+            split_thinking(completion, opened=opens_thought(prompt))[0]
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         return [_share(thought[:_MAX_CHARS], language) for thought in thoughts]

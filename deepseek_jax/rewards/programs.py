@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from deepseek_jax.text.think import after_thoughts, with_opening
+
 # A fence may stand in a list or a quotation, indented; a backtick fence's label holds no backtick.
 _FENCE = re.compile(r"((?:[ \t]|>|[-*+] |\d{1,3}[.)] )*)(`{3,}(?=[^`]*$)|~{3,})[ \t]*(.*?)[ \t]*")
 _PYTHON = re.compile(r"\{?\.?(i?python|py)[0-9.]*(?![\w-])")
@@ -19,15 +21,6 @@ class _Block(NamedTuple):
     label: str
     text: str
     closed: bool
-
-
-def final_part(prompt: str, completion: str) -> str:
-    """What follows the thoughts: after the last `</think>`; nothing where a thought is never closed, be it that the
-    completion opened it or the prompt did."""
-    before, closed, final = completion.rpartition("</think>")
-    if not closed:
-        final = "" if prompt.rstrip().endswith("<think>") else completion.partition("<think>")[0]
-    return final
 
 
 def extract_program(prompt: str, completion: str, names: frozenset[str] = frozenset()) -> str | None:
@@ -46,7 +39,7 @@ def extract_program(prompt: str, completion: str, names: frozenset[str] = frozen
     Returns:
       The block's text; None where there is none.
     """
-    final = final_part(prompt, completion)
+    final = after_thoughts(with_opening(prompt, completion))
     opened, tag, answer = final.rpartition("<answer>")
     blocks = list(_blocks(answer.partition("</answer>")[0])) if tag else []
     blocks = blocks or list(_blocks(final))

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepseek_jax.generation.engine import bucket
-from deepseek_jax.generation.text import TextCompletion
+from deepseek_jax.generation.engine import Completion, bucket
 
 
 class Batch(NamedTuple):
@@ -58,7 +57,7 @@ class PackedSlot(NamedTuple):
 
 def make_batch(
     prompts: Sequence[Sequence[int]],
-    completions: Sequence[TextCompletion],
+    completions: Sequence[Completion],
     advantages: np.ndarray,
     *,
     width: int | None = None,
@@ -83,7 +82,7 @@ def make_batch(
 
 def pack(
     prompts: Sequence[Sequence[int]],
-    completions: Sequence[TextCompletion],
+    completions: Sequence[Completion],
     advantages: np.ndarray,
     *,
     width: int,
@@ -160,7 +159,7 @@ def _laid_out(prompts, completions, advantages, slots: list[PackedSlot], shape, 
     return batch
 
 
-def _empty(shape: tuple[int, int], per_row: int, like: TextCompletion) -> Batch:
+def _empty(shape: tuple[int, int], per_row: int, like: Completion) -> Batch:
     routes, support, penalised = like.routes, like.support, like.penalised
     return Batch(
         tokens_BT=np.zeros(shape, np.int32),

@@ -55,6 +55,7 @@ def _rows(mask_BT: Bool[Array, "B T"], segments_BT: Int[Array, "B T"] | None, pe
     return _Rows(mask_BT, member, jnp.sum(member, axis=1), samples)
 
 
+@jax.named_scope("loss")
 def grpo_loss(
     logprobs_BT: Float[Array, "B T"],
     old_logprobs_BT: Float[Array, "B T"],

@@ -11,8 +11,8 @@ from flax import nnx
 
 from deepseek_jax import distributed
 from deepseek_jax.data.examples import Prompt
-from deepseek_jax.generation.engine import Generator, Record, SamplingConfig
-from deepseek_jax.generation.text import TextCompletion, complete, seeds_for
+from deepseek_jax.generation.engine import Completion, Generator, Record, SamplingConfig
+from deepseek_jax.generation.text import complete, seeds_for
 from deepseek_jax.rewards.combine import CombinedReward, Graded
 from deepseek_jax.rl.advantage import zero_variance
 from deepseek_jax.text.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ class Rollout(NamedTuple):
     """
 
     prompts: list[Prompt]
-    completions: list[TextCompletion]
+    completions: list[Completion]
     rewards: np.ndarray
     parts: dict[str, list[float | None]]
     extra: Mapping[str, list[Any]] = MappingProxyType({})
@@ -91,7 +91,7 @@ class RolloutWorker:
             first: place of the first prompt among those of the step.
         """
         size = self.at_once or len(prompts)
-        found: list[TextCompletion] = []
+        found: list[Completion] = []
         graded = []
         with ThreadPoolExecutor(1) as grader:
             for start in range(0, len(prompts), size):
@@ -106,7 +106,7 @@ class RolloutWorker:
         rewards = np.asarray(all_of.total, np.float32).reshape(len(prompts), self.group_size)
         return Rollout(list(prompts), found, rewards, all_of.parts, all_of.extra, all_of.metrics)
 
-    def _sampled(self, weights, prompts, seed, step, first) -> list[TextCompletion]:
+    def _sampled(self, weights, prompts, seed, step, first) -> list[Completion]:
         seeds = [
             s for place in range(len(prompts)) for s in seeds_for(seed, step, first + place, count=self.group_size)
         ]

@@ -3,6 +3,8 @@ r"""Where the final answer stands: in a completion, and in a data set's solution
 import re
 from typing import Literal
 
+from deepseek_jax.text.think import after_thoughts, with_opening
+
 Extraction = Literal["strict", "lenient"]
 """What counts as a final answer: a box or answer tags; or also a phrase or the last number."""
 
@@ -55,7 +57,7 @@ def extract_answer(text: str, *, unclosed_box: bool = False) -> str | None:
 
     Source: huggingface/math-verify (the last box is the answer).
     """
-    final = _final(text)
+    final = after_thoughts(text)
     return _last_boxed(final, unclosed_box) or _last_tagged(final)
 
 
@@ -79,7 +81,7 @@ def extract_lenient(text: str, *, unclosed_box: bool = False) -> str | None:
     strict = extract_answer(text, unclosed_box=unclosed_box)
     if strict is not None:
         return strict
-    tail = _final(text)[-_TAIL_CHARS:]
+    tail = after_thoughts(text)[-_TAIL_CHARS:]
     phrases = [first or second for first, second in _PHRASE.findall(tail)]
     if phrases and phrases[-1].strip(" .*"):
         return _first_number(phrases[-1].strip(" *"))
@@ -101,7 +103,7 @@ def answer_of(
     Returns:
       The answer, or None.
     """
-    text = "<think>" + completion if prompt.rstrip().endswith("<think>") else completion
+    text = with_opening(prompt, completion)
     extract = extract_answer if extraction == "strict" else extract_lenient
     return extract(text, unclosed_box=unclosed_box)
 
@@ -142,11 +144,6 @@ def solution_answer(text: str, *, bare: bool = True) -> str | None:
     if found is None:
         found = _bare_answer(text.strip(), bare)
     return found if found and not not_finite(found) else None
-
-
-def _final(text: str) -> str:
-    before, closed, final = text.rpartition("</think>")
-    return final if closed else text.partition("<think>")[0]
 
 
 def _first_number(text: str) -> str:

@@ -34,6 +34,25 @@ def split_thinking(text: str, *, opened: bool) -> tuple[str, str]:
     return reasoning, answer
 
 
+def opens_thought(prompt: str) -> bool:
+    """Whether a prompt ends in `<think>`, whitespace after it allowed: its completions begin inside the thought."""
+    return prompt.rstrip().endswith(OPEN)
+
+
+def with_opening(prompt: str, completion: str) -> str:
+    """A completion with the `<think>` that its prompt ended in, if it did."""
+    return OPEN + completion if opens_thought(prompt) else completion
+
+
+def after_thoughts(text: str) -> str:
+    """What answers are looked for in: the text after the last `</think>`, or before a `<think>` that never closes.
+
+    Unlike `split_thinking`, which shows a reader all that was written, this lets no thought pass for an answer.
+    """
+    _, closed, final = text.rpartition(CLOSE)
+    return final if closed else text.partition(OPEN)[0]
+
+
 class ThinkParser:
     """Splits a stream as `split_thinking` splits the whole text, whatever the chunks.
 

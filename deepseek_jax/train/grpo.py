@@ -31,7 +31,6 @@ from deepseek_jax.rl.advantage import (
 from deepseek_jax.rl.batch import Batch, make_batch, pack, rows_multiple
 from deepseek_jax.rl.objective import frozen_scores, grpo_objective
 from deepseek_jax.rl.rollout import Rollout, RolloutWorker, dynamic_sampling, rollout_metrics
-from deepseek_jax.sharding import LOCAL, Layout
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.grpo_config import GRPOConfig
 from deepseek_jax.train.optimizer import make_optimizer, schedule
@@ -82,7 +81,6 @@ class GRPOTrainer:
         reward: of texts and columns.
         width: columns of an update's rows, at least the longest prompt and completion; fixed, so that it compiles once.
         seed: of sampling.
-        layout: the one that the model was made with, to train in.
         donate: train the model's weights themselves: whoever gave them has them no longer (`first_state` takes them).
         alter_rewards: (rewards [P, G], step) to those that advantages are made of (controls: shuffling them, say).
         take_metrics: further numbers of a step, such as those of a grader.
@@ -98,14 +96,13 @@ class GRPOTrainer:
         *,
         width: int,
         seed: int,
-        layout: Layout = LOCAL,
         donate: bool = False,
         alter_rewards: Callable[[np.ndarray, int], np.ndarray] | None = None,
         take_metrics: Callable[[], Mapping[str, float]] = dict,
     ):
-        self.config, self.model, self.layout, self.lora = config, model, layout, config.lora
+        self.config, self.model, self.layout, self.lora = config, model, model.layout, config.lora
         self.donate, self._dtype = donate, jnp.dtype(config.step_config.dtype)
-        self._to_sampler = Transfer(generator.config, layout, generator.layout, self._dtype)
+        self._to_sampler = Transfer(generator.config, self.layout, generator.layout, self._dtype)
         self.width, self.seed, self.alter, self.take_metrics = width, seed, alter_rewards, take_metrics
         self.optimizer = make_optimizer(config.adamw, self._updates)
         self.rate = schedule(config.adamw, self._updates)
@@ -117,9 +114,9 @@ class GRPOTrainer:
         objective = partial(grpo_objective, config=config.loss, **self.score)
         parts = model.graphdef, objective, self.optimizer, config.step_config
         if self.lora is None:
-            self.update = make_train_step(*parts, layout)
+            self.update = make_train_step(*parts)
         else:
-            self.update = partial(make_adapter_step(*parts, self.lora, layout), frozen=self.frozen)
+            self.update = partial(make_adapter_step(*parts, self.lora), frozen=self.frozen)
         self.roll = RolloutWorker(
             generator=generator,
             tokenizer=tokenizer,

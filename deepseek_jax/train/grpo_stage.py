@@ -27,7 +27,7 @@ def run_grpo(
     Args:
         trainer: of the model.
         prompts: endless batches of prompts, `prompts_per_step` each.
-        folder: of the run.
+        folder: of the run. Of its checkpoints the newest stay, and the one of the best accuracy.
         log: of the run.
         evaluate: accuracy of weights in the sampler's layout on held-out questions, for every `eval_every` steps.
 
@@ -61,6 +61,7 @@ def run_grpo(
         steps=config.steps,
         save_every=config.save_every,
         shown=_BAR,
+        keep_best=None if evaluate is None else "eval/accuracy",
         profile_steps=config.profile_steps,
     )
     return run_stage(stage, trainer.first_state(), prompts, step, folder=folder, log=log)

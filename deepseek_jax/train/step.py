@@ -18,7 +18,7 @@ from deepseek_jax.model.scoring import Scored
 from deepseek_jax.ops.metrics import BatchTotals, Mean, Metrics, Sum, merge
 from deepseek_jax.ops.micro_batches import split_rows
 from deepseek_jax.ops.routing import updated_bias
-from deepseek_jax.sharding import LOCAL, Layout
+from deepseek_jax.sharding import LOCAL, Layout, module_layout
 
 
 class TrainState(NamedTuple):
@@ -86,10 +86,11 @@ def init_state(
     """A state at step 0.
 
     Args:
-        weights: to begin with. An update donates its state, so that they are copied.
+        weights: to begin with, float32, a model's or an adapter's.
         optimizer: for the moments.
-        layout: of both.
-        donate: take the weights themselves; whoever gave them has them no longer, and there is no second copy.
+        layout: of the weights; the moments get the same.
+        donate: take the weights themselves, so that there is no second copy; whoever gave them has them no longer.
+            Otherwise they are copied, for an update donates its state.
     """
 
     def first(weights):
@@ -105,13 +106,21 @@ def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     config: StepConfig,
-    layout: Layout = LOCAL,
 ) -> Callable[[TrainState, MaskedBatch], tuple[TrainState, Metrics]]:
-    """The jitted step; its state is donated. `layout` is the one that the module of `graphdef` was made with.
+    """The jitted step (state, batch) -> (state, metrics), in the layout that the module was made with.
 
-    Beside the objective's metrics it gives `loss`, `grad_norm`, `nonfinite_updates`, 1 where loss, gradient or new
-    weights are not finite, which `train.loop` ends a run for, and with `skip_grad_norm` `skipped_updates`.
+    Args:
+        graphdef: of the module to train.
+        objective: its loss on a part of a batch.
+        optimizer: of `make_optimizer`, say; the one that made the state's moments.
+        config: how a batch becomes an update.
+
+    Returns:
+        The step. It donates its state, whose arrays are gone afterwards. Beside the objective's metrics it gives
+        `loss`, `grad_norm`, and `nonfinite_updates`, which is 1 where loss, gradient or new weights are not finite
+        and for which `train.loop` ends a run; with `skip_grad_norm` also `skipped_updates`.
     """
+    layout = module_layout(graphdef)
 
     def step(state: TrainState, batch: MaskedBatch) -> tuple[TrainState, Metrics]:
         model = lambda weights: nnx.merge(graphdef, convert_dtype(weights, jnp.dtype(config.dtype)))
@@ -126,17 +135,23 @@ def make_adapter_step(
     optimizer: optax.GradientTransformation,
     config: StepConfig,
     lora: LoRAConfig,
-    layout: Layout = LOCAL,
 ) -> Callable[[TrainState, MaskedBatch, nnx.State], tuple[TrainState, Metrics]]:
     """The jitted step of an adapter beside frozen weights: (state, batch, frozen) -> (state, metrics).
 
-    The state is of `init_state(adapter, ...)`, so that moments exist for the adapter alone, and is donated. `frozen`,
-    the model's weights, is only read; it stays with the caller. Router biases are frozen too: what an adapter's folder
-    has no place for must not move.
+    Args:
+        graphdef: of the model without an adapter.
+        objective, optimizer, config: as for `make_train_step`.
+        lora: the adapter's settings.
+
+    Returns:
+        The step. Its state is of `init_state(adapter, ...)`, so that moments exist for the adapter alone, and is
+        donated. `frozen`, the model's weights, is only read; it stays with the caller. Router biases are frozen too,
+        for an adapter's folder has no place for them. Metrics are those of `make_train_step`.
 
     Raises:
         ValueError: a `bias_gamma` other than 0.
     """
+    layout = module_layout(graphdef)
     if config.bias_gamma:
         raise ValueError(f"bias_gamma: got {config.bias_gamma} with an adapter, wanted 0: router biases stay frozen")
 
@@ -178,8 +193,9 @@ def _stepped(
     gradient, (metrics, load_LE) = _accumulate(part_gradient, batch, config.micro_batches)
     metrics["loss"] = Mean(metrics["loss"].total, jnp.float32(1))
     metrics["grad_norm"] = Mean(optax.tree.norm(gradient), jnp.float32(1))
-    updates, moments = optimizer.update(gradient, state.moments, params)
-    params = optax.apply_updates(params, updates)
+    with jax.named_scope("optimizer"):
+        updates, moments = optimizer.update(gradient, state.moments, params)
+        params = optax.apply_updates(params, updates)
     if config.bias_gamma:
         rest = _moved_biases(rest, load_LE, config.bias_gamma)
     after = TrainState(nnx.merge_state(params, rest), moments, state.step + 1)

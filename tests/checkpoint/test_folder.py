@@ -18,8 +18,9 @@ from safetensors.numpy import load_file, save_file
 
 from deepseek_jax.checkpoint import files, names, writer
 from deepseek_jax.checkpoint.convert import convert_hf, export_hf, write_hf
-from deepseek_jax.checkpoint.folder import load_model, save_hf
+from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.checkpoint.opened import load_config, open_folder
+from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.cli import run
 from deepseek_jax.commands import logits
 from deepseek_jax.config import ModelConfig
@@ -98,10 +99,10 @@ def test_converting_and_exporting_gives_back_the_very_files(config, dtype, shard
 @pytest.mark.parametrize("config", [V3, QWEN3, LLAMA_TIED], ids=lambda config: config.model_type)
 def test_saving_a_loaded_model_gives_back_every_tensor(config, tmp_path: Path):
     tensors = random_folder(tmp_path / "hf", config, "bfloat16", 4)
-    save_hf(load_model(tmp_path / "hf", dtype=None), tmp_path / "saved")
+    save_model(load_model(tmp_path / "hf", dtype=None), tmp_path / "saved")
     assert_same(tensors_of(tmp_path / "saved"), tensors)
     assert load_config(tmp_path / "saved") == config
-    save_hf(load_model(tmp_path / "hf", dtype=None), tmp_path / "beside", source=tmp_path / "hf")
+    save_model(load_model(tmp_path / "hf", dtype=None), tmp_path / "beside", source=tmp_path / "hf")
     assert (tmp_path / "beside" / "tokenizer.json").is_file()
 
 
@@ -311,7 +312,7 @@ def test_an_existing_destination_is_left_alone(whole: Path, tmp_path: Path):
         with pytest.raises(ValueError, match="mine: exists already; choose a new folder or remove it"):
             write(open_folder(whole), target)
     with pytest.raises(ValueError, match="mine: exists already"):
-        save_hf(load_model(whole), target)
+        save_model(load_model(whole), target)
     assert [file.read_text() for file in tmp_path.rglob("*.*")] == ["keep"]
 
 
@@ -429,7 +430,7 @@ def test_a_saved_fp8_model_is_unpacked_and_says_so(tmp_path: Path):
     random_folder(tmp_path / "hf", R1)
     model = load_model(tmp_path / "hf", dtype=None)
     for source in (None, tmp_path / "hf"):
-        save_hf(model, tmp_path / "saved", source=source)
+        save_model(model, tmp_path / "saved", source=source)
         assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
         back = load_model(tmp_path / "saved", dtype=None)
         assert back.config == model.config
@@ -495,7 +496,7 @@ def test_copies_that_are_none_are_told_and_kept(tmp_path: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = load_model(tmp_path / "hf")
-    save_hf(model, tmp_path / "saved")
+    save_model(model, tmp_path / "saved")
     assert_same(tensors_of(tmp_path / "saved"), tensors)
     tensors["model.layers.2.shared_head.head.weight"] = tensors["lm_head.weight"] + np.float32(1)
     (tmp_path / "hf" / files.SINGLE).unlink()

@@ -11,9 +11,10 @@ import pytest
 from deepseek_jax.checkpoint import files, orbax_layers, writer
 from deepseek_jax.checkpoint.adapters import new_adapter, save_adapter
 from deepseek_jax.checkpoint.convert import convert_hf, export_hf
-from deepseek_jax.checkpoint.folder import load_model, save_hf
+from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.checkpoint.headers import parse_header
 from deepseek_jax.checkpoint.opened import open_folder
+from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.checkpoint.state import RunCheckpoints
 from deepseek_jax.cli import run
 from deepseek_jax.commands import merge as merge_lora
@@ -119,7 +120,7 @@ def test_a_saved_model_that_does_not_fit_leaves_nothing(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(writer, "_pwrite", full)
     with pytest.raises(OSError, match="saved: no space left in the disk quota.*nothing of it is left"):
-        save_hf(model, tmp_path / "saved", source=tmp_path / "hf")
+        save_model(model, tmp_path / "saved", source=tmp_path / "hf")
     assert {path.name for path in tmp_path.iterdir()} == {"hf"}
 
 
@@ -185,7 +186,7 @@ def test_every_tool_takes_a_path_as_it_is_spelled(name, tmp_path: Path, monkeypa
     exported = target.parent / "exported"
     export_hf(open_folder(target), exported)
     assert content(exported) == content(Path("hf"))
-    save_hf(load_model(target), target.parent / "saved", source=target)
+    save_model(load_model(target), target.parent / "saved", source=target)
     with_adapter(target.parent / "adapter")
     merge_lora.main(target, target.parent / "adapter", target.parent / "merged")
     merged, saved = content(target.parent / "merged"), content(target.parent / "saved")
@@ -228,7 +229,7 @@ def test_a_target_that_cannot_be_made_is_refused_at_once(name, said, tmp_path: P
         with pytest.raises(ValueError, match=re.escape(said)):
             write(opened, Path(name))
     with pytest.raises(ValueError, match=re.escape(said)):
-        save_hf(load_model(Path("hf")), Path(name), source=Path("hf"))
+        save_model(load_model(Path("hf")), Path(name), source=Path("hf"))
     for model, adapter in (("hf", "elsewhere"), ("elsewhere", "hf")):
         with pytest.raises(ValueError, match=re.escape(said)):
             merge_lora.main(Path(model), Path(adapter), Path(name))

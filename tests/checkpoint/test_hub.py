@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from deepseek_jax.checkpoint import names
-from deepseek_jax.checkpoint.folder import load_model, save_hf
+from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.checkpoint.hub import model_folder
+from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.text.tokenizer import Tokenizer
 from tests.checkpoint.folders import QWEN2, random_folder
 
@@ -59,7 +60,7 @@ def test_a_name_is_the_snapshot_and_reads_through_its_links(cache, folder, tmp_p
     for key, value in wanted.items():
         np.testing.assert_array_equal(found[key], value, err_msg=key)
     assert Tokenizer.from_folder("owner/name").files == Tokenizer.from_folder(folder).files
-    save_hf(load_model("owner/name"), tmp_path / "saved", source=model_folder("owner/name"))
+    save_model(load_model("owner/name"), tmp_path / "saved", source=model_folder("owner/name"))
     assert not any(file.is_symlink() for file in (tmp_path / "saved").iterdir())
     assert (tmp_path / "saved" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 

@@ -13,9 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from deepseek_jax.checkpoint import files, names
 from deepseek_jax.checkpoint.convert import convert_hf, export_hf
-from deepseek_jax.checkpoint.folder import load_model, save_hf
+from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.checkpoint.headers import NAMES, make_header
 from deepseek_jax.checkpoint.opened import open_folder
+from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.checkpoint.summary import of_folder
 from deepseek_jax.config import FP8Config, from_hf, to_hf
 from deepseek_jax.generation.engine import Generator, SamplingConfig
@@ -61,7 +62,7 @@ def test_a_tied_model_may_store_its_head_again(kind, tmp_path):
     same(loaded(tmp_path / "hf"), wanted)
     same(round_trip(tmp_path / "hf", tmp_path), wanted)
     assert not (found := of_folder(tmp_path / "hf")).missing + found.unexpected
-    save_hf(load_model(tmp_path / "hf"), tmp_path / "saved")
+    save_model(load_model(tmp_path / "hf"), tmp_path / "saved")
     assert HEAD not in load_file(tmp_path / "saved" / files.SINGLE)
 
 

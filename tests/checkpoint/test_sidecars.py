@@ -10,8 +10,9 @@ import pytest
 
 from deepseek_jax.checkpoint import sidecars
 from deepseek_jax.checkpoint.convert import convert_hf, export_hf
-from deepseek_jax.checkpoint.folder import load_model, save_hf
+from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.checkpoint.opened import open_folder
+from deepseek_jax.checkpoint.save import save_model
 from tests.checkpoint.folders import QWEN2, random_folder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -44,7 +45,7 @@ def test_code_licence_and_card_come_through_conversion_export_and_training(tmp_p
     source = published(tmp_path / "hf", CODE, files)
     convert_hf(open_folder(source), tmp_path / "converted")
     export_hf(open_folder(tmp_path / "converted"), tmp_path / "exported")
-    save_hf(load_model(tmp_path / "converted"), tmp_path / "trained", source=tmp_path / "converted")
+    save_model(load_model(tmp_path / "converted"), tmp_path / "trained", source=tmp_path / "converted")
     for name, content in files.items():
         for folder in ("converted", "exported", "trained"):
             assert (tmp_path / folder / name).read_bytes() == content, (folder, name)
@@ -66,7 +67,7 @@ def test_auto_map_names_only_what_is_there(tmp_path: Path):
     assert auto_map(tmp_path / "exported") == kept
     (source / "modeling_x.py").unlink()
     (source / "config.json").write_text((source / "config.json").read_text().replace("owner/name--", ""))
-    save_hf(load_model(source), tmp_path / "trained", source=source)
+    save_model(load_model(source), tmp_path / "trained", source=source)
     assert auto_map(tmp_path / "trained") is None
 
 
@@ -113,6 +114,6 @@ def test_the_configuration_names_the_dtype_that_is_written(tmp_path: Path, key: 
     for dtype in ("float32", "bfloat16"):
         model = load_model(source, dtype=dtype)
         model = model._replace(weights=jax.tree.map(jnp.zeros_like, model.weights))
-        save_hf(model, tmp_path / dtype, source=source)
+        save_model(model, tmp_path / dtype, source=source)
         written = json.loads((tmp_path / dtype / "config.json").read_text())
         assert written == values | ({key: dtype} if key else {})

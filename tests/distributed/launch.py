@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.flags import flags
+
 ROOT = Path(__file__).resolve().parents[2]
 CODE = "from deepseek_jax.cli import run; from tests.distributed import laws; run(laws.{law})"
 
@@ -34,9 +36,7 @@ def started(law: Callable[[Path], None], folder: Path, *, processes: int, device
     found = []
     for number in range(processes):
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "2"}
-        # code that is not optimised computes the same, and compiles in a third of the time
-        flags = (f"--xla_force_host_platform_device_count={devices}", "--xla_backend_optimization_level=0")
-        environment["XLA_FLAGS"] = " ".join(flags)
+        environment["XLA_FLAGS"] = flags(devices)
         if processes > 1:
             environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_PROCESS_ID": str(number)}
             environment["JAX_NUM_PROCESSES"] = str(processes)

@@ -26,8 +26,7 @@ from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.data.examples import Prompt
 from deepseek_jax.data.prompts import batches
 from deepseek_jax.evals.accuracy import greedy_accuracy
-from deepseek_jax.generation.engine import Generator
-from deepseek_jax.generation.text import TextCompletion
+from deepseek_jax.generation.engine import Completion, Generator
 from deepseek_jax.model.decoder import Decoder, split
 from deepseek_jax.ops import metrics as ops_metrics
 from deepseek_jax.report.metrics import MetricLog
@@ -121,7 +120,7 @@ def they_meet_and_agree(folder: Path, /) -> None:
 
 def rewards_are_the_same_everywhere() -> None:
     """Each process would grade otherwise; the rewards are those of the main one."""
-    found = [TextCompletion("a", np.asarray([1, 2]), np.zeros(2, np.float32), True) for _ in range(4)]
+    found = [Completion(np.asarray([1, 2]), np.zeros(2, np.float32), True, text="a") for _ in range(4)]
     rollout_module.complete = lambda *arguments, **options: found
 
     def grade(**columns: list) -> list[float]:

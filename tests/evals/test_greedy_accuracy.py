@@ -8,7 +8,7 @@ import pytest
 from deepseek_jax.data.examples import Prompt
 from deepseek_jax.evals import accuracy
 from deepseek_jax.evals.accuracy import greedy_accuracy
-from deepseek_jax.generation.text import TextCompletion
+from deepseek_jax.generation.engine import Completion
 from deepseek_jax.rewards.combine import RewardError, combine
 
 
@@ -19,7 +19,7 @@ def evaluate(monkeypatch):
     def run(answers, gold, **settings):
         left = iter(answers)
         made = lambda part: [
-            TextCompletion(next(left), np.zeros(1, np.int32), np.zeros(1, np.float32), True) for _ in part
+            Completion(np.zeros(1, np.int32), np.zeros(1, np.float32), True, text=next(left)) for _ in part
         ]
         monkeypatch.setattr(
             accuracy, "complete", lambda generator, weights, tokenizer, part, sampling, seeds: made(part)

@@ -301,3 +301,17 @@ def test_seeds_are_a_function_of_the_key_and_distinct():
     # 15,360 draws of 32 bits: 0.03 equal pairs are to be expected, and these have none
     assert len(set(flat)) == len(flat) and 0 <= min(flat) and max(flat) < 2**32
     assert seeds_for(1, 2, 3, count=4) == seeds_for(1, 2, 3, count=16)[:4]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 64])
+@pytest.mark.parametrize("stop", [(), (0,), (7, 3)])
+def test_a_stream_ends_as_the_completion_of_a_call(moe, steps, stop):
+    """The very tokens and log-probs, and on the way ever more of them."""
+    for seed in range(3):
+        sampling = SamplingConfig(max_new_tokens=9, temperature=1.2, stop_ids=stop)
+        (wanted,) = moe.generator(moe.weights, [PROMPTS[2]], sampling, seeds=[seed])
+        found = list(moe.generator.stream(moe.weights, PROMPTS[2], sampling, seed=seed, steps=steps))
+        assert [len(each.tokens) for each in found] == [*range(1, len(wanted.tokens), steps), len(wanted.tokens)]
+        assert all(each.tokens.tolist() == wanted.tokens[: len(each.tokens)].tolist() for each in found)
+        np.testing.assert_array_equal(found[-1].logprobs, wanted.logprobs)
+        assert [each.finished for each in found] == [*[False] * (len(found) - 1), wanted.finished]

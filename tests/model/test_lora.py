@@ -13,7 +13,6 @@ from deepseek_jax.checkpoint import names
 from deepseek_jax.checkpoint.adapters import adapted_paths, new_adapter
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.generation.engine import Generator, SamplingConfig
-from deepseek_jax.generation.text import TextCompletion
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.lora import (
     LoRAConfig,
@@ -218,7 +217,6 @@ def test_sampler_and_trainer_agree_in_bfloat16_as_without_an_adapter(kind):
 
     def distance(weights):
         found = generator(weights, prompts, sampling, seeds=range(64), samples=4)
-        found = [TextCompletion("", one.tokens, one.logprobs, one.finished) for one in found]
         batch = make_batch([p for p in prompts for _ in range(4)], found, np.zeros(64, np.float32))
         scores = np.asarray(frozen_scores(graphdef, weights, batch, temperature=1.0))
         return np.abs(scores - batch.old_logprobs_BT)[batch.mask_BT].mean()

@@ -1,15 +1,9 @@
 """Experts over devices give what one device gives, forward and gradient; eight devices in a process of their own."""
 
 import itertools
-import json
-import os
 import re
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -29,9 +23,8 @@ from deepseek_jax.parallel.placement import balance, place_experts, placed, spre
 from deepseek_jax.parallel.rounds import in_rounds
 from deepseek_jax.parallel.rows import by_expert, swiglu_groups, take_rows
 from deepseek_jax.sharding import AXES, make_mesh
+from tests.laws import found_of, found_once
 
-ROOT = Path(__file__).resolve().parents[2]
-DEVICES = 8
 B, T, D, M, E, A = 8, 8, 8, 8, 16, 3
 TRANSPORTS = ("all_gather", "all_to_all", "ragged_all_to_all")
 ENOUGH = 100.0  # times the even load is more than there can be
@@ -275,33 +268,9 @@ AT_LENGTH = [
 ]
 
 
-def run_laws(*names: str) -> None:
-    """In the process with eight devices: prints as JSON what went wrong with each law."""
-    assert jax.device_count() == DEVICES
-    found = {}
-    for name in names:
-        try:
-            globals()[name]()
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc()
-    print(json.dumps(found))
-
-
-def on_eight_devices(*laws: Callable[[], None], **environment: str) -> dict[str, str]:
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, **environment}
-    # code that is not optimised computes the same, and compiles in a third of the time
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
-    code = f"from tests.parallel.test_experts import run_laws; run_laws(*{[law.__name__ for law in laws]})"
-    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=900)
-    assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
-def quick() -> dict[str, str]:
-    return on_eight_devices(*QUICK)
+def quick(tmp_path_factory) -> dict[str, str]:
+    return found_once(tmp_path_factory, QUICK)
 
 
 @pytest.mark.parametrize("law", [law.__name__ for law in QUICK])
@@ -312,7 +281,7 @@ def test_on_eight_devices(law, quick):
 @pytest.mark.slow
 @pytest.mark.parametrize("law", AT_LENGTH)
 def test_on_eight_devices_at_length(law):
-    (said,) = on_eight_devices(law).values()
+    (said,) = found_of([law]).values()
     assert said == "", said
 
 
@@ -321,7 +290,7 @@ def test_every_transport_compiles_for_tpus():
     if find_spec("libtpu") is None:
         pytest.skip("needs the TPU compiler: pip install -e '.[pod]'")
     settings = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # there is no TPU to share
-    (said,) = on_eight_devices(every_transport_compiles_for_tpus, **settings).values()
+    (said,) = found_of([every_transport_compiles_for_tpus], **settings).values()
     assert said == "", said
 
 

@@ -16,7 +16,7 @@ from deepseek_jax.checkpoint.summary import of_preset
 from deepseek_jax.config import PRESETS, GQAConfig, IndexerConfig, preset
 from deepseek_jax.model.cache import empty_cache
 from deepseek_jax.model.decoder import abstract_weights
-from deepseek_jax.plan import arithmetic as plan
+from deepseek_jax.plan import model_bytes, model_flops, weights
 
 R1, TINY = preset("r1-671b"), preset("tiny")
 GIB = 2**30
@@ -49,7 +49,7 @@ every_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys
 @every_model
 def test_the_table_lists_the_models_arrays_with_their_axes(config):
     listed, there = Counter(), Counter()
-    for weight in plan.weights(config):
+    for weight in weights.weights(config):
         listed[weight.shape, weight.axes, weight.module, weight.kind == "router_bias"] += weight.count
     for path, leaf in nnx.to_flat_state(abstract_weights(config)[1]):
         axes = leaf.get_metadata()["axes"]
@@ -63,71 +63,71 @@ def test_parameters_sum_to_what_is_trained(config):
     for path, leaf in nnx.to_flat_state(abstract_weights(config)[1]):
         if isinstance(leaf, nnx.Param):
             sizes[path[0] == "mtp"] += math.prod(leaf.get_raw_value().shape)
-    found = plan.parameters(config)
+    found = weights.parameters(config)
     assert (found.main, found.mtp) == (sizes[False], sizes[True])
     assert found.total == sum(dataclasses.asdict(found).values())
 
 
 def test_the_published_sizes():
-    found = plan.parameters(R1)
+    found = weights.parameters(R1)
     assert found.main == 671_026_404_352
     assert found.routed_experts == 58 * 256 * 3 * 7168 * 2048
     assert 0.974 < found.routed_experts / found.main < 0.975
     assert found.embedding == found.head == 129280 * 7168
-    assert round(plan.active_parameters(R1) / 1e9) == 37
+    assert round(weights.active_parameters(R1) / 1e9) == 37
     assert (
-        plan.active_parameters(preset("distill-qwen-7b"))
-        == plan.parameters(preset("distill-qwen-7b")).main - (152064 - 1) * 3584
+        weights.active_parameters(preset("distill-qwen-7b"))
+        == weights.parameters(preset("distill-qwen-7b")).main - (152064 - 1) * 3584
     )
 
 
 def test_the_sizes_of_kimi_k2_and_of_qwen3():
     """Kimi K2: a trillion parameters, of which a token uses 32 billion; R1's cache, whatever the heads."""
     kimi, qwen3 = preset("kimi-k2"), preset("distill-qwen3-8b")
-    assert plan.parameters(kimi).main == 1_026_408_232_448 - 60 * 384  # router biases are not trained
-    assert plan.parameters(kimi).routed_experts == 60 * 384 * 3 * 7168 * 2048 and plan.parameters(kimi).mtp == 0
-    assert round(plan.active_parameters(kimi) / 1e9) == 32
-    assert plan.cache_bytes_per_token(kimi) == plan.cache_bytes_per_token(R1) == 70_272
-    assert plan.parameters(qwen3).main == 8_190_735_360
-    assert plan.cache_bytes_per_token(qwen3) == 2 * 36 * 8 * 128 * 2
+    assert weights.parameters(kimi).main == 1_026_408_232_448 - 60 * 384  # router biases are not trained
+    assert weights.parameters(kimi).routed_experts == 60 * 384 * 3 * 7168 * 2048 and weights.parameters(kimi).mtp == 0
+    assert round(weights.active_parameters(kimi) / 1e9) == 32
+    assert model_bytes.cache_bytes_per_token(kimi) == model_bytes.cache_bytes_per_token(R1) == 70_272
+    assert weights.parameters(qwen3).main == 8_190_735_360
+    assert model_bytes.cache_bytes_per_token(qwen3) == 2 * 36 * 8 * 128 * 2
     by_hand = 36 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288 + 2 * 4096 + 2 * 128)
-    assert plan.parameters(qwen3).main == by_hand + 2 * 151936 * 4096 + 4096
+    assert weights.parameters(qwen3).main == by_hand + 2 * 151936 * 4096 + 4096
 
 
 @every_model
 def test_fp8_bytes_are_those_of_the_published_files(config):
-    assert plan.checkpoint_bytes(config, "fp8") == of_preset(packed(config)).bytes
+    assert weights.checkpoint_bytes(config, "fp8") == of_preset(packed(config)).bytes
 
 
 @every_model
 def test_bfloat16_bytes_are_those_of_the_published_files(config):
-    assert plan.checkpoint_bytes(config, "bf16") == of_preset(dataclasses.replace(config, quantization=None)).bytes
+    assert weights.checkpoint_bytes(config, "bf16") == of_preset(dataclasses.replace(config, quantization=None)).bytes
 
 
 def test_r1_in_every_format():
-    assert plan.weight_bytes(R1, "fp8") == 673_150_611_808
-    assert plan.checkpoint_bytes(R1, "fp8") == 688_574_839_360
-    assert round(plan.weight_bytes(R1, "fp8") / GIB, 1) == 626.9
-    assert round(plan.weight_bytes(R1, "bf16") / GIB, 1) == 1249.9
-    assert round(plan.weight_bytes(R1, "int4") / GIB) == 332
+    assert weights.weight_bytes(R1, "fp8") == 673_150_611_808
+    assert weights.checkpoint_bytes(R1, "fp8") == 688_574_839_360
+    assert round(weights.weight_bytes(R1, "fp8") / GIB, 1) == 626.9
+    assert round(weights.weight_bytes(R1, "bf16") / GIB, 1) == 1249.9
+    assert round(weights.weight_bytes(R1, "int4") / GIB) == 332
     # one byte a packed weight and one float32 an output, beside the rest
     scales = 4 * sum(
-        w.count * math.prod(w.shape) // w.shape[-2] for w in plan.weights(R1) if w.packable and not w.module
+        w.count * math.prod(w.shape) // w.shape[-2] for w in weights.weights(R1) if w.packable and not w.module
     )
-    unpacked = sum(w.size for w in plan.weights(R1) if not w.packable and not w.module)
-    counted = plan.parameters(R1).main - unpacked + 58 * 256 + scales + 2 * unpacked + 2 * 58 * 256
-    assert plan.weight_bytes(R1, "int8") == counted
+    unpacked = sum(w.size for w in weights.weights(R1) if not w.packable and not w.module)
+    counted = weights.parameters(R1).main - unpacked + 58 * 256 + scales + 2 * unpacked + 2 * 58 * 256
+    assert weights.weight_bytes(R1, "int8") == counted
 
 
 @every_model
 def test_fewer_bits_never_weigh_more(config):
-    sizes = [plan.weight_bytes(config, dtype, mtp=True) for dtype in ("f32", "bf16", "fp8", "int4")]
+    sizes = [weights.weight_bytes(config, dtype, mtp=True) for dtype in ("f32", "bf16", "fp8", "int4")]
     assert sizes == sorted(sizes, reverse=True)
-    by_kind = plan.weight_bytes_by_kind(config, "int4", mtp=True)
+    by_kind = weights.weight_bytes_by_kind(config, "int4", mtp=True)
     assert sum(by_kind.values()) == sizes[-1]
 
 
-@pytest.mark.parametrize("function", [plan.weight_bytes, plan.checkpoint_bytes, plan.weight_bytes_by_kind])
+@pytest.mark.parametrize("function", [weights.weight_bytes, weights.checkpoint_bytes, weights.weight_bytes_by_kind])
 def test_an_unknown_format_is_refused(function):
     with pytest.raises(ValueError, match="dtype: got 'fp4', wanted one of f32, bf16, fp8, int8, int4"):
         function(TINY, "fp4")
@@ -135,34 +135,36 @@ def test_an_unknown_format_is_refused(function):
 
 def test_training_state():
     """Float32 masters and gradient, whatever is computed in; moments as they are kept."""
-    state = plan.train_state_bytes(R1)
+    state = model_bytes.train_state_bytes(R1)
     trained = 671_026_404_352 + 11_610_067_968
     assert state == (4 * trained + 4 * 59 * 256, 4 * trained, 8 * trained)
-    assert state.total == sum(state) and state == plan.train_state_bytes(R1, plan.StateDTypes(compute="f32"))
-    main = plan.train_state_bytes(R1, plan.StateDTypes(moments="bf16"), mtp=False)
+    assert state.total == sum(state) and state == model_bytes.train_state_bytes(
+        R1, model_bytes.StateDTypes(compute="f32")
+    )
+    main = model_bytes.train_state_bytes(R1, model_bytes.StateDTypes(moments="bf16"), mtp=False)
     assert main == (4 * (671_026_404_352 + 58 * 256), 4 * 671_026_404_352, 4 * 671_026_404_352)
     with pytest.raises(ValueError, match="compute: got 'fp8', wanted f32 or bf16; quantized weights are not trained"):
-        plan.StateDTypes(compute="fp8")
+        model_bytes.StateDTypes(compute="fp8")
 
 
 # --- cache ---------------------------------------------------------------------------------------
 
 
 def test_the_published_cache_sizes():
-    assert plan.cache_bytes_per_token(R1) == 70_272
-    assert plan.cache_bytes_per_token(R1, multiple=128) == 78_080
-    assert plan.cache_bytes_per_token(preset("v3.2-671b")) == 70_272 + 61 * 128 * 2
-    assert plan.cache_bytes_per_token(preset("distill-llama-70b")) == 2 * 80 * 8 * 128 * 2
-    assert round(128 * 32768 * plan.cache_bytes_per_token(R1) / GIB, 1) == 274.5
+    assert model_bytes.cache_bytes_per_token(R1) == 70_272
+    assert model_bytes.cache_bytes_per_token(R1, multiple=128) == 78_080
+    assert model_bytes.cache_bytes_per_token(preset("v3.2-671b")) == 70_272 + 61 * 128 * 2
+    assert model_bytes.cache_bytes_per_token(preset("distill-llama-70b")) == 2 * 80 * 8 * 128 * 2
+    assert round(128 * 32768 * model_bytes.cache_bytes_per_token(R1) / GIB, 1) == 274.5
     with pytest.raises(ValueError, match="dtype: got 'int4'"):
-        plan.cache_bytes_per_token(R1, "int4")
+        model_bytes.cache_bytes_per_token(R1, "int4")
 
 
 @every_model
 def test_a_cache_has_the_bytes_of_the_models(config):
     cache = jax.eval_shape(lambda: empty_cache(config, 3, 7, jnp.bfloat16))
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-    assert total == 3 * 7 * plan.cache_bytes_per_token(config)
+    assert total == 3 * 7 * model_bytes.cache_bytes_per_token(config)
 
 
 # --- FLOPs ---------------------------------------------------------------------------------------
@@ -203,7 +205,7 @@ def test_flops_are_those_of_the_traced_model(attention):
         (ahead,) = model.draft(hidden.x_BTD, tokens)
         return model.logits(hidden.x_BTD), model.logits(ahead.x_BTD)
 
-    found = plan.prefill_flops(config, B, T, logits=B * T, mtp=True)
+    found = model_flops.prefill_flops(config, B, T, logits=B * T, mtp=True)
     hidden_pairs = found.attention // (T * (T + 1) // 2) * (T * T - T * (T + 1) // 2)
     unseen = hidden_pairs * (config.num_hidden_layers + 1) // config.num_hidden_layers
     assert found.total + unseen == traced(config, whole)
@@ -212,11 +214,11 @@ def test_flops_are_those_of_the_traced_model(attention):
         hidden, _ = model.extend(tokens[:, :1], tokens[:, :1], empty_cache(config, B, S, jnp.float32))
         return model.logits(hidden.x_BTD)
 
-    assert plan.decode_flops(config, B, S).total == traced(config, one_more)
+    assert model_flops.decode_flops(config, B, S).total == traced(config, one_more)
 
 
 def test_flops_of_r1_by_hand():
-    found = plan.prefill_flops(R1, 2, 4096)
+    found = model_flops.prefill_flops(R1, 2, 4096)
     assert found.attention == 61 * 2 * (4096 * 4097 // 2) * 2 * 128 * (192 + 128)
     assert found.routed_experts == 58 * 8192 * 8 * 3 * 2 * 7168 * 2048
     assert found.shared_experts == found.routed_experts // 8
@@ -224,19 +226,19 @@ def test_flops_of_r1_by_hand():
     assert found.dense_mlp == 3 * 8192 * 3 * 2 * 7168 * 18432
     assert found.head == 2 * 2 * 7168 * 129280
     assert (found.indexer, found.mtp) == (0, 0)
-    one = plan.decode_flops(R1, 1, 4096)
+    one = model_flops.decode_flops(R1, 1, 4096)
     assert one.attention == 61 * 4096 * 2 * 128 * (512 + 64 + 512)
     # every matrix that a token meets takes part once
-    met = plan.active_parameters(R1) - plan.parameters(R1).norms - 7168
+    met = weights.active_parameters(R1) - weights.parameters(R1).norms - 7168
     assert one.total - one.attention == 2 * met
 
 
 @every_model
 def test_training_is_three_forward_passes(config):
-    forward = plan.prefill_flops(config, 2, 64, logits=128, mtp=True)
-    assert plan.train_flops(config, 2, 64, mtp=True) == forward * 3
-    assert plan.train_flops(config, 2, 64, mtp=True).total == 3 * forward.total
-    without = plan.train_flops(config, 2, 64, mtp=False)
+    forward = model_flops.prefill_flops(config, 2, 64, logits=128, mtp=True)
+    assert model_flops.train_flops(config, 2, 64, mtp=True) == forward * 3
+    assert model_flops.train_flops(config, 2, 64, mtp=True).total == 3 * forward.total
+    without = model_flops.train_flops(config, 2, 64, mtp=False)
     assert (without.total < 3 * forward.total) == (config.num_nextn_predict_layers > 0)
 
 
@@ -248,28 +250,28 @@ def test_training_is_three_forward_passes(config):
 )
 def test_flops_add_up_over_sequences(name, some, others, length):
     config = preset(name)
-    for flops in (plan.prefill_flops, plan.decode_flops):
+    for flops in (model_flops.prefill_flops, model_flops.decode_flops):
         assert flops(config, some, length) + flops(config, others, length) == flops(config, some + others, length)
 
 
 @pytest.mark.parametrize("config", [TINY, tiny(indexer=True), MODELS["tiny grouped"]], ids=["all", "chosen", "grouped"])
 def test_prefill_sees_the_pairs_that_decoding_sees(config):
     T = 23
-    decoded = [plan.decode_flops(config, 1, context).attention for context in range(1, T + 1)]
-    a_pair = plan.decode_flops(config, 1, 1).attention
-    whole, of_one = plan.prefill_flops(config, 1, T).attention, plan.prefill_flops(config, 1, 1).attention
+    decoded = [model_flops.decode_flops(config, 1, context).attention for context in range(1, T + 1)]
+    a_pair = model_flops.decode_flops(config, 1, 1).attention
+    whole, of_one = model_flops.prefill_flops(config, 1, T).attention, model_flops.prefill_flops(config, 1, 1).attention
     assert whole * a_pair == sum(decoded) * of_one
 
 
 def test_the_indexer_chooses_only_among_more_keys_than_it_keeps():
     config = preset("v3.2-671b")
-    few, many = plan.decode_flops(config, 1, 2048), plan.decode_flops(config, 1, 2049)
+    few, many = model_flops.decode_flops(config, 1, 2048), model_flops.decode_flops(config, 1, 2049)
     assert few.attention == many.attention == 61 * 2048 * 2 * 128 * (512 + 64 + 512)
     assert few.indexer == 61 * 2 * 7168 * 128
     assert many.indexer - few.indexer == 61 * (2 * (1536 * 8192 + 7168 * 64) + 2 * (64 * 128 + 64) * 2049)
 
 
-@pytest.mark.parametrize("flops", [plan.prefill_flops, plan.decode_flops])
+@pytest.mark.parametrize("flops", [model_flops.prefill_flops, model_flops.decode_flops])
 def test_nothing_to_compute_is_refused(flops):
     with pytest.raises(ValueError, match="sequences: got 0, wanted at least 1"):
         flops(TINY, 0, 4)
@@ -279,33 +281,33 @@ def test_nothing_to_compute_is_refused(flops):
 
 
 def test_experts_touched():
-    assert plan.experts_touched(R1, 1) == pytest.approx(8 / 256, rel=1e-12)
-    assert plan.experts_touched(R1, 2) == pytest.approx(1 - (1 - 8 / 256) ** 2, rel=1e-12)
-    assert 0.999999 < plan.experts_touched(R1, 512) < 1
-    assert plan.experts_touched(preset("distill-qwen-7b"), 9) == 0
+    assert model_bytes.experts_touched(R1, 1) == pytest.approx(8 / 256, rel=1e-12)
+    assert model_bytes.experts_touched(R1, 2) == pytest.approx(1 - (1 - 8 / 256) ** 2, rel=1e-12)
+    assert 0.999999 < model_bytes.experts_touched(R1, 512) < 1
+    assert model_bytes.experts_touched(preset("distill-qwen-7b"), 9) == 0
 
 
 def test_decoding_one_token_of_r1_moves_its_active_weights_and_its_cache():
-    moved = plan.decode_bytes(R1, 1, 4096, "bf16")
+    moved = model_bytes.decode_bytes(R1, 1, 4096, "bf16")
     biases = 58 * 256
-    assert moved.weights == pytest.approx(2 * plan.active_parameters(R1) + 4 * biases, rel=1e-12)
+    assert moved.weights == pytest.approx(2 * weights.active_parameters(R1) + 4 * biases, rel=1e-12)
     assert moved.cache_read == 4096 * 70_272 and moved.cache_written == 70_272
     assert moved.total == moved.weights + 4097 * 70_272
-    chosen = plan.decode_bytes(preset("v3.2-671b"), 1, 4096, "bf16")
+    chosen = model_bytes.decode_bytes(preset("v3.2-671b"), 1, 4096, "bf16")
     assert chosen.cache_read == 2048 * 70_272 + 4096 * 61 * 128 * 2
 
 
-@given(st.sampled_from(list(PRESETS)), st.integers(1, 2000), st.integers(1, 200), st.sampled_from(plan.DTYPES))
+@given(st.sampled_from(list(PRESETS)), st.integers(1, 2000), st.integers(1, 200), st.sampled_from(weights.DTYPES))
 def test_traffic_grows_with_sequences_and_context(name, sequences, context, dtype):
     config = preset(name)
-    one = plan.decode_bytes(config, sequences, context, dtype)
-    assert one.total <= plan.decode_bytes(config, sequences + 1, context, dtype).total
-    assert one.total <= plan.decode_bytes(config, sequences, context + 1, dtype).total
-    assert one.weights <= plan.weight_bytes(config, dtype)
-    whole = plan.prefill_bytes(config, sequences, context, dtype)
-    assert whole.cache_written == sequences * context * plan.cache_bytes_per_token(config)
+    one = model_bytes.decode_bytes(config, sequences, context, dtype)
+    assert one.total <= model_bytes.decode_bytes(config, sequences + 1, context, dtype).total
+    assert one.total <= model_bytes.decode_bytes(config, sequences, context + 1, dtype).total
+    assert one.weights <= weights.weight_bytes(config, dtype)
+    whole = model_bytes.prefill_bytes(config, sequences, context, dtype)
+    assert whole.cache_written == sequences * context * model_bytes.cache_bytes_per_token(config)
 
 
 def test_an_update_moves_its_state():
-    state, moved = plan.train_state_bytes(TINY), plan.train_bytes(TINY)
+    state, moved = model_bytes.train_state_bytes(TINY), model_bytes.train_bytes(TINY)
     assert (moved.weights, moved.gradient, moved.moments) == (4 * state[0], 2 * state[1], 2 * state[2])

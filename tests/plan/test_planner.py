@@ -2,10 +2,6 @@
 
 import dataclasses
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,14 +9,14 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh
 
 from deepseek_jax.config import PRESETS, preset
-from deepseek_jax.plan import arithmetic, planner
-from deepseek_jax.plan.arithmetic import MASTERS, StateDTypes
+from deepseek_jax.plan import advice, memory, model_bytes, model_flops, planner, roofline, weights
 from deepseek_jax.plan.chart import curves, write_chart
 from deepseek_jax.plan.chips import CHIPS, GIB, chip
-from deepseek_jax.plan.planner import Sizes, plan
-from deepseek_jax.sharding import AXES, Layout
+from deepseek_jax.plan.meshes import Sizes, meshes, weights_a_device
+from deepseek_jax.plan.model_bytes import MASTERS, StateDTypes
+from deepseek_jax.plan.planner import plan
+from deepseek_jax.sharding import AXES, Layout, cut_numbers, misfit
 
-ROOT = Path(__file__).resolve().parents[2]
 R1 = preset("r1-671b")
 WORKLOADS = ("serve", "train", "grpo")
 GB = 10**9
@@ -53,6 +49,38 @@ def test_chips_have_the_published_memories():
         "rtx4090": 24 * GB,
         "rtx5090": 32 * GB,
     }
+
+
+@pytest.mark.parametrize(
+    "name, bandwidth, bf16, eight_bits, link",
+    [
+        ("v4", 1.2, 275, 275, 600),
+        ("v5e", 0.819, 197, 393, 400),
+        ("v5p", 2.765, 459, 459, 1200),
+        ("v6e", 1.638, 918, 1836, 800),
+        ("v7x", 7.38, 2307, 4614, 1200),
+        ("h100", 3.35, 989, 1979, 900),
+        ("h200", 4.8, 989, 1979, 900),
+        ("b200", 8, 2250, 4500, 1800),
+        ("gb200", 8, 2500, 5000, 1800),
+        ("mi300x", 5.3, 1307, 2615, 448),
+        ("a100", 2.039, 312, 624, 600),
+        ("l4", 0.3, 121, 242, 64),
+        ("l40s", 0.864, 362, 733, 64),
+        ("a10g", 0.6, 70, 140, 64),
+        ("rtx4090", 1.008, 165, 330, 64),
+        ("rtx5090", 1.792, 209, 419, 128),
+    ],
+)
+def test_chips_have_the_makers_speeds(name, bandwidth, bf16, eight_bits, link):
+    """TB/s of memory, dense TFLOP/s in bfloat16 and 8 bits (with float32 sums), GB/s of links, both ways.
+
+    Of data sheets: A100 80GB SXM, L4, L40S, A10G, and the Ada and Blackwell papers for GeForce; PCIe Gen 4 or 5 x16
+    where there is no faster link.
+    """
+    each = chip(name)
+    assert (each.bandwidth / 1e12, each.bf16_flops / 1e12) == pytest.approx((bandwidth, bf16))
+    assert (each.flops_8bit / 1e12, each.link_bytes_per_s / 1e9) == pytest.approx((eight_bits, link))
 
 
 @pytest.mark.parametrize("each", CHIPS, ids=lambda each: each.name)
@@ -100,12 +128,12 @@ def test_an_axis_is_slow_as_far_as_it_leaves_an_island():
     """Eight GPUs an island, the last axes within it."""
     h100 = chip("h100")
     sizes = Sizes(fsdp=4, expert=4, tensor=4)
-    one = lambda *axes, **how: planner._sending(h100, sizes, *axes, **how) * planner.ASSUMED["link"]
+    one = lambda *axes, **how: roofline.seconds_a_byte(h100, sizes, *axes, **how) * roofline.ASSUMED["link"]
     assert one("tensor") == pytest.approx(1 / 450e9)
     assert one("expert", exchange=True) == pytest.approx(h100.seconds_a_byte(4, 2, exchange=True))
     assert one("expert", "tensor") == pytest.approx(h100.seconds_a_byte(16, 8))
     assert one("fsdp") == pytest.approx(h100.seconds_a_byte(4, 1))
-    assert planner._sending(chip("v5p"), sizes, "fsdp") == planner._sending(chip("v5p"), sizes, "tensor")
+    assert roofline.seconds_a_byte(chip("v5p"), sizes, "fsdp") == roofline.seconds_a_byte(chip("v5p"), sizes, "tensor")
 
 
 # --- known fits ----------------------------------------------------------------------------------
@@ -131,23 +159,24 @@ def test_where_r1_in_fp8_fits(name, chips, fits, tight):
     )
     assert (found.memory.total <= 0.9 * found.hbm) is fits
     # experts over all devices, the rest over `tensor`; beside that replicas of what nothing cuts: routers, norms
-    routed = arithmetic.weight_bytes_by_kind(R1, "fp8")["routed_experts"]
+    routed = weights.weight_bytes_by_kind(R1, "fp8")["routed_experts"]
     spread = routed / (chips * chip(name).devices) + (673_150_611_808 - routed) / found.mesh["tensor"]
     assert 0 <= found.memory.weights / spread - 1 < 0.08
 
 
 @pytest.mark.parametrize("name, chips", [("h100", 16), ("h200", 8), ("v5e", 64), ("v6e", 32), ("v5p", 8), ("v7x", 4)])
 def test_the_smallest_slice_that_fits_is_found(name, chips):
-    found = plan("r1", R1, chip(name))
+    found = plan("r1", R1, chip(name), dtype="fp8")
     assert (found.chips, found.fits, found.dtype) == (chips, True, "fp8")
     smaller = chip(name).slices[chip(name).slices.index(chips) - 1]
-    assert not plan("r1", R1, chip(name), chips=smaller).fits
+    assert not plan("r1", R1, chip(name), chips=smaller, dtype="fp8").fits
+    assert plan("r1", R1, chip(name)).dtype == "bf16"  # what programs compute in, whatever the files are in
 
 
 def test_training_r1_wants_a_pod():
     found = plan("r1", R1, chip("v5p"), workload="train")
     assert found.fits and 64 <= found.chips <= 512
-    state = arithmetic.train_state_bytes(R1)
+    state = model_bytes.train_state_bytes(R1)
     held = found.memory.weights + found.memory.optimizer
     assert 1 <= held * found.chips / (state.weights + state.moments) < 2  # what no axis cuts is held more than once
     half = plan("r1", R1, chip("v5p"), workload="train", moments="bfloat16", chips=found.chips)
@@ -217,8 +246,8 @@ models = st.sampled_from(list(PRESETS))
 @given(models, st.sampled_from(["bf16", "fp8", "int4"]), st.integers(1, 300), st.integers(1, 200), st.integers(1, 50))
 def test_serving_memory_grows_with_batch_and_context(name, dtype, batch, context, more):
     config = preset(name)
-    for sizes in planner.meshes(config, "serve", 8):
-        total = lambda batch, context, sizes=sizes: planner.serve_memory(config, dtype, sizes, batch, context).total
+    for sizes in meshes(config, "serve", 8):
+        total = lambda batch, context, sizes=sizes: memory.serve_memory(config, dtype, sizes, batch, context).total
         assert total(batch, context) <= total(batch + more, context)
         assert total(batch, context) <= total(batch, context + more)
 
@@ -226,8 +255,8 @@ def test_serving_memory_grows_with_batch_and_context(name, dtype, batch, context
 @given(models, st.integers(0, 6), st.integers(3, 8))
 def test_training_memory_grows_with_batch_and_context(name, doublings, context):
     config = preset(name)
-    for sizes in planner.meshes(config, "train", 8):
-        total = lambda batch, length, sizes=sizes: planner.train_memory(config, MASTERS, sizes, batch, length).total
+    for sizes in meshes(config, "train", 8):
+        total = lambda batch, length, sizes=sizes: memory.train_memory(config, MASTERS, sizes, batch, length).total
         batch, length = 8 << doublings, 1 << context
         assert total(batch, length) <= total(2 * batch, length)
         assert total(batch, length) <= total(batch, 2 * length)
@@ -241,9 +270,9 @@ def test_more_chips_never_need_more_memory_each(name, workload):
     config, batch, length = preset(name), 512, 4096
 
     def least(devices):
-        memory, kept = (planner.serve_memory, "bf16") if workload == "serve" else (planner.train_memory, MASTERS)
-        found = planner.meshes(config, workload, devices)
-        return min(memory(config, kept, sizes, batch, length).total for sizes in found)
+        of, kept = (memory.serve_memory, "bf16") if workload == "serve" else (memory.train_memory, MASTERS)
+        found = meshes(config, workload, devices)
+        return min(of(config, kept, sizes, batch, length).total for sizes in found)
 
     needed = [least(1 << power) for power in range(8)]
     assert needed == sorted(needed, reverse=True)
@@ -254,16 +283,34 @@ def test_more_chips_never_need_more_memory_each(name, workload):
 def test_a_meshs_parts_hold_the_whole_model(name, workload, power):
     """No mesh loses a weight: all devices together hold at least the model."""
     config, dtype = preset(name), "bf16"
-    whole = arithmetic.weight_bytes(config, dtype, mtp=workload == "train")
-    for sizes in planner.meshes(config, workload, 1 << power):
-        a_device = planner._weights_a_device(config, dtype, workload, sizes)
+    whole = weights.weight_bytes(config, dtype, mtp=workload == "train")
+    for sizes in meshes(config, workload, 1 << power):
+        a_device = weights_a_device(config, dtype, workload, sizes)
         assert whole <= a_device * math.prod(sizes) and a_device <= whole
-    assert planner._weights_a_device(config, dtype, workload, Sizes()) == whole
+    assert weights_a_device(config, dtype, workload, Sizes()) == whole
+
+
+axes = st.sampled_from([1, 2, 3, 4, 7, 8, 16, 64])
+
+
+@given(models, st.sampled_from(WORKLOADS[:2]), st.builds(Sizes, *(axes,) * 5))
+def test_a_mesh_that_divides_a_models_numbers_divides_its_weights(name, workload, sizes):
+    """And one that does not divides some weight of it, or its heads, not either."""
+    config = preset(name)
+    cut = [
+        (size, sizes.parts(workload, axis))
+        for weight in weights.weights(config)
+        for size, axis in zip(weight.shape, weight.axes, strict=True)
+        if axis is not None
+    ]
+    heads = [(number, sizes.parts(workload, axis)) for _, number, axis in cut_numbers(config) if "heads" in axis]
+    divides = not any(size % parts for size, parts in cut + heads) and (config.moe is not None or sizes.expert == 1)
+    assert (misfit(config, workload, sizes._asdict()) is None) == divides
 
 
 def test_pieces_of_a_layer_by_hand():
     """One sequence of 1024 tokens of R1 on one device of a mesh with 8-way tensor parallelism, forward."""
-    found = planner.layer_activations(R1, 1024, 1024, Sizes(tensor=8), "serve")
+    found = memory.layer_activations(R1, 1024, 1024, Sizes(tensor=8), "serve")
     assert found == {
         "attention": 2 * 1024 * 16 * (192 + 128) * 2,
         "scores": 2 * 4 * 16 * 1024 * 1024,
@@ -271,7 +318,7 @@ def test_pieces_of_a_layer_by_hand():
         "dense": 2 * 1024 * 3 * 18432 // 8,
         "states": 2 * 3 * 1024 * 7168,
     }
-    backward = planner.layer_activations(R1, 1024, 1024, Sizes(tensor=8), "train")
+    backward = memory.layer_activations(R1, 1024, 1024, Sizes(tensor=8), "train")
     rows = 1.1 * 1024 * 8  # with their whole states, and a part of every expert
     twice = {kind: 2 * size for kind, size in found.items()} | {"experts": math.ceil(4 * rows * (2 * 7168 + 3 * 256))}
     assert backward == twice
@@ -281,8 +328,13 @@ def test_pieces_of_a_layer_by_hand():
     "name, step, kind, used, sizes, batch",
     [
         ("r1-671b", "grpo", "tpu", 86.3, Sizes(expert=64, fsdp=8), 512),
+        ("r1-671b", "train", "tpu", 91.3, Sizes(expert=64, fsdp=8), 512),
         ("v2-lite", "grpo", "tpu", 26.3, Sizes(expert=4, fsdp=4), 16),
         ("r1-671b", "grpo", "gpu", 143.9, Sizes(expert=16, fsdp=8), 128),
+        ("r1-671b", "grpo", "gpu", 118.0, Sizes(fsdp=4, expert=4, context=4, tensor=2), 64),
+        ("r1-671b", "grpo", "gpu", 132.9, Sizes(fsdp=2, expert=8, context=8), 128),
+        ("r1-671b", "train", "gpu", 135.2, Sizes(fsdp=2, expert=8, context=8), 64),
+        ("r1-671b", "train", "gpu", 153.5, Sizes(expert=16, context=8), 128),
         ("v2-lite", "grpo", "gpu", 44.9, Sizes(expert=4, fsdp=2), 8),
         ("distill-qwen-1.5b", "train", "gpu", 28.7, Sizes(), 1),
         ("distill-qwen-1.5b", "grpo", "gpu", 28.9, Sizes(), 1),
@@ -297,7 +349,7 @@ def test_pieces_of_a_layer_by_hand():
 def test_what_an_update_holds_is_what_the_compiler_says(name, step, kind, used, sizes, batch):
     """Gigabytes of both compilers: float32 weights and moments, computed in bfloat16, 4,096 tokens; within 5 %."""
     modules = step == "train"
-    found = planner.train_memory(preset(name), MASTERS, sizes, batch, 4096, kind=kind, modules=modules).total
+    found = memory.train_memory(preset(name), MASTERS, sizes, batch, 4096, kind=kind, modules=modules).total
     assert found == pytest.approx(used * GB, rel=0.05)
 
 
@@ -314,7 +366,7 @@ def test_what_an_update_holds_is_what_the_compiler_says(name, step, kind, used, 
 )
 def test_what_a_transfer_holds_is_what_the_compiler_says(name, kind, used, sizes, rollout):
     """Within 5 %, as for updates."""
-    found = planner.transfer_memory(preset(name), MASTERS, sizes, rollout, kind=kind).total
+    found = memory.transfer_memory(preset(name), MASTERS, sizes, rollout, kind=kind).total
     assert found == pytest.approx(used * GB, rel=0.05)
 
 
@@ -331,15 +383,15 @@ def test_what_a_transfer_holds_is_what_the_compiler_says(name, kind, used, sizes
 )
 def test_what_serving_holds_on_gpus_is_what_the_compiler_says(name, used, sizes, batch, prompts):
     """Whole prompts of 4,096 tokens, and decoding over as many; within 5 %."""
-    memory = planner.prefill_memory if prompts else planner.serve_memory
-    assert memory(preset(name), "bf16", sizes, batch, 4096).total == pytest.approx(used * GB, rel=0.05)
+    of = memory.prefill_memory if prompts else memory.serve_memory
+    assert of(preset(name), "bf16", sizes, batch, 4096).total == pytest.approx(used * GB, rel=0.05)
 
 
 def test_speed_is_bound_by_the_slowest():
     found = plan("r1", R1, chip("v5p"), chips=64, batch=512)
     assert getattr(found.seconds, found.bound) == found.seconds.longest
     assert found.tokens_per_second == pytest.approx(512 / found.seconds.longest, rel=1e-12)
-    flops = arithmetic.decode_flops(R1, 512, 4096).total
+    flops = model_flops.decode_flops(R1, 512, 4096).total
     assert found.seconds.compute == pytest.approx(flops / (64 * 459e12 * 0.5), rel=1e-12)
 
 
@@ -350,21 +402,17 @@ def test_grpo_keeps_masters_moments_and_reference_through_every_phase(moments):
     found = plan("7b", config, chip("h100"), workload="grpo", chips=8, moments=moments)
     phases = found.phases
     assert list(phases) == ["transfer", "rollout", "scoring", "update"]
-    assert found.memory.total == max(memory.total for memory in phases.values())
-    state = planner.state_of("bf16", moments)
-    assert phases == planner.grpo_memory(
+    assert found.memory.total == max(of.total for of in phases.values())
+    state = memory.state_of("bf16", moments)
+    assert phases == memory.grpo_memory(
         config, state, Sizes(**found.mesh), Sizes(**found.rollout_mesh), found.batch, found.context, kind="gpu"
     )
-    weights = planner._weights_a_device(config, "f32", "train", Sizes(**found.mesh))
-    for memory in phases.values():
-        assert (memory.weights, memory.reference) == (weights, weights // 2)
-        assert memory.optimizer == weights * (2 if moments == "float32" else 1)
+    weights = weights_a_device(config, "f32", "train", Sizes(**found.mesh))
+    for of in phases.values():
+        assert (of.weights, of.reference) == (weights, weights // 2)
+        assert of.optimizer == weights * (2 if moments == "float32" else 1)
     update, rollout, transfer = phases["update"], phases["rollout"], phases["transfer"]
-    assert (
-        rollout.serving
-        == transfer.serving
-        == planner._weights_a_device(config, "bf16", "serve", Sizes(**found.rollout_mesh))
-    )
+    assert rollout.serving == transfer.serving == weights_a_device(config, "bf16", "serve", Sizes(**found.rollout_mesh))
     assert rollout.gradient == 0 < rollout.cache and update.cache == update.serving == 0 < update.gradient
     assert phases["scoring"].total < update.total
 
@@ -372,12 +420,15 @@ def test_grpo_keeps_masters_moments_and_reference_through_every_phase(moments):
 def test_a_modules_state_is_kept_where_it_does_not_run():
     """R1's GRPO update: weights and moments of the module, but no activations of it; samples are drawn without it."""
     sizes = Sizes(expert=64, fsdp=8)
-    ran, idle = (planner.train_memory(R1, MASTERS, sizes, 512, 4096, modules=of) for of in (True, False))
+    ran, idle = (memory.train_memory(R1, MASTERS, sizes, 512, 4096, modules=of) for of in (True, False))
     assert (ran.weights, ran.optimizer) == (idle.weights, idle.optimizer)
     assert ran.activations - idle.activations == 4096 * (7168 + 128 * 128) * 2
+    # its layer lies outside the loop over layers, and embedding and head have a gradient of it too
+    layer, tables = memory.gathered_to_train(R1, sizes, 2)
+    assert ran.workspace - idle.workspace == layer + tables / 2
     without = dataclasses.replace(R1, num_nextn_predict_layers=0)
     given = MASTERS, sizes, Sizes(expert=32, tensor=16)
-    with_module, plain = planner.transfer_memory(R1, *given), planner.transfer_memory(without, *given)
+    with_module, plain = memory.transfer_memory(R1, *given), memory.transfer_memory(without, *given)
     assert (with_module.serving, with_module.workspace) == (plain.serving, plain.workspace)
     assert with_module.weights > plain.weights
 
@@ -385,75 +436,55 @@ def test_a_modules_state_is_kept_where_it_does_not_run():
 def test_micro_batches_hold_one_part_and_a_float32_sum():
     """33.1 GB of XLA:GPU: distill-qwen-1.5b on one device, two sequences of 4,096 tokens one after another."""
     config = preset("distill-qwen-1.5b")
-    parts = planner.train_memory(config, MASTERS, Sizes(), 2, 4096, kind="gpu", micro_batches=2)
-    one = planner.train_memory(config, MASTERS, Sizes(), 1, 4096, kind="gpu")
+    parts = memory.train_memory(config, MASTERS, Sizes(), 2, 4096, kind="gpu", micro_batches=2)
+    one = memory.train_memory(config, MASTERS, Sizes(), 1, 4096, kind="gpu")
     assert parts.total == pytest.approx(33.1 * GB, rel=0.05)
     assert parts.gradient == parts.weights > 2 * one.gradient
 
 
 def test_computing_in_float32_makes_no_copy():
-    whole = planner.train_memory(R1, StateDTypes(compute="f32"), Sizes(expert=64, fsdp=8), 512, 4096)
-    half = planner.train_memory(R1, MASTERS, Sizes(expert=64, fsdp=8), 512, 4096)
+    whole = memory.train_memory(R1, StateDTypes(compute="f32"), Sizes(expert=64, fsdp=8), 512, 4096)
+    half = memory.train_memory(R1, MASTERS, Sizes(expert=64, fsdp=8), 512, 4096)
     assert whole.computed == 0 < half.computed == half.gradient == whole.gradient / 2
     assert (whole.weights, whole.optimizer) == (half.weights, half.optimizer)
-
-
-def test_rollouts_lie_where_the_program_lays_them():
-    """For every model on 1 to 64 devices: a process of its own, with so many."""
-    code = """
-import jax
-from deepseek_jax.config import PRESETS, preset
-from deepseek_jax.model.transfer import serving_layout
-from deepseek_jax.plan.planner import Sizes, rollout_sizes
-from deepseek_jax.sharding import Layout, make_mesh
-for name in PRESETS:
-    for devices in (1, 2, 4, 8, 16, 64):
-        layout = Layout(mesh=make_mesh(jax.devices()[:devices], data=devices))
-        wanted = serving_layout(preset(name), layout).mesh.shape
-        assert rollout_sizes(preset(name), devices) == Sizes(**wanted), (name, devices, wanted)
-print("alike")
-"""
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=64", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **flags}, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "alike\n"), done.stderr
 
 
 # --- a given memory ------------------------------------------------------------------------------
 
 
 def test_what_24_gb_hold():
-    found = {each.model: each for each in planner.advise_all(24 * GB, context=4096)}
+    found = {each.model: each for each in advice.advise_all(24 * GB, context=4096)}
     assert (
         found["distill-qwen-7b"].dtype == found["distill-llama-8b"].dtype == found["distill-qwen3-8b"].dtype == "bf16"
     )
     assert found["distill-qwen-14b"].dtype == "fp8"
     assert found["distill-qwen-32b"].dtype == "int4"
     assert not found.keys() & {"r1-671b", "v3.2-671b", "kimi-k2", "distill-llama-70b", "tiny"}
-    assert planner.advise_all(10**9, context=4096) == []
+    assert advice.advise_all(10**9, context=4096) == []
 
 
 @pytest.mark.parametrize("name, gigabytes", [("distill-qwen-7b", 24), ("distill-qwen-32b", 80), ("v2-lite", 40)])
 def test_the_longest_context_is_the_longest(name, gigabytes):
     config = preset(name)
-    found = planner.advise(name, config, "bf16", gigabytes * GB, context=64)
-    needs = lambda length: planner.serve_memory(config, "bf16", Sizes(), 1, length).total
+    found = advice.advise(name, config, "bf16", gigabytes * GB, context=64)
+    needs = lambda length: memory.serve_memory(config, "bf16", Sizes(), 1, length).total
     assert found.fits and needs(found.context) <= 0.9 * gigabytes * GB
     assert found.context == config.max_position_embeddings or needs(found.context + 1) > 0.9 * gigabytes * GB
 
 
 def test_what_is_too_large_is_told_in_devices():
-    found = planner.advise("r1", R1, "fp8", 80 * GB, context=4096)
+    found = advice.advise("r1", R1, "fp8", 80 * GB, context=4096)
     assert (found.fits, found.context, found.devices) == (False, 0, 16)
 
 
 def test_the_guides_rules():
-    names = {name: planner.rule_of_thumb(preset(name)) for name in PRESETS}
+    names = {name: advice.rule_of_thumb(preset(name)) for name in PRESETS}
     assert names["distill-qwen-1.5b"] == "4 GB" and names["distill-qwen-7b"] == "8-16 GB"
     assert names["distill-qwen-32b"] == "24-48 GB" and names["distill-llama-70b"] == "48 GB"
     assert names["r1-671b"] == "400-480 GB in 4 bits" and names["kimi-k2"] is None and names["distill-qwen-14b"] is None
-    assert [planner.thumb_tensor_parallel(n * GB) for n in (4, 24, 80, 192, 640)] == [1, 1, 3, 8, 8]
+    assert [advice.thumb_tensor_parallel(n * GB) for n in (4, 24, 80, 192, 640)] == [1, 1, 3, 8, 8]
     # the arithmetic bears the guide out where it speaks of 4 bits
-    assert 340 * GB < arithmetic.weight_bytes(R1, "int4") < 400 * GB
+    assert 340 * GB < weights.weight_bytes(R1, "int4") < 400 * GB
 
 
 # --- chart ---------------------------------------------------------------------------------------

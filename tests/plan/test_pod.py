@@ -14,8 +14,11 @@ from deepseek_jax.data.examples import Prompt
 from deepseek_jax.generation.engine import Generator
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.transfer import serving_layout
-from deepseek_jax.plan import arithmetic, compiled, planner
+from deepseek_jax.plan import compiled
 from deepseek_jax.plan.compiled import Task
+from deepseek_jax.plan.memory import train_memory, transfer_memory
+from deepseek_jax.plan.meshes import Sizes
+from deepseek_jax.plan.model_bytes import train_state_bytes
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.sharding import Layout, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
@@ -53,9 +56,9 @@ def trainer(settings: GRPOConfig) -> GRPOTrainer:
     weights = jax.jit(lambda: split(Decoder(CONFIG, rngs=nnx.Rngs(0), layout=layout()))[1])()
     model, tokenizer = Model(CONFIG, graphdef, weights), Tokenizer.characters(ALPHABET, chat_template=TEMPLATE)
     serving = serving_layout(CONFIG, layout())
-    generator = Generator(CONFIG, abstract_weights(CONFIG, layout=serving)[0], layout=serving)
+    generator = Generator(CONFIG, abstract_weights(CONFIG, layout=serving)[0])
     reward = combine({"length": lambda prompts, completions, **_: list(map(len, completions))}, {"length": 1.0})
-    return GRPOTrainer(settings, model, tokenizer, generator, reward, width=WIDTH, seed=0, layout=layout())
+    return GRPOTrainer(settings, model, tokenizer, generator, reward, width=WIDTH, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +94,7 @@ def test_the_sync_that_is_compiled_is_the_one_that_runs(dtype):
     found = of.policy(state)
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
     assert shapes(program.serving) == shapes(found)
-    planned = planner.transfer_memory(CONFIG, mine.state, planner.Sizes(), planner.Sizes())
+    planned = transfer_memory(CONFIG, mine.state, Sizes(), Sizes())
     assert planned.serving == compiled._on_a_chip(program.serving)
     assert planned.weights == compiled._on_a_chip(program.weights)
 
@@ -109,10 +112,10 @@ def test_planner_and_compiler_count_the_state_that_is_traced(step, moments):
     """Weights and moments to the byte, but for the optimizer's counters."""
     mine = task(step, moments=moments)
     program = compiled.trace(mine)
-    kept = arithmetic.train_state_bytes(CONFIG, mine.state)
+    kept = train_state_bytes(CONFIG, mine.state)
     assert compiled._on_a_chip(program.weights) == kept.weights
     counters = sum(leaf.dtype.itemsize for leaf in jax.tree.leaves(program.moments) if not leaf.ndim)
     assert compiled._on_a_chip(program.moments) - counters == kept.moments and counters <= 8
-    planned = planner.train_memory(CONFIG, mine.state, planner.Sizes(), mine.batch, mine.context)
+    planned = train_memory(CONFIG, mine.state, Sizes(), mine.batch, mine.context)
     assert (planned.weights, planned.optimizer) == (kept.weights, kept.moments)
     assert {leaf.dtype for leaf in jax.tree.leaves(program.weights)} == {jnp.dtype("float32")}

@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_jax.generation.text import TextCompletion
+from deepseek_jax.generation.engine import Completion
 from deepseek_jax.rl.batch import first_fit, make_batch, pack
 
 
 def completion(tokens, finished=True, **records):
     logprobs = -np.arange(1, len(tokens) + 1, dtype=np.float32)
-    return TextCompletion("", np.array(tokens, np.int32), logprobs, finished, **records)
+    return Completion(np.array(tokens, np.int32), logprobs, finished, **records)
 
 
 def test_mask_marks_exactly_the_completions_tokens():

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_jax.data.examples import Prompt
-from deepseek_jax.generation.text import TextCompletion
+from deepseek_jax.generation.engine import Completion
 from deepseek_jax.ops.metrics import BatchTotals, values
 from deepseek_jax.rl.advantage import group_advantages, normalized_sum_advantages, rloo_advantages
 from deepseek_jax.rl.entropy import first_control, high_entropy, next_control, weight_now
@@ -321,7 +321,7 @@ def test_advantages_and_metrics_with_unknown_rewards_equal_trls():
             np.testing.assert_allclose(np.ravel(found), inputs["advantages"].numpy(), **CLOSE)
         theirs = {name: mean for name, (mean,) in self._metrics["train"].items()}
         parts = {"reward": [None if np.isnan(x) else float(x) for x in arrays["rewards"].ravel()]}
-        drawn = [TextCompletion("", np.arange(n), np.zeros(n), True) for n in arrays["lengths"]]
+        drawn = [Completion(np.arange(n), np.zeros(n), True) for n in arrays["lengths"]]
         ours = rollout_metrics(Rollout([Prompt("?", [5], {})] * P, drawn, arrays["rewards"], parts))
         for name in ("reward", "reward_std", "rewards/reward/mean", "rewards/reward/std", "frac_reward_zero_std"):
             if not np.isnan(theirs[name]):

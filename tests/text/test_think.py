@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_jax.text.think import ThinkParser, split_thinking
+from deepseek_jax.text.think import ThinkParser, after_thoughts, split_thinking, with_opening
 
 # Fragments of tags make near misses as likely as tags.
 FRAGMENTS = st.lists(
@@ -59,6 +59,21 @@ def test_any_chunking_equals_the_split(text, opened, cuts):
     chunks = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
     assert stream(chunks, opened=opened) == split_thinking(text, opened=opened)
     assert stream(list(text), opened=opened) == split_thinking(text, opened=opened)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "found"),
+    [
+        ("Q", "<think>a</think>b", "b"),
+        ("Q<think>\n", "a</think>b", "b"),
+        ("Q<think>", "a</think>b</think>c", "c"),  # where split_thinking shows "b</think>c"
+        ("Q<think>", "never closed", ""),
+        ("Q", "b<think>never closed", "b"),
+        ("Q <think> now", "b", "b"),
+    ],
+)
+def test_no_thought_passes_for_an_answer(prompt, completion, found):
+    assert after_thoughts(with_opening(prompt, completion)) == found
 
 
 def test_a_piece_is_held_back_only_while_it_may_be_a_tag():

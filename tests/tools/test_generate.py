@@ -1,28 +1,30 @@
 """The command line of tools/generate.py: its options as users type them, on a whole small model folder."""
 
 import dataclasses
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 from flax import nnx
 
 from deepseek_jax.checkpoint.convert import convert_hf
-from deepseek_jax.checkpoint.folder import Model, save_hf
+from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.checkpoint.opened import open_folder
-from deepseek_jax.commands import generate as command
+from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.commands.generate import main
 from deepseek_jax.config import preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
-from deepseek_jax.generation.text import TextCompletion
+from deepseek_jax.generation.engine import Generator
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.text.tokenizer import Tokenizer
+from tests.flags import flags
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,7 +38,7 @@ def folder(tmp_path_factory):
     weights = jax.jit(lambda: split(Decoder(config, rngs=nnx.Rngs(0)))[1])()
     model = Model(config, abstract_weights(config)[0], weights)
     target = tmp_path_factory.mktemp("models") / "hf"
-    save_hf(model, target, tokenizer=Tokenizer.characters(ALPHABET, chat_template=TEMPLATE).files)
+    save_model(model, target, tokenizer=Tokenizer.characters(ALPHABET, chat_template=TEMPLATE).files)
     convert_hf(open_folder(target), target.with_name("converted"))
     return target
 
@@ -60,8 +62,7 @@ def test_a_model_is_divided_over_all_devices(folder):
     options = ["--prompt", "1+2=?", "--max-tokens", "6", "--temperature", "0.8", "--seed", "3", "--samples", "2"]
     texts = []
     for devices, more in ((1, []), (4, ["--serve-tensor", "2"]), (4, ["--serve-expert", "2", "--serve-tensor", "1"])):
-        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags(devices), "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "tools/generate.py", str(folder), *options, *more]
         child = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
         assert child.returncode == 0, child.stderr
@@ -71,12 +72,90 @@ def test_a_model_is_divided_over_all_devices(folder):
 
 def test_bfloat16_is_what_is_computed_in(folder, generate, monkeypatch):
     seen = []
-    complete = command.complete
-    note = lambda *arguments, **options: seen.append(arguments[1].norm.dtype) or complete(*arguments, **options)
-    monkeypatch.setattr("deepseek_jax.commands.generate.complete", note)
+    begin = Generator._begin
+    monkeypatch.setattr(Generator, "_begin", lambda self, *of: seen.append(of[0].norm.dtype) or begin(self, *of))
     for options in ((), ("--dtype", "float32"), ("--dtype", "bfloat16")):
         assert generate(folder, "--prompt", "1+2=?", "--max-tokens", 2, *options)[0] == 0
     assert [dtype.name for dtype in seen] == ["float32", "float32", "bfloat16"]
+
+
+def test_samples_and_prompts_are_kept_apart(folder, generate, tmp_path):
+    """And are those that each prompt alone gives with the same seed, whatever the batches."""
+    options = ("--max-tokens", 5, "--temperature", 0.9)
+    (tmp_path / "asked.txt").write_text("1+2=?\n\n3+4+5=?\n")
+    several = ("--prompts", tmp_path / "asked.txt", "--samples", 2, "--seed", 7, *options)
+    status, text, _ = generate(folder, *several)
+    assert status == 0
+    parts = re.split(r"--- prompt (\d), sample (\d), \d tokens, (?:stop|length) ---\n", text)
+    found = {(int(p), int(s)): t for p, s, t in zip(parts[1::3], parts[2::3], parts[3::3], strict=True)}
+    assert list(found) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for number, prompt in enumerate(("1+2=?", "3+4+5=?")):
+        for sample in range(2):
+            alone = generate(folder, "--prompt", prompt, "--seed", 7 + 2 * number + sample, *options)[1]
+            assert found[number, sample] == alone
+    assert generate(folder, *several, "--batch", 1)[1] == text
+
+
+def test_json_has_a_line_a_completion(folder, generate, tmp_path, monkeypatch):
+    rows = [
+        {"prompt": "1+2=?"},
+        {"messages": [{"role": "user", "content": "1+2=?"}, {"role": "assistant", "content": "3"}]},
+        {"prompt": [{"role": "user", "content": "3+4=?"}]},
+    ]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    written = iter(["<think>\x1b 1 and 2</think>3"] * 6)
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids, **of: next(written) if len(ids) <= 4 else "<think>\n")
+    status, text, _ = generate(
+        folder, "--prompts", tmp_path / "asked.jsonl", "--samples", 2, "--json", "--max-tokens", 4, "--batch", 4
+    )
+    found = [json.loads(line) for line in text.splitlines()]
+    assert status == 0 and [(each["prompt"], each["sample"]) for each in found] == [
+        (p, s) for p in range(3) for s in (0, 1)
+    ]
+    for each in found:
+        assert each.keys() == {"prompt", "sample", "text", "thinking", "answer", "tokens", "finish_reason", "seconds"}
+        assert (each["thinking"], each["answer"]) == ("\x1b 1 and 2", "3")
+        assert 1 <= each["tokens"] <= 4 and each["finish_reason"] == ("stop" if each["tokens"] < 4 else "length")
+    assert all(character.isprintable() for character in text.replace("\n", ""))
+
+
+def test_a_prompt_comes_from_standard_input(folder, generate, monkeypatch):
+    wanted = generate(folder, "--prompt", "1+2=?", "--max-tokens", 3)[1]
+    monkeypatch.setattr("sys.stdin", io.StringIO("1+2=?\n"))
+    assert generate(folder, "--prompt", "-", "--max-tokens", 3)[:2] == (0, wanted)
+
+
+def test_a_system_text_begins_the_conversation(folder, generate, tmp_path):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = (
+        "{{ raise_exception(messages|map(attribute='role')|join(' ') ~ ': ' ~ messages[0].content) }}"
+    )
+    asks = variant(folder, tmp_path / "asks", tokenizer_config__json=config)
+    assert "system user: be brief" in generate(asks, "--prompt", "1", "--system", "be brief")[2]
+    assert "system: got it with --no-chat" in generate(asks, "--prompt", "1", "--system", "x", "--no-chat")[2]
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"messages": [{"role": "system", "content": "no"}]}))
+    refused = generate(asks, "--prompts", tmp_path / "asked.jsonl", "--system", "x")[2]
+    assert "system: got it beside a conversation with a system's turn" in refused
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "\n \n", "a.txt: got no line with a prompt"),
+        ("a.jsonl", '{"question": "1"}', 'wanted "prompt", a text, or "messages", a conversation'),
+        ("a.jsonl", '{"prompt": 1}', 'wanted "prompt", a text'),
+        ("a.jsonl", '{"prompt": "1"}\n{"prompt": "hello"}', "prompt 1: encode: got 'h', wanted text"),
+        ("a.jsonl", '{"prompt": "1"}\n{"messages": [{"content": "1"}]}', "prompt 1: messages[0]['role']: got None"),
+        ("a.jsonl", '{"prompt": "1"}\n{"prompt": "' + "1" * 300 + '"}', "prompt 1: got 303 tokens, wanted 1 to 255"),
+        ("a.txt", None, "a.txt: no such file"),
+        ("a.jsonl", None, "a.jsonl: no such file"),
+    ],
+)
+def test_a_mistaken_file_of_prompts_is_one_line(folder, generate, tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    status, text, error = generate(folder, "--prompts", tmp_path / name, "--batch", 1)
+    assert status == 1 and not text and message in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -86,6 +165,9 @@ def test_bfloat16_is_what_is_computed_in(folder, generate, monkeypatch):
         (("--prompt", "hello"), "error: encode: got 'h', wanted text"),
         (("--prompt", "1" * 300), "error: prompt 0: got 303 tokens, wanted 1 to 255"),
         (("--prompt", "1", "--top-p", "0"), "error: top_p: got 0.0"),
+        ((), "error: wanted either --prompt TEXT or --prompts FILE"),
+        (("--prompt", "1", "--prompts", "a.txt"), "error: wanted either --prompt TEXT or --prompts FILE"),
+        (("--prompt", "1", "--samples", "0"), "error: samples: got 0, wanted at least 1"),
     ],
 )
 def test_mistakes_are_one_line(folder, generate, arguments, message):
@@ -145,8 +227,7 @@ def test_what_a_template_says_does_not_reach_the_terminal_raw(folder, generate, 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_completion_is_escaped_on_a_terminal_alone(terminal, folder, generate, monkeypatch):
     written = "\x1b[31mred\x07\n\ttab 5\u202f%, 5\u2009m"
-    completion = TextCompletion(written, np.array([1, 2]), np.zeros(2), finished=False)
-    monkeypatch.setattr("deepseek_jax.commands.generate.complete", lambda *of, **options: [completion])
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids, **of: written if ids else "")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     status, text, _ = generate(folder, "--prompt", "1", "--max-tokens", 2)
     assert status == 0 and text == (r"\x1b[31mred\x07" + "\n\ttab 5\u202f%, 5\u2009m" if terminal else written) + "\n"
@@ -162,4 +243,4 @@ def test_ids_that_the_model_does_not_have_are_refused(folder, generate, tmp_path
 
 def test_a_mistyped_folder_is_named(tmp_path, generate):
     status, _, error = generate(tmp_path / "nowhere", "--prompt", "1")
-    assert status == 1 and "nowhere" in error and error.count("\n") == 1
+    assert status == 1 and "nowhere: no such folder" in error and error.count("\n") == 1

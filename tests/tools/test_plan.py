@@ -58,12 +58,22 @@ def test_one_plan_as_json_is_the_planners(workload, call):
 
 
 def test_one_plan_as_text(call):
-    status, text, error = call("r1-671b", "--chip", "v5e")
+    status, text, error = call("r1-671b", "--chip", "v5e", "--dtype", "fp8")
     assert (status, error) == (0, "")
     assert "r1-671b, serve, fp8, 64 x v5e" in text and "chips         64 x v5e (8x8)\n" in text
     assert "fits          yes; the weights alone are 65.7 % of all memory" in text
     assert "mesh          expert 2, tensor 32\n" in text and "Rule of thumb: 400-480 GB in 4 bits" in text
     assert "tokens/s, " in text and "bound by " in text and "Speeds are rooflines at 50 % of the peak compute" in text
+
+
+def test_the_precision_is_the_programs(call):
+    """FP8 files are unpacked to bfloat16, and a plan says so; a model that is published in it needs no word of that."""
+    text = call("r1-671b", "--chip", "v5e")[1]
+    assert "r1-671b, serve, bf16, 128 x v5e" in text
+    assert "FP8 checkpoints are unpacked to bf16, as the programs here do; --dtype fp8 is an estimate.\n" in text
+    assert "unpacked" not in call("distill-qwen-7b", "--chip", "h100")[1]
+    assert "unpacked" not in call("r1-671b", "--chip", "v5p", "--workload", "train")[1]
+    assert "unpacked" in call("--chip", "h200")[1]
 
 
 def test_what_does_not_fit_has_exit_status_3(call):
@@ -124,10 +134,10 @@ def test_a_plan_says_which_command_runs_it(call):
     text = call("distill-qwen-7b", "--chip", "rtx5090")[1]
     assert "run by        python tools/generate.py FOLDER --prompt TEXT\n" in text
     assert "missing" not in text and "compiled by" not in text  # there is no compiler's description of that GPU
-    text = call("r1-671b", "--chip", "h200")[1]
+    text = call("r1-671b", "--chip", "h200", "--dtype", "fp8")[1]
     assert "run by        no command yet: an estimate\nmissing       a program that computes from fp8 weights" in text
-    assert "compiled by" not in text
-    text = call("r1-671b", "--chip", "h200", "--dtype", "bf16", "--chips", 16, "--batch", 128)[1]
+    assert "compiled by" not in text and "unpacked" not in text
+    text = call("r1-671b", "--chip", "h200", "--chips", 16, "--batch", 128)[1]
     assert (
         "run by        python tools/generate.py FOLDER --prompt TEXT --serve-expert " in text and "missing" not in text
     )

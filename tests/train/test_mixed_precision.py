@@ -65,7 +65,7 @@ def trained(kind, steps, step=StepConfig(bias_gamma=1e-3), *, weights=None, layo
     graphdef, _ = abstract_weights(CONFIGS[kind], layout=layout)
     optimizer = make_optimizer(OptimizerConfig(**{"learning_rate": 2e-3} | of_adamw), steps)
     state = init_state(first_weights(kind) if weights is None else weights, optimizer, layout)
-    update = make_train_step(graphdef, sft_objective, optimizer, step, layout)
+    update = make_train_step(graphdef, sft_objective, optimizer, step)
     losses = []
     for batch in batches(steps):
         state, metrics = update(state, batch)

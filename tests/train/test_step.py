@@ -308,3 +308,15 @@ def test_bad_optimizer_settings_are_refused_by_name(bad):
     (name,) = bad
     with pytest.raises(ValueError, match=f"^{name}: got "):
         OptimizerConfig(**{"learning_rate": 1e-3, **bad})
+
+
+SCOPES = (
+    *("jvp(embed)", "jvp(layer)/attention", "jvp(layer)/router", "jvp(layer)/experts", "jvp(layer)/mlp", "jvp(logits)"),
+    *("jvp(loss)", "transpose(jvp(layer))/attention", "optimizer"),
+)
+
+
+def test_a_profile_of_a_step_names_layers_and_stages():
+    update, start = adamw_update()
+    program = update.lower(jax.eval_shape(start), grpo_batch()).as_text(debug_info=True)
+    assert not [scope for scope in SCOPES if f"jit(step)/{scope}/" not in program]

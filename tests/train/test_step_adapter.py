@@ -60,7 +60,7 @@ def adapter_of(config=CONFIG, layout=LOCAL) -> nnx.State:
 
 def step_of(optimizer=SGD, config=CONFIG, layout=LOCAL, **settings):
     graphdef, _ = abstract_weights(config, layout=layout)
-    return make_adapter_step(graphdef, sft_objective, optimizer, StepConfig(**settings), LORA, layout)
+    return make_adapter_step(graphdef, sft_objective, optimizer, StepConfig(**settings), LORA)
 
 
 def flat(state) -> dict:

@@ -1,15 +1,10 @@
 """GRPO that trains in one layout and samples in another, on eight devices: the same as on one, and what it moves."""
 
 import dataclasses
-import json
-import os
-import subprocess
 import sys
-import traceback
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -29,17 +24,16 @@ from deepseek_jax.model.scan_layers import members, stack_layers
 from deepseek_jax.model.transfer import Transfer, sampled_config, serving_layout, serving_sizes
 from deepseek_jax.parallel.reshard import reshard
 from deepseek_jax.plan.account import account
-from deepseek_jax.plan.exchange import reshard_lower_bound
+from deepseek_jax.plan.communication import reshard_lower_bound
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.sharding import LOCAL, Layout, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.grpo import GRPOTrainer
 from deepseek_jax.train.grpo_config import GRPOConfig
+from tests.laws import found_once
 from tests.test_sharded_steps import CONFIGS, laid
 
-ROOT = Path(__file__).resolve().parents[2]
-DEVICES = 8
 TOKENIZER = Tokenizer.characters(ALPHABET, chat_template=TEMPLATE)
 SMALL = GRPOConfig(
     steps=4,
@@ -89,7 +83,7 @@ def layouts(name: str) -> tuple[str, Layout, Layout]:
 def trainer(kind: str, train: Layout = LOCAL, serve: Layout = LOCAL, **changes) -> GRPOTrainer:
     graphdef, weights = laid(kind, train)
     config = sampled_config(config_of(kind))
-    generator = Generator(config, abstract_weights(config, layout=serve)[0], layout=serve)
+    generator = Generator(config, abstract_weights(config, layout=serve)[0])
     return GRPOTrainer(
         dataclasses.replace(SMALL, **changes),
         Model(config_of(kind), graphdef, weights),
@@ -98,7 +92,6 @@ def trainer(kind: str, train: Layout = LOCAL, serve: Layout = LOCAL, **changes) 
         combine({"digits": digits}, {"digits": 1.0}),
         width=32,
         seed=3,
-        layout=train,
     )
 
 
@@ -154,7 +147,7 @@ def copies_gone_before_updates(of: GRPOTrainer) -> Iterator[None]:
 
 
 def a_step_in_two_layouts_is_that_of_one_device():
-    kind, train, serve = layouts("heads")
+    kind, train, serve = layouts("dense")
     of = trainer(kind, train, serve)
     with copies_gone_before_updates(of):
         assert_same_update(of, trainer(kind))
@@ -302,33 +295,9 @@ THOROUGH = [
 ]
 
 
-def run_laws(*laws: str) -> None:
-    """In the process with eight devices: prints what went wrong with each law, as JSON."""
-    assert jax.device_count() == DEVICES
-    found = {}
-    for law in laws:
-        try:
-            globals()[law]()
-            found[law] = ""
-        except Exception:  # told to the process that asked, whatever it is
-            found[law] = traceback.format_exc()
-    print(json.dumps(found))
-
-
-def found_of(laws) -> dict[str, str]:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
-    code = "import sys; from tests.train.test_two_layouts import run_laws; run_laws(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, *(law.__name__ for law in laws)]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
-    print(child.stderr)
-    assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
-def quick() -> dict[str, str]:
-    return found_of(QUICK)
+def quick(tmp_path_factory) -> dict[str, str]:
+    return found_once(tmp_path_factory, QUICK)
 
 
 @pytest.mark.parametrize("law", [law.__name__ for law in QUICK])
@@ -337,8 +306,8 @@ def test_on_eight_devices(law, quick):
 
 
 @pytest.fixture(scope="module")
-def thorough() -> dict[str, str]:
-    return found_of(THOROUGH)
+def thorough(tmp_path_factory) -> dict[str, str]:
+    return found_once(tmp_path_factory, THOROUGH)
 
 
 @pytest.mark.slow

@@ -3,27 +3,22 @@
 import dataclasses
 
 import pytest
-from jax.sharding import AbstractMesh, AxisType
 
 from deepseek_jax.config import preset
-from deepseek_jax.plan.exchange import comm_lower_bound, dispatched, moved_for_training
-from deepseek_jax.sharding import AXES, Layout
+from deepseek_jax.plan.communication import comm_lower_bound, dispatched, gathered, summed_gradients
+from deepseek_jax.plan.meshes import Sizes
 
 R1 = preset("r1-671b")
 TINY = preset("tiny")
-
-
-def layout(workload: str = "train", **sizes: int) -> Layout:
-    shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    return Layout(mesh=AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES)), workload=workload)
 
 
 def test_r1s_update_on_512_chips():
     """One sequence of 4,096 tokens a chip, 64 groups of experts: 8 rows of 7,168 bfloat16 a token in 58 layers and a
     module, to others 63 of 64 times, there and back and both again backward."""
     rows = 4 * 63 / 64 * 4096 * 8 * 59 * 7168 * 2
-    found = comm_lower_bound(R1, layout(expert=64, fsdp=8), "train", 512, 4096)
-    weights = moved_for_training(R1, layout(expert=64, fsdp=8), True, 2)
+    found = comm_lower_bound(R1, Sizes(expert=64, fsdp=8), "train", 512, 4096)
+    weights = 3 * sum(of.nbytes for of in gathered(R1, Sizes(expert=64, fsdp=8), modules=True))
+    weights += sum(of.nbytes for of in summed_gradients(R1, Sizes(expert=64, fsdp=8), modules=True))
     assert rows == pytest.approx(109.1e9, rel=1e-3)
     assert found == pytest.approx(rows + weights, rel=1e-12) and weights == pytest.approx(153e9, rel=0.02)
 
@@ -31,15 +26,16 @@ def test_r1s_update_on_512_chips():
 def test_serving_moves_rows_alone_and_once_there_and_back():
     """In decoding a chip has the tokens of its own sequences, however its mesh cuts the heads."""
     for sizes in ({"expert": 4, "tensor": 16}, {"expert": 64}):
-        found = comm_lower_bound(R1, layout("serve", **sizes), "decode", 512, 4096)
+        found = comm_lower_bound(R1, Sizes(**sizes), "decode", 512, 4096)
         assert found == pytest.approx(2 * 63 / 64 * (512 / 64) * 8 * 58 * 7168 * 2, rel=1e-12)
-    prefill = comm_lower_bound(R1, layout("serve", expert=64), "prefill", 64, 4096)
+    prefill = comm_lower_bound(R1, Sizes(expert=64), "prefill", 64, 4096)
     assert prefill == pytest.approx(2 * 63 / 64 * 4096 * 8 * 58 * 7168 * 2, rel=1e-12)
 
 
 def test_the_modules_run_in_supervised_training_alone():
-    of = layout(expert=64, fsdp=8)
-    assert dispatched(R1, of, 10, True, 2) == pytest.approx(59 / 58 * dispatched(R1, of, 10, False, 2))
+    of = Sizes(expert=64, fsdp=8)
+    ran, idle = (dispatched(R1, "train", of, 10, modules=modules).nbytes for modules in (True, False))
+    assert ran == pytest.approx(59 / 58 * idle)
 
 
 def test_replicas_send_their_gradients_and_nothing_else():
@@ -47,7 +43,7 @@ def test_replicas_send_their_gradients_and_nothing_else():
     dense = dataclasses.replace(TINY, moe=None)
     count = 0
     for sizes in ({"data": 2}, {"data": 4}):
-        found = comm_lower_bound(dense, layout(**sizes), "grpo", 4, 16, width=4)
+        found = comm_lower_bound(dense, Sizes(**sizes), "grpo", 4, 16, width=4)
         n = sizes["data"]
         count = count or found / (2 * 1 / 2 * 4)  # of parameters, from the first
         assert found == pytest.approx(2 * (n - 1) / n * count * 4)
@@ -57,4 +53,4 @@ def test_replicas_send_their_gradients_and_nothing_else():
 
 
 def test_one_chip_sends_nothing():
-    assert comm_lower_bound(TINY, layout(), "train", 4, 16) == 0
+    assert comm_lower_bound(TINY, Sizes(), "train", 4, 16) == 0

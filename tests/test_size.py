@@ -1,0 +1,60 @@
+"""Files of one idea and functions that fit on a screen: how long they may be, and which may be longer, with why."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1] / "deepseek_jax"
+FILE, NINETY_PERCENT, FUNCTION = 450, 330, 60  # lines
+LONG_FILES = {
+    "commands/train.py": "all settings of a run beside what reads them, until each group of them is a file",
+}
+LONG_FUNCTIONS = {
+    "commands/compile.py:main": "parameters of a command are its options, each with its help",
+    "commands/generate.py:main": "parameters of a command are its options, each with its help",
+    "commands/plan.py:main": "parameters of a command are its options, each with its help",
+    "ops/kernels/latent_decode.py:latent_decode": "a kernel, its grid and its block specs are read side by side",
+    "parallel/experts.py:routed_experts": "its arguments, described, are half of it",
+    "plan/compiled.py:compile_step": "one row of steps, from tracing to the figures, that share what they found",
+    "rl/loss.py:grpo_loss": "its arguments and its metrics, described, are half of it",
+    "train/loop.py:run_stage": "its arguments, described, are half of it",
+}
+
+
+def lengths() -> dict[str, int]:
+    """Lines of every file of the package, by its path within."""
+    return {
+        path.relative_to(PACKAGE).as_posix(): len(path.read_text().splitlines())
+        for path in sorted(PACKAGE.rglob("*.py"))
+    }
+
+
+def long_functions(source: str) -> Iterator[str]:
+    """Names of functions above the limit, decorators and docstrings counted."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = min([node.lineno, *(of.lineno for of in node.decorator_list)])
+            if node.end_lineno - first + 1 > FUNCTION:
+                yield node.name
+
+
+def test_no_file_is_long_but_those_with_a_reason():
+    """A file that is no longer long leaves the list."""
+    assert {name for name, count in lengths().items() if count > FILE} == LONG_FILES.keys()
+
+
+def test_nine_files_in_ten_are_short():
+    counts = sorted(lengths().values())
+    assert counts[int(0.9 * len(counts))] <= NINETY_PERCENT
+
+
+def test_no_function_is_long_but_those_with_a_reason():
+    found = {f"{name}:{function}" for name in lengths() for function in long_functions((PACKAGE / name).read_text())}
+    assert found == LONG_FUNCTIONS.keys()
+
+
+def test_a_long_function_is_noticed():
+    body = "    pass\n" * FUNCTION
+    assert list(long_functions(f"class A:\n  def f(self):\n{body}")) == ["f"]
+    assert list(long_functions(f"def f():\n{body[9:]}")) == []
+    assert list(long_functions(f"@cache\ndef f():\n{body[9:]}")) == ["f"]

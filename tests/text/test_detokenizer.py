@@ -1,0 +1,84 @@
+"""A stream of tokens gives the text of the whole, whatever the chunks, and no half of a character."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
+
+from deepseek_jax.text.detokenizer import Detokenizer
+from deepseek_jax.text.tokenizer import Tokenizer
+from tests.text.test_tokenizer import FOLDERS, needs_shared
+
+TEXTS = ["", "wörter 漢字", "👩‍👧 family", "नमस्ते", "a b  c\n\n", "￿ x", "½<eos>½"]
+
+
+def saved(inner: tokenizers.Tokenizer, folder: Path) -> Tokenizer:
+    inner.add_special_tokens(["<eos>"])
+    inner.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory) -> Tokenizer:
+    """A token a byte, so that every character beyond ASCII comes in several tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    return saved(inner, tmp_path_factory.mktemp("bytes"))
+
+
+@pytest.fixture(scope="module")
+def word_pieces(tmp_path_factory) -> Tokenizer:
+    """Spaces are marks at the beginning of words, and the first one of a text is left out."""
+    words = ["▁a", "▁b", "c", "▁", "<0xE6>", "<0xBC>", "<0xA2>"]
+    inner = tokenizers.Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], byte_fallback=True))
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return saved(inner, tmp_path_factory.mktemp("words"))
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int], cuts: list[int]) -> list[str]:
+    stream, places = Detokenizer(tokenizer), [0, *sorted(cuts), len(ids)]
+    pieces = [stream.feed(ids[a:b]) for a, b in zip(places, places[1:], strict=False)]
+    return [*pieces, stream.finish()]
+
+
+@given(data=st.data())
+def test_pieces_join_to_the_text_of_the_whole(data, byte_level, word_pieces):
+    """Of text, and of any ids at all: bytes that are no characters, special tokens."""
+    tokenizer = data.draw(st.sampled_from([byte_level, word_pieces]))
+    any_ids = st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=12)
+    of_text = st.sampled_from(TEXTS).map(lambda text: byte_level.encode(text, add_bos=False))
+    ids = data.draw(any_ids if tokenizer is word_pieces else st.one_of(any_ids, of_text))
+    cuts = data.draw(st.lists(st.integers(0, len(ids)), max_size=len(ids)))
+    assert "".join(streamed(tokenizer, ids, cuts)) == tokenizer.decode(ids)
+
+
+def test_no_piece_holds_half_a_character(byte_level):
+    text = "ö漢👩‍👧नम½"
+    ids = byte_level.encode(text, add_bos=False)
+    assert len(ids) > 2 * len(text)
+    pieces = streamed(byte_level, ids, list(range(len(ids))))
+    assert [piece for piece in pieces if piece] == list(text)
+
+
+def test_what_never_becomes_a_character_is_given_at_the_end(byte_level):
+    ids = byte_level.encode("a漢", add_bos=False)[:-1]
+    assert streamed(byte_level, ids, [1, 2]) == ["a", "", "", "\ufffd"]
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["deepseek-r1", "deepseek-r1-distill-qwen-7b"])
+@settings(max_examples=10)
+@given(data=st.data())
+def test_published_tokenizers(name, data):
+    tokenizer = Tokenizer.from_folder(FOLDERS / name)
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=20))
+    assert "".join(streamed(tokenizer, ids, list(range(len(ids))))) == tokenizer.decode(ids)
