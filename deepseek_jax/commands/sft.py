@@ -35,7 +35,8 @@ from deepseek_jax.report.page import write_report
 from deepseek_jax.sharding import AXES, Layout, Remat, lanes_of, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.runs import RunSettings, check_folder, enter_folder, held_folder, room_needed, write_json
-from deepseek_jax.train.sft import SFTConfig, SFTTrainer, run_sft
+from deepseek_jax.train.sft import SFTTrainer, run_sft
+from deepseek_jax.train.sft_config import SFTConfig
 from deepseek_jax.train.step import TrainState
 
 _LONGEST = 32_768  # tokens of a row in R1's stages of supervised fine-tuning

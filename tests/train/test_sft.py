@@ -18,7 +18,8 @@ from deepseek_jax.data.prompts import batches
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.report.metrics import MetricLog, read_metrics
 from deepseek_jax.text.turns import MaskedTokens
-from deepseek_jax.train.sft import SFTConfig, SFTTrainer, run_sft
+from deepseek_jax.train.sft import SFTTrainer, run_sft
+from deepseek_jax.train.sft_config import SFTConfig
 from tests.checkpoint.folders import QWEN2
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
