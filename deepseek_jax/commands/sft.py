@@ -270,7 +270,7 @@ def _trainer(config: Config, architecture: ModelConfig, tokenizer: Tokenizer, ro
         model = load_model(config.model, dtype=dtype, layout=layout)
     per_row = min(_MOST_PER_ROW, max(1, width // max(1, int(lengths.min()) - 1)))
     trainer = partial(SFTTrainer, config.sft, model, steps=steps, width=width, per_row=per_row)
-    return trainer(seed=config.seed, layout=layout, donate=True)
+    return trainer(seed=config.seed, donate=True)
 
 
 # --- what is measured and left --------------------------------------------------------------------

@@ -16,7 +16,6 @@ from deepseek_jax.model.lora import beside, decoder_of, merge
 from deepseek_jax.model.precision import computed, convert_dtype
 from deepseek_jax.ops import metrics as ops_metrics
 from deepseek_jax.report.metrics import MetricLog
-from deepseek_jax.sharding import LOCAL, Layout
 from deepseek_jax.text.turns import MaskedTokens
 from deepseek_jax.train.loop import Stage, run_stage
 from deepseek_jax.train.optimizer import make_optimizer, schedule
@@ -47,7 +46,6 @@ class SFTTrainer:
         width: columns of a row.
         per_row: rows that one packed row holds at most.
         seed: of a new adapter.
-        layout: of the model.
         donate: take the model's weights themselves, so that there is no second copy; the caller's are gone.
     """
 
@@ -60,12 +58,11 @@ class SFTTrainer:
         width: int,
         per_row: int = 16,
         seed: int = 0,
-        layout: Layout = LOCAL,
         donate: bool = False,
     ):
         config.check_model(model.config)
         self.config, self.model, self.steps, self.lora = config, model, steps, config.lora
-        self.width, self.per_row, self.seed, self.layout, self.donate = width, per_row, seed, layout, donate
+        self.width, self.per_row, self.seed, self.layout, self.donate = width, per_row, seed, model.layout, donate
         weight = config.mtp_weight_of(model.config)
         idle = ("indexer",) if weight else ("indexer", "mtp")
         self.optimizer = make_optimizer(config.adamw, steps, untrained=idle)
@@ -75,9 +72,9 @@ class SFTTrainer:
         objective = make_sft_objective(mtp_weight=weight, mean=config.mean)
         parts = model.graphdef, objective, self.optimizer, config.step_config
         if self.lora is None:
-            self.update = make_train_step(*parts, layout)
+            self.update = make_train_step(*parts)
         else:
-            self.update = partial(make_adapter_step(*parts, self.lora, layout), frozen=self.frozen)
+            self.update = partial(make_adapter_step(*parts, self.lora), frozen=self.frozen)
         self._measure = jax.jit(self._measured)
 
     def first_state(self) -> TrainState:

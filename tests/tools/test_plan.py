@@ -164,11 +164,15 @@ def test_a_plan_says_which_command_runs_it(call):
 def test_the_commands_of_a_plan_parse(call):
     """Their options are those that the programs have."""
     train = json.loads(call("v2-lite", "--chip", "v7x", "--workload", "train", "--json")[1])["commands"]
-    assert train["run"] is None and "fine-tunes" in train["missing"][0]
+    assert train["missing"] == [] and train["run"].startswith("python experiments/sft.py --model FOLDER --data FILE --")
     grpo = json.loads(call("v2-lite", "--chip", "h100", "--workload", "grpo", "--json")[1])["commands"]
     lines = [train["compile"], grpo["compile"], *grpo["compile_also"]]
     assert [line.split("--step ")[1].split()[0] for line in lines] == ["train", "grpo", "sync", "decode"]
-    programs = [("experiments.r1_zero", [grpo["run"]]), ("tools.compile_pod", lines)]
+    programs = [
+        ("experiments.r1_zero", [grpo["run"]]),
+        ("experiments.sft", [train["run"]]),
+        ("tools.compile_pod", lines),
+    ]
     for module, lines in programs:
         command = [sys.executable, "-m", module, "--help"]
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
