@@ -369,8 +369,8 @@ def an_adapters_step_on_a_mesh_is_that_of_one_device(*names: str):
         same(got[1], wanted[1], name)
 
 
-def an_adapters_step_among_experts_is_that_of_one_device():
-    an_adapters_step_on_a_mesh_is_that_of_one_device("experts")
+def an_adapters_step_of_a_dense_model_is_that_of_one_device():
+    an_adapters_step_on_a_mesh_is_that_of_one_device("dense")
 
 
 def samples_beside_an_adapter_on_a_mesh_are_those_of_one_device():
@@ -429,7 +429,7 @@ def a_state_keeps_lying_as_its_weights_do():
 QUICK = [
     micro_batches_change_nothing_on_a_mesh,
     a_batch_is_put_shard_by_shard,
-    an_adapters_step_among_experts_is_that_of_one_device,
+    an_adapters_step_of_a_dense_model_is_that_of_one_device,
 ]
 THOROUGH = [
     a_step_on_a_batch_that_was_put,

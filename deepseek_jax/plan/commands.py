@@ -61,20 +61,11 @@ def _sampling(plan: Plan, mesh: Mapping[str, int]) -> str:
 
 
 def _train(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
-<<<<<<< HEAD
     batch = f"--batch-size {plan.batch} --max-length {plan.context}"
     return f"deepseek-jax sft --model FOLDER --data FILE{_update(plan)} {batch}", ()
 
 
 def _grpo(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
-=======
-    run = f"python experiments/sft.py --model FOLDER --data FILE{_training(plan)}"
-    return f"{run} --batch-size {plan.batch} --max-length {plan.context}", ()
-
-
-def _grpo(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
-    run = f"python experiments/r1_zero.py --model FOLDER --data FILE{_training(plan, plan.rollout_mesh)}"
->>>>>>> fddb061
     if plan.batch == 1:
         return None, ("a plan with more samples than one: a group of one learns nothing; give a batch",)
     group = max(of for of in range(2, min(plan.batch, _GROUP) + 1) if plan.batch % of == 0 or of == 2)
@@ -86,14 +77,6 @@ def _grpo(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
 def _update(plan: Plan) -> str:
     """Options of how weights lie and are trained."""
     mesh = "".join(f" --mesh-{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
-    dtypes = f"--dtype {_DTYPES[plan.dtype]} --moments {plan.moments}"
-    return f"{mesh} --scan-layers --remat all_but_attention {dtypes}"
-
-
-def _training(plan: Plan, rollout_mesh: Mapping[str, int] | None = None) -> str:
-    """Options of a training command: how the model lies, to sample too where it does, and in what it computes."""
-    mesh = "".join(f" --mesh-{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
-    mesh += "" if rollout_mesh is None else _sampling(plan, rollout_mesh)
     dtypes = f"--dtype {_DTYPES[plan.dtype]} --moments {plan.moments}"
     return f"{mesh} --scan-layers --remat all_but_attention {dtypes}"
 

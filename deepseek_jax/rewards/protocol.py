@@ -28,9 +28,8 @@ class RewardFunction(Protocol):
     Differs: prompts and completions are plain strings, never lists of messages.
     """
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
-    ) -> list[float | None]: ...
+    # Any, so that a type checker takes functions that name columns of their own.
+    def __call__(self, *args: Any, **columns: Any) -> Any: ...
 
 
 class RowsFailed(RuntimeError):

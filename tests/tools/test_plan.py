@@ -162,7 +162,6 @@ def test_a_plan_says_which_command_runs_it(call):
 def test_the_commands_of_a_plan_parse(call):
     """Their options are those that the programs have."""
     train = json.loads(call("v2-lite", "--chip", "v7x", "--workload", "train", "--json")[1])["commands"]
-<<<<<<< HEAD
     assert train["missing"] == []
     grpo = json.loads(call("v2-lite", "--chip", "h100", "--workload", "grpo", "--json")[1])["commands"]
     steps = [train["compile"], grpo["compile"], *grpo["compile_also"]]
@@ -170,19 +169,6 @@ def test_the_commands_of_a_plan_parse(call):
     for command, lines in (("train", [grpo["run"]]), ("sft", [train["run"]]), ("compile", steps)):
         assert all(line.startswith(f"deepseek-jax {command} ") for line in lines)
         words = [sys.executable, "-m", "deepseek_jax", command, "--help-all"]
-=======
-    assert train["missing"] == [] and train["run"].startswith("python experiments/sft.py --model FOLDER --data FILE --")
-    grpo = json.loads(call("v2-lite", "--chip", "h100", "--workload", "grpo", "--json")[1])["commands"]
-    lines = [train["compile"], grpo["compile"], *grpo["compile_also"]]
-    assert [line.split("--step ")[1].split()[0] for line in lines] == ["train", "grpo", "sync", "decode"]
-    programs = [
-        ("experiments.r1_zero", [grpo["run"]]),
-        ("experiments.sft", [train["run"]]),
-        ("tools.compile_pod", lines),
-    ]
-    for module, lines in programs:
-        command = [sys.executable, "-m", module, "--help"]
->>>>>>> fddb061
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
         shown = subprocess.run(words, capture_output=True, text=True, env=env, cwd=ROOT, timeout=120).stdout
         for option in (word for word in " ".join(lines).split() if word.startswith("--")):
