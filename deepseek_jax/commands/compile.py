@@ -142,7 +142,7 @@ def _show(found: Compiled, task: Task, topology: str, sizes: dict[str, int]) -> 
     console.print(f"{task.step} on {topology}: {_named(sizes)}, {work}, {task.dtype}")
     halves = found.devices // found.chips
     table = Table("a chip" if halves == 1 else f"a device, 1/{halves} of a chip", "", "beside theory")
-    row = lambda name, value, with_adapter="": table.add_row(name, value, with_adapter)
+    row = lambda name, value, beside="": table.add_row(name, value, beside)
     row("memory", format_bytes(found.hbm_bytes), "")
     row("  used", format_bytes(found.used_bytes), f"{found.headroom:.0%} left" if found.fits else "DOES NOT FIT")
     row("  planned", format_bytes(found.planned_bytes), f"{found.planned_bytes / found.used_bytes:.2f} of used")

@@ -130,9 +130,9 @@ def test_two_processes_convert_as_one(tmp_path):
     launch(laws.a_folder_is_converted, tmp_path / "one", processes=1, devices=8)
     launch(laws.a_folder_is_converted, tmp_path / "two")
     one, two = (content(tmp_path / name / "converted") for name in ("one", "two"))
-    with_adapter = {name for name in one if not name.startswith("weights/")}
-    assert {"manifest.json", "config.json", "source/model.safetensors.index.json"} <= with_adapter
-    for name in with_adapter:
+    beside = {name for name in one if not name.startswith("weights/")}
+    assert {"manifest.json", "config.json", "source/model.safetensors.index.json"} <= beside
+    for name in beside:
         assert two[name] == one[name], name
     # TensorStore names its data files at random
     assert {name for name in two if "/d/" not in name} == {name for name in one if "/d/" not in name}

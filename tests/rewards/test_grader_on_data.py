@@ -56,11 +56,11 @@ def test_a_row_is_right_beside_itself_and_wrong_beside_the_next(name, grader, tm
     itself = grader.grade([(answer, answer) for answer in answers])
     refused = [answer for answer, verdict in zip(answers, itself, strict=True) if not verdict.right]
     turned = [*answers[1:], answers[0]]
-    with_adapter = grader.grade(list(zip(answers, turned, strict=True)))
+    beside = grader.grade(list(zip(answers, turned, strict=True)))
     both = grader.grade(list(zip(turned, answers, strict=True)))
-    taken = [(a, g) for a, g, verdict in zip(answers, turned, with_adapter, strict=True) if verdict.right]
+    taken = [(a, g) for a, g, verdict in zip(answers, turned, beside, strict=True) if verdict.right]
     # A pair of different answers that is right either way is one value in two notations; one that is not is a slip.
-    onesided = sum(x.right != y.right for x, y in zip(with_adapter, both, strict=True))
+    onesided = sum(x.right != y.right for x, y in zip(beside, both, strict=True))
     different = [(a, g) for a, g in taken if a.replace(" ", "") != g.replace(" ", "")]
     print(
         f"{name}: {len(answers)} rows; right beside itself {len(answers) - len(refused)};"
