@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -193,7 +194,7 @@ def dynamic_sampling(
 
 
 def _flat(rewards_PG: np.ndarray) -> np.ndarray:
-    return np.asarray(zero_variance(rewards_PG))
+    return np.asarray(zero_variance(jnp.asarray(rewards_PG)))
 
 
 def joined(parts: Sequence[Rollout]) -> Rollout:
