@@ -1,10 +1,15 @@
-"""What mkdocs asks before it writes a page: the README and the changelog are pages too, from where they lie."""
+"""What mkdocs asks before it writes a page: pages that lie elsewhere in the repository."""
 
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIES = {"index.md": "README.md", "changelog.md": "CHANGELOG.md", "log.md": "experiments/LOG.md"}
+COPIES = {
+    "index.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+    "log.md": "experiments/LOG.md",
+}
 
 
 def on_files(files: Any, config: Any) -> Any:

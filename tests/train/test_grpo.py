@@ -111,7 +111,11 @@ def plain_gradients(loss_type="grpo"):
 
 @pytest.mark.parametrize(
     ("loss_type", "changes"),
-    [("grpo", {"pack": True}), ("grpo", {"micro_batches": 4}), ("dapo", {"pack": True, "micro_batches": 2})],
+    [
+        ("grpo", {"pack": True}),
+        ("grpo", {"micro_batches": 4}),
+        pytest.param("dapo", {"pack": True, "micro_batches": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_packing_and_micro_batches_change_no_gradient(loss_type, changes):
     wanted, metrics = plain_gradients(loss_type)
@@ -319,7 +323,9 @@ def sometimes(prompts, completions, completion_ids, **columns):
     "changes",
     [
         {"sampling_rounds": 3, "reference_every": 2, "reference_mixup": 0.5, "loss": GRPOLossConfig(beta=0.1)},
-        {"pack": True, "keep_routing": True, "updates_per_rollout": 2, "num_iterations": 2},
+        pytest.param(
+            {"pack": True, "keep_routing": True, "updates_per_rollout": 2, "num_iterations": 2}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_killed_stage_repeats_and_loses_no_prompt_and_ends_bit_identical(tmp_path, changes):
