@@ -6,16 +6,11 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "deepseek_jax"
 FILE, NINETY_PERCENT, FUNCTION = 450, 330, 60  # lines
-LONG_FILES = {
-    "commands/train.py": "all settings of a run beside what reads them, until each group of them is a file",
-}
+LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS = {
-    "commands/compile.py:main": "parameters of a command are its options, each with its help",
     "commands/generate.py:main": "parameters of a command are its options, each with its help",
-    "commands/plan.py:main": "parameters of a command are its options, each with its help",
     "ops/kernels/latent_decode.py:latent_decode": "a kernel, its grid and its block specs are read side by side",
     "parallel/experts.py:routed_experts": "its arguments, described, are half of it",
-    "plan/compiled.py:compile_step": "one row of steps, from tracing to the figures, that share what they found",
     "rl/loss.py:grpo_loss": "its arguments and its metrics, described, are half of it",
     "train/loop.py:run_stage": "its arguments, described, are half of it",
 }

@@ -1,9 +1,10 @@
-"""Format: is the completion shaped `<think>reasoning</think><answer>answer</answer>`?"""
+"""Format: is the completion shaped `<think>reasoning</think><answer>answer</answer>`, or its answer boxed?"""
 
 import math
 import unicodedata
 
 from deepseek_jax.rewards.combine import check_strings
+from deepseek_jax.text.answers import extract_answer
 from deepseek_jax.text.think import CLOSE, OPEN, with_opening
 
 TAGS = (OPEN, CLOSE, "<answer>", "</answer>")
@@ -35,6 +36,23 @@ def format_reward(
     """
     check_strings("format_reward", prompts, completions)
     return [float(_is_template(with_opening(*row))) for row in zip(prompts, completions, strict=True)]
+
+
+def boxed_format_reward(
+    prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: object
+) -> list[float | None]:
+    r"""1.0 where the thought is closed and the answer after it is in `\boxed{}`, else 0.0.
+
+    A thought that the prompt or the completion opens is closed once, with something that can be seen in it, and not
+    opened again; where none is opened, there are no tags of thoughts at all. What comes after it boxes an answer and
+    holds no tags.
+
+    Args, Returns, Raises: as of `format_reward`.
+
+    Source: DeepSeek-R1's README ("put your final answer within \boxed{}") and chat template, which opens the thought.
+    """
+    check_strings("boxed_format_reward", prompts, completions)
+    return [float(_is_boxed(with_opening(*row))) for row in zip(prompts, completions, strict=True)]
 
 
 def soft_format_reward(
@@ -78,6 +96,15 @@ def _is_template(text: str) -> bool:
     in_order = bool(closed and opened and ended)
     outside = before + between + after
     return in_order and not outside.strip() and _shows(thought) and _shows(answer)
+
+
+def _is_boxed(text: str) -> bool:
+    answer = text
+    if text.lstrip().startswith(OPEN):
+        thought, closed, answer = text.lstrip().removeprefix(OPEN).partition(CLOSE)
+        if not closed or OPEN in thought or not _shows(thought):
+            return False
+    return not any(tag in answer for tag in TAGS) and extract_answer(answer) is not None
 
 
 def _shows(text: str) -> bool:

@@ -174,7 +174,7 @@ def test_the_commands_of_a_plan_parse(call):
         ("tools.compile_pod", lines),
     ]
     for module, lines in programs:
-        command = [sys.executable, "-m", module, "--help"]
+        command = [sys.executable, "-m", module, "--help-all"]
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
         shown = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=120).stdout
         for option in (word for word in " ".join(lines).split() if word.startswith("--")):
