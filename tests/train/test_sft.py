@@ -1,7 +1,6 @@
 """The SFT stage: masters, micro-batches, packing, adapters, precision, and runs that were broken off."""
 
 import dataclasses
-import json
 import math
 from functools import cache
 from pathlib import Path
@@ -12,15 +11,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deepseek_jax.checkpoint.folder import Model
+from deepseek_jax.checkpoint.folder import Model, lay_out
 from deepseek_jax.config import preset
 from deepseek_jax.data.prompts import batches
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.report.metrics import MetricLog, read_metrics
+from deepseek_jax.sharding import LOCAL, Layout, make_mesh
 from deepseek_jax.text.turns import MaskedTokens
 from deepseek_jax.train.sft import SFTTrainer, run_sft
 from deepseek_jax.train.sft_config import SFTConfig
 from tests.checkpoint.folders import QWEN2
+from tests.laws import found_of
+from tests.test_sharded_steps import GQA
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -213,4 +215,30 @@ def test_a_stage_that_was_killed_ends_as_an_unbroken_one(tmp_path):
     assert [row["step"] for row in metrics if "eval/loss" in row] == [3, 6]
     for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
-    assert json.dumps(metrics[0])
+
+
+# --- on a mesh, in a process of its own that has the devices ----------------------------------------
+
+
+def packed_steps_on_a_mesh_are_those_of_one_device():
+    """Loss, metrics and held-out loss over two updates of packed rows in micro-batches, with scanned layers."""
+    settings = SFTConfig(**SETTINGS, pack=True, micro_batches=2)
+    found = []
+    for layout in (LOCAL, Layout(mesh=make_mesh(data=2, fsdp=2, tensor=2), scan_layers=True)):
+        own = Model(GQA, abstract_weights(GQA)[0], split(Decoder(GQA, rngs=nnx.Rngs(0)))[1])
+        made = SFTTrainer(settings, lay_out(own, layout), steps=2, width=WIDTH)
+        state = made.first_state()
+        values = [made.evaluate(state, rows()[:5])]
+        for number in range(2):
+            state, metrics = made.step(state, rows()[8 * number :][:8], number)
+            values.append({name: metrics[name] for name in ("loss", "grad_norm", "mean_token_accuracy")})
+        found.append([*values, made.evaluate(state, rows()[:5])])
+    for one, other in zip(*found, strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_eight_devices_give_what_one_does():
+    assert found_of([packed_steps_on_a_mesh_are_those_of_one_device]) == {
+        "packed_steps_on_a_mesh_are_those_of_one_device": ""
+    }
