@@ -1,8 +1,6 @@
 """R1-Zero's run: the cold start of a small model, or a given one, then GRPO, and what is written of both."""
 
-import dataclasses
 import time
-from collections.abc import Mapping, Sequence
 from functools import partial
 
 import jax
@@ -30,16 +28,14 @@ from deepseek_jax.commands.train_settings import (
 from deepseek_jax.commands.train_setup import Setup, example_width, prepare
 from deepseek_jax.data.prompts import batches
 from deepseek_jax.model.precision import dtype_of
-from deepseek_jax.ops import metrics as ops_metrics
 from deepseek_jax.report.metrics import MetricLog, WandbConfig
 from deepseek_jax.rewards.recipe import rewards
 from deepseek_jax.train.grpo import GRPOTrainer
 from deepseek_jax.train.grpo_stage import run_grpo
-from deepseek_jax.train.loop import Stage, run_stage
-from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from deepseek_jax.train.runs import enter_folder, held_folder, room_needed
-from deepseek_jax.train.sft_loss import sft_batch, sft_objective
-from deepseek_jax.train.step import TrainState, init_state, make_train_step
+from deepseek_jax.train.sft import SFTTrainer, run_sft
+from deepseek_jax.train.sft_config import SFTConfig
+from deepseek_jax.train.sft_loss import completion_tokens
 
 
 @command(Config, common=COMMON, deciding=DECIDING, defaults=defaults)
@@ -95,29 +91,26 @@ def computing(config: Config) -> str:
 
 def cold_start(config: Config, setup: Setup, log: MetricLog) -> nnx.State:
     """Supervised epochs over worked examples: the form of an answer, and some skill to reinforce."""
-    steps = config.toy.cold_start_epochs * len(setup.cold_start) // config.toy.cold_start_batch
-    adamw = OptimizerConfig(
-        learning_rate=config.toy.cold_start_lr,
-        warmup_steps=20,
-        final_ratio=0.1,
-        weight_decay=0.1,
+    settings = SFTConfig(
+        steps=config.toy.cold_start_epochs * len(setup.cold_start) // config.toy.cold_start_batch,
+        batch_size=config.toy.cold_start_batch,
+        loss_mean="examples",
+        lr=config.toy.cold_start_lr,
+        warmup=20,
+        micro_batches=config.grpo.micro_batches,
+        balance_alpha=config.grpo.balance_alpha,
+        bias_gamma=config.grpo.bias_gamma,  # the weights themselves are trained here, whatever GRPO trains
+        dtype=config.grpo.dtype,
         moments=config.grpo.moments,
+        skip_grad_norm=config.grpo.skip_grad_norm,
+        save_every=200,
     )
-    optimizer = make_optimizer(adamw, steps)
-    # the weights themselves are trained here, whatever GRPO trains: biases move
-    of_step = dataclasses.replace(config.grpo.step_config, bias_gamma=config.grpo.bias_gamma)
-    update = make_train_step(setup.model.graphdef, sft_objective, optimizer, of_step)
+    examples = [completion_tokens(prompt, completion) for prompt, completion in setup.cold_start]
     width = example_width(setup.cold_start)
-
-    def step(state: TrainState, examples: Sequence, number: int) -> tuple[TrainState, Mapping[str, float]]:
-        state, metrics = update(state, setup.layout.put(sft_batch(examples, width=width)))
-        rate = float(schedule(adamw, steps)(number))
-        return state, ops_metrics.values(metrics) | {"learning_rate": rate}
-
-    stage = Stage(name="cold_start", steps=steps, save_every=200, shown={"loss": "loss"})
-    data = batches(setup.cold_start, size=config.toy.cold_start_batch, seed=config.seed)
-    state = init_state(setup.model.weights, optimizer, setup.layout, donate=True)
-    return run_stage(stage, state, data, step, folder=config.output, log=log).weights
+    sizes = {"steps": settings.steps, "width": width}
+    trainer = SFTTrainer(settings, setup.model, **sizes, donate=True)
+    data = batches(examples, size=settings.batch_size, seed=config.seed)
+    return run_sft(trainer, data, folder=config.output, log=log, name="cold_start").weights
 
 
 def reinforce(config: Config, setup: Setup, weights: nnx.State, log: MetricLog, run_id: str) -> nnx.State:

@@ -76,7 +76,7 @@ def test_the_update_that_is_compiled_is_the_one_that_runs(dtype, moments):
     of, seen = trainer(settings), []
     update = of.update
     of.update = lambda *given: seen.append(update.trace(*given)) or update(*given)
-    tokens = of.roll.tokenizer.chat([{"role": "user", "content": "1+1=?"}])
+    tokens = of.rollout_worker.tokenizer.chat([{"role": "user", "content": "1+1=?"}])
     of.step(of.first_state(), lambda: [Prompt("1+1=?", tokens, {})] * 2, 0)
     [ran], traced = seen, compiled.trace(mine).traced
     shapes = lambda traced: jax.tree.map(lambda info: (info.shape, info.dtype), traced.args_info)

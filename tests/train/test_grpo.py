@@ -24,7 +24,7 @@ from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train import grpo
-from deepseek_jax.train.grpo import GRPOTrainer, _counted, followed, total_tokens
+from deepseek_jax.train.grpo import GRPOTrainer, _counted, total_tokens, update_reference
 from deepseek_jax.train.grpo_config import GRPOConfig
 from deepseek_jax.train.grpo_stage import run_grpo
 from deepseek_jax.train.loop import NonFiniteError, ended_nonfinite
@@ -254,7 +254,7 @@ def test_the_reference_follows_every_so_many_steps_and_as_far_as_told():
     now = flat(state.train.weights)
     for name, leaf in flat(state.reference).items():
         np.testing.assert_allclose(leaf, start[name] + 0.25 * (now[name] - start[name]), atol=1e-7, err_msg=name)
-    whole = followed(start_tree(), state.train.weights, 1.0, jnp.dtype("float32"))
+    whole = update_reference(start_tree(), state.train.weights, 1.0, jnp.dtype("float32"))
     assert_close(whole, state.train.weights, 0)
 
 

@@ -23,8 +23,8 @@ from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.model.scan_layers import members, stack_layers
 from deepseek_jax.model.transfer import Transfer, sampled_config, serving_layout, serving_sizes
 from deepseek_jax.parallel.reshard import reshard
-from deepseek_jax.plan.account import account
 from deepseek_jax.plan.communication import reshard_lower_bound
+from deepseek_jax.plan.cost_analysis import cost_analysis
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.sharding import LOCAL, Layout, make_mesh
@@ -265,7 +265,7 @@ def what_is_moved_is_what_arithmetic_says():
         transfer = Transfer(config, train, to, jnp.dtype(jnp.float32))
         like = abstract_weights(CONFIGS[kind], layout=train)[1]
         compiled = transfer.program(like).lower(like).compile()
-        sent = sum(of.bytes for of in account(compiled.as_text(), train.mesh.shape).collectives)
+        sent = sum(of.bytes for of in cost_analysis(compiled.as_text(), train.mesh.shape).collectives)
         memory = compiled.memory_analysis()
         assert memory.temp_size_in_bytes <= 4 * (memory.argument_size_in_bytes + memory.output_size_in_bytes)
         least = reshard_lower_bound(config, train, to, jnp.dtype(jnp.float32))
