@@ -13,6 +13,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo, UnsupportedTypeAnnotationError
 
 from deepseek_jax import distributed, interrupt
+from deepseek_jax.commands.options import prepared
 
 
 def run(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
@@ -75,8 +76,11 @@ def _optional(of: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | UnsupportedTy
 
 
 def _call(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
-    call = tyro.extras.subcommand_cli_from_dict if isinstance(main, dict) else tyro.cli
-    call(main, config=_SHOWN, registry=_REGISTRY)
+    if isinstance(main, dict):
+        tyro.extras.subcommand_cli_from_dict(main, config=_SHOWN, registry=_REGISTRY)
+        return
+    function, arguments = prepared(main, sys.argv[1:])
+    tyro.cli(function, args=arguments, config=_SHOWN, registry=_REGISTRY)
 
 
 def _call_in_one_of_several(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:

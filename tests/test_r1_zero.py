@@ -23,14 +23,17 @@ from safetensors.numpy import load_file
 from deepseek_jax.checkpoint.folder import Model, load_model
 from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.cli import run
+from deepseek_jax.commands import toy
 from deepseek_jax.commands import train as r1_zero
+from deepseek_jax.commands.settings_file import with_values
+from deepseek_jax.commands.train_report import saved_dtype
+from deepseek_jax.commands.train_settings import Config, DataOptions, check, defaults, run_settings, settings
 from deepseek_jax.config import preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.report.metrics import MetricLog, read_metrics
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.grpo_config import GRPOConfig
-from deepseek_jax.train.runs import room_needed
+from deepseek_jax.train.runs import enter_folder, room_needed, write_json
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -59,6 +62,11 @@ def arguments(output: Path, **changes) -> list[str]:
     return ["--output", str(output), *(part for k, v in settings.items() for part in (f"--{k}", str(v)))]
 
 
+def small(output: Path, **changes) -> Config:
+    """Settings of the toy task."""
+    return with_values(defaults({}), {"output": output, **changes})
+
+
 def main(monkeypatch, *given: str) -> int:
     """The command line in this process; its exit status."""
     monkeypatch.setattr(sys, "argv", ["r1_zero.py", *given])
@@ -75,7 +83,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         moe = dataclasses.replace(preset("tiny").moe, first_k_dense_replace=0)
         shallow = dataclasses.replace(preset("tiny"), num_hidden_layers=1, moe=moe)  # less to compile
-        monkeypatch.setattr(r1_zero, "preset", lambda name: shallow)
+        monkeypatch.setattr(toy, "preset", lambda name: shallow)
         assert main(monkeypatch, *arguments(folder, steps=2, eval_every=2, cold_start_epochs=2)) == 0
     return folder
 
@@ -143,9 +151,9 @@ def test_what_the_model_or_the_grader_cannot_do_is_refused_before_training(
 
 def test_settings_of_data_without_data_or_for_several_sets_are_refused():
     with pytest.raises(ValueError, match="held_out: got a setting for data, but no --data"):
-        r1_zero.Questions(held_out=("a.jsonl",))
+        DataOptions(held_out=("a.jsonl",))
     with pytest.raises(ValueError, match="pass_rates: got rates by row with 2 data sets, wanted one"):
-        r1_zero.Questions(data=("a.jsonl", "b.jsonl"), pass_rates=Path("rates.jsonl"))
+        DataOptions(data=("a.jsonl", "b.jsonl"), pass_rates=Path("rates.jsonl"))
 
 
 def error_line(capsys) -> str:
@@ -175,7 +183,7 @@ def test_settings_that_cannot_work_are_refused(tmp_path, monkeypatch, capsys, ch
         (None, "no such file"),
         ("", "the data set is empty"),
         ('{"question": "1+1=?", "answer": "2"}\n{"question": 3}\n', ":2: 'answer': got None"),
-        ('{"question": "1+1=?", "answer": "2"}\n', "got 1 rows, wanted at least one beyond the 8"),
+        ('{"question": "1+1=?", "answer": "2"}\n', "got 1 rows, wanted 2 or more: one is held out"),
     ],
 )
 def test_bad_data_is_refused_by_name(tmp_path, monkeypatch, capsys, text, message):
@@ -189,12 +197,12 @@ def test_bad_data_is_refused_by_name(tmp_path, monkeypatch, capsys, text, messag
 
 
 def test_another_setting_does_not_go_on_with_an_unfinished_run(tmp_path):
-    first, other = (r1_zero.Config(output=tmp_path / "run", grpo=GRPOConfig(lr=lr)) for lr in (1e-4, 2e-4))
-    r1_zero.check(first)
-    r1_zero.write_json(first.output / "config.json", r1_zero.settings(first))
-    r1_zero.check(first)
+    first, other = (small(tmp_path / "run", lr=lr) for lr in (1e-4, 2e-4))
+    check(first)
+    write_json(first.output / "config.json", settings(first))
+    check(first)
     with pytest.raises(ValueError, match="has lr 0.0001, not 0.0002"):
-        r1_zero.check(other)
+        check(other)
 
 
 # --- killed runs -----------------------------------------------------------------------------------
@@ -280,18 +288,10 @@ def test_a_run_killed_before_its_summary_can_be_finished(tmp_path):
 # --- a run's folder over its life ------------------------------------------------------------------
 
 
-def test_given_flags_win_over_quick():
-    config = r1_zero.Config(quick=True, grpo=GRPOConfig(steps=60, save_every=7))
-    found = r1_zero.shortened(config, ["--quick", "--steps", "60", "--eval-questions=512"])
-    assert (found.grpo.steps, found.grpo.save_every, found.grpo.eval_every) == (60, 7, 4)
-    assert (found.eval_questions, found.cold_start_epochs) == (512, 4)
-    assert r1_zero.shortened(r1_zero.Config(quick=True), ["--quick"]).grpo.steps == 8
-
-
-def begun(folder: Path, base: str | None = None, **grpo) -> r1_zero.Config:
-    config = r1_zero.Config(output=folder, grpo=GRPOConfig(**grpo))
-    r1_zero.check(config)
-    r1_zero.enter_folder(folder, r1_zero.run_settings(config, base))
+def begun(folder: Path, base: str | None = None, **changes) -> Config:
+    config = small(folder, **changes)
+    check(config)
+    enter_folder(folder, run_settings(config, base))
     return config
 
 
@@ -302,22 +302,22 @@ def test_a_run_goes_on_with_more_steps_other_intervals_and_under_another_name(tm
     (tmp_path / "link").symlink_to("moved")
     monkeypatch.chdir(tmp_path)
     for name in ("moved", "link", tmp_path / "moved", "../" + tmp_path.name + "/moved"):
-        r1_zero.check(r1_zero.Config(output=Path(name), grpo=GRPOConfig(**changes)))
+        check(small(Path(name), **changes))
 
 
 def test_a_finished_run_goes_on_with_more_steps_alone(tmp_path):
     folder = tmp_path / "run"
     identity = json.loads((begun(folder).output / "config.json").read_text())["run"]
-    r1_zero.write_json(folder / "summary.json", {})
+    write_json(folder / "summary.json", {})
     for steps in (60, 59):
         with pytest.raises(ValueError, match="holds a finished run of 60 steps; raise --steps"):
-            r1_zero.check(r1_zero.Config(output=folder, grpo=GRPOConfig(steps=steps)))
+            check(small(folder, steps=steps))
     begun(folder, steps=70)
     assert not (folder / "summary.json").exists()
     assert json.loads((folder / "config.json").read_text())["run"] == identity
     (folder / "checkpoints" / "grpo" / "64").mkdir(parents=True)
     with pytest.raises(ValueError, match="steps: got 60, but the run there has done 64; give --steps 64 or more"):
-        r1_zero.check(r1_zero.Config(output=folder))
+        check(small(folder))
 
 
 def last_step(folder: Path, **metrics) -> None:
@@ -338,20 +338,20 @@ def test_what_ends_a_run_may_be_changed_where_it_ended_so_and_nothing_else(tmp_p
     folder = begun(tmp_path / "run", lr=1.0).output
     last_step(folder, **metrics)
     for changes in ({"lr": 1e-4}, {"lr": 1.0, "skip_grad_norm": 5.0}, {"lr": 1e-4, "skip_grad_norm": 5.0}):
-        r1_zero.check(r1_zero.Config(output=folder, grpo=GRPOConfig(**changes), cold_start_lr=1e-3))
+        check(small(folder, **changes, cold_start_lr=1e-3))
     with pytest.raises(ValueError, match="has group_size 16, not 8"):
-        r1_zero.check(r1_zero.Config(output=folder, grpo=GRPOConfig(lr=1e-4, group_size=8)))
+        check(small(folder, lr=1e-4, group_size=8))
     begun(folder, lr=1e-4)
     last_step(folder, loss=0.1, grad_norm=1.0, nonfinite_updates=0.0)
     with pytest.raises(ValueError, match="has lr 0.0001, not 0.0002"):
-        r1_zero.check(r1_zero.Config(output=folder, grpo=GRPOConfig(lr=2e-4)))
+        check(small(folder, lr=2e-4))
 
 
 def test_a_step_left_out_does_not_end_a_run(tmp_path):
     folder = begun(tmp_path / "run", skip_grad_norm=1.0).output
     last_step(folder, loss=math.nan, grad_norm=math.nan, nonfinite_updates=0.0, skipped_updates=1.0)
     with pytest.raises(ValueError, match="has lr 0.0002, not 0.1"):
-        r1_zero.check(r1_zero.Config(output=folder, grpo=GRPOConfig(lr=0.1, skip_grad_norm=1.0)))
+        check(small(folder, lr=0.1, skip_grad_norm=1.0))
 
 
 @pytest.mark.slow
@@ -392,23 +392,23 @@ def test_a_run_holds_its_folder_against_a_second_one(tmp_path, monkeypatch, caps
 def test_a_folder_that_the_run_did_not_write_is_refused_at_the_start(tmp_path, name):
     (tmp_path / "run" / name).mkdir(parents=True)
     with pytest.raises(ValueError, match=f"{name}: exists already and was not written by this run"):
-        r1_zero.check(r1_zero.Config(output=tmp_path / "run", grpo=GRPOConfig(lora_rank=2)))
+        check(small(tmp_path / "run", lora_rank=2))
 
 
 def test_a_base_whose_weights_changed_is_refused(tmp_path):
     base, folder = tmp_path / "base", tmp_path / "run"
     base.mkdir()
     (base / "model.safetensors").write_bytes(b"weights")
-    config = r1_zero.Config(output=folder, model=base, grpo=GRPOConfig(lora_rank=2))
-    r1_zero.enter_folder(folder, r1_zero.run_settings(config, r1_zero.check(config)))
+    config = small(folder, model=base, lora_rank=2)
+    enter_folder(folder, run_settings(config, check(config)))
     base.rename(tmp_path / "elsewhere")
-    moved = dataclasses.replace(config, model=tmp_path / "elsewhere")
-    r1_zero.check(moved)
+    moved = with_values(config, {"model": tmp_path / "elsewhere"})
+    check(moved)
     (tmp_path / "elsewhere" / "model.safetensors").write_bytes(b"weightz")
     with pytest.raises(ValueError, match="began with a base model of fingerprint .* its files are others"):
-        r1_zero.check(moved)
+        check(moved)
     with pytest.raises(ValueError, match="began with a base model"):
-        r1_zero.check(dataclasses.replace(config, model=None))
+        check(with_values(config, {"model": None}))
 
 
 @pytest.mark.parametrize(
@@ -427,20 +427,20 @@ def test_a_base_whose_weights_changed_is_refused(tmp_path):
 def test_a_model_is_saved_as_the_one_it_began_with(tmp_path, written, asked, wanted):
     if written is not None:
         (tmp_path / "config.json").write_text(json.dumps(written))
-    config = r1_zero.Config(model=None if written is None else tmp_path, save_dtype=asked)
-    assert r1_zero.saved_dtype(config) == wanted
+    config = small(tmp_path, model=None if written is None else tmp_path, save_dtype=asked)
+    assert saved_dtype(config) == wanted
 
 
 def test_a_run_begun_in_another_precision_is_refused(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     held = begun(folder)
     assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"  # "auto" on the CPU
-    r1_zero.check(dataclasses.replace(held, grpo=GRPOConfig(dtype="float32")))
+    check(with_values(held, {"dtype": "float32"}))
     assert r1_zero.computing(held) == "computes in float32 (--dtype auto) on the CPU, and updates weights of float32"
     monkeypatch.setattr(r1_zero.jax, "default_backend", lambda: "gpu")  # "auto" is bfloat16 there
     with pytest.raises(ValueError, match="has dtype 'float32', not 'bfloat16'"):
-        r1_zero.check(held)
-    r1_zero.check(dataclasses.replace(held, grpo=GRPOConfig(dtype="float32")))
+        check(held)
+    check(with_values(held, {"dtype": "float32"}))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
@@ -466,17 +466,19 @@ def test_the_columns_are_named_on_the_command_line(tmp_path, monkeypatch, capsys
     assert main(monkeypatch, *given) == 1
     assert "name it by --answer-column" in error_line(capsys)
     assert main(monkeypatch, *given, "--answer-column", "out.truth") == 1
-    assert "got 1 rows, wanted at least one beyond" in error_line(capsys)  # read, and too few
+    assert "got 1 rows, wanted 2 or more" in error_line(capsys)  # read, and too few
 
 
-STAGES = [*sorted((ROOT / "deepseek_jax/train").glob("*.py")), Path(r1_zero.__file__)]
+STAGES = [
+    path for pattern in ("train/*.py", "commands/train*.py") for path in sorted((ROOT / "deepseek_jax").glob(pattern))
+]
 
 
 @pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
 def test_every_option_that_a_text_names_exists(path):
     """Of all text in the stages' files and the experiment, against the experiment's own parser."""
     named = {name for file in (path, SCRIPT) for name in re.findall(r"--([a-z]+(?:-[a-z]+)*)", file.read_text())}
-    known = set(r1_zero.settings(r1_zero.Config())) | {"mesh"}  # `--mesh-*`
+    known = set(settings(Config())) | {"mesh", "config", "help_all"}  # `--mesh-*`
     assert {name.replace("-", "_").removeprefix("no_") for name in named} <= known
 
 
@@ -488,8 +490,6 @@ def interruptible() -> None:
 @pytest.mark.parametrize("seconds", [0.15, 0.6])
 def test_ctrl_c_while_it_imports_is_one_line(tmp_path, script, seconds):
     root = ROOT
-    begins = (root / script).read_text().split('"""', 2)[2].lstrip()
-    assert begins.startswith('if __name__ == "__main__":\n    from deepseek_jax.interrupt import end_at_once\n')
     # counted from where the script begins, which the interpreter itself may take long to come to
     code = "import runpy, sys; sys.argv = sys.argv[1:]; "
     code += "from deepseek_jax.interrupt import end_at_once; end_at_once(); print('begun', flush=True); "

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deepseek_jax.checkpoint.opened import named_config
+from deepseek_jax.checkpoint.model_folder import named_config
 from deepseek_jax.config import PRESETS, ModelConfig
 from deepseek_jax.plan.advice import Advice, advise, advise_all, rule_of_thumb, thumb_tensor_parallel
 from deepseek_jax.plan.chart import check_path, title, write_chart

@@ -21,7 +21,7 @@ from deepseek_jax.checkpoint.adapters import save_adapter
 from deepseek_jax.checkpoint.fingerprint import fingerprint
 from deepseek_jax.checkpoint.folder import Model, lay_out, load_model
 from deepseek_jax.checkpoint.hub import model_folder
-from deepseek_jax.checkpoint.opened import load_config, named_dtype
+from deepseek_jax.checkpoint.model_folder import load_config, named_dtype
 from deepseek_jax.checkpoint.owned import write_owned
 from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.config import ModelConfig, preset
@@ -35,7 +35,8 @@ from deepseek_jax.report.page import write_report
 from deepseek_jax.sharding import AXES, Layout, Remat, lanes_of, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.runs import RunSettings, check_folder, enter_folder, held_folder, room_needed, write_json
-from deepseek_jax.train.sft import SFTConfig, SFTTrainer, run_sft
+from deepseek_jax.train.sft import SFTTrainer, run_sft
+from deepseek_jax.train.sft_config import SFTConfig
 from deepseek_jax.train.step import TrainState
 
 _LONGEST = 32_768  # tokens of a row in R1's stages of supervised fine-tuning
@@ -99,7 +100,7 @@ class Config:
     def layout(self) -> Layout:
         """How the model lies on the devices and runs there."""
         sizes = {axis: getattr(self, f"mesh_{axis}") for axis in AXES}
-        one_device = distributed.count() == 1 and all(size == 1 for size in sizes.values())
+        one_device = distributed.process_count() == 1 and all(size == 1 for size in sizes.values())
         return Layout(
             mesh=None if one_device else make_mesh(**sizes),
             scan_layers=self.scan_layers,
@@ -269,7 +270,7 @@ def _trainer(config: Config, architecture: ModelConfig, tokenizer: Tokenizer, ro
         model = load_model(config.model, dtype=dtype, layout=layout)
     per_row = min(_MOST_PER_ROW, max(1, width // max(1, int(lengths.min()) - 1)))
     trainer = partial(SFTTrainer, config.sft, model, steps=steps, width=width, per_row=per_row)
-    return trainer(seed=config.seed, layout=layout, donate=True)
+    return trainer(seed=config.seed, donate=True)
 
 
 # --- what is measured and left --------------------------------------------------------------------

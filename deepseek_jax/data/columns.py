@@ -1,4 +1,4 @@
-"""Which columns of a data set hold the question, the answer and the hidden tests: by option, or by the names in use."""
+"""Which columns of a data set hold question, answer, options and hidden tests: by option, or by the names in use."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,24 +7,42 @@ from deepseek_jax.data.sources import Row, Source
 
 # Names that public data sets give them, in any case of letters. Of the groups the first that is there counts; two
 # columns of one group are two candidates, between which a user has to choose. A group's inner tuple is read together.
-QUESTION_COLUMNS = ((("body", "question"),), ("question",), ("problem",), ("prompt",), ("messages",))
+QUESTION_COLUMNS = (
+    *((("body", "question"),), ("question",), ("problem",), ("prompt",), ("messages",)),
+    *((("question_content", "starter_code"),), ("question_content",)),  # LiveCodeBench
+    (("description", "input_format", "output_format"),),  # Codeforces
+    ("text",),  # MBPP
+)
 ANSWER_COLUMNS = (
     (("answer",), ("ground_truth",), ("expected_answer",), ("final_answer",), ("reward_model.ground_truth",)),
+    (("correct answer",),),
     (("solution",),),
 )
-TESTS_COLUMNS = ((("tests",),), (("test_list",), ("verification_info.test_cases",)))
+TESTS_COLUMNS = (
+    (("tests",),),
+    (("test_list",), ("verification_info.test_cases",), ("official_tests",)),
+    (("test", "entry_point", "prompt"),),  # HumanEval
+    (("public_test_cases",),),  # LiveCodeBench
+)
+# Of multiple choice: a list of texts (MMLU-Pro), or the right answer's column and those of the wrong ones (GPQA).
+OPTIONS_COLUMNS = (
+    (("options",),),
+    (("correct answer", "incorrect answer 1", "incorrect answer 2", "incorrect answer 3"),),
+)
 
 
 class Columns(NamedTuple):
-    """The columns of the question, and those of the answer and of the tests where there are such.
+    """The columns of the question, and those of the answer, the tests and the options where there are such.
 
-    A name with a dot in it is one inside a column of objects, unless a column has just that name.
+    Tests in several columns are one mapping of these. A name with a dot in it is one inside a column of objects, unless
+    a column has just that name.
     """
 
     question: tuple[str, ...]
     answer: str | None
     need_answer: bool = True
-    tests: str | None = None
+    tests: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
 
 def find_columns(
@@ -46,17 +64,20 @@ def find_columns(
         _check_there(source, name)
     asked = tuple(question) or _found(source, QUESTION_COLUMNS, "question", "--question-columns")
     if not asked:
-        raise ValueError(_nothing(source, "question", "question, problem, prompt", "--question-columns"))
+        raise ValueError(_nothing(source, "question", "question, problem, prompt, text", "--question-columns"))
     told = (answer,) if answer else _found(source, ANSWER_COLUMNS, "answer", "--answer-column")
     if not told and need_answer:
         raise ValueError(_nothing(source, "answer", "answer, solution", "--answer-column"))
     hidden = (tests,) if tests else () if need_answer else _found(source, TESTS_COLUMNS, "tests", "--tests-column")
-    return Columns(asked, told[0] if told else None, need_answer, hidden[0] if hidden else None)
+    options = () if question else _found(source, OPTIONS_COLUMNS, "options", "--question-columns")
+    if len(options) == 1 and not isinstance(source[0].get(options[0]), list):
+        options = ()  # a column of that name for something else
+    return Columns(asked, told[0] if told else None, need_answer, hidden, options)
 
 
 def laid_flat(row: Row, columns: Columns) -> Row:
     """The row with what the columns' dotted names stand for under these names."""
-    names = (*columns.question, *(name for name in (columns.answer, columns.tests) if name is not None))
+    names = (*columns.question, *columns.tests, *(() if columns.answer is None else (columns.answer,)))
     return row | {name: _value(row, name) for name in names if name not in row and "." in name}
 
 

@@ -1,10 +1,12 @@
 """Rows of data sets as prompts with their answers, and the settings that say which rows and which columns."""
 
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from decimal import Decimal
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any, Literal, NamedTuple
 
 from deepseek_jax.data.columns import Columns, find_columns, laid_flat
@@ -169,14 +171,42 @@ def example_of(source: Source, number: int, row: int, columns: Columns) -> Examp
     if not question.strip():
         raise ValueError(f"{where}: {columns.question[-1]!r}: got {question!r:.80}, wanted a question")
     others = {name: value for name, value in stored.items() if name not in columns.question}
-    tests = {} if columns.tests is None else {"tests": values.get(columns.tests)}
+    if columns.options:
+        question, answer = with_options(question, answer, values, columns.options, where)
+    tests = {"tests": tests_of(values, columns.tests)} if columns.tests else {}
     return Example(question, answer, messages, others | tests | {"answer": answer}, number, row)
 
 
 def question_and_answer(values: Row, columns: Columns, where: str) -> tuple[str, str | None]:
     """A row's question and final answer; ValueError names the place of a row without."""
-    question = " ".join(_text(values, name, where) for name in columns.question)
-    return question, _answer(values, columns, where)
+    there = [name for name in columns.question if values.get(name) not in (None, "")] or columns.question[:1]
+    question = " ".join(_text(values, name, where) for name in there)
+    # of options, the right one's letter is the answer
+    return question, None if len(columns.options) > 1 else _answer(values, columns, where)
+
+
+def with_options(
+    question: str, answer: str | None, values: Row, names: Sequence[str], where: str
+) -> tuple[str, str | None]:
+    """A question of multiple choice with its options by letters, and the answer, the right one's letter.
+
+    A list of options stays in its order; those of several columns, the right one first, come in an order that the
+    texts alone decide.
+    """
+    texts = values.get(names[0]) if len(names) == 1 else [values.get(name) for name in names]
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts) or not 2 <= len(texts) <= 26:
+        raise ValueError(f"{where}: {names[0]!r}: got {texts!r:.80}, wanted 2 to 26 options as text")
+    if len(names) > 1:
+        right, key = texts[0], lambda text: hashlib.blake2b(f"{question}\n{text}".encode()).digest()
+        texts = sorted(texts, key=key)
+        answer = ascii_uppercase[texts.index(right)]
+    lettered = (f"{letter}) {text.strip()}" for letter, text in zip(ascii_uppercase, texts, strict=False))
+    return "\n".join([question, *lettered]), answer
+
+
+def tests_of(values: Row, names: Sequence[str]) -> Any:
+    """The hidden tests: a column's value, or several columns by their names."""
+    return values.get(names[0]) if len(names) == 1 else {name.casefold(): values.get(name) for name in names}
 
 
 def _answer(values: Row, columns: Columns, where: str) -> str | None:

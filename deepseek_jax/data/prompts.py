@@ -34,6 +34,9 @@ __all__ = [
 ]
 
 
+_HELD_OUT_PART = 10  # at most one row in so many is held out
+_SPLIT = 0x48454C44  # beside the seed, so that the split's draw is no other draw's
+
 # --- rows in memory ------------------------------------------------------------------------------
 
 
@@ -100,27 +103,34 @@ class PromptData(Sequence[Example]):
         found = example_of(kept.source, source, row, kept.columns)
         return found._replace(columns={name: found.columns.get(name) for name in self.columns})
 
-    def split(self, count: int) -> tuple[list[Example], "PromptData"]:
-        """The first `count` rows, to evaluate on, and the data without them.
+    def split(self, count: int, *, seed: int) -> tuple[list[Example], "PromptData"]:
+        """Rows drawn by the seed, to evaluate on, and the data without them; a function of the rows and the seed alone.
+
+        Args:
+            count: rows to draw, and a tenth of all at most, yet at least one. No source gives its last row.
+            seed: at least 0.
 
         Raises:
-            ValueError: a source would be left without a row.
+            ValueError: every source has but one row.
         """
-        first, left, rest = [self[index] for index in range(min(count, len(self)))], count, []
-        for kept in self._kept:
-            taken = min(left, len(kept.rows))
-            left -= taken
-            if taken == len(kept.rows):
-                raise ValueError(
-                    f"{kept.source.name}: got {len(self)} rows, wanted at least one beyond the {count} to hold out; "
-                    "hold out fewer"
-                )
-            rest.append(
-                kept._replace(
-                    rows=kept.rows[taken:], difficulty=None if kept.difficulty is None else kept.difficulty[taken:]
-                )
-            )
-        return first, PromptData(self.config, rest, self.columns, self.report)
+        left = [len(kept.rows) for kept in self._kept]
+        source_of = np.repeat(np.arange(len(left)), left)
+        firsts = np.cumsum([0, *left[:-1]])
+        taken: list[int] = []
+        for index in np.random.default_rng((seed, _SPLIT)).permutation(len(self)).tolist():
+            if len(taken) < min(count, max(1, len(self) // _HELD_OUT_PART)) and left[source_of[index]] > 1:
+                taken.append(index)
+                left[source_of[index]] -= 1
+        if not taken:
+            raise ValueError(f"{self._kept[0].source.name}: got {len(self)} rows, wanted 2 or more: one is held out")
+        stays = np.ones(len(self), bool)
+        stays[taken] = False
+        rest = []
+        for kept, first in zip(self._kept, firsts, strict=True):
+            here = stays[first : first + len(kept.rows)]
+            difficulty = None if kept.difficulty is None else kept.difficulty[here]
+            rest.append(kept._replace(rows=kept.rows[here], difficulty=difficulty))
+        return [self[index] for index in taken], PromptData(self.config, rest, self.columns, self.report)
 
     def pools(self) -> list[Pool]:
         """The sources as what an order is made of."""
@@ -186,10 +196,10 @@ def _digest(*arrays: np.ndarray | None) -> str:
 def check_agreed(identity: list[dict[str, Any]]) -> None:
     """Refuse data that is not the same in all processes; all call this alike."""
     content = [[source["digest"], source["choice"]] for source in identity]
-    for number, found in enumerate(distributed.exchange(content)):
+    for number, found in enumerate(distributed.all_gather_objects(content)):
         if found != content:
             raise ValueError(
-                f"data: process {number} has other rows than process {distributed.index()}; give all the same"
+                f"data: process {number} has other rows than process {distributed.process_index()}; give all the same"
             )
 
 

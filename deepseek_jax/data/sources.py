@@ -36,7 +36,7 @@ _HUB = re.compile(r"([\w.-]+/[\w.-]+)(?::([^:]*))?(?::([^:]+))?")
 # The readers of the hub library for plain tables, and for its cache. Others decode media, or unpack archives.
 _HUB_FORMATS = ("parquet", "json", "csv", "arrow", "text", "cache")
 _BOM = b"\xef\xbb\xbf"
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_DELIMITERS = {".csv": None, ".tsv": "\t"}  # where there is none, the head of the table says it
 # A JSON array is parsed as one piece.
 _LARGEST_ARRAY = 2**30
 
@@ -99,7 +99,7 @@ def _open_file(path: Path) -> Source:
     if path.suffix == ".parquet":
         return ParquetRows(path)
     if path.suffix in _DELIMITERS:
-        return Rewritten(path, _table_rows(path, _DELIMITERS[path.suffix]))
+        return Rewritten(path, _table_rows(path, _DELIMITERS[path.suffix] or _delimiter(path)))
     return Rewritten(path, _array_rows(path)) if _is_array(path) else JsonLines(path)
 
 
@@ -180,6 +180,13 @@ def _array_rows(path: Path) -> Iterable[Row]:
         if not isinstance(row, dict):
             raise ValueError(f"{path}, row {number}: got a JSON {type(row).__name__}, wanted an object")
         yield row
+
+
+def _delimiter(path: Path) -> str:
+    """What divides the head of a table of comma-separated values: semicolons where programs have commas in numbers."""
+    with path.open("rb") as file:
+        head = file.readline(2**16).decode("utf-8-sig", errors="replace")
+    return ";" if len(next(csv.reader([head], delimiter=","), [])) == 1 and ";" in head else ","
 
 
 def _table_rows(path: Path, delimiter: str) -> Iterable[Row]:

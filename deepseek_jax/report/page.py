@@ -60,6 +60,12 @@ PANELS = (
     Panel(title="Reward", unit="reward", names=("reward", "reward_std")),
     Panel(title="Accuracy", unit="%", names=("accuracy", "eval/accuracy", "eval_accuracy"), percent=True),
     Panel(
+        title="Likeliest tokens that are right",
+        unit="%",
+        names=("mean_token_accuracy", "eval/mean_token_accuracy"),
+        percent=True,
+    ),
+    Panel(
         title="Response length",
         unit="tokens",
         names=("completions/mean_length", "completions/min_length", "completions/max_length"),

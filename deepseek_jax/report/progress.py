@@ -7,22 +7,23 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from rich import progress as rich_progress
+from rich.cells import cell_len
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Column
+from rich.live import Live
+from rich.text import Text
 
 from deepseek_jax import distributed
 
 # Speed is that of the last steps, so that the first one's compilation is soon forgotten.
 _SPEED_STEPS = 20
+_BAR_CELLS, _LEAST_BAR_CELLS = 24, 4
 
 
 class Progress:
     """Shows how far a loop is, how fast it goes, the time left and its latest metrics.
 
-    On a terminal this is one live line. Elsewhere (a log file, CI) a plain line is printed at the first step,
-    at every tenth of the total, at the last step, and otherwise every `seconds` at most.
+    On a terminal this is one live line, at any width. Elsewhere (a log file, CI) a plain line is printed at the first
+    step, at every tenth of the total, at the last step, and otherwise every `seconds` at most.
 
     >>> with Progress(2, "count", console=Console(force_terminal=False, width=80)) as progress:
     ...     progress.note("starting")
@@ -62,7 +63,8 @@ class Progress:
         self._began = self._printed_at = clock()
         self._printed_step: int | None = None
         self._recent = deque([(self._began, start)], maxlen=_SPEED_STEPS + 1)
-        self._bar = self._make_bar() if self._console.is_terminal else None
+        live = self._console.is_terminal
+        self._bar = Live(get_renderable=self._line, console=self._console, refresh_per_second=4) if live else None
 
     def __enter__(self) -> Self:
         self._began = self._printed_at = self._clock()
@@ -89,9 +91,7 @@ class Progress:
         self.step = step
         self._metrics |= metrics
         self._recent.append((self._clock(), step))
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step, **self._fields())
-        elif self._line_is_due():
+        if self._bar is None and self._line_is_due():
             self._print_line()
 
     def advance(self, count: int) -> None:
@@ -113,32 +113,37 @@ class Progress:
         speed = self.steps_per_second()
         return (self.total - self.step) / speed if speed else None
 
-    def _make_bar(self) -> rich_progress.Progress:
-        # rich's own speed and time columns count a resumed run's earlier steps, so both are text from here.
-        bar = rich_progress.Progress(
-            rich_progress.TextColumn("[bold]{task.description}"),
-            rich_progress.BarColumn(bar_width=24 if self._console.width >= 120 else 8),
-            rich_progress.TextColumn("{task.fields[done]}"),
-            rich_progress.TextColumn("{task.fields[speed]}", style="cyan"),
-            rich_progress.TimeElapsedColumn(),
-            rich_progress.TextColumn("{task.fields[left]}", style="dim"),
-            # The one column that may wrap, so that a narrow terminal cuts nothing off.
-            rich_progress.TextColumn("{task.fields[metrics]}", table_column=Column(no_wrap=False)),
-            console=self._console,
-            refresh_per_second=4,
-        )
-        bar.add_task(
-            escape(distributed.printable(self.description)), total=self.total, completed=self.step, **self._fields()
-        )
-        return bar
+    def _line(self) -> Text:
+        """The live line, never wider than the terminal: first what matters least is left out, at last it is cut."""
+        room = self._console.width - 1  # a cursor after a full line may stand on the next
+        elapsed, left = format_seconds(self._clock() - self._began), f"left {format_seconds(self.seconds_left())}"
+        name = distributed.printable(self.description)
+        metrics = [f"{key} {_format_value(key, value)}" for key, value in self._metrics.items()]
+        parts = [
+            (name, "bold"),
+            (self._done(), ""),
+            (self._speed(), "cyan"),
+            (left, "dim"),
+            *((distributed.printable(text), "") for text in metrics),
+            (elapsed, "dim"),
+        ]
+        kept, used = [], -2
+        for text, style in parts:
+            if kept and used + 2 + cell_len(text) > room:
+                break
+            kept.append((text, style))
+            used += 2 + cell_len(text)
+        bar = min(room - used - 2, _BAR_CELLS)
+        if bar >= _LEAST_BAR_CELLS:
+            kept.insert(1, (self._bar_text(bar), "green"))
+        line = Text("  ", no_wrap=True, overflow="ellipsis", end="").join(Text(text, style) for text, style in kept)
+        line.truncate(room, overflow="ellipsis")
+        return line
 
-    def _fields(self) -> dict[str, str]:
-        return {
-            "done": self._done(),
-            "speed": self._speed(),
-            "left": f"left {format_seconds(self.seconds_left())}",
-            "metrics": escape(distributed.printable(format_metrics(self._metrics))),
-        }
+    def _bar_text(self, cells: int) -> str:
+        full, empty = ("#", "-") if self._console.options.ascii_only else ("\u2501", "\u2500")
+        done = cells * self.step // self.total
+        return full * done + empty * (cells - done)
 
     def _done(self) -> str:
         if self._unit == "steps":

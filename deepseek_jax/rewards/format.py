@@ -1,9 +1,10 @@
-"""Format: is the completion shaped `<think>reasoning</think><answer>answer</answer>`?"""
+"""Format: is the completion shaped `<think>reasoning</think><answer>answer</answer>`, or its answer boxed?"""
 
 import math
 import unicodedata
 
-from deepseek_jax.rewards.combine import check_strings
+from deepseek_jax.rewards.protocol import check_strings
+from deepseek_jax.text.answers import extract_answer
 from deepseek_jax.text.think import CLOSE, OPEN, with_opening
 
 TAGS = (OPEN, CLOSE, "<answer>", "</answer>")
@@ -19,22 +20,29 @@ def format_reward(
     of code or in a formula is a tag. A prompt that ends in `<think>` (whitespace after it
     allowed) counts as the completion's beginning; such a completion must not open again.
 
-    Args:
-      prompts: one a row.
-      completions: one a row, without end-of-sequence text.
-      completion_ids: not used.
-      **columns: not used.
-
-    Returns:
-      One score a row, never None.
-
-    Raises:
-      ValueError: the numbers of rows differ, or something is not a string.
+    Args, Returns, Raises: as of `RewardFunction`; never None.
 
     Source: DeepSeek-R1 paper, section 2.2.2 (format rewards) and Table 1 (template).
     """
     check_strings("format_reward", prompts, completions)
     return [float(_is_template(with_opening(*row))) for row in zip(prompts, completions, strict=True)]
+
+
+def boxed_format_reward(
+    prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: object
+) -> list[float | None]:
+    r"""1.0 where the thought is closed and the answer after it is in `\boxed{}`, else 0.0.
+
+    A thought that the prompt or the completion opens is closed once, with something that can be seen in it, and not
+    opened again; where none is opened, there are no tags of thoughts at all. What comes after it boxes an answer and
+    holds no tags.
+
+    Args, Returns, Raises: as of `format_reward`.
+
+    Source: DeepSeek-R1's README ("put your final answer within \boxed{}") and chat template, which opens the thought.
+    """
+    check_strings("boxed_format_reward", prompts, completions)
+    return [float(_is_boxed(with_opening(*row))) for row in zip(prompts, completions, strict=True)]
 
 
 def soft_format_reward(
@@ -48,17 +56,7 @@ def soft_format_reward(
     once 1.0, all twice 0.707. It sees neither order nor content: it is a slope towards `format_reward`, not
     its substitute.
 
-    Args:
-      prompts: one a row; one that ends in `<think>` counts as the completion's beginning.
-      completions: one a row.
-      completion_ids: not used.
-      **columns: not used.
-
-    Returns:
-      One score a row, never None.
-
-    Raises:
-      ValueError: the numbers of rows differ, or something is not a string.
+    Args, Returns, Raises: as of `RewardFunction`; never None.
 
     Source: the project's design documents (format as cosine similarity to the template).
     Differs: the documents leave the vectors open; without e, repeating every tag would score 1.0
@@ -78,6 +76,15 @@ def _is_template(text: str) -> bool:
     in_order = bool(closed and opened and ended)
     outside = before + between + after
     return in_order and not outside.strip() and _shows(thought) and _shows(answer)
+
+
+def _is_boxed(text: str) -> bool:
+    answer = text
+    if text.lstrip().startswith(OPEN):
+        thought, closed, answer = text.lstrip().removeprefix(OPEN).partition(CLOSE)
+        if not closed or OPEN in thought or not _shows(thought):
+            return False
+    return not any(tag in answer for tag in TAGS) and extract_answer(answer) is not None
 
 
 def _shows(text: str) -> bool:

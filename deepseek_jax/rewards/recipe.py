@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from deepseek_jax import distributed
-from deepseek_jax.rewards.accuracy import accuracy_reward, check_answers
+from deepseek_jax.rewards.accuracy import accuracy_reward
 from deepseek_jax.rewards.choice import check_choice, choice_reward
-from deepseek_jax.rewards.code import CodeReward, parse_tests
-from deepseek_jax.rewards.combine import CombinedReward, RewardFunction, combine
-from deepseek_jax.rewards.format import format_reward, soft_format_reward
+from deepseek_jax.rewards.code import CodeReward
+from deepseek_jax.rewards.combine import CombinedReward, combine
+from deepseek_jax.rewards.format import boxed_format_reward, format_reward, soft_format_reward
 from deepseek_jax.rewards.language import language_reward
 from deepseek_jax.rewards.lengths import length_penalty, repetition_penalty_reward
 from deepseek_jax.rewards.math import MathGrader, math_reward
+from deepseek_jax.rewards.own import own_rewards
+from deepseek_jax.rewards.protocol import RewardFunction, check_answers
 from deepseek_jax.rewards.sandbox import available
 from deepseek_jax.rewards.structure import structure_reward
+from deepseek_jax.rewards.tests_column import parse_tests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +37,10 @@ class RewardConfig:
         reference_column: for "code": a column with right programs. A row whose own program fails its tests is an error
             of the row and no model's.
         choices: letters of the options, in order, for "choice".
+        format: which form of a completion is rewarded: "tags" is R1-Zero's, a thought and an answer in tags; "boxed" a
+            thought, where one is opened, closed before the answer, and the answer in \\boxed{}.
         weight_accuracy: of the right answer.
-        weight_format: of the exact <think>/<answer> format.
+        weight_format: of that form (R1-Zero: as the right answer).
         weight_soft_format: of its cosine form, which rewards parts of it (the design documents: 0.3).
         weight_language: of the share of the thought's words in `language` (the design documents: 0.2).
         language: two letters.
@@ -43,18 +48,22 @@ class RewardConfig:
         weight_repetition: of the penalty for repeated words, from -1 to 0.
         weight_overlong: of DAPO's penalty for the last `overlong_cache` tokens before the limit, from -1 to 0.
         overlong_cache: tokens over which that penalty grows.
+        reward: one's own function as FILE.py:function, or FILE.py:function:weight; it is called as the others are,
+            f(prompts, completions, completion_ids, **columns), and returns a list of numbers, or None where it does not
+            apply.
         reward_error: a reward that raises is logged with its sample and ends the run ("raise"), or leaves that
             sample's weighted sum unknown, NaN ("none"); neither it nor the sum is ever 0 for that.
         allow_unsandboxed: run programs of the model even where they cannot be isolated. Do not.
     """
 
-    accuracy: Literal["exact", "math", "choice", "code"] = "exact"
+    accuracy: Literal["exact", "math", "choice", "code"] = "math"
     percent: Literal["strict", "either"] = "strict"
     tolerance: float = 1e-6
     reference_column: str | None = None
     choices: str = "ABCDE"
+    format: Literal["tags", "boxed"] = "tags"
     weight_accuracy: float = 1.0
-    weight_format: float = 0.3
+    weight_format: float = 1.0
     weight_soft_format: float = 0.0
     weight_language: float = 0.0
     language: str = "en"
@@ -62,6 +71,7 @@ class RewardConfig:
     weight_repetition: float = 0.0
     weight_overlong: float = 0.0
     overlong_cache: int = 0
+    reward: tuple[str, ...] = ()
     reward_error: Literal["raise", "none"] = "raise"
     allow_unsandboxed: bool = False
 
@@ -102,7 +112,8 @@ def rewards(config: RewardConfig, *, max_new_tokens: int) -> Iterator[Rewards]:
 
     Raises:
         ValueError: no reward has a weight, an unknown language, a cache that is longer than the limit, choices that are
-            not different letters, or programs to run where they cannot be isolated, without leave.
+            not different letters, a file of one's own that has not its function, or programs to run where they cannot
+            be isolated, without leave.
     """
     if config.accuracy == "code" and not config.allow_unsandboxed:
         reason = distributed.on_main(available)
@@ -113,7 +124,7 @@ def rewards(config: RewardConfig, *, max_new_tokens: int) -> Iterator[Rewards]:
         if config.weight_accuracy:
             functions["accuracy"] = _accuracy(config, grader, counted=True)
         if config.weight_format:
-            functions["format"] = format_reward
+            functions["format"] = boxed_format_reward if config.format == "boxed" else format_reward
         if config.weight_soft_format:
             functions["soft_format"] = soft_format_reward
         if config.weight_language:
@@ -124,9 +135,14 @@ def rewards(config: RewardConfig, *, max_new_tokens: int) -> Iterator[Rewards]:
             functions["repetition"] = repetition_penalty_reward()
         if config.weight_overlong:
             functions["overlong"] = length_penalty(max_length=max_new_tokens, cache=config.overlong_cache)
+        own = {reward.function: reward for reward in own_rewards(config.reward)}
+        weights = {name: vars(config)[f"weight_{name}"] for name in functions}
+        if taken := sorted(own.keys() & weights.keys()):
+            raise ValueError(f"{taken[0]}: got a function of that name, which a reward of the recipe has; rename it")
+        functions |= {name: reward.load() for name, reward in own.items()}
+        weights |= {name: reward.weight for name, reward in own.items()}
         if not functions:
             raise ValueError("weight_accuracy: got 0, and no other reward has a weight; wanted one at least")
-        weights = {name: vars(config)[f"weight_{name}"] for name in functions}
         take_metrics = grader.take_metrics if config.accuracy == "math" else dict
         alone = combine(
             {"accuracy": _accuracy(config, grader, counted=False)}, {"accuracy": 1.0}, on_error=config.reward_error
@@ -164,7 +180,7 @@ def check_columns(config: RewardConfig, columns: Mapping[str, object]) -> None:
     if config.accuracy == "choice" and wanted is not None:
         check_choice(wanted, columns.get("choices"), letters=config.choices)
     others = (weight for key, weight in vars(config).items() if key.startswith("weight_") and key != "weight_accuracy")
-    if wanted is None and not any(others):
+    if wanted is None and not any(others) and not config.reward:
         raise ValueError(f"{name}: got none, wanted some where accuracy is the only reward; leave the row out")
 
 

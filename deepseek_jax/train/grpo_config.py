@@ -21,10 +21,10 @@ class GRPOConfig:
     """Settings of a GRPO stage.
 
     Args:
-        steps: rollouts in all.
-        prompts_per_step: questions a step.
+        steps: rollouts in all (R1-Zero: 10,400); a finished run may be raised.
+        prompts_per_step: questions a step (R1-Zero: 32).
         group_size: samples a question (R1: 16).
-        max_new_tokens: limit a sample.
+        max_new_tokens: limit a sample (R1-Zero: 32,768).
         temperature: of the samples; log-probs are taken at the same.
         top_p: of the samples; below 1 wants keep_sampling_mask.
         top_k: of the samples; above 0 wants keep_sampling_mask.
@@ -43,7 +43,7 @@ class GRPOConfig:
             the batch.
         scale_rewards: what "group" divides by: the deviation of the group (R1), of the batch, or none (V3.2).
         mask_truncated_completions: samples that were cut off at max_new_tokens do not count.
-        lr: learning rate.
+        lr: learning rate (DeepSeekMath: 1e-6, R1-Zero: 3e-6).
         warmup: updates over which it rises.
         updates_per_rollout: parts of a rollout, an optimizer step each (R1-Zero: 16).
         num_iterations: passes over a rollout.
@@ -51,8 +51,8 @@ class GRPOConfig:
         pack: lay several short samples in one row.
         reference_every: steps after which the reference model follows the policy (R1-Zero: 400).
         reference_mixup: how far it follows: 1 replaces it, less is a moving average.
-        lora_rank: train an adapter of this rank beside the weights, which stay, as does the reference model, then
-            these weights, and the router biases; 0 trains the weights themselves.
+        lora_rank: train an adapter of this rank beside the weights; these stay, as does the reference model, which
+            they are then, and the router biases. 0 trains the weights themselves.
         lora_alpha: strength of the adapter, which counts alpha / rank times.
         lora_targets: Hugging Face's names of the modules to adapt, or all-linear.
         record_routes: note the experts of sampling, and report the share of tokens for which the trainer's differ.
@@ -72,10 +72,10 @@ class GRPOConfig:
         profile_steps: "A:B" traces the steps A to B, counted from 1, into profile/.
     """
 
-    steps: int = 60
-    prompts_per_step: int = 16
+    steps: int = 1_000
+    prompts_per_step: int = 32
     group_size: int = 16
-    max_new_tokens: int = 48
+    max_new_tokens: int = 32_768
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -88,7 +88,7 @@ class GRPOConfig:
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     scale_rewards: Literal["group", "batch", "none"] = "group"
     mask_truncated_completions: bool = False
-    lr: float = 2e-4
+    lr: float = 1e-6
     warmup: int = 5
     updates_per_rollout: int = 1
     num_iterations: int = 1

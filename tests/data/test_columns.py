@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_jax.data.prompts import DataConfig, Example, SourceConfig, open_prompts
+from deepseek_jax.rewards.tests_column import parse_tests
 
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "checks"
 USER = [{"role": "user", "content": "q"}]
@@ -34,6 +35,10 @@ def rows_file(path: Path, *rows: dict) -> Path:
         ({"problem": "q", "expected_answer": "7", "generated_solution": "no"}, "q", "7"),
         ({"Body": "There are 7.", "Question": "How many?", "Answer": 7.0}, "There are 7. How many?", "7.0"),
         ({"reward_model.ground_truth": "7", "question": "q"}, "q", "7"),
+        ({"ID": "1", "Problem": "q", "Solution": "s", "Answer": 7}, "q", "7"),
+        ({"problem": "q", "answer": "7", "url": "u"}, "q", "7"),
+        ({"question": "q", "answer": "so 3+4\n#### 7"}, "q", "7"),
+        ({"text": "q", "answer": "7"}, "q", "7"),
     ],
 )  # fmt: skip
 def test_rows_that_people_have_need_no_option(tmp_path, row, question, answer):
@@ -71,7 +76,8 @@ def test_columns_are_named_by_option_with_dots_for_what_is_inside(tmp_path, row,
         ({"question": "q", "out": {"x": 1}}, {"answer_column": "our.x"}, "no column 'our.x', wanted one of question"),
         ({"question": "q", "out": "x"}, {"answer_column": "out.x"}, "'out.x': got None"),
         ({"question": "q", "result": 1}, {}, "no answer column .* among question, result; name it by --answer-column"),
-        ({"text": "q", "answer": 1}, {}, "no question column .* among text, answer; name it by --question-columns"),
+        ({"words": "q", "answer": 1}, {}, "no question column .* among words, answer; name it by --question-columns"),
+        ({"question": "q", "options": ["a"], "answer": "A"}, {}, "'options': got .*, wanted 2 to 26 options"),
         ({"question": " \n", "answer": 1}, {}, "'question': got .*, wanted a question"),
     ],
 )
@@ -92,6 +98,75 @@ def test_what_is_not_there_or_ambiguous_is_refused_by_an_option_that_exists(tmp_
 def test_hidden_tests_come_as_the_column_of_code_rewards(tmp_path, row, settings):
     found = first(rows_file(tmp_path / "rows.jsonl", row), need_answer=False, **settings)
     assert found.columns["tests"] == ["assert f() == 1"] and found.answer is None
+
+
+CASES = [{"input": "1", "output": "2"}]
+HUMAN_EVAL = {"prompt": "def f():\n", "entry_point": "f", "test": "def check(f):\n    assert f() == 1\n"}
+
+
+@pytest.mark.parametrize(
+    ("row", "question", "tests"),
+    [
+        ({"text": "q", "code": "c", "test_list": ["assert f() == 1"]}, "q", ["assert f() == 1"]),
+        ({"task_id": "0", **HUMAN_EVAL, "canonical_solution": "    return 1"}, HUMAN_EVAL["prompt"], HUMAN_EVAL),
+        (
+            {
+                "question_title": "t",
+                "question_content": "q",
+                "starter_code": "",
+                "public_test_cases": json.dumps(CASES),
+            },
+            "q",
+            json.dumps(CASES),
+        ),
+        (
+            {"title": "t", "description": "d", "input_format": "i", "output_format": None, "official_tests": CASES},
+            "d i",
+            CASES,
+        ),
+        ({"problem": "q", "tests": CASES}, "q", CASES),
+        ({"problem": "q", "tests": {"functional": "def check(candidate): ..."}, "solutions": "c"}, "q", None),
+        ({"prompt": USER, "verification_info": {"language": "python", "test_cases": CASES}}, "q", CASES),
+    ],
+    ids=["MBPP", "HumanEval", "LiveCodeBench", "Codeforces", "rllm", "LeetCode", "open-r1"],
+)
+def test_rows_of_programs_are_known_by_their_names_and_their_tests_can_be_read(tmp_path, row, question, tests):
+    found = first(rows_file(tmp_path / "rows.jsonl", row), need_answer=False)
+    assert found.question == question and found.columns["tests"] == (tests or row["tests"])
+    assert parse_tests(found.columns["tests"])
+
+
+def test_options_of_multiple_choice_are_asked_and_the_letter_is_the_answer(tmp_path):
+    row = {"question": "q", "options": ["one", "two", "three"], "answer": "B", "answer_index": 1}
+    found = first(rows_file(tmp_path / "rows.jsonl", row))
+    assert (found.question, found.answer) == ("q\nA) one\nB) two\nC) three", "B")
+    wrong = {f"Incorrect Answer {n}": f"It is wrong for reason {n}." for n in (1, 2, 3)}
+    rows = [{"Question": f"q{n}", "Correct Answer": "It is right, as all see.", **wrong} for n in range(40)]
+    data = open_prompts(DataConfig(sources=(SourceConfig(name=str(rows_file(tmp_path / "gpqa.jsonl", *rows))),)))
+    assert all(f"\n{example.answer}) It is right" in example.question for example in data)
+    assert {example.answer for example in data} == set("ABCD")
+    again = open_prompts(DataConfig(sources=(SourceConfig(name=str(rows_file(tmp_path / "b.jsonl", *rows[::-1]))),)))
+    assert sorted(example.question for example in again) == sorted(example.question for example in data)
+
+
+def test_a_column_called_options_that_holds_something_else_is_no_options(tmp_path):
+    assert first(rows_file(tmp_path / "rows.jsonl", {"question": "q", "options": "-v", "answer": "7"})).question == "q"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("question;answer\n3,5 + 1?;4,5\n", ("3,5 + 1?", "4,5")),
+        ('question;answer\n"a;""b""\nc";7\n', ('a;"b"\nc', "7")),
+        ('"question","answer;"\na;b,7\n', ("a;b", "7")),
+        ("\ufeffquestion;answer\r\nq;7\r\n", ("q", "7")),
+    ],
+)
+def test_tables_with_semicolons_are_read(tmp_path, text, wanted):
+    (tmp_path / "a.csv").write_bytes(text.encode())
+    column = "answer;" if '"answer;"' in text else None
+    found = first(tmp_path / "a.csv", answer_column=column)
+    assert (found.question, found.answer) == wanted
 
 
 def test_tables_and_arrays_give_the_same_rows(tmp_path):

@@ -11,26 +11,26 @@ import pytest
 from safetensors.numpy import load_file
 
 from deepseek_jax import distributed
+from deepseek_jax.commands import toy
 from deepseek_jax.commands import train as r1_zero
+from deepseek_jax.commands.settings_file import with_values
+from deepseek_jax.commands.train_settings import defaults
+from deepseek_jax.commands.train_setup import prepare
 from deepseek_jax.config import ModelConfig, preset
 from deepseek_jax.report.metrics import MetricLog, read_metrics
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rewards.recipe import Rewards
-from deepseek_jax.rl.loss import GRPOLossConfig
-from deepseek_jax.train.grpo_config import GRPOConfig
 from tests.checkpoint.folders import QWEN2
 from tests.distributed import launch as starter
 
 # What a run does that costs as little as one can: two steps of each stage, and all that is around them.
-SMALL = r1_zero.Config(
-    train_questions=32,
-    eval_questions=8,
-    terms=2,
-    largest=19,
-    cold_start_examples=16,
-    cold_start_epochs=2,
-    cold_start_batch=16,
-    grpo=GRPOConfig(steps=2, prompts_per_step=2, group_size=4, max_new_tokens=8, eval_every=2, save_every=2),
+SMALL = with_values(
+    defaults({}),
+    {
+        **{"train_questions": 32, "eval_questions": 8, "terms": 2, "largest": 19},
+        **{"cold_start_examples": 16, "cold_start_epochs": 2, "cold_start_batch": 16},
+        **{"steps": 2, "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 8, "eval_every": 2, "save_every": 2},
+    },
 )
 MESH = {"mesh_fsdp": 2, "mesh_expert": 2, "mesh_tensor": 2}
 
@@ -79,13 +79,13 @@ def one_with_experts_is_reinforced(folder: Path, /) -> None:
 
 def reinforced(folder: Path, architecture: ModelConfig, mesh: dict[str, int]) -> None:
     """By two GRPO steps on one device, and on a mesh of eight."""
-    r1_zero.preset = lambda name: architecture
+    toy.preset = lambda name: architecture
     reward = combine({"accuracy": by_length_and_first_token}, {"accuracy": 1.0})
     graded = Rewards(reward, reward, dict)
-    grpo = dataclasses.replace(SMALL.grpo, loss=GRPOLossConfig(beta=0.1), warmup=1, eval_every=3)
+    changes = {"beta": 0.1, "warmup": 1, "eval_every": 3}
     for name, sizes in (("one", {}), ("mesh", mesh)):
-        config = dataclasses.replace(SMALL, output=folder / name, grpo=grpo, **sizes)
-        setup = r1_zero.prepare(config, graded)
+        config = with_values(SMALL, {"output": folder / name, **changes, **sizes})
+        setup = prepare(config, graded)
         assert len(jax.tree.leaves(setup.model.weights)[0].sharding.device_set) == (8 if sizes else 1)
         with MetricLog(config.output) as log:
             r1_zero.reinforce(config, setup, setup.model.weights, log, "a run")
@@ -100,7 +100,7 @@ def by_length_and_first_token(
 
 def the_experiment_runs(folder: Path, /) -> None:
     """On all eight devices, with its layers in a stack; a process notes which files of the run it wrote."""
-    r1_zero.preset = shallow
+    toy.preset = shallow
     written = []
 
     def note(event: str, arguments: tuple) -> None:
@@ -109,9 +109,9 @@ def the_experiment_runs(folder: Path, /) -> None:
 
     sys.addaudithook(note)
     run = folder / "run"
-    r1_zero.main(dataclasses.replace(SMALL, output=run, scan_layers=True, remat="layers", **MESH))
+    r1_zero.main(with_values(SMALL, {"output": run, "scan_layers": True, "remat": "layers", **MESH}))
     of_run = [path for path in written if str(run) in path and "/checkpoints/" not in path]
-    (folder / f"written.{distributed.index()}.json").write_text(json.dumps(of_run))
+    (folder / f"written.{distributed.process_index()}.json").write_text(json.dumps(of_run))
 
 
 # --- laws ----------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 import io
+import re
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from deepseek_jax.report.progress import Progress
@@ -77,22 +79,92 @@ def test_the_bar_shows_step_speed_and_metrics():
     assert "loss [0] is right here" in shown
 
 
-def test_a_narrow_terminal_cuts_nothing_off():
-    progress, clock, out = make(200, terminal=True, width=80)
+class Screen:
+    """What a terminal shows of what is written to it: rows of so many columns, wrapped where a line is longer."""
+
+    def __init__(self, width: int):
+        self.width, self.rows, self.row, self.column = width, [{}], 0, 0
+
+    def write(self, text: str) -> None:
+        for move, count, kind, letter in re.findall(r"(\x1b\[)\??([0-9;]*)([A-Za-z])|(.|\n)", text, re.DOTALL):
+            if move:
+                self._move(kind, int(count or 1) if count.isdecimal() or not count else 1)
+            elif letter == "\r":
+                self.column = 0
+            elif letter == "\n":
+                self._to(self.row + 1, 0)
+            else:
+                if self.column + cell_len(letter) > self.width:
+                    self._to(self.row + 1, 0)
+                self.rows[self.row][self.column] = letter
+                self.column += cell_len(letter)
+
+    def _move(self, kind: str, count: int) -> None:
+        if kind == "A":
+            self.row -= count
+        elif kind == "K":
+            self.rows[self.row] = {}
+
+    def _to(self, row: int, column: int) -> None:
+        self.row, self.column = row, column
+        self.rows += [{} for _ in range(row + 1 - len(self.rows))]
+
+    def lines(self) -> list[str]:
+        """The rows on which something can be seen."""
+        return [text for row in self.rows if (text := "".join(row[column] for column in sorted(row))).strip()]
+
+
+@pytest.mark.parametrize("name", ["grpo", "cold_start", "a very long description of what is done", "\u6f22" * 15])
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_one_line_at_any_width(width, name):
+    progress, clock, out = make(10_000, terminal=True, width=width)
+    progress.description = name
     with progress:
-        clock.now += 2.1
-        progress.update(1, reward=0.83, length=41.2, accuracy=0.71, kl=0.0012)
-    shown = out.getvalue()
-    for text in (
-        "1/200",
-        "2.1 s/step",
-        "left 6:58",
-        "reward 0.83",
-        "length 41.2",
-        "accuracy 71 %",
-        "kl 0.0012",
-    ):
-        assert text in shown
+        for step in (1, 2, 700):
+            clock.now += 2.1
+            progress.update(step, reward=0.83, length=41.2, accuracy=0.71, kl=0.0012, entropy=0.26, last="x" * 15)
+            progress._bar.refresh()
+    screen = Screen(width)
+    screen.write(out.getvalue())
+    assert len(screen.lines()) == 1 and cell_len(screen.lines()[0].rstrip()) < width, screen.lines()
+
+
+def test_notes_stay_above_the_line():
+    progress, clock, out = make(10, terminal=True, width=40)
+    with progress:
+        for step in (1, 2):
+            clock.now += 1
+            progress.update(step, reward=0.5)
+            progress.note(f"note {step} " + "y" * 50)
+    screen = Screen(40)
+    screen.write(out.getvalue())
+    assert [line[:8].strip() for line in screen.lines()] == ["note 1 y", "y" * 8, "note 2 y", "y" * 8, "grpo  2/"]
+
+
+@pytest.mark.parametrize(
+    ("width", "there", "missing"),
+    [
+        (20, ["grpo", "1/200"], ["left", "reward", "kl"]),
+        (40, ["grpo", "1/200", "2.1 s/step", "left 6:58"], ["reward", "kl"]),
+        (80, ["grpo", "1/200", "2.1 s/step", "left 6:58", "reward 0.83", "accuracy 71 %"], []),
+        (200, ["grpo", "1/200", "2.1 s/step", "left 6:58", "accuracy 71 %", "kl 0.0012", "0:02"], []),
+    ],
+)
+def test_a_narrow_line_keeps_what_matters_most(width, there, missing):
+    progress, clock, _ = make(200, terminal=True, width=width)
+    clock.now += 2.1
+    progress.update(1, reward=0.83, length=41.2, accuracy=0.71, kl=0.0012)
+    line = progress._line().plain
+    assert all(text in line for text in there) and not any(text in line for text in missing), line
+
+
+def test_the_bar_fills():
+    progress, _, _ = make(10, terminal=True, width=100)
+    cells = []
+    for step in (0, 5, 10):
+        progress.update(step)
+        cells.append(progress._line().plain.count("\u2501"))
+    assert cells == [0, 12, 24]
 
 
 def test_metrics_are_text_and_never_markup():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_jax.rewards.format import format_reward, soft_format_reward
+from deepseek_jax.rewards.format import boxed_format_reward, format_reward, soft_format_reward
 
 GOOD = "<think>a</think><answer>b</answer>"
 OPENED = GOOD.removeprefix("<think>")
@@ -130,3 +130,24 @@ def test_bad_rows_are_named(function):
         function(["", ""], [GOOD, None], [[], []])
     with pytest.raises(ValueError, match="2 prompts and 1 completions"):
         function(["", ""], [GOOD], [[]])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "score"),
+    [
+        ("p <think>\n", "two and two</think>So \\boxed{4}.", 1.0),
+        ("p", "<think>two and two</think> \\boxed{4}", 1.0),
+        ("p", "two and two make \\boxed{4}", 1.0),
+        ("p <think>\n", "two and two \\boxed{4}", 0.0),  # the thought is not closed
+        ("p <think>\n", "it is \\boxed{4}</think>4", 0.0),  # boxed in the thought alone
+        ("p <think>\n", " \n</think>\\boxed{4}", 0.0),  # nothing thought
+        ("p <think>\n", "a</think>\\boxed{4}</think>", 0.0),
+        ("p <think>\n", "a<think>b</think>\\boxed{4}", 0.0),
+        ("p", "a</think>\\boxed{4}", 0.0),  # closed, never opened
+        ("p", "<think>a</think><answer>\\boxed{4}</answer>", 0.0),  # the other format
+        ("p", "<think>a</think>\\boxed{}", 0.0),
+        ("p", "<think>a</think>4", 0.0),
+    ],
+)
+def test_a_boxed_answer_stands_after_a_thought_that_is_closed(prompt, completion, score):
+    assert boxed_format_reward([prompt], [completion], [[]]) == [score]

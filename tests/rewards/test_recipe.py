@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 
 import pytest
@@ -12,6 +13,9 @@ from deepseek_jax.rewards.recipe import RewardConfig, check_columns, rewards
 RIGHT = "<think>two and two</think><answer>\\boxed{4}</answer>"
 
 
+EXACT = RewardConfig(accuracy="exact")
+
+
 def score(config: RewardConfig, *completions: str, **columns):
     rows = len(completions)
     columns = columns or {"answer": ["4"] * rows}
@@ -20,12 +24,14 @@ def score(config: RewardConfig, *completions: str, **columns):
 
 
 def test_a_weight_of_zero_leaves_a_reward_out():
-    totals, parts = score(RewardConfig(), RIGHT, "\\boxed{5}")
-    assert totals == [1.3, 0.0] and parts == {"accuracy": [1.0, 0.0], "format": [1.0, 0.0]}
+    totals, parts = score(EXACT, RIGHT, "\\boxed{5}")
+    assert totals == [2.0, 0.0] and parts == {"accuracy": [1.0, 0.0], "format": [1.0, 0.0]}
 
 
 def test_every_reward_by_its_weight():
     config = RewardConfig(
+        accuracy="exact",
+        weight_format=0.3,
         weight_soft_format=0.3,
         weight_language=0.2,
         weight_structure=0.1,
@@ -74,11 +80,11 @@ def test_an_evaluation_follows_reward_error():
         "answer": ["B", "Z"],
     }
     with rewards(RewardConfig(accuracy="choice", reward_error="none"), max_new_tokens=8) as made:
-        assert made.accuracy.parts(**columns) == {"accuracy": [1.0, None]}
+        assert made.accuracy.graded(**columns).parts == {"accuracy": [1.0, None]}
         totals, parts = made.total(**columns)
         assert totals[0] == 1.0 and math.isnan(totals[1]) and parts["format"] == [0.0, 0.0]
     with rewards(RewardConfig(accuracy="choice"), max_new_tokens=8) as made, pytest.raises(RuntimeError, match="row 1"):
-        made.accuracy.parts(**columns)
+        made.accuracy.graded(**columns)
 
 
 def test_programs_that_cannot_be_isolated_are_refused_at_the_start(monkeypatch):
@@ -87,7 +93,7 @@ def test_programs_that_cannot_be_isolated_are_refused_at_the_start(monkeypatch):
         score(RewardConfig(accuracy="code"), "", tests=[None])
     config = RewardConfig(accuracy="code", allow_unsandboxed=True)
     assert score(config, "", tests=[None]) == ([0.0], {"accuracy": [None], "format": [0.0]})
-    assert score(RewardConfig(), RIGHT)[0] == [1.3]
+    assert score(EXACT, RIGHT)[0] == [2.0]
 
 
 ALONE = {"weight_format": 0.0}
@@ -118,7 +124,7 @@ def test_columns_that_can_be_graded(settings, columns):
         (
             {},
             {},
-            "answer: got columns none, wanted 'answer' for --accuracy exact; .*--answer-column",
+            "answer: got columns none, wanted 'answer' for --accuracy math; .*--answer-column",
         ),
         (
             {"accuracy": "code"},
@@ -151,7 +157,7 @@ def test_columns_that_cannot_be_graded_are_refused(settings, columns, message):
     [
         ({"weight_overlong": 1.0}, "overlong_cache: got 0, wanted at least 1"),
         ({"tolerance": -1.0}, "tolerance: got -1.0, wanted a finite number"),
-        ({"reference_column": "code"}, "reference_column: got 'code' with accuracy 'exact'"),
+        ({"reference_column": "code"}, "reference_column: got 'code' with accuracy 'math'"),
         ({"weight_format": float("nan")}, "weight_format: got nan, wanted a finite number"),
         ({"weight_accuracy": 0.0, "weight_format": 0.0}, "weight_accuracy: got 0, and no other reward"),
         ({"accuracy": "choice", "choices": "AA"}, "letters: got 'AA', wanted different letters"),
@@ -161,3 +167,98 @@ def test_columns_that_cannot_be_graded_are_refused(settings, columns, message):
 def test_settings_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ValueError, match=message), rewards(RewardConfig(**settings), max_new_tokens=8):
         pass
+
+
+# --- functions of one's own ------------------------------------------------------------------------
+
+OWN = """
+from dataclasses import dataclass
+
+
+@dataclass
+class Answer:
+    text: str
+
+
+def short(prompts, completions, completion_ids, **columns):
+    return [1.0 if len(Answer(text).text) < columns["most"][0] else None for text in completions]
+
+
+async def words(completions, **columns):
+    return [float(len(text.split())) for text in completions]
+
+
+def one(completions, **columns):
+    return [1.0]
+
+
+LIMIT = 3
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    return tmp_path / "own.py"
+
+
+def test_own_functions_are_added_to_those_of_the_recipe_under_their_names(file):
+    config = RewardConfig(accuracy="exact", reward=(f"{file}:short", f"{file}:words:0.25"))
+    totals, parts = score(config, RIGHT, "five or six", answer=["4", "4"], most=[12, 12])
+    assert parts == {
+        "accuracy": [1.0, 0.0],
+        "format": [1.0, 0.0],
+        "short": [None, 1.0],
+        "words": [3.0, 3.0],
+    }
+    assert totals == [2.75, 1.75]
+    alone = RewardConfig(weight_accuracy=0, weight_format=0, reward=(f"{file}:words:-2",))
+    assert score(alone, "a b") == ([-4.0], {"words": [2.0]})
+    check_columns(RewardConfig(accuracy="exact", weight_format=0, reward=(f"{file}:words",)), {"answer": None})
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["own.py"], "got 'own.py', wanted FILE.py:function, or FILE.py:function:weight"),
+        (["FILE:short:nan"], "wanted FILE.py:function"),
+        (["other.py:short"], "other.py: no such .py file"),
+        (["FILE:long"], "own.py: no function 'long', wanted one of Answer, short, words, one"),
+        (["FILE:LIMIT"], "no function 'LIMIT'"),
+        (["FILE:short", "FILE:short:2"], "got 'short' twice"),
+        (["FILE:one"], "reward function 'one': got 1 scores, wanted a list of 2"),
+    ],
+)
+def test_what_is_no_function_of_ones_own_is_refused_in_one_line(file, texts, message):
+    config = RewardConfig(accuracy="exact", reward=tuple(text.replace("FILE", str(file)) for text in texts))
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        score(config, RIGHT, RIGHT)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_raises_is_named_with_its_line(tmp_path):
+    (tmp_path / "bad.py").write_text("import math\n\nx = math.nothing\n")
+    with pytest.raises(ValueError, match=r"bad.py:3: raised AttributeError: .*; mend the file"):
+        score(RewardConfig(reward=(f"{tmp_path / 'bad.py'}:f",)), RIGHT)
+
+
+def test_a_name_of_the_recipe_is_not_ones_own(tmp_path):
+    (tmp_path / "own.py").write_text("def format(completions, **columns):\n    return [1.0 for _ in completions]\n")
+    with pytest.raises(ValueError, match="format: got a function of that name"):
+        score(RewardConfig(reward=(f"{tmp_path / 'own.py'}:format",)), RIGHT)
+
+
+# --- defaults --------------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_r1_zeros():
+    """Accuracy, by computer algebra, and format count the same, and nothing else does."""
+    config = RewardConfig()
+    weights = {name: weight for name, weight in vars(config).items() if name.startswith("weight_") and weight}
+    assert (config.accuracy, config.format, weights) == ("math", "tags", {"weight_accuracy": 1, "weight_format": 1})
+
+
+def test_the_format_is_that_of_the_setting():
+    boxed = RewardConfig(accuracy="exact", format="boxed")
+    assert score(boxed, "so \\boxed{4}", RIGHT)[1]["format"] == [1.0, 0.0]
+    assert score(EXACT, "so \\boxed{4}", RIGHT)[1]["format"] == [0.0, 1.0]

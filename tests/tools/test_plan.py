@@ -168,7 +168,7 @@ def test_the_commands_of_a_plan_parse(call):
     assert [line.split("--step ")[1].split()[0] for line in steps] == ["train", "grpo", "sync", "decode"]
     for command, lines in (("train", [grpo["run"]]), ("sft", [train["run"]]), ("compile", steps)):
         assert all(line.startswith(f"deepseek-jax {command} ") for line in lines)
-        words = [sys.executable, "-m", "deepseek_jax", command, "--help"]
+        words = [sys.executable, "-m", "deepseek_jax", command, "--help-all"]
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
         shown = subprocess.run(words, capture_output=True, text=True, env=env, cwd=ROOT, timeout=120).stdout
         for option in (word for word in " ".join(lines).split() if word.startswith("--")):
