@@ -102,6 +102,7 @@ def _kind(path: tuple[str | int, ...]) -> Kind:
     return "norms" if name.endswith("norm") else _NAMED[name] if name in _NAMED else _WITHIN[module]
 
 
+@lru_cache(maxsize=256)
 def moe_layers(config: ModelConfig, *, modules: bool = False) -> int:
     """How many of the model's layers, and of its MTP modules with `modules`, are mixtures of experts."""
     layers = config.num_hidden_layers + (config.num_nextn_predict_layers if modules else 0)
