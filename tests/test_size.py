@@ -9,7 +9,6 @@ FILE, NINETY_PERCENT, FUNCTION = 450, 330, 60  # lines
 LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS = {
     "commands/generate.py:main": "parameters of a command are its options, each with its help",
-    "ops/kernels/latent_decode.py:latent_decode": "a kernel, its grid and its block specs are read side by side",
     "parallel/experts.py:routed_experts": "its arguments, described, are half of it",
     "rl/loss.py:grpo_loss": "its arguments and its metrics, described, are half of it",
     "train/loop.py:run_stage": "its arguments, described, are half of it",
