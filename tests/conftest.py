@@ -10,6 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # With XLA_FLAGS in the environment, even empty, nothing is added: so .ci/run tests the ops as users compile them.
 os.environ.setdefault("XLA_FLAGS", SOONER)
 
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
@@ -21,6 +22,12 @@ install_import_hook([f"deepseek_jax.{name}" for name in SHAPED], "beartype.beart
 # No deadline: the first example of a jitted function pays for its compilation.
 settings.register_profile("deepseek_jax", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("deepseek_jax")
+
+
+@pytest.fixture
+def unchecked_shapes(monkeypatch):
+    """For tests of a function's own message about its arguments, which checked shapes and types would forestall."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="module")

@@ -132,6 +132,7 @@ def test_the_order_within_a_group_and_of_groups_does_not_matter(of):
     np.testing.assert_allclose(of(jnp.asarray(r[::-1, ::-1])), of(jnp.asarray(r))[::-1, ::-1], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize("of", [*OF_GROUPS, zero_variance], **by_name)
 def test_a_group_of_one_and_a_wrong_shape_are_refused(of):
     with pytest.raises(ValueError, match="group size: got 1, wanted at least 2"):
@@ -140,6 +141,7 @@ def test_a_group_of_one_and_a_wrong_shape_are_refused(of):
         of(jnp.zeros(4))
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_reinforce_takes_groups_of_one_but_no_batch_of_one():
     np.testing.assert_allclose(
         reinforce_advantages(jnp.asarray([[0.0], [1.0]]), epsilon=0.0), [[-np.sqrt(0.5)], [np.sqrt(0.5)]], rtol=1e-6
@@ -148,6 +150,7 @@ def test_reinforce_takes_groups_of_one_but_no_batch_of_one():
         reinforce_advantages(jnp.zeros((1, 1)))
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize("scale", [True, False, "std"])
 def test_another_scale_is_refused(scale):
     with pytest.raises(ValueError, match="^scale: got .*, wanted 'group', 'batch' or 'none'"):
@@ -226,6 +229,7 @@ def test_each_reward_by_itself_then_summed_equals_the_formula(seed):
     np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_weights_must_be_as_many_as_functions():
     with pytest.raises(ValueError, match="a weight for each function"):
         normalized_sum_advantages(jnp.zeros((2, 2, 3)), jnp.ones(2))

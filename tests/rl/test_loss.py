@@ -393,6 +393,7 @@ def test_an_exact_sampler_is_not_corrected(name):
     assert moved == pytest.approx(max(np.abs(s.logprobs - s.old).max() for s in samples(6)), rel=1e-6)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_an_advantage_a_sample_is_one_at_each_of_its_tokens():
     rng = np.random.default_rng(0)
     new, old, ref = (jnp.asarray(-rng.exponential(1.5, (B, T)), jnp.float32) for _ in range(3))
@@ -496,6 +497,7 @@ def test_bad_settings_are_refused_by_name(bad):
         GRPOLossConfig(**bad)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("change", "message"),
     [

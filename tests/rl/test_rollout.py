@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -75,7 +76,7 @@ def rollout(model, roll):
 
 
 def batch_of(rollout):
-    advantages = np.asarray(group_advantages(rollout.rewards)).ravel()
+    advantages = np.asarray(group_advantages(jnp.asarray(rollout.rewards))).ravel()
     return make_batch([p.tokens for p in rollout.prompts_of_samples()], rollout.completions, advantages, width=32)
 
 
