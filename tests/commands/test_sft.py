@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.cli import run
-from deepseek_jax.commands import sft
+from deepseek_jax.commands import sft, toy
 from deepseek_jax.config import preset
 from deepseek_jax.report.metrics import read_metrics
 from deepseek_jax.text.tokenizer import Tokenizer
@@ -42,7 +42,7 @@ def shallow():
 def main(monkeypatch, *given: str) -> int:
     """The command line in this process; its exit status."""
     monkeypatch.setattr(sys, "argv", ["sft", *given])
-    monkeypatch.setattr(sft, "preset", lambda name: shallow())
+    monkeypatch.setattr(toy, "preset", lambda name: shallow())
     try:
         run(sft.main)
     except SystemExit as end:
