@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # the one list: type checkers read it, and so does `_homes`
     from deepseek_jax.checkpoint.folder import Model as Model
     from deepseek_jax.checkpoint.folder import load_model as load_model
     from deepseek_jax.checkpoint.hub import model_folder as model_folder
-    from deepseek_jax.checkpoint.opened import open_folder as open_folder
+    from deepseek_jax.checkpoint.model_folder import open_folder as open_folder
     from deepseek_jax.checkpoint.save import save_model as save_model
     from deepseek_jax.config import ModelConfig as ModelConfig
     from deepseek_jax.config import preset as preset
@@ -50,9 +50,13 @@ if TYPE_CHECKING:  # the one list: type checkers read it, and so does `_homes`
     from deepseek_jax.sharding import make_mesh as make_mesh
     from deepseek_jax.text.think import split_thinking as split_thinking
     from deepseek_jax.text.tokenizer import Tokenizer as Tokenizer
+    from deepseek_jax.text.turns import chat_tokens as chat_tokens
     from deepseek_jax.train.grpo import GRPOTrainer as GRPOTrainer
     from deepseek_jax.train.grpo_config import GRPOConfig as GRPOConfig
     from deepseek_jax.train.grpo_stage import run_grpo as run_grpo
+    from deepseek_jax.train.sft import SFTConfig as SFTConfig
+    from deepseek_jax.train.sft import SFTTrainer as SFTTrainer
+    from deepseek_jax.train.sft import run_sft as run_sft
 
 
 def _homes() -> dict[str, str]:

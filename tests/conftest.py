@@ -1,4 +1,4 @@
-"""Settings that every test shares: one CPU device, shape-checked ops, repeatable hypothesis examples."""
+"""Settings that every test shares: one CPU device, checked shapes, repeatable hypothesis examples."""
 
 import os
 from importlib.util import find_spec
@@ -14,8 +14,9 @@ import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-# Must come before the first import of the ops, so that it stands here and not in a fixture.
-install_import_hook("deepseek_jax.ops", "beartype.beartype")
+# What carries shapes. Must come before the first import of it, so that it stands here and not in a fixture.
+SHAPED = ("ops", "parallel", "rl.advantage", "rl.entropy", "rl.kl", "rl.loss")
+install_import_hook([f"deepseek_jax.{name}" for name in SHAPED], "beartype.beartype")
 
 # No deadline: the first example of a jitted function pays for its compilation.
 settings.register_profile("deepseek_jax", deadline=None, derandomize=True, max_examples=25)

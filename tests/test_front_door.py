@@ -78,6 +78,35 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
+def test_generate_draws_what_its_generator_does(model):
+    """Of a folder and of a model in memory, a text and a conversation, with the tokenizer's end of a sequence."""
+    loaded, tokenizer = dsj.load_model(model), dsj.Tokenizer.from_folder(model)
+    sampling = dsj.SamplingConfig(max_new_tokens=6, temperature=1.0)
+    turn = [{"role": "user", "content": "1+2=?"}]
+    found = dsj.generate(model, ["1+2=?", turn], sampling=sampling, samples=2, seed=5)
+    ends = dataclasses.replace(sampling, stop_ids=tokenizer.eos_ids)
+    asked = [tokenizer.chat(turn)] * 2
+    wanted = dsj.Generator(loaded.config, loaded.graphdef)(loaded.weights, asked, ends, seeds=[5, 6, 7, 8], samples=2)
+    assert [one.tokens.tolist() for one in found] == [one.tokens.tolist() for one in wanted]
+    assert [one.text for one in found] == [tokenizer.decode(one.tokens) for one in wanted]
+    (alone,) = dsj.generate(loaded, "1+2=?", tokenizer=tokenizer, sampling=sampling, seed=5)
+    assert alone.text == found[0].text
+    (bare,) = dsj.generate(loaded, "1+2=?", tokenizer=tokenizer, sampling=sampling, seed=5, chat=False)
+    assert bare.tokens.tolist() != alone.tokens.tolist()
+
+
+def test_generate_refuses_what_it_cannot_do(model):
+    loaded, tokenizer = dsj.load_model(model), dsj.Tokenizer.from_folder(model)
+    with pytest.raises(ValueError, match="tokenizer: got none beside a model in memory"):
+        dsj.generate(loaded, "1")
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
+        dsj.generate("nowhere", "1")
+    with pytest.raises(ValueError, match="a conversation: got it with --no-chat"):
+        dsj.generate(loaded, [[{"role": "user", "content": "1"}]], tokenizer=tokenizer, chat=False)
+    with pytest.raises(ValueError, match="prompts: got none"):
+        dsj.generate(loaded, [], tokenizer=tokenizer)
+
+
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_an_example_of_the_list_runs(number, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

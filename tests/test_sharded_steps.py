@@ -22,7 +22,7 @@ from deepseek_jax.checkpoint import names
 from deepseek_jax.checkpoint.adapters import adapted_paths, new_adapter
 from deepseek_jax.generation.engine import Generator, SamplingConfig
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
-from deepseek_jax.model.lora import LoRAConfig, abstract_adapter, beside, laid_out
+from deepseek_jax.model.lora import LoRAConfig, abstract_adapter, adapter_from_arrays, with_adapter
 from deepseek_jax.model.scan_layers import members, stack_layers, unstack_layers
 from deepseek_jax.ops.logprobs import to_bits, token_logprobs
 from deepseek_jax.parallel.logprobs import sharded_logprobs
@@ -342,7 +342,7 @@ def adapter_of(kind: str, layout: Layout) -> nnx.State:
     config, paths = CONFIGS[kind], adapted_paths(CONFIGS[kind], LORA)
     first, random = dict(nnx.to_flat_state(new_adapter(config, LORA, seed=0))), np.random.default_rng(3)
     arrays = {path: random.normal(0, 0.1, leaf[...].shape).astype(np.float32) for path, leaf in first.items()}
-    return laid_out(arrays, abstract_adapter(config, LORA, paths, layout=layout), config)
+    return adapter_from_arrays(arrays, abstract_adapter(config, LORA, paths, layout=layout), config)
 
 
 ADAPTED = {
@@ -369,8 +369,8 @@ def an_adapters_step_on_a_mesh_is_that_of_one_device(*names: str):
         same(got[1], wanted[1], name)
 
 
-def an_adapters_step_among_experts_is_that_of_one_device():
-    an_adapters_step_on_a_mesh_is_that_of_one_device("experts")
+def an_adapters_step_of_a_dense_model_is_that_of_one_device():
+    an_adapters_step_on_a_mesh_is_that_of_one_device("dense")
 
 
 def samples_beside_an_adapter_on_a_mesh_are_those_of_one_device():
@@ -381,7 +381,9 @@ def samples_beside_an_adapter_on_a_mesh_are_those_of_one_device():
         given = [row[:length].tolist() for row, length in zip(TOKENS, (3, 7, 5), strict=False)]
         generator = Generator(CONFIGS[kind], graphdef)
         sampling = SamplingConfig(max_new_tokens=6)
-        found = generator(beside(weights, adapter_of(kind, layout), LORA), given, sampling, seeds=range(6), samples=2)
+        found = generator(
+            with_adapter(weights, adapter_of(kind, layout), LORA), given, sampling, seeds=range(6), samples=2
+        )
         return [of.tokens.tolist() for of in found], [of.logprobs for of in found]
 
     for kind, sizes, stack in (("mla", {"fsdp": 2, "expert": 2, "tensor": 2}, True), ("gqa", {"tensor": 8}, False)):
@@ -427,7 +429,7 @@ def a_state_keeps_lying_as_its_weights_do():
 QUICK = [
     micro_batches_change_nothing_on_a_mesh,
     a_batch_is_put_shard_by_shard,
-    an_adapters_step_among_experts_is_that_of_one_device,
+    an_adapters_step_of_a_dense_model_is_that_of_one_device,
 ]
 THOROUGH = [
     a_step_on_a_batch_that_was_put,

@@ -19,9 +19,9 @@ from deepseek_jax.checkpoint import names
 from deepseek_jax.checkpoint.convert import convert_hf, export_hf
 from deepseek_jax.checkpoint.files import TensorFolder
 from deepseek_jax.checkpoint.folder import Model, lay_out, load_model
-from deepseek_jax.checkpoint.layout import part
-from deepseek_jax.checkpoint.opened import open_folder
+from deepseek_jax.checkpoint.model_folder import open_folder
 from deepseek_jax.checkpoint.save import save_model
+from deepseek_jax.checkpoint.stored_arrays import read_part
 from deepseek_jax.config import preset
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.scan_layers import stack_layers
@@ -328,7 +328,7 @@ def a_device_is_given_the_bytes_of_its_own_experts(folders: Path) -> None:
         place = weight_sharding(layout, array.shape, ("expert", "expert_embed", "expert_mlp"), array.key)
         for device, index in place.devices_indices_map(array.shape).items():
             name = array.tensors[device.id].name
-            got, given = given_bytes(part, opened.source, array, index)
+            got, given = given_bytes(read_part, opened.source, array, index)
             assert bits(got[0]) == bits(opened.source.read(name))
             assert given == got.nbytes == opened.source.entries[name].nbytes
 
@@ -372,17 +372,17 @@ def a_device_is_read_the_part_that_it_holds(folders: Path) -> None:
 
 def turned_as_read(folders: Path, layout: Layout) -> int:
     """How many weights are turned, each of them and the others read as they lie."""
-    asked, real = {}, folder_module.part
+    asked, real = {}, folder_module.read_part
 
     def recording(source, array, index):
         asked.setdefault((array.path, array.shape), set()).add(bounds(index, array.shape))
         return real(source, array, index)
 
-    folder_module.part = recording
+    folder_module.read_part = recording
     try:
         weights = names.flat(load_model(folders / "hf", layout=layout).weights)
     finally:
-        folder_module.part = real
+        folder_module.read_part = real
     turned = 0
     for array in open_folder(folders / "hf").arrays:
         if array.copy_of is not None:

@@ -108,8 +108,8 @@ def _our_step(folder: Path, texts: Sequence[str], group_size: int, tokens: int, 
     trainer = GRPOTrainer(
         config, model, tokenizer, Generator(model.config, model.graphdef), reward, width=width, seed=0
     )
-    endless = dataclasses.replace(trainer.roll.sampling, stop_ids=())
-    trainer.roll = dataclasses.replace(trainer.roll, sampling=endless)
+    endless = dataclasses.replace(trainer.rollout_worker.sampling, stop_ids=())
+    trainer.rollout_worker = dataclasses.replace(trainer.rollout_worker, sampling=endless)
     held = [trainer.first_state()]
 
     def one() -> None:

@@ -1,14 +1,13 @@
-"""The one command to run before a commit: format, lint, layering, test names, doctests and the fast tests.
+"""The one command to run before a commit: format, lint, layering and size, types, test names, doctests, fast tests.
 
     python tools/check.py                   check everything with this Python
     python tools/check.py --fix             let ruff repair format and lint first
     python tools/check.py --skip-tests      all but the fast tests
     python tools/check.py --python 3.12     the fast tests under another Python, in a cached environment
 
-Every step runs even when one before it fails, and the exit status says whether all passed. There is no static
-type step: a type checker sees nothing of array shapes, and much that is not there in traced code. Types are
-checked where they are exact: under pytest, jaxtyping and beartype hold the ops to the shapes they are written
-with.
+Every step runs even when one before it fails, and the exit status says whether all passed. Types are checked twice:
+what users call, statically, by the examples of docs/api.md (tools/check_types.py says why no more than these); and
+shapes, which a static checker does not see, by jaxtyping and beartype under pytest.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERING = "tests/test_layering.py"
+LAYERING, SIZE = "tests/test_layering.py", "tests/test_size.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,8 @@ def steps(python: str, *, fix: bool, skip_tests: bool) -> list[Step]:
     checks = [
         Step(name="format", command=[*ruff, "format", "--check", "."]),
         Step(name="lint", command=[*ruff, "check", "."]),
-        Step(name="layering", command=[*pytest, LAYERING]),
+        Step(name="layering, size", command=[*pytest, LAYERING, SIZE]),
+        Step(name="types", command=[python, "tools/check_types.py"]),
         Step(name="test names", command=[python, "tools/same_tests.py"]),
         # pytest ends with 5 where there is nothing to run, which is no fault of a docstring.
         Step(name="doctests", command=[*pytest, "--doctest-modules", "deepseek_jax"], passes=(0, 5)),
@@ -63,8 +63,15 @@ def steps(python: str, *, fix: bool, skip_tests: bool) -> list[Step]:
 
 
 def fast_tests(python: str) -> Step:
-    """The tests that run by default, less the layering, which has a step of its own."""
-    return Step(name="fast tests", command=[python, "-m", "pytest", "-q", "-n", "auto", f"--ignore={LAYERING}"])
+    """The tests that run by default, less those that have a step of their own."""
+    others = [f"--ignore={path}" for path in (LAYERING, SIZE)]
+    return Step(name="fast tests", command=[python, "-m", "pytest", "-q", "-n", "auto", *others])
+
+
+def package_size() -> str:
+    """How many files and lines the package has."""
+    counts = [len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "deepseek_jax").rglob("*.py")]
+    return f"deepseek_jax: {len(counts)} files, {sum(counts):,} lines, the longest {max(counts)}"
 
 
 def run(step: Step) -> Outcome:
@@ -79,10 +86,10 @@ def run(step: Step) -> Outcome:
 
 def table(outcomes: list[Outcome]) -> str:
     """A line for every step with its seconds, and the total."""
-    lines = [f"{o.name:<14}{'passed' if o.passed else 'FAILED':<8}{o.seconds:7.1f} s" for o in outcomes]
+    lines = [f"{o.name:<16}{'passed' if o.passed else 'FAILED':<8}{o.seconds:7.1f} s" for o in outcomes]
     failed = sum(not o.passed for o in outcomes)
     verdict = f"{failed} FAILED" if failed else "passed"
-    return "\n".join([*lines, f"{'all':<14}{verdict:<8}{sum(o.seconds for o in outcomes):8.1f} s"])
+    return "\n".join([*lines, f"{'all':<16}{verdict:<8}{sum(o.seconds for o in outcomes):8.1f} s"])
 
 
 def find_python(version: str) -> Path:
@@ -149,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         todo = steps(sys.executable, fix=args.fix, skip_tests=args.skip_tests)
     outcomes = [run(step) for step in todo]
-    print(f"\n{table(outcomes)}")
+    print(f"\n{table(outcomes)}\n{package_size()}")
     return 0 if all(outcome.passed for outcome in outcomes) else 1
 
 

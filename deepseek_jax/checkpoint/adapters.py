@@ -18,7 +18,7 @@ from deepseek_jax.checkpoint.finite import check_finite
 from deepseek_jax.checkpoint.headers import NAMES, make_header
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.decoder import abstract_weights
-from deepseek_jax.model.lora import ALL_LINEAR, LoRAConfig, abstract_adapter, first_adapter, laid_out
+from deepseek_jax.model.lora import ALL_LINEAR, LoRAConfig, abstract_adapter, adapter_from_arrays, first_adapter
 from deepseek_jax.model.scan_layers import members
 from deepseek_jax.sharding import LOCAL, Layout
 
@@ -148,7 +148,7 @@ def load_adapter(
         parts.setdefault(place.path, []).append(source.read(name).T.astype(dtype))
     stacked = {place.path for place in table.values() if place.expert is not None}
     arrays = {path: np.stack(of) if path in stacked else of[0] for path, of in parts.items()}
-    return Adapter(lora, laid_out(arrays, like, config))
+    return Adapter(lora, adapter_from_arrays(arrays, like, config))
 
 
 class _Place(NamedTuple):
@@ -224,7 +224,7 @@ def _filed(held: Mapping[names.Path, np.ndarray], table: Mapping[str, _Place]) -
 def _write(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
     files.write_whole(folder / CONFIG, json.dumps(settings, indent=2).encode())
     header = make_header({name: (NAMES[value.dtype], value.shape) for name, value in tensors.items()})
-    shards = writer.NewShards(folder, writer.Plan({WEIGHTS: header}, None))
+    shards = writer.ShardWriter(folder, writer.Plan({WEIGHTS: header}, None))
     try:
         for name, value in tensors.items():
             shards.write(name, 0, value)

@@ -14,20 +14,20 @@ from deepseek_jax import distributed
 from deepseek_jax.checkpoint import files, writer
 from deepseek_jax.checkpoint.files import TensorFolder, new_folder, read_json, shared_folder, write_whole
 from deepseek_jax.checkpoint.headers import Entry, parse_header
-from deepseek_jax.checkpoint.layout import Array, Source, units
-from deepseek_jax.checkpoint.opened import Opened
+from deepseek_jax.checkpoint.model_folder import ModelFolder
 from deepseek_jax.checkpoint.orbax_layers import MANIFEST, WEIGHTS, ConvertedFolder, OrbaxLayerWriter, create_layer
 from deepseek_jax.checkpoint.sidecars import drop_missing_code
+from deepseek_jax.checkpoint.stored_arrays import StoredArray, TensorSource, by_unit
 
 VERSION = 1  # of the converted folder's form
 ORIGIN = "source"  # holds the headers of the Hugging Face files, so that an export gives back the very files
-THREADS = 8  # in flight at once, each with a piece of at most 8 MiB (layout.PIECE) and its copies
+THREADS = 8  # in flight at once, each with a piece of at most 8 MiB (stored_arrays.PIECE) and its copies
 Advance = Callable[[int], None]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def convert_hf(opened: Opened, target: Path, *, advance: Advance = lambda count: None) -> None:
+def convert_hf(opened: ModelFolder, target: Path, *, advance: Advance = lambda count: None) -> None:
     """Write a Hugging Face folder as a converted one: an Orbax checkpoint a layer, and a manifest of hashes.
 
     Memory stays at a few pieces of 8 MiB whatever the size of the checkpoint. Killed at any moment, the same call
@@ -46,28 +46,28 @@ def convert_hf(opened: Opened, target: Path, *, advance: Advance = lambda count:
     if not isinstance(opened.stored, TensorFolder):
         raise ValueError(f"{opened.folder}: is a converted folder already; wanted a Hugging Face one")
     files.refuse_existing(target, opened.folder)
-    everything = units(opened.arrays)
+    everything = by_unit(opened.arrays)
     nbytes = lambda names: sum(_nbytes(opened.source, everything[unit]) for unit in names)
     with shared_folder(target, resume=_identity(opened)) as partial:
         left = distributed.on_main(lambda: [unit for unit in everything if not _is_whole(partial, unit)])
-        ours = left[distributed.index() :: distributed.count()]
+        ours = left[distributed.process_index() :: distributed.process_count()]
         for unit in left:
             create_layer(partial / WEIGHTS / unit, everything[unit])
         advance(nbytes(everything.keys() - set(left)))
         with distributed.together():
             # two units at a time, so that one is read while the other waits for the disk
-            shelve = lambda unit: _shelve(opened.source, unit, everything[unit], partial, advance)
-            _in_threads(shelve, ours, 2)
+            write = lambda unit: _write_unit(opened.source, unit, everything[unit], partial, advance)
+            _in_threads(write, ours, 2)
         if distributed.is_main():
             advance(nbytes(set(left) - set(ours)))
             _complete(opened, partial, list(everything))
 
 
-def _complete(opened: Opened, partial: Path, shelved: Sequence[str]) -> None:
-    """What a converted folder holds beside its shelves; their notes become lines of the manifest."""
+def _complete(opened: ModelFolder, partial: Path, units: Sequence[str]) -> None:
+    """What a converted folder holds beside its weights; the notes of its units become lines of the manifest."""
     opened.write_sidecars(partial)
     _keep_origin(opened, partial)
-    notes = [_note(partial, unit) for unit in shelved]
+    notes = [_note(partial, unit) for unit in units]
     hashes = {name: digest for note in notes for name, digest in read_json(note).items()}
     lines = {name: _line(entry, hashes[name]) for name, entry in opened.source.entries.items() if name in hashes}
     manifest = {"version": VERSION, "format": opened.to, "tensors": lines}
@@ -76,7 +76,7 @@ def _complete(opened: Opened, partial: Path, shelved: Sequence[str]) -> None:
         note.unlink()
 
 
-def export_hf(opened: Opened, target: Path, *, advance: Advance = lambda count: None) -> None:
+def export_hf(opened: ModelFolder, target: Path, *, advance: Advance = lambda count: None) -> None:
     """Write a converted folder as a Hugging Face one; as "stored" these are the very files it was converted from.
 
     Every tensor is held against its hash; for another format they are all read once more, before anything is written.
@@ -96,7 +96,7 @@ def export_hf(opened: Opened, target: Path, *, advance: Advance = lambda count: 
             _export(opened, target, advance)
 
 
-def _export(opened: Opened, target: Path, advance: Advance) -> None:
+def _export(opened: ModelFolder, target: Path, advance: Advance) -> None:
     stored = opened.to == "stored"
     hashes = opened.source.hashes if isinstance(opened.source, ConvertedFolder) else {}
     files.refuse_existing(target, opened.folder)
@@ -110,7 +110,7 @@ def _export(opened: Opened, target: Path, advance: Advance) -> None:
 
 
 def write_hf(
-    source: Source,
+    source: TensorSource,
     folder: Path,
     plan: writer.Plan,
     *,
@@ -128,7 +128,7 @@ def write_hf(
         hashes: what the tensors must be; ValueError for one that is not.
         advance: called with the number of bytes written, as they are.
     """
-    shards = writer.NewShards(folder, plan)
+    shards = writer.ShardWriter(folder, plan)
     expected, log = hashes or {}, _Log(folder / ".written")
 
     def write(name: str) -> None:
@@ -173,19 +173,19 @@ def _digest(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def verify(source: Source, hashes: Mapping[str, str], *, advance: Advance = lambda count: None) -> None:
+def verify(source: TensorSource, hashes: Mapping[str, str], *, advance: Advance = lambda count: None) -> None:
     """Read every tensor again and hold it against its hash. ValueError names the first that changed.
 
     Several processes divide the tensors between them; the main one tells `advance` last what the others read.
     """
-    ours = list(hashes)[distributed.index() :: distributed.count()]
+    ours = list(hashes)[distributed.process_index() :: distributed.process_count()]
     with distributed.together():
         _verify(source, ours, hashes, advance)
     if distributed.is_main():
         advance(sum(source.entries[name].nbytes for name in hashes.keys() - set(ours)))
 
 
-def _verify(source: Source, names: Sequence[str], hashes: Mapping[str, str], advance: Advance) -> None:
+def _verify(source: TensorSource, names: Sequence[str], hashes: Mapping[str, str], advance: Advance) -> None:
     def check(name: str) -> None:
         digest = xxhash.xxh3_128()
         for _, part in writer.parts(source, name):
@@ -201,7 +201,7 @@ def _bytes(value: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(value).reshape(-1).view(np.uint8)
 
 
-def _changed(source: Source, name: str) -> ValueError:
+def _changed(source: TensorSource, name: str) -> ValueError:
     return ValueError(f"{source.where(name)}: tensor {name!r} is not what was converted; the checkpoint is damaged")
 
 
@@ -230,15 +230,15 @@ def _is_whole(partial: Path, unit: str) -> bool:
     return False
 
 
-def _nbytes(source: Source, members: list[Array]) -> int:
+def _nbytes(source: TensorSource, members: list[StoredArray]) -> int:
     return sum(source.entries[tensor.name].nbytes for array in members for tensor in array.tensors)
 
 
-def _shelve(source: Source, unit: str, members: list[Array], partial: Path, advance: Advance) -> None:
+def _write_unit(source: TensorSource, unit: str, members: list[StoredArray], partial: Path, advance: Advance) -> None:
     """Write one unit and its note."""
     layer = OrbaxLayerWriter(partial / WEIGHTS / unit, members)
 
-    def put(job: tuple[Array, slice]) -> dict[str, str]:
+    def put(job: tuple[StoredArray, slice]) -> dict[str, str]:
         array, experts = job
         tensors = array.tensors[experts]
         digests = [xxhash.xxh3_128() for _ in tensors]
@@ -262,14 +262,14 @@ def _shelve(source: Source, unit: str, members: list[Array], partial: Path, adva
     write_whole(_note(partial, unit), json.dumps(hashes).encode())
 
 
-def _experts(array: Array) -> Iterator[slice]:
+def _experts(array: StoredArray) -> Iterator[slice]:
     """The groups of tensors that a piece is made of."""
     step = array.pieces()[0] if array.stacked else 1
     for first in range(0, len(array.tensors), step):
         yield slice(first, first + step)
 
 
-def _rows(array: Array) -> Iterator[slice]:
+def _rows(array: StoredArray) -> Iterator[slice]:
     """The rows of a tensor, piece by piece."""
     axis = 1 if array.stacked else 0
     step = array.pieces()[axis]
@@ -281,7 +281,7 @@ def _line(entry: Entry, digest: str) -> dict:
     return {"dtype": entry.dtype, "shape": list(entry.shape), "xxh3_128": digest}
 
 
-def _identity(opened: Opened) -> str:
+def _identity(opened: ModelFolder) -> str:
     """What a resumed conversion or export must have in common with the one before it."""
     digest = xxhash.xxh3_128((opened.folder / "config.json").read_bytes())
     if isinstance(opened.stored, ConvertedFolder):
@@ -294,7 +294,7 @@ def _identity(opened: Opened) -> str:
     return f"{VERSION} {opened.to} {digest.hexdigest()}"
 
 
-def _keep_origin(opened: Opened, target: Path) -> None:
+def _keep_origin(opened: ModelFolder, target: Path) -> None:
     """The headers and the index as they are, where all that the files hold is converted as stored."""
     if opened.to != "stored" or opened.stored.entries.keys() != opened.tensor_names():
         return
@@ -306,7 +306,7 @@ def _keep_origin(opened: Opened, target: Path) -> None:
         write_whole(origin / files.INDEX, (opened.folder / files.INDEX).read_bytes())
 
 
-def _origin(opened: Opened) -> writer.Plan:
+def _origin(opened: ModelFolder) -> writer.Plan:
     """The files that a folder was converted from."""
     origin = opened.folder / ORIGIN
     headers = {path.stem: parse_header(path.read_bytes(), None, path) for path in sorted(origin.glob("*.header"))}

@@ -17,9 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from deepseek_jax.checkpoint import names, writer
 from deepseek_jax.checkpoint.convert import THREADS
 from deepseek_jax.checkpoint.headers import DTYPES
-from deepseek_jax.checkpoint.layout import Array, Source, part, units
-from deepseek_jax.checkpoint.opened import Opened, open_folder
+from deepseek_jax.checkpoint.model_folder import ModelFolder, open_folder
 from deepseek_jax.checkpoint.orbax_layers import ConvertedFolder
+from deepseek_jax.checkpoint.stored_arrays import StoredArray, TensorSource, by_unit, read_part
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.layers import RouterBias
@@ -93,20 +93,20 @@ def _by_layer(layout: Layout) -> Layout:
     return dataclasses.replace(layout, scan_layers=False)
 
 
-def _read_by_layer(opened: Opened, dtype: jnp.dtype | None, layout: Layout) -> nnx.State:
+def _read_by_layer(opened: ModelFolder, dtype: jnp.dtype | None, layout: Layout) -> nnx.State:
     _, abstract = abstract_weights(opened.config, layout=_by_layer(layout))
     leaves = {names.key(path): leaf for path, leaf in nnx.to_flat_state(abstract)}
     place = {key: _placed(leaf) for key, leaf in leaves.items()}
     arrays: dict[str, jax.Array] = {}
     with ThreadPoolExecutor(THREADS) as pool:
-        for unit in units([array for array in opened.arrays if array.copy_of is None]).values():
+        for unit in by_unit([array for array in opened.arrays if array.copy_of is None]).values():
             raw = dict(zip(unit, pool.map(lambda a: _read(opened.source, a, place[_key(a)]), unit), strict=True))
             computed_in = lambda array: _computed_in(leaves[_key(array)], array, dtype)
             arrays |= _settled(raw, place, opened.config, computed_in)
     return names.unflat(arrays, abstract)
 
 
-def _key(array: Array) -> str:
+def _key(array: StoredArray) -> str:
     """The key of the weight that an array is, or is the scale of."""
     return names.key(array.path[:-1] if array.path[-1] == "scale" else array.path)
 
@@ -115,26 +115,26 @@ def _placed(leaf: nnx.Variable) -> Sharding:
     return leaf.get_raw_value().sharding or SingleDeviceSharding(jax.local_devices()[0])
 
 
-def _computed_in(leaf: nnx.Variable, array: Array, dtype: jnp.dtype | None) -> jnp.dtype:
+def _computed_in(leaf: nnx.Variable, array: StoredArray, dtype: jnp.dtype | None) -> jnp.dtype:
     if isinstance(leaf, RouterBias):
         return jnp.dtype(jnp.float32)
     stored = jnp.dtype(jnp.bfloat16) if array.dtype == "F8_E4M3" else DTYPES[array.dtype]
     return stored if dtype is None else jnp.dtype(dtype)
 
 
-def _read(source: Source, array: Array, place: Sharding) -> jax.Array:
+def _read(source: TensorSource, array: StoredArray, place: Sharding) -> jax.Array:
     """An array as stored, in the file's orientation, on the devices that will hold the weight."""
     read: dict[str, np.ndarray] = {}
 
     def once(index: tuple[slice, ...]) -> np.ndarray:
         if str(index) not in read:  # replicas ask for the same part
-            read[str(index)] = part(source, array, index)
+            read[str(index)] = read_part(source, array, index)
         return read[str(index)]
 
     return jax.make_array_from_callback(array.shape, _as_filed(array, place), once)
 
 
-def _as_filed(array: Array, place: Sharding) -> Sharding:
+def _as_filed(array: StoredArray, place: Sharding) -> Sharding:
     """The sharding of the stored array for that of the weight. Scales are cut by expert alone, being small."""
     if not isinstance(place, NamedSharding):
         return place
@@ -147,10 +147,10 @@ def _as_filed(array: Array, place: Sharding) -> Sharding:
 
 
 def _settled(
-    raw: Mapping[Array, jax.Array],
+    raw: Mapping[StoredArray, jax.Array],
     place: Mapping[str, Sharding],
     config: ModelConfig,
-    computed_in: Callable[[Array], jnp.dtype],
+    computed_in: Callable[[StoredArray], jnp.dtype],
 ) -> dict[str, jax.Array]:
     """The weights of one unit from its stored arrays, by one compiled call."""
     scales = {_key(array): value for array, value in raw.items() if array.path[-1] == "scale"}
@@ -179,7 +179,7 @@ def _settler(plan: tuple[tuple[bool, jnp.dtype], ...], block: tuple[int, int] | 
     return jax.jit(settle, out_shardings=shardings)
 
 
-def _check_copies(opened: Opened) -> None:
+def _check_copies(opened: ModelFolder) -> None:
     """What repeats another weight must: a tied head the embedding; of an MTP module it is said if it does not."""
     by_path = {array.path: array for array in opened.arrays}
     for array in opened.arrays:
@@ -200,7 +200,7 @@ def _check_copies(opened: Opened) -> None:
         )
 
 
-def _same(source: Source, one: str, other: str) -> bool:
+def _same(source: TensorSource, one: str, other: str) -> bool:
     if source.entries[one][:2] != source.entries[other][:2]:
         return False
     if isinstance(source, ConvertedFolder):

@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 from deepseek_jax import distributed
 from deepseek_jax.checkpoint.files import read_json, resolved, sync, writing
 from deepseek_jax.checkpoint.headers import DTYPES, Entry
-from deepseek_jax.checkpoint.layout import Array
+from deepseek_jax.checkpoint.stored_arrays import StoredArray
 
 WEIGHTS = "weights"
 MANIFEST = "manifest.json"
@@ -28,15 +28,15 @@ _ALL = slice(None)
 _CONTEXT = {"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}}
 
 
-def create_layer(folder: Path, arrays: Sequence[Array]) -> None:
+def create_layer(folder: Path, arrays: Sequence[StoredArray]) -> None:
     """Let Orbax make the checkpoint that a `OrbaxLayerWriter` of the same arguments fills.
 
-    Of several processes all call it, one shelf after the other, because Orbax meets them; any of them may fill it.
+    Of several processes all call it, layer by layer, because Orbax waits for them; any of them may fill it.
     """
     options = ocp.Context()
     options.array.saving.array_metadata_store = None  # it would state the shapes of the empty arrays
     options.array.saving.enable_write_sharding_file = False
-    empty = distributed.replicated(np.zeros((), np.float32))
+    empty = distributed.replicate(np.zeros((), np.float32))
     with options, writing(folder):
         ocp.save(resolved(_partial(folder)), {array.key: empty for array in arrays}, overwrite=True)
 
@@ -53,14 +53,14 @@ class OrbaxLayerWriter:
         arrays: what it will hold.
     """
 
-    def __init__(self, folder: Path, arrays: Sequence[Array]):
+    def __init__(self, folder: Path, arrays: Sequence[StoredArray]):
         self._folder = folder
         self._partial = _partial(folder)
         context = ts.Context(_CONTEXT)
         with writing(folder):
             self._stores = {a.key: _create(self._partial, a, context) for a in arrays}
 
-    def write(self, array: Array, index: tuple[slice, ...], value: np.ndarray) -> None:
+    def write(self, array: StoredArray, index: tuple[slice, ...], value: np.ndarray) -> None:
         """Write one piece, given as the file holds it; safe from several threads."""
         kept = _KEPT_AS.get(array.dtype)
         with writing(self._folder):
@@ -71,7 +71,7 @@ class OrbaxLayerWriter:
         self._partial.rename(self._folder)
 
 
-def _create(folder: Path, array: Array, context: ts.Context) -> ts.TensorStore:
+def _create(folder: Path, array: StoredArray, context: ts.Context) -> ts.TensorStore:
     """An empty array of our orientation, seen in the file's."""
     order, pieces = _order(array), array.pieces()
     metadata = {
@@ -92,7 +92,7 @@ def _spec(folder: Path, key: str) -> dict:
     return {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{key}/"}}
 
 
-def _order(array: Array) -> list[int]:
+def _order(array: StoredArray) -> list[int]:
     """The permutation between our axes and the file's; it is its own inverse."""
     axes = list(range(len(array.shape)))
     return [*axes[:-2], axes[-1], axes[-2]] if array.transposed else axes
@@ -121,18 +121,18 @@ class ConvertedFolder:
             raise ValueError(f"{path}: tensors: got {type(tensors).__name__}, wanted an object")
         self.entries = {name: _entry(path, name, values) for name, values in tensors.items()}
         self.hashes = {name: values["xxh3_128"] for name, values in tensors.items()}
-        self._of: dict[str, tuple[Array, int | None]] = {}
+        self._of: dict[str, tuple[StoredArray, int | None]] = {}
         self._context = ts.Context(_CONTEXT)
         self._stores: dict[tuple[str, str], ts.TensorStore] = {}
 
-    def open(self, arrays: Sequence[Array]) -> None:
+    def open(self, arrays: Sequence[StoredArray]) -> None:
         """Say how tensors lie in arrays, and check that these are there; before the first `read`."""
         for array in arrays:
             for tensor in array.tensors:
                 self._of[tensor.name] = array, tensor.expert
             self._stores[array.unit, array.key] = self._opened(array)
 
-    def _opened(self, array: Array) -> ts.TensorStore:
+    def _opened(self, array: StoredArray) -> ts.TensorStore:
         folder = self.folder / WEIGHTS / array.unit
         try:
             store = ts.open(_spec(folder, array.key), context=self._context, open=True, read=True).result()

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.checkpoint.headers import DTYPES, NAMES, Entry
-from deepseek_jax.checkpoint.layout import PIECE, Source
 from deepseek_jax.checkpoint.names import SCALE, Tensor
+from deepseek_jax.checkpoint.stored_arrays import PIECE, TensorSource
 from deepseek_jax.config import FP8Config, ModelConfig
 from deepseek_jax.ops.fp8 import LARGEST, blocks, dequantize, quantize
 
@@ -20,7 +20,9 @@ _ALL = slice(None)
 _LARGEST_SCALE = np.finfo(np.float32).max / LARGEST  # beyond it the largest code unpacks to infinity
 
 
-def recast(source: Source, config: ModelConfig, table: list[Tensor], to: Format) -> tuple[Source, ModelConfig]:
+def recast(
+    source: TensorSource, config: ModelConfig, table: list[Tensor], to: Format
+) -> tuple[TensorSource, ModelConfig]:
     """The same checkpoint in another format, with the configuration that describes it.
 
     Args:
@@ -55,7 +57,7 @@ def recast(source: Source, config: ModelConfig, table: list[Tensor], to: Format)
 class Unpacked:
     """Every tensor in one dtype, FP8 weights multiplied by their scales; `kept` ones stay as they are."""
 
-    def __init__(self, source: Source, block: tuple[int, int], dtype: str, kept: set[str]):
+    def __init__(self, source: TensorSource, block: tuple[int, int], dtype: str, kept: set[str]):
         self.folder, self.where = source.folder, source.where
         self._source, self._block, self._dtype = source, block, dtype
         cast = lambda name, entry: entry if name in kept else entry._replace(dtype=dtype)
@@ -82,7 +84,7 @@ class Unpacked:
 class Packed:
     """The matrices of `packed` as FP8 with their scales, the others as they are."""
 
-    def __init__(self, source: Source, quantization: FP8Config, packed: set[str]):
+    def __init__(self, source: TensorSource, quantization: FP8Config, packed: set[str]):
         self.folder = source.folder
         self._source, self._block, self._scale_fmt = source, quantization.weight_block_size, quantization.scale_fmt
         self._packed = {n for n in packed if n in source.entries and source.entries[n].dtype != "F8_E4M3"}
@@ -125,7 +127,7 @@ class Packed:
         return packed, scale
 
 
-def _too_large(source: Source, name: str) -> ValueError:
+def _too_large(source: TensorSource, name: str) -> ValueError:
     return ValueError(f"{source.where(name)}: tensor {name!r} has numbers too large for the format asked for")
 
 

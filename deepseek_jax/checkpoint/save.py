@@ -16,7 +16,7 @@ from deepseek_jax.checkpoint.convert import write_hf
 from deepseek_jax.checkpoint.finite import check_finite
 from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.checkpoint.headers import NAMES, Entry
-from deepseek_jax.checkpoint.opened import DTYPE_KEYS
+from deepseek_jax.checkpoint.model_folder import DTYPE_KEYS
 from deepseek_jax.checkpoint.sidecars import copy_sidecars, drop_missing_code
 from deepseek_jax.config import to_hf
 from deepseek_jax.model.decoder import abstract_weights
@@ -45,7 +45,7 @@ def save_model(
     with files.shared_folder(target) as partial:
         distributed.on_main(lambda: _write_sidecars(model, partial, source, tokenizer or {}))
         memory = _InMemory(model, target)
-        if distributed.count() == 1:
+        if distributed.process_count() == 1:
             write_hf(memory, partial, writer.plan(memory))
         else:
             _write_together(memory, partial)
@@ -68,7 +68,7 @@ def _write_sidecars(model: Model, folder: Path, source: Path | None, tokenizer: 
 def _write_together(memory: "_InMemory", folder: Path) -> None:
     """The tensors as safetensors. All processes gather them, in the same order; the main one writes."""
     with distributed.together():
-        shards = writer.NewShards(folder, writer.plan(memory)) if distributed.is_main() else None
+        shards = writer.ShardWriter(folder, writer.plan(memory)) if distributed.is_main() else None
     writes: list[Future] = []
     # what goes wrong in writing is kept to the end: until then the other processes wait for this one in every gather
     with ThreadPoolExecutor(1) as pool:

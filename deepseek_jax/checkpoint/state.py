@@ -199,8 +199,8 @@ def _own(leaf: jax.Array) -> jax.Array:
     From other devices Orbax copies all arrays to the host before that. What each of several processes holds for itself
     becomes one array of all of them; Orbax would have every process write it.
     """
-    if distributed.count() > 1 and leaf.is_fully_addressable:
-        return distributed.replicated(leaf)
+    if distributed.process_count() > 1 and leaf.is_fully_addressable:
+        return distributed.replicate(leaf)
     on_cpu = any(device.platform == "cpu" for device in leaf.sharding.device_set)
     return jnp.copy(leaf) if on_cpu else leaf
 

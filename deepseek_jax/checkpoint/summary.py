@@ -8,9 +8,9 @@ from pathlib import Path
 from deepseek_jax.checkpoint import names
 from deepseek_jax.checkpoint.files import TensorFolder
 from deepseek_jax.checkpoint.headers import Entry
-from deepseek_jax.checkpoint.layout import differences
-from deepseek_jax.checkpoint.opened import load_config
+from deepseek_jax.checkpoint.model_folder import load_config
 from deepseek_jax.checkpoint.orbax_layers import ConvertedFolder, is_converted
+from deepseek_jax.checkpoint.stored_arrays import differences
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.decoder import abstract_weights
 

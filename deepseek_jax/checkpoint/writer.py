@@ -10,7 +10,7 @@ import numpy as np
 
 from deepseek_jax.checkpoint.files import INDEX, SINGLE, write_whole, writing
 from deepseek_jax.checkpoint.headers import Entry, Header, make_header
-from deepseek_jax.checkpoint.layout import PIECE, Source, largest_divisor
+from deepseek_jax.checkpoint.stored_arrays import PIECE, TensorSource, largest_divisor
 
 SHARD = 5_000_000_000
 
@@ -22,7 +22,7 @@ class Plan(NamedTuple):
     index: bytes | None
 
 
-def plan(source: Source, shard_bytes: int = SHARD) -> Plan:
+def plan(source: TensorSource, shard_bytes: int = SHARD) -> Plan:
     """One file where everything fits, else shards in the order of the tensors."""
     shards: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
     size = 0
@@ -45,7 +45,7 @@ def _index(files: Mapping[str, Header]) -> bytes:
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True).encode()
 
 
-class NewShards:
+class ShardWriter:
     """The files of a plan, of their full size, to be filled tensor by tensor in any order, from several threads.
 
     Files that an interrupted writer of the same plan left behind are gone on with.
@@ -91,7 +91,7 @@ def _pwrite(descriptor: int, content, start: int) -> None:
         view, start = view[done:], start + done
 
 
-def parts(source: Source, name: str) -> Iterator[tuple[int, np.ndarray]]:
+def parts(source: TensorSource, name: str) -> Iterator[tuple[int, np.ndarray]]:
     """A tensor in parts along its first axis, the pieces it is stored in, each with the number of bytes before it."""
     entry = source.entries[name]
     if not entry.shape or entry.nbytes <= PIECE:

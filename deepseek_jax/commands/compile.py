@@ -9,7 +9,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from deepseek_jax.checkpoint.opened import named_config
+from deepseek_jax.checkpoint.model_folder import named_config
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.transfer import serving_layout
 from deepseek_jax.plan import compiled

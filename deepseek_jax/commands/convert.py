@@ -6,7 +6,7 @@ from deepseek_jax.checkpoint.convert import convert_hf
 from deepseek_jax.checkpoint.convert import verify as verify_tensors
 from deepseek_jax.checkpoint.files import refuse_existing
 from deepseek_jax.checkpoint.hub import model_folder
-from deepseek_jax.checkpoint.opened import open_folder
+from deepseek_jax.checkpoint.model_folder import open_folder
 from deepseek_jax.checkpoint.recast import Format
 from deepseek_jax.distributed import printable
 from deepseek_jax.report.progress import Progress

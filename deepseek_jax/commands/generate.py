@@ -11,7 +11,7 @@ import jax
 
 from deepseek_jax.checkpoint.folder import Model, load_model
 from deepseek_jax.checkpoint.hub import model_folder
-from deepseek_jax.checkpoint.opened import load_config
+from deepseek_jax.checkpoint.model_folder import load_config
 from deepseek_jax.data.sources import open_source
 from deepseek_jax.distributed import on_main, printable, say
 from deepseek_jax.generation.engine import Generator, SamplingConfig

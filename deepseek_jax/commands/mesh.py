@@ -43,7 +43,7 @@ class MeshOptions:
     def layout(self) -> Layout:
         """How the model lies on the devices and runs there."""
         sizes = {axis: getattr(self, f"mesh_{axis}") for axis in AXES}
-        one_device = distributed.count() == 1 and all(size == 1 for size in sizes.values())
+        one_device = distributed.process_count() == 1 and all(size == 1 for size in sizes.values())
         return Layout(
             mesh=None if one_device else make_mesh(**sizes),
             scan_layers=self.scan_layers,

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deepseek_jax.checkpoint.opened import named_config
+from deepseek_jax.checkpoint.model_folder import named_config
 from deepseek_jax.config import PRESETS, ModelConfig
 from deepseek_jax.plan.advice import Advice, advise, advise_all, rule_of_thumb, thumb_tensor_parallel
 from deepseek_jax.plan.chart import check_path, title, write_chart
@@ -245,7 +245,7 @@ def _many(found: list[_Found]) -> Table:
         chips = f"{each.chips} x {each.chip}"
         cells = (each.model, each.dtype, chips, _verdict(each), _mesh(each.mesh), str(each.batch))
         run = commands(each, name).run
-        by = "nothing yet" if run is None else Path(run.split()[1]).name
+        by = "nothing yet" if run is None else run.split()[1]
         table.add_row(*cells, memory, speed, each.bound, rule_of_thumb(config) or "-", by)
     return table
 

@@ -22,7 +22,7 @@ from deepseek_jax.checkpoint.files import write_whole
 from deepseek_jax.checkpoint.fingerprint import fingerprint
 from deepseek_jax.checkpoint.folder import lay_out, load_model
 from deepseek_jax.checkpoint.hub import model_folder
-from deepseek_jax.checkpoint.opened import load_config, named_dtype
+from deepseek_jax.checkpoint.model_folder import load_config, named_dtype
 from deepseek_jax.checkpoint.owned import write_owned
 from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.commands.options import command
@@ -102,7 +102,7 @@ class Config:
     def layout(self) -> Layout:
         """How the model lies on the devices and runs there."""
         sizes = {axis: getattr(self, f"mesh_{axis}") for axis in AXES}
-        one_device = distributed.count() == 1 and all(size == 1 for size in sizes.values())
+        one_device = distributed.process_count() == 1 and all(size == 1 for size in sizes.values())
         return Layout(
             mesh=None if one_device else make_mesh(**sizes),
             scan_layers=self.scan_layers,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax import distributed
-from deepseek_jax.checkpoint.opened import named_dtype
+from deepseek_jax.checkpoint.model_folder import named_dtype
 from deepseek_jax.checkpoint.owned import write_owned
 from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.commands.train_settings import Config

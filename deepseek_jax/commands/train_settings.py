@@ -13,7 +13,7 @@ import tyro
 
 from deepseek_jax.checkpoint.fingerprint import fingerprint
 from deepseek_jax.checkpoint.hub import model_folder
-from deepseek_jax.checkpoint.opened import load_config
+from deepseek_jax.checkpoint.model_folder import load_config
 from deepseek_jax.commands.mesh import MeshOptions
 from deepseek_jax.commands.settings_file import settings_text, values_of, with_values
 from deepseek_jax.commands.toy import QUICK, TOY, ToyOptions

@@ -128,106 +128,73 @@ def _v2_lite() -> ModelConfig:
     )
 
 
-def _distill_qwen(hidden, intermediate, layers, heads, kv_heads, eps, theta, vocab) -> ModelConfig:
+def _distill(hidden, intermediate, layers, heads, **rest) -> ModelConfig:
+    """A dense model that R1's answers were distilled into."""
     return ModelConfig(
-        model_type="qwen2",
-        vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         max_position_embeddings=131072,
-        rms_norm_eps=eps,
         tie_word_embeddings=False,
-        bos_token_id=151643,
-        eos_token_id=151643,
-        attention=GQAConfig(num_key_value_heads=kv_heads, head_dim=hidden // heads, qkv_bias=True),
-        rope=RopeConfig(theta=theta),
         moe=None,
+        **rest,
     )
+
+
+def _distill_qwen(hidden, intermediate, layers, heads, kv_heads, eps, theta, vocab) -> ModelConfig:
+    attention = GQAConfig(num_key_value_heads=kv_heads, head_dim=hidden // heads, qkv_bias=True)
+    tokens = dict(vocab_size=vocab, bos_token_id=151643, eos_token_id=151643)
+    rest = dict(model_type="qwen2", rms_norm_eps=eps, attention=attention, rope=RopeConfig(theta=theta), **tokens)
+    return _distill(hidden, intermediate, layers, heads, **rest)
 
 
 def _distill_qwen3_8b() -> ModelConfig:
-    return ModelConfig(
-        model_type="qwen3",
-        vocab_size=151936,
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=False,
-        bos_token_id=151643,
-        eos_token_id=151645,
-        attention=GQAConfig(num_key_value_heads=8, head_dim=128, qkv_bias=False, qk_norm=True),
-        rope=YarnConfig(
-            theta=1e6,
-            factor=4.0,
-            beta_fast=32.0,
-            beta_slow=1.0,
-            original_max_position_embeddings=32768,
-            mscale=1.0,
-            mscale_all_dim=0.0,
-        ),
-        moe=None,
-    )
+    attention = GQAConfig(num_key_value_heads=8, head_dim=128, qkv_bias=False, qk_norm=True)
+    longer = dict(factor=4.0, original_max_position_embeddings=32768)
+    rope = dataclasses.replace(_yarn(mscale=1.0), theta=1e6, mscale_all_dim=0.0, **longer)
+    tokens = dict(vocab_size=151936, bos_token_id=151643, eos_token_id=151645)
+    rest = dict(model_type="qwen3", rms_norm_eps=1e-6, attention=attention, rope=rope, **tokens)
+    return _distill(4096, 12288, 36, 32, **rest)
 
 
 def _distill_llama(hidden, intermediate, layers, heads, eos) -> ModelConfig:
-    return ModelConfig(
-        model_type="llama",
-        vocab_size=128256,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-        bos_token_id=128000,
-        eos_token_id=eos,
-        attention=GQAConfig(num_key_value_heads=8, head_dim=hidden // heads, qkv_bias=False),
-        rope=Llama3RopeConfig(
-            theta=5e5,
-            factor=8.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position_embeddings=8192,
-        ),
-        moe=None,
-    )
+    attention = GQAConfig(num_key_value_heads=8, head_dim=hidden // heads, qkv_bias=False)
+    smoothing = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    rope = Llama3RopeConfig(theta=5e5, **smoothing)
+    tokens = dict(vocab_size=128256, bos_token_id=128000, eos_token_id=eos)
+    rest = dict(model_type="llama", rms_norm_eps=1e-5, attention=attention, rope=rope, **tokens)
+    return _distill(hidden, intermediate, layers, heads, **rest)
 
 
 def _tiny() -> ModelConfig:
     """R1's architecture, every part of it, at 0.6 million parameters: what a laptop trains in minutes."""
-    return ModelConfig(
-        model_type="deepseek_v3",
+    r1 = _r1_671b()
+    return dataclasses.replace(
+        r1,
         vocab_size=64,
         hidden_size=96,
         intermediate_size=256,
         num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=256,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=False,
         bos_token_id=1,
         eos_token_id=2,
         attention=MLAConfig(q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=24),
         rope=RopeConfig(theta=10000.0),
         initializer_range=0.08,  # about width**-0.5; the published 0.02 leaves so narrow a model standing still
-        moe=MoEConfig(
+        moe=dataclasses.replace(
+            r1.moe,
             n_routed_experts=8,
-            n_shared_experts=1,
             num_experts_per_tok=2,
             moe_intermediate_size=64,
             first_k_dense_replace=1,
-            topk_method="noaux_tc",
             n_group=4,
             topk_group=2,
-            norm_topk_prob=True,
             routed_scaling_factor=1.0,
         ),
+        num_nextn_predict_layers=0,
+        quantization=None,
     )
 
 

@@ -196,10 +196,10 @@ def _digest(*arrays: np.ndarray | None) -> str:
 def check_agreed(identity: list[dict[str, Any]]) -> None:
     """Refuse data that is not the same in all processes; all call this alike."""
     content = [[source["digest"], source["choice"]] for source in identity]
-    for number, found in enumerate(distributed.exchange(content)):
+    for number, found in enumerate(distributed.all_gather_objects(content)):
         if found != content:
             raise ValueError(
-                f"data: process {number} has other rows than process {distributed.index()}; give all the same"
+                f"data: process {number} has other rows than process {distributed.process_index()}; give all the same"
             )
 
 

@@ -7,6 +7,6 @@ Source: jax.distributed and jax.experimental.multihost_utils (jax-ml/jax).
 """
 
 # ruff: noqa: F401  (the names of the package)
-from deepseek_jax.distributed.agreement import barrier, exchange, on_main, preemption, replicated, together
-from deepseek_jax.distributed.identity import count, index, is_main, printable, say
+from deepseek_jax.distributed.agreement import all_gather_objects, barrier, on_main, preemption, replicate, together
+from deepseek_jax.distributed.identity import is_main, printable, process_count, process_index, say
 from deepseek_jax.distributed.lifetime import PEER_ENDED, PREEMPTED, fail, finish, leave, start

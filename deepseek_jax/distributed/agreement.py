@@ -14,7 +14,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from deepseek_jax.distributed.identity import START_SECONDS, count, index, is_main
+from deepseek_jax.distributed.identity import START_SECONDS, is_main, process_count, process_index
 
 _NO_LIMIT = 7 * 24 * 3600 * 1000  # milliseconds; whoever waits for the dead is ended by the watch
 
@@ -24,27 +24,27 @@ _numbers = itertools.count()  # of the meetings; all processes hold the same one
 
 def barrier() -> None:
     """Wait until every process is here."""
-    if count() > 1:
+    if process_count() > 1:
         distributed.global_state.client.wait_at_barrier(f"deepseek_jax/meeting/{next(_numbers)}", _NO_LIMIT)
 
 
-def exchange(value: Any) -> list[Any]:
+def all_gather_objects(value: Any) -> list[Any]:
     """Every process's value, in their order, in every process. A value is anything that JSON holds."""
-    if count() == 1:
+    if process_count() == 1:
         return [value]
     client, place = distributed.global_state.client, f"deepseek_jax/exchange/{next(_numbers)}"
-    client.key_value_set(f"{place}/{index()}", json.dumps(value))
+    client.key_value_set(f"{place}/{process_index()}", json.dumps(value))
     barrier()
     found = [
         json.loads(client.blocking_key_value_get(f"{place}/{number}", START_SECONDS * 1000))
-        for number in range(count())
+        for number in range(process_count())
     ]
     barrier()  # before the values go, which would else be kept to the end of the run
-    client.key_value_delete(f"{place}/{index()}")
+    client.key_value_delete(f"{place}/{process_index()}")
     return found
 
 
-def replicated(value: np.ndarray | jax.Array) -> jax.Array:
+def replicate(value: np.ndarray | jax.Array) -> jax.Array:
     """A value that every process holds, as one array on all devices of all processes."""
     place = NamedSharding(Mesh(np.asarray(jax.devices()), ("devices",)), PartitionSpec())
     held = np.array(value)
@@ -63,8 +63,8 @@ def together() -> Iterator[None]:
         yield
     except Exception as found:
         problem = found
-    # `exchange` sends JSON: of an exception its kind and its words
-    told = exchange(None if problem is None else [_kind(problem).__name__, str(problem)])
+    # `all_gather_objects` sends JSON: of an exception its kind and its words
+    told = all_gather_objects(None if problem is None else [_kind(problem).__name__, str(problem)])
     if problem is not None:
         raise problem
     for number, said in enumerate(told):
@@ -83,7 +83,7 @@ def on_main(call: Callable[[], T]) -> T:
     For what may differ from process to process (a grader with a time limit) or is to happen once (writing a file).
     The value goes through JSON where there are several: tuples become lists. What it raises is raised in all.
     """
-    if count() == 1:
+    if process_count() == 1:
         return call()
     client, place = distributed.global_state.client, f"deepseek_jax/main/{next(_numbers)}"
     with together():
@@ -125,6 +125,6 @@ def preemption() -> Iterator[Callable[[], bool]]:
 
 
 def _any(flag: bool) -> bool:
-    if count() == 1:
+    if process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray([flag]))))

@@ -11,24 +11,24 @@ START_SECONDS = 300  # what a process waits for the others at its start, and for
 _OF_TEXT = "\n\t\u200c\u200d"  # joiners: Persian is spelled with the one, families of emoji are made by the other
 
 
-def count() -> int:
+def process_count() -> int:
     """Processes of this program. Starts no backend, unlike `jax.process_count`."""
     return distributed.global_state.num_processes if jax.distributed.is_initialized() else 1
 
 
-def index() -> int:
+def process_index() -> int:
     """The number of this process, from 0."""
     return distributed.global_state.process_id if jax.distributed.is_initialized() else 0
 
 
 def is_main() -> bool:
     """Whether this process prints, and writes what is written once."""
-    return index() == 0
+    return process_index() == 0
 
 
 def say(text: str, *, kind: Literal["error", "warning"] = "error") -> None:
     """An error or a warning on standard error, with the number of the process where there are several."""
-    where = f"process {index()}: " if count() > 1 else ""
+    where = f"process {process_index()}: " if process_count() > 1 else ""
     print(printable(f"{kind}: {where}{text}"), file=sys.stderr, flush=True)
 
 
@@ -41,8 +41,5 @@ def printable(text: str) -> str:
     >>> print(printable(chr(27) + "[31mred, ü and 漢"))
     \\x1b[31mred, ü and 漢
     """
-    return "".join(of if of in _OF_TEXT or of.isprintable() or _is_space(of) else repr(of)[1:-1] for of in text)
-
-
-def _is_space(of: str) -> bool:
-    return unicodedata.category(of) == "Zs"
+    kept = lambda of: of in _OF_TEXT or of.isprintable() or unicodedata.category(of) == "Zs"
+    return "".join(of if kept(of) else repr(of)[1:-1] for of in text)

@@ -16,7 +16,7 @@ from jax._src import distributed
 
 from deepseek_jax.distributed.agreement import barrier
 from deepseek_jax.distributed.environment import initialize_arguments
-from deepseek_jax.distributed.identity import START_SECONDS, count, index, is_main, say
+from deepseek_jax.distributed.identity import START_SECONDS, is_main, process_count, process_index, say
 
 # Exit statuses, beside 0, 1 for an error of our own, 2 for arguments that do not parse, and 130 for Ctrl-C.
 PREEMPTED = 128 + signal.SIGTERM
@@ -113,13 +113,13 @@ class _Watch:
             with _listener() as listener:
                 client.key_value_set("deepseek_jax/watch", str(listener.getsockname()[1]))
                 listener.settimeout(START_SECONDS)
-                while len(self._lines) < count() - 1:
+                while len(self._lines) < process_count() - 1:
                     self._take(listener.accept()[0])
         else:
             port = int(client.blocking_key_value_get("deepseek_jax/watch", START_SECONDS * 1000))
             host = distributed.global_state.coordinator_address.rpartition(":")[0].strip("[]")
             self._lines[0] = socket.create_connection((host, port), START_SECONDS)
-            self._lines[0].sendall(_NUMBER.pack(index()))
+            self._lines[0].sendall(_NUMBER.pack(process_index()))
         for number, line in self._lines.items():
             line.settimeout(None)
             threading.Thread(target=self._listen, args=(number, line), daemon=True).start()
@@ -136,7 +136,7 @@ class _Watch:
         """The main process, before it ends: let the others end first, for jax.distributed would abort them."""
         if not is_main() or self._stopped.is_set():
             return
-        self._notice(index())
+        self._notice(process_index())
         deadline = time.monotonic() + 2 * GRACE_SECONDS
         while len(self._gone) < len(self._lines) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -145,7 +145,7 @@ class _Watch:
         line.settimeout(START_SECONDS)
         said = _received(line, _NUMBER.size)
         number = _NUMBER.unpack(said)[0] if said else 0
-        if number in range(1, count()):  # a port scanner says nothing, or anything
+        if number in range(1, process_count()):  # a port scanner says nothing, or anything
             self._lines[number] = line
 
     def _listen(self, number: int, line: socket.socket) -> None:

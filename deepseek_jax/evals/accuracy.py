@@ -62,12 +62,12 @@ def greedy_accuracy(
         part = [p.tokens for p in prompts[start : start + batch]]
         found += complete(generator, weights, tokenizer, part, sampling, seeds=[0] * len(part))
     scores = distributed.on_main(
-        lambda: grade.parts(
+        lambda: grade.graded(
             prompts=[p.text for p in prompts],
             completions=[c.text for c in found],
             completion_ids=[c.tokens.tolist() for c in found],
             **{name: [p.columns[name] for p in prompts] for name in prompts[0].columns},
-        )["accuracy"]
+        ).parts["accuracy"]
     )
     known = [score for score in scores if score is not None]
     if not known:

@@ -128,7 +128,7 @@ class Generator:
         """Complete every prompt `samples` times.
 
         Args:
-            weights: of the model, plain or beside an adapter (`model.lora.beside`).
+            weights: of the model, plain or beside an adapter (`model.lora.with_adapter`).
             prompts: token ids, each at least one and shorter than the context.
             sampling: how to draw. A completion also ends where the context does.
             seeds: one a completion, P x samples of them, prompt by prompt.

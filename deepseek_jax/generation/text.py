@@ -38,7 +38,7 @@ def generate(
     """Complete prompts with a model, all in one batch. `Generator` is for more than that.
 
     Args:
-        model: a folder, a name on the hub, or a model in memory, whose layout and tokenizer are then given.
+        model: a folder, a name on the hub, or a model in memory, whose tokenizer is then given.
         prompts: the users' texts, or whole conversations of {"role", "content"}.
         sampling: how to draw; without stop_ids a completion ends with the tokenizer's end of a sequence.
         samples: completions a prompt.
@@ -47,7 +47,7 @@ def generate(
         chat: put prompts into the model's chat template; base models, which have none, want False.
         tokenizer: of a model in memory.
         dtype: of weights, activations and cache, for a model that is loaded here.
-        layout: how the model lies on devices.
+        layout: how a model lies on devices that is loaded here.
 
     Returns:
         P x samples completions, prompt by prompt.
@@ -97,9 +97,9 @@ def encode_prompt(
             `Tokenizer.chat` refuses.
     """
     if not chat:
-        without = {"a conversation": not isinstance(prompt, str), "system": system is not None, "thinking": thinking}
-        for what, got in without.items():
-            if got not in (False, None):
+        given = {"a conversation": not isinstance(prompt, str), "system": system is not None}
+        for what, got in (given | {"thinking": thinking is not None}).items():
+            if got:
                 raise ValueError(
                     f"{what}: got it with --no-chat, wanted a chat, whose template it is for; leave one out"
                 )

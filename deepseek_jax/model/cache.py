@@ -4,7 +4,7 @@ A token at position p lies in slot p of its sequence's row. A query at position 
 are all written by then; whatever padding left in later slots is overwritten before anything looks there.
 """
 
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +24,16 @@ class LatentCache(NamedTuple):
     r_BSR: jax.Array
     index_BSZ: jax.Array | None
 
-    def write(self, new: Self, positions_BT: jax.Array, layer_idx: jax.Array | None = None) -> Self:
+    def write(self, new: "LatentCache", positions_BT: jax.Array, layer_idx: jax.Array | None = None) -> "LatentCache":
         """With the new tokens' entries; `layer_idx` is the layer's in a stack, where this is the cache of one."""
         return jax.tree.map(
             lambda old, values: _written(old, values, positions_BT, layer_idx, lambda at: (at,)), self, new
         )
 
-    def layer(self, layer_idx: jax.Array | None) -> Self:
+    def layer(self, layer_idx: jax.Array | None) -> "LatentCache":
         return jax.tree.map(lambda of: _layer(of, layer_idx), self)
 
-    def prefix(self, new: Self) -> Self:
+    def prefix(self, new: "LatentCache") -> "LatentCache":
         """With what whole sequences left, in the first slots; that of a stack comes with its layers in front."""
         return jax.tree.map(lambda old, values: _prefixed(old, values, stack_rank=4), self, new)
 
@@ -51,17 +51,17 @@ class KVCache(NamedTuple):
     k_BGSK: jax.Array
     v_BGSK: jax.Array
 
-    def write(self, new: Self, positions_BT: jax.Array, layer_idx: jax.Array | None = None) -> Self:
+    def write(self, new: "KVCache", positions_BT: jax.Array, layer_idx: jax.Array | None = None) -> "KVCache":
         """With the new tokens' entries; `layer_idx` is the layer's in a stack, where this is the cache of one."""
         # by arrays alone: a slice between a place and positions would put its axis after theirs
         heads = jnp.arange(self.k_BGSK.shape[-3])[:, None]
         at = lambda positions: (heads, positions)
         return jax.tree.map(lambda old, values: _written(old, values, positions_BT, layer_idx, at), self, new)
 
-    def layer(self, layer_idx: jax.Array | None) -> Self:
+    def layer(self, layer_idx: jax.Array | None) -> "KVCache":
         return jax.tree.map(lambda of: _layer(of, layer_idx), self)
 
-    def prefix(self, new: Self) -> Self:
+    def prefix(self, new: "KVCache") -> "KVCache":
         """With what whole sequences left, in the first slots; that of a stack comes with its layers in front."""
         return jax.tree.map(lambda old, values: _prefixed(old, values, stack_rank=5), self, new)
 

@@ -210,7 +210,7 @@ class Decoder(nnx.Module):
             if self.layout.scan_layers:
                 (x, entry), out = _scan(run, (x, entry), weights, routes, keep=self.layout.workload == "serve")
             else:
-                (x, entry), out = run((x, entry), weights, _Of(None, routes))
+                (x, entry), out = run((x, entry), weights, _LayerInputs(None, routes))
             entries.append(entry)
             outs.append(out)
         return x, tuple(entries), tuple(outs)
@@ -254,7 +254,7 @@ class Decoder(nnx.Module):
         return Hidden(x, tuple(s for s in stats if s is not None))
 
 
-class _Of(NamedTuple):
+class _LayerInputs(NamedTuple):
     """What a layer is given of its own.
 
     A place, the layer's in its stack, where what it gets is the whole stack's: entries of the cache, and in serving the
@@ -281,7 +281,7 @@ def _scan(run: Callable, carried: Any, weights: nnx.State, routes_LBTA: jax.Arra
         own, layer = of
         return run(carried, nnx.merge_state(layer, kept), own)
 
-    return jax.lax.scan(step, carried, (_Of(jnp.arange(count), routes_LBTA), sliced))
+    return jax.lax.scan(step, carried, (_LayerInputs(jnp.arange(count), routes_LBTA), sliced))
 
 
 def split(model: Decoder) -> tuple[nnx.GraphDef, nnx.State]:

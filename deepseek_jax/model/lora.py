@@ -1,7 +1,7 @@
 """LoRA: matrices of low rank beside frozen weights, in one tree with them, and summed into them for an export.
 
 An adapter is a tree of its own. Where the weights have a matrix at a path, it has two below that path, `a` [in, rank]
-and `b` [rank, out], with the leading axes of a stack or of experts in front. `beside` joins the two trees; of the
+and `b` [rank, out], with the leading axes of a stack or of experts in front. `with_adapter` joins the two trees; of the
 joined one `decoder_of` makes a decoder that computes x W + s (x A) B, `ops.low_rank` says how. Sampler and trainer both
 run it, each with the tree as it lies there. W + s A B is formed for exports alone.
 
@@ -134,10 +134,10 @@ def first_adapter(
     for path, leaf in nnx.to_flat_state(like):
         shape = leaf.get_raw_value().shape
         arrays |= {of: first(of, shape[1:] if path[0] == "stacks" else shape) for of in members(path, config)}
-    return laid_out(arrays, like, config)
+    return adapter_from_arrays(arrays, like, config)
 
 
-def laid_out(arrays: Mapping[Path, np.ndarray], like: nnx.State, config: ModelConfig) -> nnx.State:
+def adapter_from_arrays(arrays: Mapping[Path, np.ndarray], like: nnx.State, config: ModelConfig) -> nnx.State:
     """An adapter from its matrices by layer, which every process holds, as `like` of `abstract_adapter` lies."""
 
     def filled(path: Path, leaf: nnx.Variable) -> tuple[Path, nnx.Variable]:
@@ -164,7 +164,7 @@ class Adapted(nnx.Module):
 _SCALE = "scale"
 
 
-def beside(weights: nnx.State, adapter: nnx.State, lora: LoRAConfig) -> nnx.State:
+def with_adapter(weights: nnx.State, adapter: nnx.State, lora: LoRAConfig) -> nnx.State:
     """One tree of frozen weights and an adapter: at an adapted matrix's path are `weight`, `a` and `b`.
 
     Each is a variable with logical axes of its own, so that what casts, moves or stacks weights path by path does so
@@ -190,7 +190,7 @@ def beside(weights: nnx.State, adapter: nnx.State, lora: LoRAConfig) -> nnx.Stat
 
 
 def decoder_of(graphdef: nnx.GraphDef[M], weights: nnx.State) -> M:
-    """The module of a tree of weights, plain ones or those of `beside`.
+    """The module of a tree of weights, plain ones or those of `with_adapter`.
 
     Args:
         graphdef: of the module without an adapter.

@@ -147,12 +147,14 @@ def _logprobs(
     x_BTD: jax.Array,
     targets_BT: jax.Array,
     bits_BTW: tuple[jax.Array | None, jax.Array | None] = (None, None),
-    **of_sampler: float,
+    **sampler_settings: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     given = x_BTD, model.head_DV(), targets_BT
     if model.layout.mesh is None:
-        return token_logprobs(*given, support=bits_BTW[0], penalised=bits_BTW[1], **of_sampler)
-    return sharded_logprobs(*given, model.layout, support_BTW=bits_BTW[0], penalised_BTW=bits_BTW[1], **of_sampler)
+        return token_logprobs(*given, support=bits_BTW[0], penalised=bits_BTW[1], **sampler_settings)
+    return sharded_logprobs(
+        *given, model.layout, support_BTW=bits_BTW[0], penalised_BTW=bits_BTW[1], **sampler_settings
+    )
 
 
 def real_tokens(mask_BT: jax.Array) -> jax.Array:

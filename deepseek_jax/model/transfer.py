@@ -95,7 +95,7 @@ class Transfer:
     """One compiled call from weights in one layout to the same in another: converted, unstacked or stacked, moved.
 
     What it is given stays: these are the masters. Without a mesh, and with layers as they were, weights that have the
-    dtype already are the very same arrays. It takes plain weights and those of `model.lora.beside`.
+    dtype already are the very same arrays. It takes plain weights and those of `model.lora.with_adapter`.
 
     Args:
         config: the architecture that is sampled; MTP modules that it lacks are left behind.

@@ -30,7 +30,15 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Softmax attention; each of the G key-value heads serves N/G consecutive query heads.
 
-    Keys lie head-major, as the cache stores them, so that decoding never transposes the cache.
+    Args:
+        q: queries.
+        k: keys, head-major as the cache stores them, so that decoding never transposes the cache.
+        v: values, likewise.
+        mask: which keys each query sees, one at least.
+        scale: of the scores, which are float32.
+
+    Returns:
+        In the dtype of v.
     """
     B, T, N, K = q.shape
     G = k.shape[1]
@@ -52,6 +60,13 @@ def attend_expanded(
     scale: float,
 ) -> Float[Array, "B T N H"]:
     """Latent attention with every head's keys and values spelled out: cheapest for many queries.
+
+    Args:
+        q_nope, q_rope: the two parts of the queries, the second rotated.
+        c: key-value latents.
+        k_rope: rotated keys, which all heads share.
+        w_k, w_v: what makes keys and values of the latents.
+        mask, scale: as of `attend`.
 
     Source: arXiv 2412.19437 equations 1 to 11.
     """
@@ -84,6 +99,7 @@ def attend_absorbed(
 ) -> Float[Array, "B T N H"]:
     """The same attention without leaving the latent space: the cache is read as it is, once for all heads.
 
+    Args: as of `attend_expanded`.
     Source: DeepSeek-V3 inference/model.py, MLA.forward, attn_impl "absorb".
     """
     return project_values(attend_latents(absorb(q_nope, w_k), q_rope, c, k_rope, mask, scale), w_v)
@@ -109,7 +125,15 @@ def attend_latents(
     mask: Bool[Array, "B T S"],
     scale: float,
 ) -> Float[Array, "B T N C"]:
-    """The part of absorbed attention between its two projections."""
+    """The part of absorbed attention between its two projections.
+
+    Args:
+        q_latent: queries in the latent space, of `absorb`.
+        q_rope, c, k_rope, mask, scale: as of `attend_expanded`.
+
+    Returns:
+        Latents that `project_values` makes values of.
+    """
     scores = jnp.einsum("btnc,bsc->bnts", q_latent, c, preferred_element_type=jnp.float32)
     scores += jnp.einsum("btnr,bsr->bnts", q_rope, k_rope, preferred_element_type=jnp.float32)
     weights = _softmax(scores * scale, mask[:, None])
@@ -128,7 +152,13 @@ def attend_chosen(
     """`attend_latents` where each query reads only the keys chosen for it, and of those only what `mask` lets it see.
 
     The cost is that of U keys a query, however many the cache has; the gathered latents take [B, T, U, C + R].
-    Equals `attend_latents` under the mask of the same keys. Source: DeepSeek-V3.2-Exp report section 1, equation 2.
+    Equals `attend_latents` under the mask of the same keys.
+
+    Args:
+        chosen: places of the keys that each query reads.
+        q_latent, q_rope, c, k_rope, mask, scale: as of `attend_latents`.
+
+    Source: DeepSeek-V3.2-Exp report section 1, equation 2.
     """
     B, T, U = chosen.shape
     alone = lambda x: x.reshape(B * T, -1, *x.shape[2:])  # each query a sequence of its own

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax.ops.low_rank import LowRank, summed
 
-TILES = "tiles_"  # names a loop over so many tiles, for the account of a compiled program
+TILES = "tiles_"  # names a loop over so many tiles, for the cost analysis of a compiled program
 
 
 def expert_mlp(
@@ -27,8 +27,14 @@ def expert_mlp(
 ) -> Float[Array, "W D"]:
     """sum_a weights[:, a] * SwiGLU_{experts[:, a]}(x), every row through all its experts.
 
-    Weights are applied in float32 to the experts' outputs, as in DeepSeek's code. Of a whole stack of L layers all
-    experts are of one layer, l E to (l + 1) E - 1.
+    Args:
+        x: rows, one a token.
+        weights: float32; applied to the experts' outputs, as in DeepSeek's code.
+        experts: int32. Of a whole stack of L layers all are of one layer, l E to (l + 1) E - 1.
+        gate, up, down: the experts' matrices.
+
+    Returns:
+        In the dtype of x.
     """
     W, A = experts.shape
     flat = experts.reshape(-1)
@@ -73,7 +79,7 @@ def _grouped(lhs, rhs, sizes, dtype=None):
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def ragged_matmul(lhs, rhs, sizes, dtype=None):
-    """grouped_matmul as TPU has it natively, but for the gradient of rhs.
+    """`grouped_matmul` of one layer's matrices as TPU has it natively, but for the gradient of rhs.
 
     XLA computes that one densely over all groups (4 times the work with 4 groups, 16 times with 16; jax 0.10); the
     kernel of jax's own megablox does each group's rows. Gradients are products in the dtype of lhs, whatever that of
@@ -123,7 +129,7 @@ class Tiles(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def tiled_matmul(lhs, rhs, sizes, tiles=None, dtype=None):
-    """grouped_matmul as a loop over tiles of rows; only tiles that hold rows are computed.
+    """`grouped_matmul` of one layer's matrices as a loop over tiles of rows; only tiles that hold rows are computed.
 
     Gradients are products in the dtype of lhs, whatever that of the result.
 

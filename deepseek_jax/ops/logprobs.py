@@ -92,7 +92,16 @@ def as_sampled(
     penalty: float,
     first: int | Int[Array, ""] = 0,
 ) -> Float[Array, "*B V"]:
-    """What the sampler makes of logits before it draws; `first` is the first token of a part of the vocabulary."""
+    """What the sampler makes of logits before it draws.
+
+    Args:
+        logits: float32, of the whole vocabulary or of a part of it.
+        support: bits of the tokens that may be drawn; None is all.
+        penalised: bits of the tokens that are penalised for repeating; None is none.
+        temperature: above 0.
+        penalty: of `penalise_repeats`.
+        first: the first token of the part.
+    """
     if penalised is not None:
         logits = penalise_repeats(logits, has_bits(penalised, first, logits.shape[-1]), penalty)
     logits = logits / temperature

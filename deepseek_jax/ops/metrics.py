@@ -60,14 +60,17 @@ Metrics = dict[str, Metric]
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> Mean:
+    """The mean of the values where the mask is True. Where it is False they are ignored (they may be NaN)."""
     return Mean(jnp.sum(jnp.where(mask, values, 0)), jnp.sum(mask).astype(jnp.float32))
 
 
 def masked_max(values: jax.Array, mask: jax.Array) -> Max:
+    """The largest of the values where the mask is True, 0 at least. Where it is False they are ignored."""
     return Max(jnp.max(jnp.where(mask, values, 0)))
 
 
 def masked_min(values: jax.Array, mask: jax.Array) -> Min:
+    """The smallest of the values where the mask is True. Where it is False they are ignored."""
     return Min(jnp.min(jnp.where(mask, values, jnp.inf)))
 
 

@@ -77,7 +77,16 @@ def sequence_balance(
 ) -> Float[Array, "B"]:
     """DeepSeek-V3's sequence-wise balance loss, without its factor alpha: sum_i f_i P_i of each sequence.
 
-    Source: arXiv 2412.19437 equations 17 to 20. 1.0 means perfect balance; a sequence without tokens gives 0.
+    Args:
+        scores: affinities, not negative.
+        load: of `expert_load` under the same mask.
+        mask: the tokens that count.
+        moe: numbers of experts.
+
+    Returns:
+        1.0 means perfect balance; a sequence without tokens gives 0.
+
+    Source: arXiv 2412.19437 equations 17 to 20.
     """
     tokens = jnp.maximum(jnp.sum(mask, axis=1), 1)[:, None]
     frequency = load * moe.n_routed_experts / (moe.num_experts_per_tok * tokens)

@@ -17,7 +17,7 @@ from deepseek_jax.parallel.rounds import in_rounds
 from deepseek_jax.parallel.rows import by_expert, exclusive, swiglu_groups, take_rows, window
 from deepseek_jax.sharding import Transport
 
-LAYER_OF = "layer_of_"  # names what reads one layer of so many, for the account of a compiled program
+LAYER_OF = "layer_of_"  # names what reads one layer of so many, for the cost analysis of a compiled program
 
 
 def routed_experts(

@@ -26,7 +26,7 @@ class Chip:
         network_bytes_per_s: between islands, a chip, both directions; 400 Gbit/s each way where nothing is published.
         dimensions: of the torus; 0 for a switch.
         slices: in what numbers the planner looks for chips.
-        devices: that JAX sees of one chip; each has its share of the memory, of the peaks and of the links.
+        devices: that JAX sees of one chip, two of a v7x; each has its share of memory, peaks and links.
     """
 
     name: str
@@ -94,201 +94,62 @@ def _doubling(first: int, last: int) -> tuple[int, ...]:
     return tuple(first << step for step in range((last // first).bit_length()))
 
 
-_3D = (1, *_doubling(4, 4096))
-_2D = (1, *_doubling(4, 256))
-_GPUS = _doubling(1, 4096)
-_BOX = _doubling(1, 8)  # GPUs on PCIe, in one machine
-_CARD = 25 * GB  # between such machines: 100 Gbit/s each way
+_SLICES = {2: (1, *_doubling(4, 256)), 3: (1, *_doubling(4, 4096))}  # of TPUs, by the dimensions of their torus
+_MANY, _BOX = _doubling(1, 4096), _doubling(1, 8)  # GPUs in nodes of a cluster, and on PCIe in one machine
+_CARD = 25  # GB/s between such machines, both directions: 100 Gbit/s each way
 
+
+def _tpu(name: str, memory: int, tb_s: float, tflops: tuple[int, int], link: int, island: int, torus: int) -> Chip:
+    return Chip(
+        name=name,
+        kind="tpu",
+        hbm_bytes=memory,
+        bandwidth=tb_s * TERA,
+        bf16_flops=tflops[0] * TERA,
+        flops_8bit=tflops[1] * TERA,
+        link_bytes_per_s=link * GB,
+        island=island,
+        dimensions=torus,
+        slices=_SLICES[torus],
+        devices=2 if name == "v7x" else 1,
+    )
+
+
+def _gpu(
+    name: str, gigabytes: int, tb_s: float, tflops: tuple[int, int], link: int, island: int = 8, network: int = 100
+) -> Chip:
+    return Chip(
+        name=name,
+        kind="gpu",
+        hbm_bytes=gigabytes * GB,
+        bandwidth=tb_s * TERA,
+        bf16_flops=tflops[0] * TERA,
+        flops_8bit=tflops[1] * TERA,
+        link_bytes_per_s=link * GB,
+        network_bytes_per_s=network * GB,
+        island=island,
+        slices=_BOX if network == _CARD else _MANY,
+    )
+
+
+# Memory, TB/s of it, dense TFLOP/s of bfloat16 and of 8 bits, GB/s of links; what these join.
 CHIPS: tuple[Chip, ...] = (
-    Chip(
-        name="v4",
-        kind="tpu",
-        hbm_bytes=32 * GIB,
-        bandwidth=1.2 * TERA,
-        bf16_flops=275 * TERA,
-        flops_8bit=275 * TERA,
-        link_bytes_per_s=600 * GB,  # six links of 400 Gbit/s each way
-        island=4096,
-        dimensions=3,
-        slices=_3D,
-    ),
-    Chip(
-        name="v5e",
-        kind="tpu",
-        hbm_bytes=16 * GB,
-        bandwidth=0.819 * TERA,
-        bf16_flops=197 * TERA,
-        flops_8bit=393 * TERA,
-        link_bytes_per_s=400 * GB,
-        island=256,
-        dimensions=2,
-        slices=_2D,
-    ),
-    Chip(
-        name="v5p",
-        kind="tpu",
-        hbm_bytes=95 * GIB,
-        bandwidth=2.765 * TERA,
-        bf16_flops=459 * TERA,
-        flops_8bit=459 * TERA,
-        link_bytes_per_s=1200 * GB,
-        island=6144,
-        dimensions=3,
-        slices=_3D,
-    ),
-    Chip(
-        name="v6e",
-        kind="tpu",
-        hbm_bytes=32 * GB,
-        bandwidth=1.638 * TERA,
-        bf16_flops=918 * TERA,
-        flops_8bit=1836 * TERA,
-        link_bytes_per_s=800 * GB,
-        island=256,
-        dimensions=2,
-        slices=_2D,
-    ),
-    Chip(
-        name="v7x",
-        kind="tpu",
-        hbm_bytes=192 * GIB,
-        bandwidth=7.38 * TERA,
-        bf16_flops=2307 * TERA,
-        flops_8bit=4614 * TERA,
-        link_bytes_per_s=1200 * GB,
-        island=9216,
-        dimensions=3,
-        slices=_3D,
-        devices=2,
-    ),
-    Chip(
-        name="h100",
-        kind="gpu",
-        hbm_bytes=80 * GB,
-        bandwidth=3.35 * TERA,
-        bf16_flops=989 * TERA,
-        flops_8bit=1979 * TERA,
-        link_bytes_per_s=900 * GB,
-        island=8,
-        slices=_GPUS,
-    ),
-    Chip(
-        name="h200",
-        kind="gpu",
-        hbm_bytes=141 * GB,
-        bandwidth=4.8 * TERA,
-        bf16_flops=989 * TERA,
-        flops_8bit=1979 * TERA,
-        link_bytes_per_s=900 * GB,
-        island=8,
-        slices=_GPUS,
-    ),
-    Chip(
-        name="b200",
-        kind="gpu",
-        hbm_bytes=180 * GB,  # 180 to 192, by maker of the machine
-        bandwidth=8 * TERA,
-        bf16_flops=2250 * TERA,
-        flops_8bit=4500 * TERA,
-        link_bytes_per_s=1800 * GB,
-        island=8,
-        slices=_GPUS,
-    ),
-    Chip(
-        name="gb200",
-        kind="gpu",
-        hbm_bytes=186 * GB,
-        bandwidth=8 * TERA,
-        bf16_flops=2500 * TERA,
-        flops_8bit=5000 * TERA,
-        link_bytes_per_s=1800 * GB,
-        island=72,
-        slices=_GPUS,
-    ),
-    Chip(
-        name="mi300x",
-        kind="gpu",
-        hbm_bytes=192 * GB,
-        bandwidth=5.3 * TERA,
-        bf16_flops=1307 * TERA,
-        flops_8bit=2615 * TERA,
-        link_bytes_per_s=448 * GB,
-        island=8,
-        slices=_GPUS,
-    ),
-    Chip(
-        name="a100",
-        kind="gpu",
-        hbm_bytes=80 * GB,
-        bandwidth=2.039 * TERA,
-        bf16_flops=312 * TERA,
-        flops_8bit=624 * TERA,  # int8; FP8 it has not
-        link_bytes_per_s=600 * GB,
-        network_bytes_per_s=50 * GB,
-        island=8,
-        slices=_GPUS,
-    ),
-    Chip(
-        name="l4",
-        kind="gpu",
-        hbm_bytes=24 * GB,
-        bandwidth=0.3 * TERA,
-        bf16_flops=121 * TERA,
-        flops_8bit=242 * TERA,
-        link_bytes_per_s=64 * GB,
-        network_bytes_per_s=_CARD,
-        island=8,
-        slices=_BOX,
-    ),
-    Chip(
-        name="l40s",
-        kind="gpu",
-        hbm_bytes=48 * GB,
-        bandwidth=0.864 * TERA,
-        bf16_flops=362 * TERA,
-        flops_8bit=733 * TERA,
-        link_bytes_per_s=64 * GB,
-        network_bytes_per_s=_CARD,
-        island=8,
-        slices=_BOX,
-    ),
-    Chip(
-        name="a10g",
-        kind="gpu",
-        hbm_bytes=24 * GB,
-        bandwidth=0.6 * TERA,
-        bf16_flops=70 * TERA,
-        flops_8bit=140 * TERA,  # int8; FP8 it has not
-        link_bytes_per_s=64 * GB,
-        network_bytes_per_s=_CARD,
-        island=8,
-        slices=_BOX,
-    ),
-    Chip(
-        name="rtx4090",
-        kind="gpu",
-        hbm_bytes=24 * GB,
-        bandwidth=1.008 * TERA,
-        bf16_flops=165 * TERA,
-        flops_8bit=330 * TERA,
-        link_bytes_per_s=64 * GB,
-        network_bytes_per_s=_CARD,
-        island=8,
-        slices=_BOX,
-    ),
-    Chip(
-        name="rtx5090",
-        kind="gpu",
-        hbm_bytes=32 * GB,
-        bandwidth=1.792 * TERA,
-        bf16_flops=209 * TERA,
-        flops_8bit=419 * TERA,
-        link_bytes_per_s=128 * GB,
-        network_bytes_per_s=_CARD,
-        island=8,
-        slices=_BOX,
-    ),
+    _tpu("v4", 32 * GIB, 1.2, (275, 275), 600, 4096, 3),  # six links of 400 Gbit/s each way
+    _tpu("v5e", 16 * GB, 0.819, (197, 393), 400, 256, 2),
+    _tpu("v5p", 95 * GIB, 2.765, (459, 459), 1200, 6144, 3),
+    _tpu("v6e", 32 * GB, 1.638, (918, 1836), 800, 256, 2),
+    _tpu("v7x", 192 * GIB, 7.38, (2307, 4614), 1200, 9216, 3),
+    _gpu("h100", 80, 3.35, (989, 1979), 900),
+    _gpu("h200", 141, 4.8, (989, 1979), 900),
+    _gpu("b200", 180, 8, (2250, 4500), 1800),  # 180 to 192 GB, by maker of the machine
+    _gpu("gb200", 186, 8, (2500, 5000), 1800, island=72),
+    _gpu("mi300x", 192, 5.3, (1307, 2615), 448),
+    _gpu("a100", 80, 2.039, (312, 624), 600, network=50),  # 8 bits are int8; FP8 it has not
+    _gpu("l4", 24, 0.3, (121, 242), 64, network=_CARD),
+    _gpu("l40s", 48, 0.864, (362, 733), 64, network=_CARD),
+    _gpu("a10g", 24, 0.6, (70, 140), 64, network=_CARD),  # int8 too
+    _gpu("rtx4090", 24, 1.008, (165, 330), 64, network=_CARD),
+    _gpu("rtx5090", 32, 1.792, (209, 419), 128, network=_CARD),
 )
 
 _ALIASES = {

@@ -50,7 +50,7 @@ def _serve(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
     if plan.dtype not in ("bf16", "f32"):
         packed = f"a program that computes from {plan.dtype} weights: generation unpacks them; bf16 is what runs"
         return None, (packed,)
-    return f"python tools/generate.py FOLDER --prompt TEXT{_sampling(plan, plan.mesh)}", ()
+    return f"deepseek-jax generate FOLDER --prompt TEXT{_sampling(plan, plan.mesh)}", ()
 
 
 def _sampling(plan: Plan, mesh: Mapping[str, int]) -> str:
@@ -61,22 +61,22 @@ def _sampling(plan: Plan, mesh: Mapping[str, int]) -> str:
 
 
 def _train(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
-    run = f"python experiments/sft.py --model FOLDER --data FILE{_training(plan)}"
-    return f"{run} --batch-size {plan.batch} --max-length {plan.context}", ()
+    batch = f"--batch-size {plan.batch} --max-length {plan.context}"
+    return f"deepseek-jax sft --model FOLDER --data FILE{_update(plan)} {batch}", ()
 
 
 def _grpo(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
-    run = f"python experiments/r1_zero.py --model FOLDER --data FILE{_training(plan, plan.rollout_mesh)}"
     if plan.batch == 1:
         return None, ("a plan with more samples than one: a group of one learns nothing; give a batch",)
     group = max(of for of in range(2, min(plan.batch, _GROUP) + 1) if plan.batch % of == 0 or of == 2)
-    return f"{run} --prompts-per-step {plan.batch // group} --group-size {group} --max-new-tokens NEW", ()
+    batch = f"--prompts-per-step {plan.batch // group} --group-size {group} --max-new-tokens NEW"
+    sampling = _sampling(plan, plan.rollout_mesh)
+    return f"deepseek-jax train --model FOLDER --data FILE{_update(plan)}{sampling} {batch}", ()
 
 
-def _training(plan: Plan, rollout_mesh: Mapping[str, int] | None = None) -> str:
-    """Options of a training command: how the model lies, to sample too where it does, and in what it computes."""
+def _update(plan: Plan) -> str:
+    """Options of how weights lie and are trained."""
     mesh = "".join(f" --mesh-{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
-    mesh += "" if rollout_mesh is None else _sampling(plan, rollout_mesh)
     dtypes = f"--dtype {_DTYPES[plan.dtype]} --moments {plan.moments}"
     return f"{mesh} --scan-layers --remat all_but_attention {dtypes}"
 
@@ -91,7 +91,7 @@ def _compile(plan: Plan, model: str, step: Step, mesh: Mapping[str, int]) -> str
     if not compilable(of_chip) or plan.dtype not in ("bf16", "f32"):
         return None
     topology = f"{of_chip.name}:{plan.slice.replace(' ', '')}"
-    words = [f"python tools/compile_pod.py --preset {model} --topology {topology} --step {step}"]
+    words = [f"deepseek-jax compile --preset {model} --topology {topology} --step {step}"]
     if step != "sync":
         # a cache has rows for every part that the mesh cuts it into
         parts = Sizes(**mesh).parts("serve", "cache_batch") if step == "decode" else 1

@@ -18,9 +18,9 @@ import numpy as np
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.transfer import sampled_config, serving_sizes
 from deepseek_jax.plan import model_bytes, model_flops, pod
-from deepseek_jax.plan.account import Account, Collective, account
 from deepseek_jax.plan.chips import Chip
 from deepseek_jax.plan.communication import comm_lower_bound, reshard_lower_bound
+from deepseek_jax.plan.cost_analysis import Collective, StepCost, cost_analysis
 from deepseek_jax.plan.memory import (
     Memory,
     Moments,
@@ -195,7 +195,7 @@ def compile_step(task: Task, of_chip: Chip) -> Compiled:
     used_bytes += memory.output_size_in_bytes - memory.alias_size_in_bytes
     # of decoding one token a sequence is the step, without what the loop prepares once for all of them
     loop = "jit(_decode)/while" if task.step == "decode" else None
-    sums = account(compiled.as_text(), task.layout.mesh.shape, loop=loop)
+    sums = cost_analysis(compiled.as_text(), task.layout.mesh.shape, loop=loop)
     times = _times(sums, of_chip, task)
     bound = max(times, key=times.get)
     return Compiled(
@@ -298,7 +298,7 @@ def planned_memory(task: Task) -> Memory:
     return prefill_memory(*given)
 
 
-def _times(sums: Account, of_chip: Chip, task: Task) -> dict[str, float]:
+def _times(sums: StepCost, of_chip: Chip, task: Task) -> dict[str, float]:
     """Seconds of a step if arithmetic, memory or links were all there is, at the peaks."""
     peak = of_chip.bf16_flops if task.dtype == "bf16" else of_chip.bf16_flops / 4
     return {

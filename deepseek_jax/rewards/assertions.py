@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from deepseek_jax.rewards.combine import RowsFailed
 from deepseek_jax.rewards.names import (
     assumed_imports,
     bound_names,
@@ -19,7 +18,8 @@ from deepseek_jax.rewards.names import (
     free_names,
     program_names,
 )
-from deepseek_jax.rewards.sandbox import Limits, Program, Ran, run_linked
+from deepseek_jax.rewards.protocol import RowsFailed
+from deepseek_jax.rewards.sandbox import CompletedProgram, Limits, Program, run_linked
 from deepseek_jax.rewards.sandbox import __path__ as _sandbox_path
 
 CANDIDATE = "candidate"
@@ -75,6 +75,9 @@ class Assertions:
             except _SYNTAX as error:
                 raise _not_python(text, error) from None
 
+    def __len__(self) -> int:
+        return len(self.tests)
+
 
 def count_assertions(source: str, tests: Assertions, *, limits: Limits, allow_unsandboxed: bool = False) -> int:
     """Runs assertions against a program, in two sandboxes.
@@ -122,7 +125,7 @@ def wanted_names(tests: Assertions) -> frozenset[str]:
     return frozenset(re.match(r"\w*", name)[0] for name in plan.names.values())
 
 
-def _passed(ran: Ran) -> int:
+def _passed(ran: CompletedProgram) -> int:
     """Reads the judge's lines."""
     lines = ran.stderr.decode(errors="replace").split("\n")
     words = [line[1:] for line in lines if line.startswith("!")]

@@ -2,7 +2,7 @@ r"""What an answer names before it gives it: `x = 5`, `\angle ABC = 60^\circ`, `
 
 import re
 
-from deepseek_jax.rewards.notation import GREEK, letters
+from deepseek_jax.rewards.notation import GREEK, depths, letters, pieces
 from deepseek_jax.rewards.numbers import number
 
 _RELATION = re.compile(r":=|(?<![<>!=:])=(?!=)|\\approx(?![A-Za-z])|\\in(?![A-Za-z])")
@@ -70,20 +70,10 @@ def _is_quantity(text: str) -> bool:
     if is_name(text):
         return True
     named = letters(text) - {"e", "i"}
-    terms = [term for term in _terms(text) if term.strip()]
+    terms = [term for term in pieces(text, "+-") if term.strip()]
     if not named or not terms or any(not letters(term) for term in terms):
         return False
     return len(terms) == 1 or len(named) > 1
-
-
-def _terms(text: str) -> list[str]:
-    terms, start, depth = [], 0, 0
-    for index, character in enumerate(text):
-        depth += (character in "([{") - (character in ")]}")
-        if depth == 0 and character in "+-":
-            terms.append(text[start:index])
-            start = index + 1
-    return [*terms, text[start:]]
 
 
 def _sides(text: str) -> tuple[list[str], list[str]]:
@@ -92,13 +82,10 @@ def _sides(text: str) -> tuple[list[str], list[str]]:
     found = list(_RELATION.finditer(text))
     if not found or _ORDER.search(text):
         return [text], []
-    depths, depth = {}, 0
-    for index, character in enumerate(text):
-        depths[index] = depth
-        depth += (character in "([{") - (character in ")]}")
-        if depth == 0 and character in ",;":
-            return [text], []
-    cuts = [match for match in found if depths[match.start()] == 0]
+    if len(pieces(text, ",;")) > 1:
+        return [text], []
+    depth = depths(text)
+    cuts = [match for match in found if depth[match.start()] == 0]
     starts, ends = [0, *(cut.end() for cut in cuts)], [*(cut.start() for cut in cuts), len(text)]
     sides = [text[start:end].strip() for start, end in zip(starts, ends, strict=True)]
     return (sides, [cut[0] for cut in cuts]) if all(sides) else ([text], [])

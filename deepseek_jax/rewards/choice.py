@@ -2,10 +2,9 @@
 
 import re
 
-from deepseek_jax.rewards.accuracy import check_answers
 from deepseek_jax.rewards.answers import MAX_CHARS
-from deepseek_jax.rewards.combine import RewardFunction, check_strings
 from deepseek_jax.rewards.notation import MAX_NESTING, canonical, nesting
+from deepseek_jax.rewards.protocol import RewardFunction, check_answers, check_strings
 from deepseek_jax.text.answers import Extraction, answer_of
 
 _LEAD = re.compile(

@@ -8,23 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deepseek_jax.rewards.assertions import PACKAGES, Assertions, TestsUnusable, count_assertions, wanted_names
-from deepseek_jax.rewards.combine import check_strings
 from deepseek_jax.rewards.outputs import outputs_equal
 from deepseek_jax.rewards.programs import extract_program
-from deepseek_jax.rewards.sandbox import Limits, Program, available, processors, run_programs
+from deepseek_jax.rewards.protocol import check_strings
+from deepseek_jax.rewards.sandbox import Limits, Program, available, processors, run_program
 from deepseek_jax.rewards.tests_column import InputOutput, parse_tests
 
-__all__ = [
-    "Assertions",
-    "CodeReward",
-    "InputOutput",
-    "TestsUnusable",
-    "code_reward",
-    "count_assertions",
-    "extract_program",
-    "outputs_equal",
-    "parse_tests",
-]
 _OUTPUT_ROOM = 1 << 20
 
 
@@ -59,7 +48,6 @@ class CodeReward:
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"CodeReward: workers: got {self.workers}, wanted 1 or more, or None for one a processor")
-
         if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
             raise ValueError(f"CodeReward: tolerance: got {self.tolerance}, wanted a finite number, 0 or more")
 
@@ -72,7 +60,21 @@ class CodeReward:
         tests: Sequence[Any],
         **columns: object,
     ) -> list[float | None]:
-        """Scores the rows; see `code_reward`."""
+        """Scores the rows.
+
+        Args:
+          prompts, completions, completion_ids: as of `RewardFunction`.
+          tests: one a row, as `parse_tests` reads them; None or an empty list where there are none.
+          **columns: `reference` among them.
+
+        Returns:
+          One score a row, None for a row without tests, 0.0 for a completion without a program.
+
+        Raises:
+          ValueError: the numbers of rows differ, a prompt or completion is not a string, or tests are malformed.
+          TestsUnusable: a row's tests fail through no fault of the program's; nothing is known of the program then.
+          SandboxUnavailable: programs cannot be isolated here, or this machine is out of memory or too busy.
+        """
         check_strings("code_reward", prompts, completions)
         if len(tests) != len(completions):
             raise ValueError(
@@ -99,7 +101,9 @@ class CodeReward:
         if self.reference is None:
             return [None] * rows
         found = columns.get(self.reference)
-        if not (isinstance(found, list | tuple) and len(found) == rows and all(_is_text(text) for text in found)):
+        if not (
+            isinstance(found, list | tuple) and len(found) == rows and all(isinstance(t, str | None) for t in found)
+        ):
             raise ValueError(
                 f"code_reward: {self.reference}: got {found!r:.80}, wanted a program or None for each of {rows} rows;"
                 " name the column of right programs by `reference`, or leave it out"
@@ -113,11 +117,11 @@ class CodeReward:
             return None
         if source is None:
             return 0.0
-        total = len(tests.tests) if isinstance(tests, Assertions) else len(tests)
         passed = self._count(source, tests)
-        if passed < total and reference is not None and not _reference_passes(self, reference, tests):
+        hashable = tests if isinstance(tests, Assertions) else tuple(tests)
+        if passed < len(tests) and reference is not None and not _passes(self, reference, hashable):
             raise TestsUnusable("code_reward: tests: the row's own reference program fails them; correct the row")
-        return passed / total if self.share else float(passed == total)
+        return passed / len(tests) if self.share else float(passed == len(tests))
 
     def _count(self, source: str, tests: Sequence[InputOutput] | Assertions) -> int:
         if isinstance(tests, Assertions):
@@ -130,7 +134,7 @@ class CodeReward:
             room = max(self.io_limits.output_bytes, len(test.output.encode(errors="replace")) + _OUTPUT_ROOM)
             limits = replace(self.io_limits, output_bytes=room)
             program = Program(source=source, stdin=test.input, limits=limits, packages=PACKAGES)
-            (ran,) = run_programs([program], workers=1, allow_unsandboxed=self.allow_unsandboxed)
+            ran = run_program(program, allow_unsandboxed=self.allow_unsandboxed)
             right = ran.kind == "ok" and outputs_equal(
                 ran.stdout.decode(errors="replace"), test.output, tolerance=self.tolerance
             )
@@ -150,48 +154,13 @@ def _known(found: Sequence[float | None | TestsUnusable]) -> list[float | None]:
     return scores
 
 
-def _is_text(value: object) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _reference_passes(reward: CodeReward, reference: str, tests: Sequence[InputOutput] | Assertions) -> bool:
-    return _tried(reward, reference, tests if isinstance(tests, Assertions) else tuple(tests))
-
-
 @functools.lru_cache(maxsize=4096)
-def _tried(reward: CodeReward, reference: str, tests: tuple[InputOutput, ...] | Assertions) -> bool:
+def _passes(reward: CodeReward, reference: str, tests: tuple[InputOutput, ...] | Assertions) -> bool:
+    """Whether a row's reference program passes its tests."""
     names = wanted_names(tests) if isinstance(tests, Assertions) else frozenset()
     program = extract_program("", reference, names) or reference
-    return reward._count(program, tests) == (len(tests.tests) if isinstance(tests, Assertions) else len(tests))
+    return reward._count(program, tests) == len(tests)
 
 
-def code_reward(
-    prompts: list[str],
-    completions: list[str],
-    completion_ids: object = None,
-    *,
-    tests: Sequence[Any],
-    **columns: object,
-) -> list[float | None]:
-    """1.0 where the completion's program passes all hidden tests, else 0.0.
-
-    Other settings: `CodeReward(share=True, ...)` makes a function of the same signature.
-
-    Args:
-      prompts: one a row; one that ends in `<think>` makes a completion that never closes it unanswered.
-      completions: one a row.
-      completion_ids: not used.
-      tests: one a row, as `parse_tests` reads them; None or an empty list where there are none.
-      **columns: not used.
-
-    Returns:
-      One score a row, None for a row without tests, 0.0 for a completion without a program.
-
-    Raises:
-      ValueError: the numbers of rows differ, a prompt or completion is not a string, or tests are malformed.
-      TestsUnusable: a row's tests fail through no fault of the program's; nothing is known of the program then.
-      SandboxUnavailable: programs cannot be isolated here, or this machine is out of memory or too busy.
-
-    Source: DeepSeek-R1 paper, section 2.2.2.
-    """
-    return CodeReward()(prompts, completions, completion_ids, tests=tests)
+code_reward = CodeReward()
+"""The reward of R1: 1.0 where the completion's program passes all hidden tests, else 0.0."""

@@ -1,4 +1,4 @@
-"""The protocol of reward functions, and their weighted sum."""
+"""The weighted sum of reward functions."""
 
 import asyncio
 import inspect
@@ -8,47 +8,16 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Integral, Real
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
+
+from deepseek_jax.rewards.protocol import RewardFunction, RowsFailed, check_strings
 
 _LOG = logging.getLogger(__name__)
 _LOGGED_CHARS = 500
 
 
-class RewardFunction(Protocol):
-    """Scores completions, one value a row; None means that the function does not apply to the row.
-
-    It is called by keyword, so that it may name only what it looks at and take the rest as `**kwargs`; further
-    keywords are `log_extra(column, values)`, values one a row for the table of samples, and `log_metric(name, value)`,
-    a number for the dashboard. It may be `async`: such functions are waited for together.
-
-    Source: huggingface/trl, `GRPOTrainer` (`reward_funcs`).
-    Differs: prompts and completions are plain strings, never lists of messages.
-    """
-
-    def __call__(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
-    ) -> list[float | None]: ...
-
-
 class RewardError(RuntimeError):
     """A reward function raised; the message names the function and the row, the cause is what it raised."""
-
-
-class RowsFailed(RuntimeError):
-    """Raised by a function that scored a batch but for some rows, and so need not be asked again row by row.
-
-    Args:
-      message: what failed, for whoever calls the function by itself.
-      scores: one a row; None for those that failed.
-      errors: what failed, by row; none where the function has no rows.
-    """
-
-    def __init__(
-        self, message: str, scores: Sequence[float | None] = (), errors: Mapping[int, Exception] = MappingProxyType({})
-    ):
-        super().__init__(message)
-        self.scores, self.errors = list(scores), dict(errors)
 
 
 _Rows = Mapping[str, Sequence[Any]]
@@ -92,31 +61,6 @@ class _Attempt(NamedTuple):
     logged: _Logged
 
 
-def check_strings(name: str, prompts: Sequence[str], completions: Sequence[str]) -> None:
-    """Refuses rows that are not pairs of strings.
-
-    Args:
-      name: the reward function's name, for the message.
-      prompts: one a row, as text.
-      completions: one a row, as text.
-
-    Raises:
-      ValueError: the lengths differ, or a row is not a string.
-    """
-    if len(prompts) != len(completions):
-        raise ValueError(
-            f"{name}: got {len(prompts)} prompts and {len(completions)} completions, wanted as many of each;"
-            " repeat a prompt for each of its completions"
-        )
-    for kind, texts in (("prompts", prompts), ("completions", completions)):
-        for row, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"{name}: {kind}[{row}]: got {type(text).__name__}, wanted a string;"
-                    " pass rendered text, not lists of messages"
-                )
-
-
 class Graded(NamedTuple):
     """What rows are worth, and what the functions logged beside it.
 
@@ -151,11 +95,7 @@ class CombinedReward:
     ) -> tuple[list[float], dict[str, list[float | None]]]:
         """Scores the rows with every function.
 
-        Args:
-          prompts: one a row.
-          completions: one a row.
-          completion_ids: token ids, one list a row.
-          **columns: the data set's other columns, one value a row each.
+        Args: as of `RewardFunction`.
 
         Returns:
           (total, parts): the weighted sum over the functions that apply to each row, and each function's own
@@ -183,16 +123,6 @@ class CombinedReward:
             _LOG.warning("no reward applies to %d of %d rows; their rewards are not known", unknown, len(totals))
         parts = {name: scored.scores for name, scored in found.items()}
         return Graded(totals, parts, *_joined([scored.logged for scored in found.values()], len(completions)))
-
-    def parts(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
-    ) -> dict[str, list[float | None]]:
-        """Each function's unweighted scores by its name, None where it does not apply or raised.
-
-        Args, Raises: as of the call.
-        """
-        found = self._all(prompts, completions, completion_ids, columns)
-        return {name: scored.scores for name, scored in found.items()}
 
     def _all(
         self,

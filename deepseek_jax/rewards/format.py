@@ -3,7 +3,7 @@
 import math
 import unicodedata
 
-from deepseek_jax.rewards.combine import check_strings
+from deepseek_jax.rewards.protocol import check_strings
 from deepseek_jax.text.answers import extract_answer
 from deepseek_jax.text.think import CLOSE, OPEN, with_opening
 
@@ -20,17 +20,7 @@ def format_reward(
     of code or in a formula is a tag. A prompt that ends in `<think>` (whitespace after it
     allowed) counts as the completion's beginning; such a completion must not open again.
 
-    Args:
-      prompts: one a row.
-      completions: one a row, without end-of-sequence text.
-      completion_ids: not used.
-      **columns: not used.
-
-    Returns:
-      One score a row, never None.
-
-    Raises:
-      ValueError: the numbers of rows differ, or something is not a string.
+    Args, Returns, Raises: as of `RewardFunction`; never None.
 
     Source: DeepSeek-R1 paper, section 2.2.2 (format rewards) and Table 1 (template).
     """
@@ -66,17 +56,7 @@ def soft_format_reward(
     once 1.0, all twice 0.707. It sees neither order nor content: it is a slope towards `format_reward`, not
     its substitute.
 
-    Args:
-      prompts: one a row; one that ends in `<think>` counts as the completion's beginning.
-      completions: one a row.
-      completion_ids: not used.
-      **columns: not used.
-
-    Returns:
-      One score a row, never None.
-
-    Raises:
-      ValueError: the numbers of rows differ, or something is not a string.
+    Args, Returns, Raises: as of `RewardFunction`; never None.
 
     Source: the project's design documents (format as cosine similarity to the template).
     Differs: the documents leave the vectors open; without e, repeating every tag would score 1.0

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-from deepseek_jax.rewards.combine import RewardFunction, check_strings
+from deepseek_jax.rewards.protocol import RewardFunction, check_strings
 from deepseek_jax.text.think import opens_thought, split_thinking
 
 # What is no language: code, LaTeX, addresses. The bounds keep many openings without an end from taking quadratic time.

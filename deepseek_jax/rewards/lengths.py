@@ -3,7 +3,7 @@
 import math
 import re
 
-from deepseek_jax.rewards.combine import RewardFunction, check_strings
+from deepseek_jax.rewards.protocol import RewardFunction, check_strings
 
 # Scripts that put no spaces between words: each character is a word.
 _UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"

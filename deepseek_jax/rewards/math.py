@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Literal, NamedTuple
 
-from deepseek_jax.rewards.accuracy import check_answers
 from deepseek_jax.rewards.answers import answers_match, without_percent
-from deepseek_jax.rewards.combine import RewardFunction, check_strings
 from deepseek_jax.rewards.pool import PoolConfig, WorkerPool
+from deepseek_jax.rewards.protocol import RewardFunction, RowsFailed, check_answers, check_strings
 from deepseek_jax.text.answers import Extraction, answer_of
 
 _REMEMBERED = 4096
 _QUOTED_CHARS = 80
+_COUNTED = dict(exact="exact", algebra="algebra", timeouts="timeout", memory="memory", deaths="died", errors="error")
 
 
 class Verdict(NamedTuple):
@@ -77,7 +77,7 @@ class MathGrader:
 
         Args:
           pairs: (answer, right answer), as strings.
-          counted: whether `take_metrics` counts them, and the restarts that they cost. Where one failed, none counts.
+          counted: whether `take_metrics` counts them, and the restarts that they cost.
 
         Returns:
           One verdict a pair, in order.
@@ -100,13 +100,8 @@ class MathGrader:
         found = [verdicts[pair] for pair in pairs]
         if counted:
             self._restarts += self._pool.restarts - restarts
-            if not any(verdict.failed for verdict in found):
-                self._counts.update(verdict.how for verdict in found)
+            self._counts.update(verdict.how for verdict in found)
         return found
-
-    def count_failed(self, verdict: Verdict) -> None:
-        """Counts an answer that could not be graded, for `take_metrics`."""
-        self._counts[verdict.how] += 1
 
     def take_metrics(self) -> dict[str, float]:
         """Counts since the last call, of the answers that count: `grader/answers`, the sum of `grader/exact`,
@@ -114,16 +109,8 @@ class MathGrader:
         workers, which depends on what is remembered and so may differ in a run that goes on after a stop."""
         counts, self._counts = self._counts, Counter()
         restarts, self._restarts = self._restarts, 0
-        return {
-            "grader/answers": float(counts.total()),
-            "grader/exact": float(counts["exact"]),
-            "grader/algebra": float(counts["algebra"]),
-            "grader/timeouts": float(counts["timeout"]),
-            "grader/memory": float(counts["memory"]),
-            "grader/deaths": float(counts["died"]),
-            "grader/errors": float(counts["error"]),
-            "grader/restarts": float(restarts),
-        }
+        found = {"answers": counts.total()} | {name: counts[how] for name, how in _COUNTED.items()}
+        return {f"grader/{name}": float(count) for name, count in (found | {"restarts": restarts}).items()}
 
 
 def math_reward(
@@ -142,7 +129,7 @@ def math_reward(
     Returns:
       A reward function that needs a column `answer` (string, or None where there is none: the score is then None).
       An answer that takes too much time or memory is wrong. It raises ValueError where the numbers of rows differ or
-      something is not a string, and RuntimeError where the grader failed: it raised, or its worker died twice.
+      something is not a string, and `RowsFailed` where the grader failed: it raised, or its worker died twice.
 
     Raises:
       ValueError: an unknown extraction.
@@ -169,19 +156,21 @@ def math_reward(
                 found = answer_of(prompt, completion, extraction, unclosed_box=unclosed_box)
                 if found is not None:
                     pairs[row] = (found, right)
+        errors: dict[int, Exception] = {}
         for row, verdict in zip(pairs, grader.grade(list(pairs.values()), counted=counted), strict=True):
+            scores[row] = None if verdict.failed else float(verdict.right)
             if verdict.failed:
-                # The rows of a batch are asked for again one by one (`combine.CombinedReward`), and count then.
-                if counted and len(completions) == 1:
-                    grader.count_failed(verdict)
-                found, right = (text[:_QUOTED_CHARS] for text in pairs[row])
-                raise RuntimeError(
-                    f"math_reward: row {row}: no verdict on {found!r} beside {right!r}: {verdict.how}, {verdict.reason}"
-                )
-            scores[row] = float(verdict.right)
+                errors[row] = _no_verdict(*pairs[row], verdict)
+        if errors:
+            raise RowsFailed(str(errors[min(errors)]), scores, errors)
         return scores
 
     return accuracy
+
+
+def _no_verdict(answer: str, gold: str, verdict: Verdict) -> RuntimeError:
+    shown = f"{answer[:_QUOTED_CHARS]!r} beside {gold[:_QUOTED_CHARS]!r}"
+    return RuntimeError(f"math_reward: no verdict on {shown}: {verdict.how}, {verdict.reason}")
 
 
 class _NeedsAlgebra(Exception):

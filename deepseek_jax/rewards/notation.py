@@ -121,9 +121,21 @@ _BOARD = re.compile(r"\\(?:mathbb|Bbb)\s*(?:\{\s*([A-Z])\s*\}|([A-Z]))")
 _EMPTY_GROUP = re.compile(r"(?<![A-Za-z}\]^_\\])\{\s*\}")
 
 
+def depths(text: str) -> list[int]:
+    """The depth of brackets after each character."""
+    return list(accumulate((c in "([{") - (c in ")]}") for c in text))
+
+
 def nesting(text: str) -> int:
-    """Depth of brackets."""
-    return max(accumulate((c in "([{") - (c in ")]}") for c in text), default=0)
+    """The largest depth of brackets."""
+    return max(depths(text), default=0)
+
+
+def pieces(text: str, marks: str) -> list[str]:
+    """What stands between those marks that stand in no bracket."""
+    outside = [place for place, depth in enumerate(depths(text)) if depth == 0 and text[place] in marks]
+    starts, ends = [0, *(place + 1 for place in outside)], [*outside, len(text)]
+    return [text[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
 def letters(text: str) -> frozenset[str]:

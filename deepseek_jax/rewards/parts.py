@@ -3,6 +3,8 @@ r"""What an answer is made of: brackets and what they hold, lists, unions, matri
 import re
 from typing import NamedTuple
 
+from deepseek_jax.rewards.notation import depths, pieces
+
 _MATRIX = re.compile(
     r"[(\[]?\s*\\begin\s?\{(?:[pb]?matrix|smallmatrix|array)\}(?:\s?\{[lcr| ]*\})?(.*)"
     r"\\end\s?\{(?:[pb]?matrix|smallmatrix|array)\}\s*[)\]]?"
@@ -24,12 +26,8 @@ class Parts(NamedTuple):
 
 def closing(text: str) -> int:
     """Where the bracket closes with which the text begins; -1 where it does not."""
-    depth = 0
-    for index, character in enumerate(text):
-        depth += (character in "([{") - (character in ")]}")
-        if depth == 0 and character in ")]}":
-            return index
-    return -1
+    ends = (place for place, depth in enumerate(depths(text)) if depth == 0 and text[place] in ")]}")
+    return next(ends, -1)
 
 
 def unwrapped(text: str) -> str:
@@ -61,13 +59,7 @@ def split(text: str) -> list[str]:
     if "\\begin" in text:
         return [text.strip()]
     text = _GROUPED.sub(lambda match: match[0].replace(",", ""), text) if re.search(r",\s", text) else text
-    parts, start, depth = [], 0, 0
-    for index, character in enumerate(text):
-        depth += (character in "([{") - (character in ")]}")
-        if character in ",;" and depth == 0:
-            parts.append(text[start:index])
-            start = index + 1
-    return [part.strip() for part in [*parts, text[start:]] if part.strip()]
+    return [part.strip() for part in pieces(text, ",;") if part.strip()]
 
 
 def parts_of(text: str) -> Parts | None:

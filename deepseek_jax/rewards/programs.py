@@ -16,11 +16,10 @@ _MAX_BLOCKS = 64
 
 
 class _Block(NamedTuple):
-    """A fenced block: its label in lower case, its text, and whether its fence closes."""
+    """A fenced block: its label in lower case, and its text."""
 
     label: str
     text: str
-    closed: bool
 
 
 def extract_program(prompt: str, completion: str, names: frozenset[str] = frozenset()) -> str | None:
@@ -96,12 +95,12 @@ def _blocks(text: str) -> Iterator[_Block]:
         if not fence and match:
             fence, label, indent, lines = match[2], match[3].lower(), match[1], []
         elif fence and match and match[2].startswith(fence) and not match[3]:
-            yield _Block(label, _dedented(lines, indent), True)
+            yield _Block(label, _dedented(lines, indent))
             fence = ""
         elif fence:
             lines.append(line)
     if fence and lines:
-        yield _Block(label, _dedented(lines, indent), False)
+        yield _Block(label, _dedented(lines, indent))
 
 
 def _dedented(lines: list[str], indent: str) -> str:

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from deepseek_jax import distributed
-from deepseek_jax.rewards.accuracy import accuracy_reward, check_answers
+from deepseek_jax.rewards.accuracy import accuracy_reward
 from deepseek_jax.rewards.choice import check_choice, choice_reward
-from deepseek_jax.rewards.code import CodeReward, parse_tests
-from deepseek_jax.rewards.combine import CombinedReward, RewardFunction, combine
+from deepseek_jax.rewards.code import CodeReward
+from deepseek_jax.rewards.combine import CombinedReward, combine
 from deepseek_jax.rewards.format import boxed_format_reward, format_reward, soft_format_reward
 from deepseek_jax.rewards.language import language_reward
 from deepseek_jax.rewards.lengths import length_penalty, repetition_penalty_reward
 from deepseek_jax.rewards.math import MathGrader, math_reward
 from deepseek_jax.rewards.own import own_rewards
+from deepseek_jax.rewards.protocol import RewardFunction, check_answers
 from deepseek_jax.rewards.sandbox import available
 from deepseek_jax.rewards.structure import structure_reward
+from deepseek_jax.rewards.tests_column import parse_tests
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@ r"""Reasoning structure: an optional score of surface signs. It can be gamed, an
 
 import re
 
-from deepseek_jax.rewards.combine import check_strings
+from deepseek_jax.rewards.protocol import check_strings
 
 FORMAT_SIGNS = (
     (0.2, re.compile(r"\b(?:step|first)\b", re.IGNORECASE)),
@@ -30,17 +30,7 @@ def structure_reward(
     It can be gamed: a list of these words and enough padding earns all of it. Give it a small weight or none,
     as the R1 presets do, and watch accuracy beside it.
 
-    Args:
-      prompts: one a row, not used.
-      completions: one a row.
-      completion_ids: not used.
-      **columns: not used.
-
-    Returns:
-      One score a row, never None.
-
-    Raises:
-      ValueError: the numbers of rows differ, or something is not a string.
+    Args, Returns, Raises: as of `RewardFunction`; never None.
 
     Source: the project's design documents (reasoning-structure score).
     """

@@ -5,7 +5,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from deepseek_jax.rewards.notation import DOLLAR, letters
-from deepseek_jax.rewards.numbers import number, scales_number
+from deepseek_jax.rewards.numbers import scales_number
 
 _DEGREES = re.compile(r"(.*[0-9)}])\s*(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\circ)\s*([CFK]?)")
 _BASE = re.compile(r"([0-9A-Za-z]+)_\s*(?:\{\s*([0-9]{1,2})\s*\}|([0-9]))")
@@ -92,8 +92,6 @@ def measured(text: str) -> Measured:
     text = _RATE.sub(r" \1/\2", text) if "\\frac" in text else text
     match = _WITH_WORDS.fullmatch(text) or _ATTACHED.fullmatch(text)
     if match is None or not re.search(r"[0-9\\]", match[1]):
-        return Measured(text, "")
-    if match.re is _ATTACHED and number(match[1]) is None:
         return Measured(text, "")
     return _worded(text, match[1], match[2])
 

@@ -75,8 +75,8 @@ def grpo_loss(
     """Policy loss, plus beta times the KL to the reference, less the entropy bonus.
 
     Losses, and so gradients, of the parts of a batch add up to those of the batch when each is given the same `totals`,
-    and packing samples into rows changes neither. Gradients reach `logprobs_BT` and `entropy_BT` alone. What stands
-    where the mask is false is never looked at: it may be NaN.
+    and packing samples into rows changes neither. Gradients reach `logprobs_BT` and `entropy_BT` alone. Values
+    where mask_BT is False are ignored; they may be NaN.
 
     Args:
         logprobs_BT: of the sampled tokens under the policy, nats, float32.

@@ -38,8 +38,8 @@ def grpo_objective(
         keep_routing: send every token through the experts that it went through when it was sampled (V3.2's keep
             routing, arXiv 2512.02556 section 3.1); the batch must hold them.
     """
-    of_sampler = {"temperature": temperature, "repetition_penalty": repetition_penalty}
-    scored = scored_batch(model, batch, **of_sampler, keep_routing=keep_routing)
+    sampler_settings = {"temperature": temperature, "repetition_penalty": repetition_penalty}
+    scored = scored_batch(model, batch, **sampler_settings, keep_routing=keep_routing)
     loss, metrics = grpo_loss(
         scored.logprobs_BT,
         batch.old_logprobs_BT,

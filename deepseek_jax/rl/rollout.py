@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -154,7 +155,7 @@ def _numbers(parts: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float
 
 def _raise_early(graded: Sequence[Future]) -> None:
     """What grading has raised so far, before more is sampled; of several processes all raise together, at the end."""
-    for answer in graded if distributed.count() == 1 else ():
+    for answer in graded if distributed.process_count() == 1 else ():
         if answer.done():
             answer.result()
 
@@ -193,7 +194,7 @@ def dynamic_sampling(
 
 
 def _flat(rewards_PG: np.ndarray) -> np.ndarray:
-    return np.asarray(zero_variance(rewards_PG))
+    return np.asarray(zero_variance(jnp.asarray(rewards_PG)))
 
 
 def joined(parts: Sequence[Rollout]) -> Rollout:

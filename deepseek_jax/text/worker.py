@@ -245,33 +245,31 @@ def _reason(error: BaseException) -> str:
 OPERATIONS = {function.__name__: function for function in (render, load, encode, offsets, decode)}
 
 
-def _answer(line: bytes) -> tuple[str, Any, bool]:
-    """The reply to a request: its kind, its value, and whether the process is still sound."""
+def _answer(line: bytes) -> bytes:
+    """The reply to a request as a line: its kind, its value, and whether the process is still sound.
+
+    Writing it down is within the limits of the request too.
+    """
     try:
         operation, seconds, *arguments = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        return "done", OPERATIONS[operation](*arguments), True
-    except Reply as answer:
-        return answer.kind, answer.value, True
+        try:
+            kind, value = "done", OPERATIONS[operation](*arguments)
+        except Reply as reply:
+            kind, value = reply.kind, reply.value
+        answer = json.dumps([kind, value, True]).encode()
     except MemoryError:
-        return "refused", f"it needs more than {MEMORY_BYTES >> 20} MiB of memory", False
+        answer = _refusal(f"it needs more than {MEMORY_BYTES >> 20} MiB of memory", sound=False)
     except BaseException as error:  # A panic in the tokenizers library is no Exception, and leaves its locks broken.
-        return "refused", _reason(error), isinstance(error, Exception)
-
-
-def _written(line: bytes) -> bytes:
-    """The reply to a request as a line, whose writing is within its limits too."""
-    kind, value, sound = _answer(line)
-    try:
-        reply = json.dumps([kind, value, sound]).encode()
-    except MemoryError:
-        reply = json.dumps(["refused", f"it needs more than {MEMORY_BYTES >> 20} MiB of memory", False]).encode()
-    most = _REPLY_BYTES + _REPLY_GROWTH * len(line)
-    if len(reply) > most:
-        reason = f"its result of {len(reply)} bytes is far larger than what it is made from"
-        reply = json.dumps(["refused", reason, True]).encode()
+        answer = _refusal(_reason(error), sound=isinstance(error, Exception))
+    if len(answer) > _REPLY_BYTES + _REPLY_GROWTH * len(line):
+        answer = _refusal(f"its result of {len(answer)} bytes is far larger than what it is made from", sound=True)
     signal.setitimer(signal.ITIMER_PROF, 0)
-    return reply + b"\n"
+    return answer + b"\n"
+
+
+def _refusal(reason: str, *, sound: bool) -> bytes:
+    return json.dumps(["refused", reason, sound]).encode()
 
 
 def _confine() -> None:
@@ -303,7 +301,7 @@ def _serve(requests: BinaryIO) -> None:
     os.close(nowhere)
     _confine()
     for line in requests:
-        replies.write(_written(line))
+        replies.write(_answer(line))
         replies.flush()
 
 

@@ -14,7 +14,7 @@ from deepseek_jax.checkpoint.adapters import new_adapter
 from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.data.examples import Prompt
 from deepseek_jax.generation.engine import Generator, Record
-from deepseek_jax.model.lora import beside, merge
+from deepseek_jax.model.lora import merge, with_adapter
 from deepseek_jax.model.precision import computed, convert_dtype
 from deepseek_jax.model.scoring import check_routes
 from deepseek_jax.model.transfer import Transfer
@@ -106,8 +106,8 @@ class GRPOTrainer:
         self.width, self.seed, self.alter, self.take_metrics = width, seed, alter_rewards, take_metrics
         self.optimizer = make_optimizer(config.adamw, self._updates)
         self.rate = schedule(config.adamw, self._updates)
-        self.of_sampler = {"temperature": config.temperature, "repetition_penalty": config.repetition_penalty}
-        self.score = {**self.of_sampler, "keep_routing": config.keep_routing}
+        self.sampler_settings = {"temperature": config.temperature, "repetition_penalty": config.repetition_penalty}
+        self.score = {**self.sampler_settings, "keep_routing": config.keep_routing}
         scaled = {"scale": config.scale_rewards} if config.advantage == "group" else {}
         self._estimator = partial(_ADVANTAGES[config.advantage], **scaled)
         self.frozen = None if self.lora is None else computed(model.weights, self._dtype)
@@ -117,7 +117,7 @@ class GRPOTrainer:
             self.update = make_train_step(*parts)
         else:
             self.update = partial(make_adapter_step(*parts, self.lora), frozen=self.frozen)
-        self.roll = RolloutWorker(
+        self.rollout_worker = RolloutWorker(
             generator=generator,
             tokenizer=tokenizer,
             sampling=config.sampling(tokenizer.eos_ids),
@@ -137,7 +137,7 @@ class GRPOTrainer:
         if self.lora is not None:
             adapter = new_adapter(self.model.config, self.lora, seed=self.seed, layout=self.layout)
             return GRPOState(init_state(adapter, self.optimizer, self.layout), None, _counted(0), self._first_control())
-        reference = self._followed(weights, weights) if self.config.loss.beta else None
+        reference = self._updated_reference(weights, weights) if self.config.loss.beta else None
         train = init_state(weights, self.optimizer, self.layout, donate=self.donate)
         return GRPOState(train, reference, _counted(0), self._first_control())
 
@@ -159,13 +159,22 @@ class GRPOTrainer:
     def _computed(self, train: TrainState) -> nnx.State:
         """The trained weights as they are computed in where they are trained, an adapter beside the frozen ones."""
         weights = computed(train.weights, self._dtype)
-        return weights if self.lora is None else beside(self.frozen, weights, self.lora)
+        return weights if self.lora is None else with_adapter(self.frozen, weights, self.lora)
 
     def step(self, state: GRPOState, draw: Callable[[], Sequence[Prompt]], number: int) -> StepResult:
-        """One step: rollout and updates. `draw` gives the next prompts, and is asked again by dynamic sampling."""
+        """One step: a rollout and its updates.
+
+        Args:
+            state: before the step; donated to the updates, so that its arrays are gone afterwards.
+            draw: gives the next `prompts_per_step` prompts; dynamic sampling asks it again.
+            number: of the step, from 0; with the seed it decides what is drawn.
+
+        Returns:
+            The state after the step, the samples it learned from, and its numbers.
+        """
         start = time.perf_counter()
         everything, used = dynamic_sampling(
-            self.roll,
+            self.rollout_worker,
             self.policy(state),
             draw,
             seed=self.seed,
@@ -181,7 +190,7 @@ class GRPOTrainer:
         )
         reference = state.reference
         if reference is not None and (number + 1) % self.config.reference_every == 0:
-            reference = self._followed(reference, train.weights)
+            reference = self._updated_reference(reference, train.weights)
         state = GRPOState(train, reference, _counted(tokens), control)
         values = rollout_metrics(everything) | ops_metrics.values(found) | self.take_metrics()
         values |= {
@@ -198,9 +207,16 @@ class GRPOTrainer:
     def learn(
         self, state: GRPOState, rollout: Rollout, number: int
     ) -> tuple[TrainState, jax.Array | None, ops_metrics.Metrics]:
-        """The updates that a rollout is good for, the control of the entropy after them, and their metrics.
+        """The updates of one rollout: `num_iterations` passes of `updates_per_rollout` batches.
 
-        Those that compare sampler and trainer are of the first update: later ones meet weights that have moved.
+        Args:
+            state: before them; its training state is donated.
+            rollout: the samples, with rewards [P, G].
+            number: of the step, from 0.
+
+        Returns:
+            The training state, the entropy's control (None where its weight stays), and the metrics, unreduced. Metrics
+            that compare sampler and trainer are those of the first update, for later ones meet weights that have moved.
         """
         policy = self._computed(state.train) if self.config.loss.corrects_sampler else None
         parts = [self._scored(batch, state.reference, policy) for batch in self.batches(rollout, number)]
@@ -254,7 +270,7 @@ class GRPOTrainer:
         altered = (lambda rewards: rewards) if self.alter is None else (lambda rewards: self.alter(rewards, number))
         if self.config.multi_objective_aggregation == "sum_then_normalize":
             return np.asarray(self._estimator(jnp.asarray(altered(rewards_PG))))
-        weights = self.roll.reward.weights
+        weights = self.rollout_worker.reward.weights
         scores = [np.array(parts[name], np.float32).reshape(rewards_PG.shape) for name in weights]  # None is NaN
         scores = [altered(np.where(np.isnan(rewards_PG), np.nan, of)) for of in scores]
         of_weights = jnp.asarray(list(weights.values()), jnp.float32)
@@ -272,13 +288,13 @@ class GRPOTrainer:
             batch = batch._replace(sampler_logprobs_BT=batch.old_logprobs_BT, old_logprobs_BT=own)
         if self.config.loss.beta:
             reference = self.frozen if reference is None else computed(reference, self._dtype)
-            batch = batch._replace(ref_logprobs_BT=frozen(reference, **self.of_sampler))
+            batch = batch._replace(ref_logprobs_BT=frozen(reference, **self.sampler_settings))
         return batch
 
-    def _followed(self, reference: nnx.State, weights: nnx.State) -> nnx.State:
+    def _updated_reference(self, reference: nnx.State, weights: nnx.State) -> nnx.State:
         """As computed in, and in float32 where it is a moving average, whose steps are small."""
         share = self.config.reference_mixup
-        return followed(reference, weights, share, self._dtype if share == 1 else jnp.dtype(jnp.float32))
+        return update_reference(reference, weights, share, self._dtype if share == 1 else jnp.dtype(jnp.float32))
 
 
 _OF_SAMPLING = ("sampling/sampling_logp_difference/", "sampling/experts_differ")
@@ -303,7 +319,7 @@ def _of_one_update(metrics: ops_metrics.Metrics) -> ops_metrics.Metrics:
 
 
 @partial(jax.jit, static_argnames=("share", "dtype"))
-def followed(reference: nnx.State, weights: nnx.State, share: float, dtype: jnp.dtype) -> nnx.State:
+def update_reference(reference: nnx.State, weights: nnx.State, share: float, dtype: jnp.dtype) -> nnx.State:
     """The reference model moved by a share of its way to the policy, in arrays of its own."""
     if share == 1:
         return jax.tree.map(jnp.copy, convert_dtype(weights, dtype))

@@ -12,7 +12,7 @@ from flax import nnx
 
 from deepseek_jax.checkpoint.adapters import new_adapter
 from deepseek_jax.checkpoint.folder import Model
-from deepseek_jax.model.lora import beside, decoder_of, merge
+from deepseek_jax.model.lora import decoder_of, merge, with_adapter
 from deepseek_jax.model.precision import computed, convert_dtype
 from deepseek_jax.ops import metrics as ops_metrics
 from deepseek_jax.report.metrics import MetricLog
@@ -142,7 +142,7 @@ class SFTTrainer:
         if frozen is None:
             model = nnx.merge(graphdef, weights)
         else:
-            model = decoder_of(graphdef, frozen if weights is None else beside(frozen, weights, self.lora))
+            model = decoder_of(graphdef, frozen if weights is None else with_adapter(frozen, weights, self.lora))
         _, metrics, _ = sft_objective(model, self.layout.rows(batch), batch_totals(batch))
         return {name: metrics[name] for name in ("nll", "mean_token_accuracy")}
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from deepseek_jax.model.decoder import Decoder
 from deepseek_jax.model.layers import RouterBias
-from deepseek_jax.model.lora import LoRAConfig, beside, decoder_of
+from deepseek_jax.model.lora import LoRAConfig, decoder_of, with_adapter
 from deepseek_jax.model.precision import convert_dtype
 from deepseek_jax.model.scoring import Scored
 from deepseek_jax.ops.metrics import BatchTotals, Mean, Metrics, Sum, merge
@@ -158,7 +158,7 @@ def make_adapter_step(
     def step(state: TrainState, batch: MaskedBatch, frozen: nnx.State) -> tuple[TrainState, Metrics]:
         params, _ = nnx.split_state(frozen, nnx.Param, ...)
         dtype = jax.tree.leaves(params)[0].dtype
-        model = lambda adapter: decoder_of(graphdef, beside(frozen, convert_dtype(adapter, dtype), lora))
+        model = lambda adapter: decoder_of(graphdef, with_adapter(frozen, convert_dtype(adapter, dtype), lora))
         return _stepped(state, batch, model, objective, optimizer, config, layout)
 
     return jax.jit(step, donate_argnames="state")

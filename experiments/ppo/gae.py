@@ -1,7 +1,7 @@
 """PPO's advantages: rewards a token, generalised advantage estimation, whitening. Pure functions of arrays.
 
-Everywhere mask [B, T] is true at the tokens of completions. What stands elsewhere, NaN included, is never looked at,
-and every result is 0 there.
+mask_BT is True at the tokens of completions. Values where it is False are ignored (they may be NaN), and every result
+is 0 there.
 """
 
 import jax

@@ -206,7 +206,7 @@ def value_loss(
     """Half the squared error, the larger one of the value and of the value clipped to clip around the old one.
 
     Args:
-        values_BT, old_values_BT, returns_BT: float32; what stands where nothing counts is never looked at.
+        values_BT, old_values_BT, returns_BT: float32; values where mask_BT is False are ignored.
         mask_BT: true at completion tokens.
         clip: None takes the plain error.
         totals: of the whole batch; the sum is divided by its tokens, so that losses of parts add up.

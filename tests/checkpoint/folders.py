@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from deepseek_jax.checkpoint import files, names
 from deepseek_jax.checkpoint.headers import DTYPES
-from deepseek_jax.checkpoint.opened import open_folder
+from deepseek_jax.checkpoint.model_folder import open_folder
 from deepseek_jax.config import FP8Config, GQAConfig, IndexerConfig, MLAConfig, ModelConfig, RopeConfig, preset, to_hf
 from deepseek_jax.model.decoder import abstract_weights
 

@@ -12,7 +12,7 @@ import pytest
 from deepseek_jax.checkpoint.adapters import load_adapter, new_adapter, save_adapter
 from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.commands import merge as merge_lora
-from deepseek_jax.model.lora import LoRAConfig, beside, decoder_of, merge
+from deepseek_jax.model.lora import LoRAConfig, decoder_of, merge, with_adapter
 from tools import make_golden
 
 pytestmark = pytest.mark.oracle
@@ -63,7 +63,7 @@ def ours(case, folder, adapter=None, lora=None):
 
     if adapter is None:
         return np.asarray(jax.jit(logits)(weights))
-    found = np.asarray(jax.jit(logits)(beside(weights, adapter, lora)))
+    found = np.asarray(jax.jit(logits)(with_adapter(weights, adapter, lora)))
     np.testing.assert_allclose(jax.jit(logits)(merge(weights, adapter, lora)), found, rtol=0, atol=TOLERANCE)
     return found
 

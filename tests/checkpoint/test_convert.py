@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from deepseek_jax.checkpoint import files, layout, names
+from deepseek_jax.checkpoint import files, names, stored_arrays
 from deepseek_jax.checkpoint.convert import convert_hf, export_hf, verify
 from deepseek_jax.checkpoint.folder import load_model
-from deepseek_jax.checkpoint.opened import open_folder
+from deepseek_jax.checkpoint.model_folder import open_folder
 from tests.checkpoint.folders import R1, V32, random_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,11 +25,11 @@ PIECE = 2048  # so that there are many moments to be killed at
 KILLED = f"""
 import os, signal, sys, threading
 from pathlib import Path
-from deepseek_jax.checkpoint import layout
+from deepseek_jax.checkpoint import stored_arrays
 from deepseek_jax.checkpoint.convert import convert_hf
-from deepseek_jax.checkpoint.opened import open_folder
+from deepseek_jax.checkpoint.model_folder import open_folder
 
-layout.PIECE = {PIECE}
+stored_arrays.PIECE = {PIECE}
 source, target, moment = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 calls, lock = 0, threading.Lock()
 
@@ -62,7 +62,7 @@ def test_killed_at_random_moments_it_goes_on_and_ends_the_same(kills, tmp_path: 
     """Nothing stands under the target's name before the end, and what was whole is not written again."""
     source, target, partial = tmp_path / "hf", tmp_path / "converted", tmp_path / ".converted.partial"
     random_folder(source, R1, shards=4)
-    monkeypatch.setattr(layout, "PIECE", PIECE)
+    monkeypatch.setattr(stored_arrays, "PIECE", PIECE)
     pieces = []
     convert_hf(open_folder(source), tmp_path / "unbroken", advance=pieces.append)
     moments = random.Random(5).sample(range(1, len(pieces)), kills)
@@ -158,7 +158,7 @@ def test_progress_counts_every_byte_also_after_a_kill(half: Path, tmp_path: Path
 
 @pytest.mark.parametrize("piece", [2000, 10**9])
 def test_the_size_of_pieces_changes_nothing(piece, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(layout, "PIECE", piece)
+    monkeypatch.setattr(stored_arrays, "PIECE", piece)
     source = random_folder(tmp_path / "hf", V32)
     opened = open_folder(tmp_path / "hf")
     for array in opened.arrays:

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from deepseek_jax.checkpoint import files, names, writer
 from deepseek_jax.checkpoint.convert import convert_hf, export_hf, write_hf
 from deepseek_jax.checkpoint.folder import load_model
-from deepseek_jax.checkpoint.opened import load_config, open_folder
+from deepseek_jax.checkpoint.model_folder import load_config, open_folder
 from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.cli import run
 from deepseek_jax.commands import logits

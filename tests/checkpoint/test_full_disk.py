@@ -13,7 +13,7 @@ from deepseek_jax.checkpoint.adapters import new_adapter, save_adapter
 from deepseek_jax.checkpoint.convert import convert_hf, export_hf
 from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.checkpoint.headers import parse_header
-from deepseek_jax.checkpoint.opened import open_folder
+from deepseek_jax.checkpoint.model_folder import open_folder
 from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.checkpoint.state import RunCheckpoints
 from deepseek_jax.cli import run
@@ -76,7 +76,7 @@ def test_an_export_stopped_by_a_full_disk_goes_on_after_the_last_whole_tensor(of
     random_folder(tmp_path / "hf", R1, shards=2)
     convert_hf(open_folder(tmp_path / "hf"), tmp_path / "converted")
     target, written = tmp_path / "exported", []
-    write = writer.NewShards.write
+    write = writer.ShardWriter.write
 
     def full(self, name, start, value) -> None:
         if len(written) >= 20:
@@ -85,7 +85,7 @@ def test_an_export_stopped_by_a_full_disk_goes_on_after_the_last_whole_tensor(of
         write(self, name, start, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer.NewShards, "write", full)
+        patch.setattr(writer.ShardWriter, "write", full)
         with pytest.raises(OSError, match=f"{target}: no space left on its disk.*same command goes on"):
             export_hf(open_folder(tmp_path / of), target)
     assert not target.exists()
@@ -103,7 +103,7 @@ def test_an_export_stopped_by_a_full_disk_goes_on_after_the_last_whole_tensor(of
                 stream.write(b"\x55" * entry.nbytes)
     again, counted = [], []
     with monkeypatch.context() as patch:
-        patch.setattr(writer.NewShards, "write", lambda self, *of: (again.append(of[0]), write(self, *of)))
+        patch.setattr(writer.ShardWriter, "write", lambda self, *of: (again.append(of[0]), write(self, *of)))
         export_hf(open_folder(tmp_path / of), target, advance=counted.append)
     assert done[0] in again and not set(done[1:]) & set(again)
     assert sum(counted) == open_folder(tmp_path / "hf").nbytes

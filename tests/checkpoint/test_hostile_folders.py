@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_jax.checkpoint import files
-from deepseek_jax.checkpoint.opened import open_folder
+from deepseek_jax.checkpoint.model_folder import open_folder
 from tests.checkpoint.folders import LLAMA_TIED, random_folder
 
 ROOT = Path(__file__).resolve().parents[2]

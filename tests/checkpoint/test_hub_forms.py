@@ -15,7 +15,7 @@ from deepseek_jax.checkpoint import files, names
 from deepseek_jax.checkpoint.convert import convert_hf, export_hf
 from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.checkpoint.headers import NAMES, make_header
-from deepseek_jax.checkpoint.opened import open_folder
+from deepseek_jax.checkpoint.model_folder import open_folder
 from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.checkpoint.summary import of_folder
 from deepseek_jax.config import FP8Config, from_hf, to_hf

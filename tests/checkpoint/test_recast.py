@@ -18,7 +18,7 @@ from deepseek_jax.checkpoint import files, names, recast
 from deepseek_jax.checkpoint.convert import convert_hf, export_hf
 from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.checkpoint.headers import DTYPES, NAMES, Entry
-from deepseek_jax.checkpoint.opened import load_config, open_folder
+from deepseek_jax.checkpoint.model_folder import load_config, open_folder
 from deepseek_jax.checkpoint.recast import Packed, Unpacked
 from deepseek_jax.config import FP8Config
 from deepseek_jax.model.decoder import abstract_weights

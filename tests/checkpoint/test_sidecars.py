@@ -11,7 +11,7 @@ import pytest
 from deepseek_jax.checkpoint import sidecars
 from deepseek_jax.checkpoint.convert import convert_hf, export_hf
 from deepseek_jax.checkpoint.folder import load_model
-from deepseek_jax.checkpoint.opened import open_folder
+from deepseek_jax.checkpoint.model_folder import open_folder
 from deepseek_jax.checkpoint.save import save_model
 from tests.checkpoint.folders import QWEN2, random_folder
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_jax.checkpoint.opened import load_config
+from deepseek_jax.checkpoint.model_folder import load_config
 from deepseek_jax.config import FP8Config, ModelConfig, RopeConfig, YarnConfig, from_hf, preset, to_hf
 
 FOLDER = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "configs"

@@ -545,7 +545,7 @@ def test_a_data_file_may_move(tmp_path):
 
 
 def test_processes_with_other_rows_refuse_to_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "exchange", lambda value: [value, [["other", "rows"]]])
+    monkeypatch.setattr(distributed, "all_gather_objects", lambda value: [value, [["other", "rows"]]])
     with pytest.raises(ValueError, match="process 1 has other rows than process 0"):
         open_prompts(config(rows_file(tmp_path / "a.jsonl", numbered(5))))
 

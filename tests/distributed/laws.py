@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax import distributed
 from deepseek_jax.checkpoint import convert
-from deepseek_jax.checkpoint.opened import open_folder
+from deepseek_jax.checkpoint.model_folder import open_folder
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.data.examples import Prompt
@@ -87,7 +87,7 @@ def whole(array: jax.Array) -> np.ndarray:
 def keep(folder: Path, name: str, tree: Any) -> None:
     """One file a process, with all leaves of a tree of whole arrays or numbers."""
     leaves = {str(number): np.asarray(leaf) for number, leaf in enumerate(jax.tree.leaves(tree))}
-    np.savez(folder / f"{name}.{distributed.index()}.npz", **leaves)
+    np.savez(folder / f"{name}.{distributed.process_index()}.npz", **leaves)
 
 
 # --- laws ------------------------------------------------------------------------------------------
@@ -95,10 +95,10 @@ def keep(folder: Path, name: str, tree: Any) -> None:
 
 def they_meet_and_agree(folder: Path, /) -> None:
     print("words of the main process")
-    me, many = distributed.index(), distributed.count()
+    me, many = distributed.process_index(), distributed.process_count()
     assert (many, jax.process_count(), jax.device_count(), jax.process_index()) == (2, 2, 8, me)
     assert distributed.is_main() == (me == 0)
-    assert distributed.exchange({"i am": me}) == [{"i am": 0}, {"i am": 1}]
+    assert distributed.all_gather_objects({"i am": me}) == [{"i am": 0}, {"i am": 1}]
     assert distributed.on_main(lambda: [me, 0.1, None]) == [0, 0.1, None]
     for kind in (ValueError, FileNotFoundError, KeyError):
         with pytest.raises((ValueError, OSError, RuntimeError, KeyError)) as caught:
@@ -124,7 +124,7 @@ def rewards_are_the_same_everywhere() -> None:
     rollout_module.complete = lambda *arguments, **options: found
 
     def grade(**columns: list) -> list[float]:
-        return [distributed.index() + 0.1 * row for row in range(4)]
+        return [distributed.process_index() + 0.1 * row for row in range(4)]
 
     none = SimpleNamespace()
     reward = combine({"part": grade}, {"part": 1.0})
@@ -153,7 +153,7 @@ def a_batch_is_put_in_parts() -> None:
 
 def one_fails(folder: Path, /) -> None:
     """The other is in the middle of something that it will not come back from by itself."""
-    if distributed.index() == int((folder / "who").read_text()):
+    if distributed.process_index() == int((folder / "who").read_text()):
         raise ValueError("the data\nof this process are bad")
     time.sleep(100)
 
@@ -162,7 +162,7 @@ def one_is_killed(folder: Path, /) -> None:
     """The second one, before its fourth step, the first checkpoint being whole; only in the first run."""
 
     def before(number: int) -> None:
-        if number == 3 and distributed.index() == 1 and not (folder / "killed").exists():
+        if number == 3 and distributed.process_index() == 1 and not (folder / "killed").exists():
             while not (folder / "run" / "checkpoints" / "toy" / "2").exists():
                 time.sleep(0.01)
             (folder / "killed").touch()
@@ -172,7 +172,7 @@ def one_is_killed(folder: Path, /) -> None:
 
 
 def one_is_killed_while_the_other_waits(folder: Path, /) -> None:
-    if distributed.index() == 1:
+    if distributed.process_index() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(100)
 
@@ -181,7 +181,8 @@ def one_gets_sigterm(folder: Path, /) -> None:
     """The second one, in its fourth step; only in the first run."""
 
     def before(number: int) -> None:
-        if number == 3 and distributed.index() == distributed.count() - 1 and not (folder / "asked").exists():
+        last = distributed.process_index() == distributed.process_count() - 1
+        if number == 3 and last and not (folder / "asked").exists():
             (folder / "asked").touch()
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -210,7 +211,7 @@ def a_conversion_is_killed(folder: Path, /) -> None:
 
     def dying(path: Path, content: bytes) -> None:
         real(path, content)
-        if path.suffix == ".done" and distributed.index() == 1:
+        if path.suffix == ".done" and distributed.process_index() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
     convert.write_whole = dying
@@ -272,4 +273,4 @@ def a_model_is_trained_and_asked(folder: Path, /) -> None:
         Generator(config, graphdef), everywhere, tokenizer, prompts, max_new_tokens=8, stop_ids=tokenizer.eos_ids
     )
     found = [[c.tokens.tolist() for c in answers.completions], answers.scores]
-    (folder / f"answers.{distributed.index()}.json").write_text(json.dumps(found))
+    (folder / f"answers.{distributed.process_index()}.json").write_text(json.dumps(found))

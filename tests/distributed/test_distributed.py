@@ -246,9 +246,9 @@ def test_a_tpu_pod_is_recognised_by_its_hosts(hosts, platforms, found, monkeypat
 
 
 def test_one_process_is_the_main_one_and_waits_for_nobody():
-    assert (distributed.index(), distributed.count(), distributed.is_main()) == (0, 1, True)
+    assert (distributed.process_index(), distributed.process_count(), distributed.is_main()) == (0, 1, True)
     distributed.barrier()
-    assert distributed.exchange({1: (2,)}) == [{1: (2,)}]
+    assert distributed.all_gather_objects({1: (2,)}) == [{1: (2,)}]
     assert distributed.on_main(lambda: (1, 2)) == (1, 2)
     with pytest.raises(KeyError), distributed.together():
         raise KeyError

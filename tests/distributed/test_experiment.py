@@ -111,7 +111,7 @@ def the_experiment_runs(folder: Path, /) -> None:
     run = folder / "run"
     r1_zero.main(with_values(SMALL, {"output": run, "scan_layers": True, "remat": "layers", **MESH}))
     of_run = [path for path in written if str(run) in path and "/checkpoints/" not in path]
-    (folder / f"written.{distributed.index()}.json").write_text(json.dumps(of_run))
+    (folder / f"written.{distributed.process_index()}.json").write_text(json.dumps(of_run))
 
 
 # --- laws ----------------------------------------------------------------------------------------

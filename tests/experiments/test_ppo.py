@@ -370,6 +370,7 @@ def test_ppo_learns_what_is_rewarded():
     assert explained[0] == 0.0 and explained[-10:].mean() > 0.3
 
 
+@pytest.mark.slow
 def test_ppo_learns_nothing_from_shuffled_rewards():
     """The control: the same rewards, each for another sample. Whatever rises without learning would rise here too."""
     found, explained = train(lambda rewards, number: np.random.default_rng(number).permutation(rewards))

@@ -18,11 +18,11 @@ from deepseek_jax.model.lora import (
     LoRAConfig,
     abstract_adapter,
     adapted,
-    beside,
+    adapter_from_arrays,
     decoder_of,
     first_adapter,
-    laid_out,
     merge,
+    with_adapter,
 )
 from deepseek_jax.model.precision import convert_dtype
 from deepseek_jax.model.scan_layers import members, stack_layers, unstack_layers
@@ -64,7 +64,7 @@ def trained(config, lora=LORA, dtype=jnp.float32, layout=LOCAL) -> nnx.State:
     random = np.random.default_rng(2)
     arrays = {path: random.normal(0, 0.3, leaf[...].shape).astype(dtype) for path, leaf in nnx.to_flat_state(first)}
     like = abstract_adapter(config, lora, adapted_paths(config, lora), dtype=dtype, layout=layout)
-    return laid_out(arrays, like, config)
+    return adapter_from_arrays(arrays, like, config)
 
 
 def flat(weights) -> dict[names.Path, np.ndarray]:
@@ -151,7 +151,7 @@ def test_a_decoder_beside_its_adapter_computes_what_merged_weights_do(config, we
     base = stack_layers(weights, config, layout) if layout.scan_layers else weights
     adapter, graphdef = trained(config, layout=layout), abstract_weights(config, layout=layout)[0]
     forward = jax.jit(lambda weights: of_tokens(decoder_of(graphdef, weights)))
-    got, wanted = forward(beside(base, adapter, LORA)), forward(merge(base, adapter, LORA))
+    got, wanted = forward(with_adapter(base, adapter, LORA)), forward(merge(base, adapter, LORA))
     np.testing.assert_allclose(got, wanted, rtol=0, atol=3e-6 * np.abs(wanted).max())
     assert np.abs(got - forward(base)).max() > 0.1
 
@@ -159,19 +159,19 @@ def test_a_decoder_beside_its_adapter_computes_what_merged_weights_do(config, we
 def test_what_is_joined_is_one_tree_of_the_same_arrays(config, weights):
     """Every leaf a variable with axes and the very array that was given; and of shapes the same tree is made."""
     adapter, paths = trained(config), adapted_paths(config, LORA)
-    joined = beside(weights, adapter, LORA)
+    joined = with_adapter(weights, adapter, LORA)
     given = {id(leaf) for tree in (weights, adapter) for leaf in jax.tree.leaves(tree)}
     assert {id(leaf) for leaf in jax.tree.leaves(joined)} == given
     names_of = {path[-1] for path, _ in nnx.to_flat_state(joined) if path[:-1] in set(paths)}
     assert names_of == {"weight", "a", "b"}
     for path, leaf in nnx.to_flat_state(joined):
         assert len(leaf.get_metadata()["axes"]) == leaf.get_raw_value().ndim, path
-    like = beside(abstract_weights(config)[1], abstract_adapter(config, LORA, paths), LORA)
+    like = with_adapter(abstract_weights(config)[1], abstract_adapter(config, LORA, paths), LORA)
     assert jax.tree.structure(like) == jax.tree.structure(joined)
     half = convert_dtype(joined, jnp.bfloat16)  # what goes through a tree leaf by leaf keeps what it is
     assert jax.tree.structure(half) == jax.tree.structure(joined)
     with pytest.raises(ValueError, match="adapter: got stacks.0.* for which there is no weight"):
-        beside(weights, new_adapter(config, LORA, seed=0, layout=STACKED), LORA)
+        with_adapter(weights, new_adapter(config, LORA, seed=0, layout=STACKED), LORA)
 
 
 @pytest.mark.parametrize("kind", ["gqa", "mla"])
@@ -198,7 +198,7 @@ def test_an_adapter_below_the_last_bit_of_bfloat16_weights_counts(kind):
     graphdef, tokens = abstract_weights(config)[0], jnp.asarray(random.integers(0, 60, (128, 16)), jnp.int32)
     forward = jax.jit(lambda weights: of_tokens(decoder_of(graphdef, weights), tokens))
     moved = lambda weights: np.asarray(
-        forward(beside(weights, convert_dtype(adapter, weights.norm.dtype), lora)) - forward(weights)
+        forward(with_adapter(weights, convert_dtype(adapter, weights.norm.dtype), lora)) - forward(weights)
     )
     half, full = moved(weights), moved(convert_dtype(weights, jnp.float32))
     assert np.sum(half * full) / np.sum(full * full) == pytest.approx(1, abs=0.15)
@@ -221,8 +221,11 @@ def test_sampler_and_trainer_agree_in_bfloat16_as_without_an_adapter(kind):
         scores = np.asarray(frozen_scores(graphdef, weights, batch, temperature=1.0))
         return np.abs(scores - batch.old_logprobs_BT)[batch.mask_BT].mean()
 
-    plain, with_adapter = distance(weights), distance(beside(weights, convert_dtype(adapter, jnp.bfloat16), LORA))
-    assert 0 < with_adapter < 1.2 * plain, (with_adapter, plain)
+    plain, adapted_policy = (
+        distance(weights),
+        distance(with_adapter(weights, convert_dtype(adapter, jnp.bfloat16), LORA)),
+    )
+    assert 0 < adapted_policy < 1.2 * plain, (adapted_policy, plain)
 
 
 def test_the_gradient_is_that_of_the_weights_by_the_chain_rule(config, weights):

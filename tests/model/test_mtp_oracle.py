@@ -16,7 +16,7 @@ from deepseek_jax.config import ModelConfig, from_hf
 from deepseek_jax.model.decoder import abstract_weights
 from tools import make_golden
 
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.usefixtures("quick_compilation")]
 
 TOLERANCE = 5e-5  # float32, logits of magnitude 4
 T = 60
@@ -28,7 +28,14 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=[(name, seed) for name in CASES for seed in range(2)], ids=lambda p: f"{p}")
+OF_SEEDS = [
+    pytest.param((name, seed), id=f"{name}-{seed}", marks=[pytest.mark.slow] * seed)
+    for name in CASES
+    for seed in range(2)
+]
+
+
+@pytest.fixture(scope="module", params=OF_SEEDS)
 def case(request, tmp_path_factory):
     """A folder with MTP tensors as the hub has them, what we make of it, and transformers' own loading of it."""
     import torch

@@ -14,12 +14,12 @@ from flax import nnx
 
 from deepseek_jax.checkpoint.convert import convert_hf, export_hf
 from deepseek_jax.checkpoint.folder import load_model
-from deepseek_jax.checkpoint.opened import load_config, open_folder
+from deepseek_jax.checkpoint.model_folder import load_config, open_folder
 from deepseek_jax.generation.engine import Generator, SamplingConfig
 from deepseek_jax.model.cache import empty_cache
 from tools import make_golden
 
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.usefixtures("quick_compilation")]
 
 TOLERANCE = 5e-5  # float32, logits of magnitude 4
 ATTN_FACTOR = 0.8782488562869419  # of R1-0528-Qwen3-8B, which transformers passes over
@@ -53,9 +53,14 @@ CASES = {
 }
 
 
-@pytest.fixture(
-    scope="module", params=[(name, seed) for name in CASES for seed in range(2)], ids=lambda p: f"{p[0]}-{p[1]}"
-)
+OF_SEEDS = [
+    pytest.param((name, seed), id=f"{name}-{seed}", marks=[pytest.mark.slow] * seed)
+    for name in CASES
+    for seed in range(2)
+]
+
+
+@pytest.fixture(scope="module", params=OF_SEEDS)
 def case(request, tmp_path_factory):
     """A checkpoint that transformers saved in shards, a converted and an exported copy, and transformers' logits."""
     import torch

@@ -33,7 +33,7 @@ CONFIGS = {
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 60, (B, T + 1)), jnp.int32)
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=["mla", "indexer", pytest.param("gqa", marks=pytest.mark.slow)])
 def config(request) -> ModelConfig:
     return CONFIGS[request.param]
 

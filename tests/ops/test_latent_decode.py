@@ -20,7 +20,7 @@ from deepseek_jax.model.cache import LatentCache
 from deepseek_jax.ops.attention import attend_latents
 from deepseek_jax.ops.kernels.latent_decode import latent_decode
 from deepseek_jax.parallel.attention import decode_attention
-from deepseek_jax.plan.account import Account, account
+from deepseek_jax.plan.cost_analysis import StepCost, cost_analysis
 from deepseek_jax.sharding import LOCAL, Layout, make_mesh
 
 # The kernel is not compiled as it will be used in any case.
@@ -171,7 +171,7 @@ def layout_for(topology: str) -> Layout:
     return Layout(mesh=make_mesh(devices, expert=len(devices) // 2, tensor=2), workload="serve", scan_layers=True)
 
 
-def account_of(function: Callable, topology: str, layers: int, *, with_layer: bool) -> Account:
+def cost_of(function: Callable, topology: str, layers: int, *, with_layer: bool) -> StepCost:
     """Of function(queries, caches, positions and perhaps layer), with the caches as they lie by default."""
     layout = layout_for(topology)
     B = 16 * layout.mesh.size
@@ -182,7 +182,7 @@ def account_of(function: Callable, topology: str, layers: int, *, with_layer: bo
     arguments += [of(1, dtype=jnp.int32)]
     arguments += [jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.sharding())] if with_layer else []
     jitted = jax.jit(functools.partial(function, layout=layout), donate_argnums=(2, 3))
-    return account(jitted.lower(*arguments).compile().as_text(), dict(layout.mesh.shape))
+    return cost_analysis(jitted.lower(*arguments).compile().as_text(), dict(layout.mesh.shape))
 
 
 def attend_once(q_latent, q_rope, c, r, positions, layer, layout):
@@ -209,7 +209,7 @@ def decode_tokens(q_latent, q_rope, c, r, positions, layout, tokens):
 
 
 def a_call_reads_one_layer_once(topology: str) -> None:
-    found = account_of(attend_once, topology, 4, with_layer=True)
+    found = cost_of(attend_once, topology, 4, with_layer=True)
     assert found.flops == 16 * flops_of_a_sequence()
     assert found.bytes_accessed == pytest.approx(16 * bytes_of_a_sequence(), rel=0.1)
     assert found.collectives == ()
@@ -218,7 +218,7 @@ def a_call_reads_one_layer_once(topology: str) -> None:
 def a_token_reads_every_layer_once(topology: str) -> None:
     """The difference of two numbers of tokens: what is done once before and after them does not count."""
     few, many = (
-        account_of(functools.partial(decode_tokens, tokens=tokens), topology, LAYERS, with_layer=False)
+        cost_of(functools.partial(decode_tokens, tokens=tokens), topology, LAYERS, with_layer=False)
         for tokens in (4, 12)
     )
     assert many.flops - few.flops == 8 * LAYERS * 16 * flops_of_a_sequence()

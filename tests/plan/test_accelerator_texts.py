@@ -5,9 +5,9 @@ import json
 import pytest
 
 from deepseek_jax.ops.experts import Tiles
-from deepseek_jax.plan.account import account
-from deepseek_jax.plan.flops import is_unknown
+from deepseek_jax.plan.cost_analysis import cost_analysis
 from deepseek_jax.plan.hlo import parse
+from deepseek_jax.plan.hlo_flops import is_unknown
 
 MESH = {"data": 2, "expert": 4}
 HEAD = "HloModule m, is_scheduled=true, num_partitions=8\n\n"
@@ -37,7 +37,7 @@ def test_a_product_of_cublas_costs_its_product_and_not_its_scratch(target):
         f'ROOT %p = (f32[64,16]{{1,0}}, s8[33554432]{{0}}) custom-call(%a, %b), custom_call_target="{target}", '
         + gemm([1], [], 0),
     )
-    found = account(text, MESH)
+    found = cost_analysis(text, MESH)
     assert found.flops == 2 * 64 * 32 * 16 and found.unknown_kernels == ()
     assert found.bytes_accessed == 4 * (64 * 32 + 32 * 16 + 64 * 16)
 
@@ -51,7 +51,7 @@ def test_batches_of_products_that_are_added_to_an_array_read_it_too():
         "ROOT %p = (f32[8,64,16]{2,1,0}, s8[4096]{0}) custom-call(%a, %b, %c), "
         'custom_call_target="__cublas$lt$matmul", output_to_operand_aliasing={{0}: (2, {})}, ' + gemm([2], [0], 1),
     )
-    found = account(text, MESH)
+    found = cost_analysis(text, MESH)
     assert found.flops == 2 * 8 * 64 * 32 * 16
     assert found.bytes_accessed == 2 * 8 * (64 * 32 + 32 * 16) + 2 * 4 * 8 * 64 * 16
 
@@ -76,15 +76,15 @@ def test_a_convolution_of_cudnn_and_both_its_gradients_cost_the_same(target, ope
         f"%b = {operands[1]} parameter(1)",
         f'ROOT %p = ({result}, u8[512]{{0}}) custom-call(%a, %b), {WINDOW}, custom_call_target="{target}"',
     )
-    assert account(text, MESH).flops == 2 * (2 * 8 * 8 * 4) * (8 * 3 * 3)
+    assert cost_analysis(text, MESH).flops == 2 * (2 * 8 * 8 * 4) * (8 * 3 * 3)
 
 
 def test_a_kernel_that_declares_nothing_is_listed():
     call = 'ROOT %p = f32[8]{0} custom-call(%a), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/mine"}'
-    found = account(program("a: f32[8]", "%a = f32[8]{0} parameter(0)", call), MESH)
+    found = cost_analysis(program("a: f32[8]", "%a = f32[8]{0} parameter(0)", call), MESH)
     assert (found.flops, found.unknown_kernels) == (0, ("jit(f)/mine",))
     declared = call + ', backend_config={"custom_call_config":{"cost_estimate":{"flops":"7","bytes_accessed":"64"}}}'
-    found = account(program("a: f32[8]", "%a = f32[8]{0} parameter(0)", declared), MESH)
+    found = cost_analysis(program("a: f32[8]", "%a = f32[8]{0} parameter(0)", declared), MESH)
     assert (found.flops, found.unknown_kernels) == (7, ())
     sort = parse(program("a: f32[8]", "%a = f32[8]{0} parameter(0)", call.replace("mosaic_gpu_v2", "TopK")))
     assert not is_unknown(sort.entry.root)
@@ -109,7 +109,7 @@ def test_fusions_of_triton_within_one_another_count_their_products_once():
         'backend_config={"fusion_backend_config":{"kind":"__triton_nested_gemm_fusion"}}',
         before=inner + outer,
     )
-    found = account(text, MESH)
+    found = cost_analysis(text, MESH)
     assert found.flops == 2 * 64 * 32 * 16
     assert found.bytes_accessed == 2 * (64 * 32 + 32 * 16) + 4 * 64 * 16
 
@@ -135,7 +135,7 @@ def test_collectives_begun_and_ended_count_once(op, result, sent):
         f"%s = (f32[16,256]{{1,0}}, {result}{{1,0}}) {op}-start(%a), channel_id=1, {GROUPS}, dimensions={{0}}",
         f"ROOT %d = {result}{{1,0}} {op}-done(%s)",
     )
-    found = account(text, MESH)
+    found = cost_analysis(text, MESH)
     assert [(c.op, c.axis, c.bytes, c.count) for c in found.collectives] == [(op, "expert", sent, 1)]
     arrived = parse(text).entry.root.bytes
     assert found.bytes_accessed == SIZE + arrived
@@ -152,7 +152,7 @@ def test_a_ragged_exchange_reads_its_rows_and_not_the_buffer_that_they_fill():
         f"%s = ((f32[16,256]{{1,0}}), f32[20,256]{{1,0}}) ragged-all-to-all-start(%a, %b, {names}), {GROUPS}",
         "ROOT %d = f32[20,256]{1,0} ragged-all-to-all-done(%s)",
     )
-    found = account(text, MESH)
+    found = cost_analysis(text, MESH)
     assert [(c.op, c.axis, c.bytes) for c in found.collectives] == [("ragged-all-to-all", "expert", SIZE * 3 // 4)]
     assert found.bytes_accessed == SIZE + 4 * 4 * 8 + 20 * 256 * 4
 
@@ -171,7 +171,7 @@ def test_what_sparse_cores_do_meanwhile_counts_where_it_begins():
         "ROOT %d = f32[64,256]{1,0} call-done(%s)",
         before=called,
     )
-    found = account(text, MESH)
+    found = cost_analysis(text, MESH)
     assert [(c.op, c.axis, c.bytes, c.count) for c in found.collectives] == [("all-gather", "expert", 3 * SIZE, 1)]
     assert found.bytes_accessed == SIZE + 4 * SIZE
 
@@ -194,7 +194,7 @@ def test_a_slice_of_an_array_in_another_tiling_reads_the_slice():
         "ROOT %r = bf16[1,64,32]{2,1,0} fusion(%a, %n), kind=kLoop, calls=%sliced",
         before=relaid + sliced,
     )
-    assert account(text, MESH).bytes_accessed == 2 * 2 * 64 * 32 + 4
+    assert cost_analysis(text, MESH).bytes_accessed == 2 * 2 * 64 * 32 + 4
 
 
 def test_a_slice_that_converts_reads_the_width_of_what_it_slices():
@@ -210,7 +210,7 @@ def test_a_slice_that_converts_reads_the_width_of_what_it_slices():
         "ROOT %f = (bf16[1,64,32]{2,1,0:S(1)}, bf16[1,64,32]{2,1,0:S(1)}) fusion(%a), kind=kLoop, calls=%halved",
         before=halved,
     )
-    assert account(text, MESH).bytes_accessed == 2 * 4 * 64 * 32
+    assert cost_analysis(text, MESH).bytes_accessed == 2 * 4 * 64 * 32
 
 
 @pytest.mark.parametrize(
@@ -248,8 +248,8 @@ def test_a_loop_over_tiles_turns_as_often_as_an_even_load_has_it():
         f'metadata={{op_name="jit(f)/{name}while"}}',
         before=body + until,
     )
-    tiled, other = account(loop("cond/branch_0_fun/tiles_12/"), MESH), account(loop(""), MESH)
+    tiled, other = cost_analysis(loop("cond/branch_0_fun/tiles_12/"), MESH), cost_analysis(loop(""), MESH)
     assert (tiled.flops, tiled.unknown_loops) == (12 * 2 * 64**3, ())
     assert (other.flops, other.unknown_loops) == (2 * 64**3, ("jit(f)/while",))
-    rare = account(loop("overflow_rounds/"), MESH)
+    rare = cost_analysis(loop("overflow_rounds/"), MESH)
     assert (rare.flops, rare.skipped_loops) == (0, ("jit(f)/overflow_rounds/while",))

@@ -1,4 +1,4 @@
-"""The account of compiled programs, against XLA's own count where there are no loops, and known traffic.
+"""The cost of compiled programs, against XLA's own count where there are no loops, and known traffic.
 
 The programs are compiled for a mesh of 2 x 2 x 2 in a process of their own: eight CPU devices, or eight TPUs, halves
 of v7x or GPUs that are not there.
@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from deepseek_jax.plan.account import Account, account
-from deepseek_jax.plan.groups import Axes
+from deepseek_jax.plan.cost_analysis import StepCost, cost_analysis
 from deepseek_jax.plan.hlo import parse
+from deepseek_jax.plan.replica_groups import Axes
 from deepseek_jax.plan.topology import GPU_OPTIONS, topology
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -258,10 +258,10 @@ def write_texts(platform: str, path: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """A program's text, its account, and XLA's own counts."""
+    """A program's text, its cost, and XLA's own counts."""
 
     text: str
-    account: Account
+    cost: StepCost
     flops: float
     bytes: float
 
@@ -287,7 +287,7 @@ def compiled(platform, tmp_path_factory) -> dict[str, Compiled]:
     child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=1800)
     assert child.returncode == 0, child.stderr
     return {
-        name: Compiled(account=account(entry["text"], MESH), **entry)
+        name: Compiled(cost=cost_analysis(entry["text"], MESH), **entry)
         for name, entry in json.loads(path.read_text()).items()
     }
 
@@ -300,18 +300,18 @@ def test_flops_without_loops_are_those_of_xla(name, platform, compiled):
     """Within 2 %, which is the elementwise work that only XLA counts."""
     if platform in OPTIONS:
         pytest.skip("the GPU compiler has no count of its own; the laws by hand hold it")
-    mine, its = compiled[name].account.flops, compiled[name].flops
+    mine, its = compiled[name].cost.flops, compiled[name].flops
     assert 0.98 * its <= mine <= its
 
 
 def test_a_product_is_counted_exactly(compiled):
-    assert compiled["product"].account.flops == 2 * 512 * 256 * 512
+    assert compiled["product"].cost.flops == 2 * 512 * 256 * 512
 
 
 def test_flops_without_loops_are_those_by_hand(compiled):
     """Of layers forward, and three times that with gradients, exactly."""
-    assert compiled["unrolled"].account.flops == FORWARD
-    assert compiled["unrolled gradient"].account.flops == 3 * FORWARD
+    assert compiled["unrolled"].cost.flops == FORWARD
+    assert compiled["unrolled gradient"].cost.flops == 3 * FORWARD
 
 
 def test_a_convolution_of_cudnn_is_counted_with_its_padding(platform, compiled):
@@ -320,20 +320,20 @@ def test_a_convolution_of_cudnn_is_counted_with_its_padding(platform, compiled):
         pytest.skip("XLA's own count holds it there")
     output, kernel = 4 * 16 * 16 * 64, 4 * 5 * 3
     forward = 2 * output * kernel
-    assert compiled["convolution"].account.flops >= 0.9 * forward
-    assert compiled["convolution"].account.unknown_kernels == ()
+    assert compiled["convolution"].cost.flops >= 0.9 * forward
+    assert compiled["convolution"].cost.unknown_kernels == ()
 
 
 @pytest.mark.parametrize("name", ["product", "taken", "placed", "unrolled", "unrolled gradient", "unrolled remat"])
 def test_bytes_without_loops_are_those_of_xla(name, platform, compiled):
     if platform != "cpu":
-        pytest.skip("XLA's own count has no VMEM, whose buffers are free in the account, and none for GPUs")
-    assert compiled[name].account.bytes_accessed == pytest.approx(compiled[name].bytes, rel=0.05)
+        pytest.skip("XLA's own count has no VMEM, whose buffers are free in ours, and none for GPUs")
+    assert compiled[name].cost.bytes_accessed == pytest.approx(compiled[name].bytes, rel=0.05)
 
 
 def test_a_product_reads_its_operands_once_and_writes_its_result(compiled):
     """Through VMEM or not, by Triton or cuBLAS, whose scratch is not counted."""
-    assert compiled["product"].account.bytes_accessed == (512 * 256 * 2 + 512 * 512) * 4
+    assert compiled["product"].cost.bytes_accessed == (512 * 256 * 2 + 512 * 512) * 4
 
 
 def test_slices_on_gpus_move_what_they_take(platform, compiled):
@@ -341,8 +341,8 @@ def test_slices_on_gpus_move_what_they_take(platform, compiled):
     if platform not in OPTIONS:
         pytest.skip("XLA's own count holds it there")
     taken = 2 * 8 * 512 * 4 + 4
-    assert compiled["taken"].account.bytes_accessed == taken
-    assert compiled["placed"].account.bytes_accessed == 2 * 512 * 512 * 4 + taken
+    assert compiled["taken"].cost.bytes_accessed == taken
+    assert compiled["placed"].cost.bytes_accessed == 2 * 512 * 512 * 4 + taken
 
 
 # --- loops ---------------------------------------------------------------------------------------
@@ -351,37 +351,37 @@ def test_slices_on_gpus_move_what_they_take(platform, compiled):
 @pytest.mark.parametrize("kind", ["", " remat"])
 def test_a_scan_computes_what_its_layers_do(kind, compiled):
     """Also a scan in a scan, within 2 %: the compiler may keep what the other recomputes."""
-    flat = compiled[f"unrolled{kind}"].account.flops
+    flat = compiled[f"unrolled{kind}"].cost.flops
     for form in ("scanned", "nested"):
-        assert compiled[form + kind].account.flops == pytest.approx(flat, rel=0.02)
-        assert compiled[form + kind].account.unknown_loops == ()
+        assert compiled[form + kind].cost.flops == pytest.approx(flat, rel=0.02)
+        assert compiled[form + kind].cost.unknown_loops == ()
 
 
 def test_a_scan_moves_what_its_layers_do(platform, compiled):
     """To 4 % on TPU; elsewhere up to 6 % more forward and 16 % with a gradient, for slices and stacked results."""
     for kind, above in (("", 0.06), (" remat", 0.16)):
-        ratio = compiled[f"scanned{kind}"].account.bytes_accessed / compiled[f"unrolled{kind}"].account.bytes_accessed
+        ratio = compiled[f"scanned{kind}"].cost.bytes_accessed / compiled[f"unrolled{kind}"].cost.bytes_accessed
         on_tpu = platform in ("tpu", "v7x")
         assert ratio == pytest.approx(1, abs=0.04) if on_tpu else 0.99 <= ratio <= 1 + above
 
 
 def test_costs_are_linear_in_the_layers_of_a_scan(compiled):
     """4, 6 and 8 layers, gradient with remat: exactly so for the arithmetic, to 2 % for the traffic."""
-    four, six, eight = (compiled[f"feed-forward {n}"].account for n in (4, 6, 8))
+    four, six, eight = (compiled[f"feed-forward {n}"].cost for n in (4, 6, 8))
     assert four.flops + eight.flops == 2 * six.flops
     assert eight.flops == 2 * four.flops == 8 * 7 * 2 * (2 * TOKENS) * D * F
     assert four.bytes_accessed + eight.bytes_accessed == pytest.approx(2 * six.bytes_accessed, rel=0.02)
 
 
 def test_a_loop_of_unknown_length_is_counted_once_and_listed(compiled):
-    found = compiled["rounds"].account
+    found = compiled["rounds"].cost
     assert found.flops == 2 * 64 * D * D
     assert len(found.unknown_loops) == 1 and found.skipped_loops == ()
 
 
 def test_rounds_for_overflow_are_not_counted(compiled):
     """Only the product before them is."""
-    found = compiled["overflow"].account
+    found = compiled["overflow"].cost
     assert found.flops == 2 * 64 * D * D
     assert found.unknown_loops == ()
     assert len(found.skipped_loops) == 1 and "overflow_rounds" in found.skipped_loops[0]
@@ -392,29 +392,29 @@ def test_one_turn_of_a_loop_can_be_asked_for():
     shapes = [jax.ShapeDtypeStruct((64, D), jnp.float32), jax.ShapeDtypeStruct((D, D), jnp.float32)]
     program = jax.jit(lambda x, w, bound: rounds(x @ w @ w, w, bound))
     text = program.lower(*shapes, jax.ShapeDtypeStruct((), jnp.float32)).compile().as_text()
-    whole = account(text, {"data": 1})
+    whole = cost_analysis(text, {"data": 1})
     (loop,) = whole.unknown_loops
-    turn = account(text, {"data": 1}, loop=loop)
+    turn = cost_analysis(text, {"data": 1}, loop=loop)
     assert (whole.flops, turn.flops) == (3 * 2 * 64 * D * D, 2 * 64 * D * D)
     assert 0 < turn.bytes_accessed < whole.bytes_accessed
     with pytest.raises(ValueError, match="got a program without the loop 'jit"):
-        account(text, {"data": 1}, loop="jit(other)/while")
+        cost_analysis(text, {"data": 1}, loop="jit(other)/while")
 
 
 def test_a_conditional_costs_its_largest_branch(compiled):
-    assert compiled["branches"].account.flops == 3 * 2 * 64 * D * D
+    assert compiled["branches"].cost.flops == 3 * 2 * 64 * D * D
 
 
 # --- collectives ---------------------------------------------------------------------------------
 
 
-def sent(found: Account) -> dict[tuple[str, str], tuple[int, int]]:
+def sent(found: StepCost) -> dict[tuple[str, str], tuple[int, int]]:
     return {(c.op, c.axis): (c.bytes, c.count) for c in found.collectives}
 
 
 @pytest.mark.parametrize("name", [*collectives(), *partitioned()])
 def test_collectives_have_their_axes_bytes_and_counts(name, compiled):
-    assert sent(compiled[name].account) == {**collectives(), **partitioned()}[name].sent
+    assert sent(compiled[name].cost) == {**collectives(), **partitioned()}[name].sent
 
 
 @pytest.mark.parametrize(
@@ -441,7 +441,7 @@ def test_groups_of_chips_are_named_however_they_are_written(attributes, axis, ch
 
 
 def test_groups_not_understood_are_refused():
-    with pytest.raises(ValueError, match="account: got a collective with groups not understood: 'replica_groups=<x>"):
+    with pytest.raises(ValueError, match="cost: got a collective with groups not understood: 'replica_groups=<x>"):
         Axes(MESH).of("replica_groups=<x>")
 
 
@@ -496,7 +496,7 @@ ENTRY %main (p: f32[4,8], q: f32[8,8]) -> f32[8,8] {{
 
 def test_a_collective_spread_over_three_fusions_counts_once():
     """So do its buffers; what the copy brings to VMEM is read there for nothing."""
-    found = account(SPREAD, MESH)
+    found = cost_analysis(SPREAD, MESH)
     assert sent(found) == {("all-gather", "expert"): (4 * 8 * 4, 1)}
     assert found.flops == 2 * 8 * 8 * 8
     copied, gathered, product = 256, 128 + 256, 256 + 256
@@ -506,17 +506,17 @@ def test_a_collective_spread_over_three_fusions_counts_once():
 def test_a_ragged_product_costs_its_rows_and_not_its_groups(platform, compiled):
     """A kernel, or a dense convolution whose masked tiles are skipped; of libtpu 0.0.42 only the weight gradient.
 
-    XLA counts the whole of it, so that its count is the account's sum to 2 %.
+    XLA counts the whole of it, so that its count is ours to 2 %.
     """
     if platform not in ("tpu", "v7x"):
         pytest.skip("other compilers make a ragged product dense")
     product = 2 * ROWS * D * F
-    assert compiled["ragged"].account.flops == product
-    found = compiled["ragged gradient"].account
+    assert compiled["ragged"].cost.flops == product
+    found = compiled["ragged gradient"].cost
     dense, left = divmod(found.masked_flops, (GROUPS - 1) * product)
     assert (found.flops, left) == (3 * product, 0) and dense in (1, 3)
     assert found.flops + found.masked_flops == pytest.approx(compiled["ragged gradient"].flops, rel=0.02)
-    assert compiled["ragged scan"].account.flops == LAYERS * (2 + 1 + 4) * product
+    assert compiled["ragged scan"].cost.flops == LAYERS * (2 + 1 + 4) * product
 
 
 SKIPS = 'metadata={op_name="layer_of_4/ragged_dot_general"}, backend_config={"ITERATION_SKIPPER_MODE_GROUP_STARTS"}'
@@ -551,7 +551,7 @@ ENTRY %main (w.2: bf16[8,16,32], mask.2: pred[8,64], x.2: bf16[64,16]) -> bf16[6
 
 def test_a_masked_product_in_two_fusions_is_divided_once():
     """As libtpu 0.0.52 writes a ragged product: of 8 groups, 2 experts in each of 4 layers, the layer's 2 are read."""
-    found = account(RAGGED, {})
+    found = cost_analysis(RAGGED, {})
     product = 2 * 64 * 16 * 32
     assert (found.flops, found.masked_flops) == (product, 7 * product)
     assert found.bytes_accessed == 2 * (2 * 16 * 32 + 64 * 16 + 64 * 32) + 8 * 64
@@ -585,7 +585,7 @@ ENTRY %main (x: bf16[64,16], y: bf16[32,16], z: s32[2]) -> bf16[32,16] {{
 
 def test_what_the_sparse_cores_do_is_counted_where_it_starts():
     """As libtpu 0.0.52 writes it: rows are read, sent to the other of two chips, and written."""
-    found = account(SPARSE, MESH)
+    found = cost_analysis(SPARSE, MESH)
     assert sent(found) == {("ragged-all-to-all", "expert"): (2 * 64 * 16 // 2, 1)}
     assert found.bytes_accessed == 2 * 64 * 16 + 2 * 32 * 16
 
@@ -594,8 +594,8 @@ def test_what_the_sparse_cores_do_is_counted_where_it_starts():
 
 
 def test_a_program_for_another_number_of_chips_is_refused():
-    with pytest.raises(ValueError, match="account: got a program for 8 chips, wanted one for the mesh's 4"):
-        account(SPREAD, {"data": 4})
+    with pytest.raises(ValueError, match="cost: got a program for 8 chips, wanted one for the mesh's 4"):
+        cost_analysis(SPREAD, {"data": 4})
 
 
 def test_a_text_without_an_entry_is_refused():
@@ -618,5 +618,5 @@ def test_a_large_text_takes_seconds():
     entry = ["ENTRY %main (p: f32[8,8]) -> f32[8,8] {", "  %x.0 = f32[8,8]{1,0} parameter(0)", *chain]
     text = "\n".join(["HloModule large", *bodies, *entry, "  ROOT %end = f32[8,8]{1,0} copy(%x.0)", "}"])
     start = time.monotonic()
-    assert account(text, {}).flops == (count - 1) * 2 * 8**3
+    assert cost_analysis(text, {}).flops == (count - 1) * 2 * 8**3
     assert time.monotonic() - start < 20

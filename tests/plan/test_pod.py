@@ -76,7 +76,7 @@ def test_the_update_that_is_compiled_is_the_one_that_runs(dtype, moments):
     of, seen = trainer(settings), []
     update = of.update
     of.update = lambda *given: seen.append(update.trace(*given)) or update(*given)
-    tokens = of.roll.tokenizer.chat([{"role": "user", "content": "1+1=?"}])
+    tokens = of.rollout_worker.tokenizer.chat([{"role": "user", "content": "1+1=?"}])
     of.step(of.first_state(), lambda: [Prompt("1+1=?", tokens, {})] * 2, 0)
     [ran], traced = seen, compiled.trace(mine).traced
     shapes = lambda traced: jax.tree.map(lambda info: (info.shape, info.dtype), traced.args_info)
@@ -84,7 +84,7 @@ def test_the_update_that_is_compiled_is_the_one_that_runs(dtype, moments):
     assert str(traced.jaxpr) == str(ran.jaxpr)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("f32", marks=pytest.mark.slow)])
 def test_the_sync_that_is_compiled_is_the_one_that_runs(dtype):
     mine = task("sync", dtype=dtype)
     of = trainer(dataclasses.replace(mine.settings, prompts_per_step=2, group_size=4, max_new_tokens=9))
@@ -106,8 +106,15 @@ def test_settings_are_a_runs_own():
     assert found == wanted
 
 
-@pytest.mark.parametrize("step", ["train", "grpo"])
-@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("step", "moments"),
+    [
+        ("train", "float32"),
+        ("grpo", "bfloat16"),
+        pytest.param("train", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("grpo", "float32", marks=pytest.mark.slow),
+    ],
+)
 def test_planner_and_compiler_count_the_state_that_is_traced(step, moments):
     """Weights and moments to the byte, but for the optimizer's counters."""
     mine = task(step, moments=moments)

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_jax.rewards.accuracy import accuracy_reward, answers_equal, extract_answer, gsm8k_answer
+from deepseek_jax.rewards.accuracy import accuracy_reward
+from deepseek_jax.rewards.answers import answers_equal
+from deepseek_jax.text.answers import extract_answer, gsm8k_answer
 
 
 @pytest.mark.parametrize(

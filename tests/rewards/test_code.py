@@ -9,19 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_jax.rewards.code import (
-    Assertions,
-    CodeReward,
-    InputOutput,
-    TestsUnusable,
-    code_reward,
-    count_assertions,
-    extract_program,
-    outputs_equal,
-    parse_tests,
-)
+from deepseek_jax.rewards.assertions import Assertions, TestsUnusable, count_assertions
+from deepseek_jax.rewards.code import CodeReward, code_reward
 from deepseek_jax.rewards.combine import RewardError, combine
+from deepseek_jax.rewards.outputs import outputs_equal
+from deepseek_jax.rewards.programs import extract_program
 from deepseek_jax.rewards.sandbox import Limits, SandboxUnavailable
+from deepseek_jax.rewards.tests_column import InputOutput, parse_tests
 from tests.rewards.honest import HONEST, Honest
 from tests.rewards.hostile import FORGERIES, Forgery
 from tests.rewards.lies import LIES, Lie

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_jax.rewards.accuracy import accuracy_reward
-from deepseek_jax.rewards.combine import RewardError, RowsFailed, combine
+from deepseek_jax.rewards.combine import RewardError, combine
 from deepseek_jax.rewards.format import format_reward
+from deepseek_jax.rewards.protocol import RowsFailed
 
 SCORES = st.lists(st.none() | st.floats(-10, 10), min_size=3, max_size=3)
 
@@ -147,11 +148,11 @@ def test_a_function_without_weight_that_raises_leaves_the_total_known():
 
 def test_the_parts_alone_may_all_be_none():
     reward = combine({"picky": picky, "none": lambda p, c, i, **k: [None] * len(c)}, {"picky": 1.0, "none": 1.0})
-    assert reward.parts([""], ["good"], [[1]]) == {"picky": [1.0], "none": [None]}
+    assert reward.graded([""], ["good"], [[1]]).parts == {"picky": [1.0], "none": [None]}
     none = combine({"none": fixed([None])}, {"none": 1.0})
-    assert none.parts([""], ["c"], [[1]]) == {"none": [None]}
+    assert none.graded([""], ["c"], [[1]]).parts == {"none": [None]}
     with pytest.raises(ValueError, match="answer: got 2 rows, wanted 1"):
-        none.parts([""], ["c"], [[1]], answer=["4", "4"])
+        none.graded([""], ["c"], [[1]], answer=["4", "4"])
 
 
 @pytest.mark.parametrize("on_error", ["raise", "none"])

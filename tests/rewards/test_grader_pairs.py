@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_jax.rewards.accuracy import extract_answer
 from deepseek_jax.rewards.math import MathGrader
 from deepseek_jax.rewards.pool import PoolConfig, WorkerPool
+from deepseek_jax.text.answers import extract_answer
 
 
 def read_pairs() -> list[tuple[str, str, str, bool]]:

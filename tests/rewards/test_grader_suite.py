@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from deepseek_jax.rewards.accuracy import gsm8k_answer
 from deepseek_jax.rewards.math import MathGrader, math_reward
 from deepseek_jax.rewards.pool import PoolConfig
+from deepseek_jax.text.answers import gsm8k_answer
 
 NUMBERS = [
     ("= 4", "4", True, "plain"),

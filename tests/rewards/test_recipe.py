@@ -80,11 +80,11 @@ def test_an_evaluation_follows_reward_error():
         "answer": ["B", "Z"],
     }
     with rewards(RewardConfig(accuracy="choice", reward_error="none"), max_new_tokens=8) as made:
-        assert made.accuracy.parts(**columns) == {"accuracy": [1.0, None]}
+        assert made.accuracy.graded(**columns).parts == {"accuracy": [1.0, None]}
         totals, parts = made.total(**columns)
         assert totals[0] == 1.0 and math.isnan(totals[1]) and parts["format"] == [0.0, 0.0]
     with rewards(RewardConfig(accuracy="choice"), max_new_tokens=8) as made, pytest.raises(RuntimeError, match="row 1"):
-        made.accuracy.parts(**columns)
+        made.accuracy.graded(**columns)
 
 
 def test_programs_that_cannot_be_isolated_are_refused_at_the_start(monkeypatch):

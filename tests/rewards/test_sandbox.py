@@ -11,13 +11,14 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from deepseek_jax.rewards import sandbox
-from deepseek_jax.rewards.sandbox import Limits, Program, SandboxUnavailable, run_linked, run_program, run_programs
+from deepseek_jax.rewards.sandbox import CompletedProgram, Limits, Program, SandboxUnavailable, run_linked, run_program
 from deepseek_jax.rewards.sandbox.seccomp import filter_program
 from tests.rewards.hostile import ALL, Hostile
 
@@ -40,6 +41,15 @@ def no_namespaces() -> str:
     if sys.platform != "linux":
         return "namespaces are Linux's"
     return subprocess.run([sys.executable, "-c", NAMESPACES], capture_output=True, text=True).stderr.strip()
+
+
+def run(source: str | bytes, *, allow_unsandboxed: bool = False, **settings: object) -> CompletedProgram:
+    return run_program(Program(source=source, **settings), allow_unsandboxed=allow_unsandboxed)
+
+
+def run_all(programs: list[Program]) -> list[CompletedProgram]:
+    with ThreadPoolExecutor(len(programs)) as pool:
+        return list(pool.map(run_program, programs))
 
 
 def need_sandbox() -> None:
@@ -132,7 +142,7 @@ def test_hostile_programs_get_nowhere(program: Hostile, outside: Outside):
     need_sandbox()
     limits = Limits(seconds=program.seconds, processes=program.processes, memory_bytes=256 << 20)
     start = time.monotonic()
-    ran = run_program(outside.fill(program.source), limits=limits)
+    ran = run(outside.fill(program.source), limits=limits)
     assert (ran.kind, outside.damage()) == (program.kind, []), (ran.code, ran.stdout[:500], ran.stderr[-500:])
     if program.stdout is not None:
         assert ran.stdout.decode() == program.stdout
@@ -167,7 +177,7 @@ def test_a_process_that_would_live_on_is_seen(outside: Outside):
     """The control of the process table: while a marked program runs, the marks are found."""
     need_sandbox()
     source = outside.fill("import ctypes, time\nctypes.CDLL(None).prctl(15, b'@MARK@', 0, 0, 0)\ntime.sleep(30)")
-    thread = threading.Thread(target=run_program, args=(source,), kwargs={"limits": Limits(seconds=1.0)})
+    thread = threading.Thread(target=run, args=(source,), kwargs={"limits": Limits(seconds=1.0)})
     thread.start()
     seen: list[int] = []
     while thread.is_alive() and not seen:
@@ -190,9 +200,7 @@ def test_honest_programs_run():
             print(result[0], open('data').read(), file.read())
         exit()
     """
-    ran = run_program(
-        textwrap.dedent(source), stdin="1\n2\n39\n", files={"data": b"given"}, limits=Limits(seconds=30.0)
-    )
+    ran = run(textwrap.dedent(source), stdin="1\n2\n39\n", files={"data": b"given"}, limits=Limits(seconds=30.0))
     assert (ran.kind, ran.code, ran.stdout.decode(), ran.stderr) == ("ok", 0, "42 given né\n", b"")
 
 
@@ -213,7 +221,7 @@ def test_threads_start_at_the_default_memory_every_time(count: int):
         print(len(threads))
     """
     programs = [Program(source=textwrap.dedent(source), limits=Limits(seconds=30.0))] * 4
-    for ran in run_programs(programs):
+    for ran in run_all(programs):
         assert (ran.kind, ran.stdout) == ("ok", b"%d\n" % count), ran.stderr[-300:]
 
 
@@ -235,9 +243,9 @@ def test_what_one_program_locks_another_does_not_see():
     need_sandbox()
     source = textwrap.dedent(LOCKING)
     limits = Limits(seconds=30.0)
-    alone = run_program(source.replace("HOLD", "0"), limits=limits).stdout
+    alone = run(source.replace("HOLD", "0"), limits=limits).stdout
     pair = [Program(source=source.replace("HOLD", hold), limits=limits) for hold in ("1.5", "0.1")]
-    assert [ran.stdout for ran in run_programs(pair, workers=2)] == [alone, alone]
+    assert [ran.stdout for ran in run_all(pair)] == [alone, alone]
 
 
 def test_files_are_flushed_where_there_is_nothing_to_flush():
@@ -250,7 +258,7 @@ def test_files_are_flushed_where_there_is_nothing_to_flush():
             os.fsync(file.fileno())
         print(open("x").read())
     """
-    assert run_program(textwrap.dedent(source), limits=Limits(seconds=30.0)).stdout == b"1\n"
+    assert run(textwrap.dedent(source), limits=Limits(seconds=30.0)).stdout == b"1\n"
 
 
 def test_standard_streams_have_their_names():
@@ -261,7 +269,7 @@ def test_standard_streams_have_their_names():
         with open("/dev/stdout", "w") as out: out.write("written\\n")
         print(sorted(set(os.listdir("/dev"))), os.path.exists("/proc"))
     """
-    ran = run_program(textwrap.dedent(source), stdin="a\n" * 3, limits=Limits(seconds=30.0))
+    ran = run(textwrap.dedent(source), stdin="a\n" * 3, limits=Limits(seconds=30.0))
     devices = ["fd", "null", "random", "stderr", "stdin", "stdout", "urandom", "zero"]
     assert (ran.stderr, ran.stdout.decode()) == (b"a\n\n", f"written\n{devices} False\n")
 
@@ -271,7 +279,7 @@ def test_installed_packages_are_there_for_whom_they_are_given_and_no_others():
     source = "import numpy\nprint(numpy.arange(3).sum())\ntry: import jax\nexcept ImportError: print('none')"
     limits = Limits(seconds=30.0)
     given = Program(source=source, limits=limits, packages=("numpy", "not_installed"))
-    first, second = run_programs([given, Program(source=source, limits=limits)])
+    first, second = run_all([given, Program(source=source, limits=limits)])
     assert first.stdout == b"3\nnone\n", first.stderr
     assert second.kind == "error" and b"No module named 'numpy'" in second.stderr
 
@@ -287,7 +295,7 @@ def test_a_program_that_the_kernel_kills_for_memory_is_an_error_and_no_verdict(o
     thread = threading.Thread(target=kill)
     thread.start()
     with pytest.raises(SandboxUnavailable, match="memory"):
-        run_program(source, limits=Limits(seconds=60.0))
+        run(source, limits=Limits(seconds=60.0))
     thread.join()
 
 
@@ -299,7 +307,7 @@ def test_processor_time_ends_a_program_of_many_threads_as_time_does():
             while True: pass
         for _ in range(8): threading.Thread(target=work).start()
     """
-    ran = run_program(textwrap.dedent(source), limits=Limits(seconds=1.0))
+    ran = run(textwrap.dedent(source), limits=Limits(seconds=1.0))
     assert ran.kind == "timeout" and ran.seconds < 2.0
 
 
@@ -314,40 +322,31 @@ def test_a_missing_interpreter_is_an_error_in_one_line(monkeypatch: pytest.Monke
 def test_the_same_program_prints_the_same_on_every_run():
     need_sandbox()
     source = "print(list({'a', 'b', 'c', 'd', 'e', 'f'}), hash('x'))"
-    first, second = run_programs([Program(source=source)] * 2)
+    first, second = run_all([Program(source=source)] * 2)
     assert first.stdout == second.stdout and first.kind == "ok"
 
 
 def test_input_larger_than_a_pipe_arrives_whole_and_input_not_read_harms_nothing():
     need_sandbox()
     text = "0123456789" * 100_000
-    assert run_program("import sys\nprint(len(sys.stdin.read()))", stdin=text).stdout == b"1000000\n"
-    assert run_program("print('done')", stdin=text).stdout == b"done\n"
+    assert run("import sys\nprint(len(sys.stdin.read()))", stdin=text).stdout == b"1000000\n"
+    assert run("print('done')", stdin=text).stdout == b"done\n"
 
 
 def test_an_error_is_told_with_its_status_and_words():
     need_sandbox()
-    ran = run_program("print('before', flush=True)\nraise KeyError('why')")
+    ran = run("print('before', flush=True)\nraise KeyError('why')")
     assert (ran.kind, ran.code, ran.stdout) == ("error", 1, b"before\n") and b"KeyError: 'why'" in ran.stderr
-    assert run_program("import sys\nsys.exit(7)").code == 7
+    assert run("import sys\nsys.exit(7)").code == 7
 
 
 def test_output_at_the_limit_is_kept_and_beyond_it_is_cut():
     need_sandbox()
     limits = Limits(output_bytes=1000, seconds=30.0)
-    whole = run_program("print('x' * 999)", limits=limits)
+    whole = run("print('x' * 999)", limits=limits)
     assert (whole.kind, len(whole.stdout)) == ("ok", 1000)
-    cut = run_program("print('x' * 1000)", limits=limits)
+    cut = run("print('x' * 1000)", limits=limits)
     assert (cut.kind, cut.stdout) == ("output", b"x" * 1000)
-
-
-def test_waiting_for_a_worker_is_not_counted():
-    need_sandbox()
-    programs = [Program(source="import time\ntime.sleep(0.3)\nprint(1)", limits=Limits(seconds=1.2))] * 5
-    start = time.monotonic()
-    results = run_programs(programs, workers=1)
-    assert time.monotonic() - start > 1.2
-    assert [ran.kind for ran in results] == ["ok"] * 5
 
 
 def test_linked_programs_talk_and_the_second_ends_with_the_first():
@@ -373,8 +372,8 @@ def test_programs_die_with_the_process_that_started_them(outside: Outside):
     need_sandbox()
     hostile = outside.fill("import ctypes, time\nctypes.CDLL(None).prctl(15, b'@MARK@', 0, 0, 0)\ntime.sleep(1000)")
     source = (
-        "from deepseek_jax.rewards.sandbox import Limits, run_program\n"
-        f"run_program({hostile!r}, limits=Limits(seconds=100.0))"
+        "from deepseek_jax.rewards.sandbox import Limits, Program, run_program\n"
+        f"run_program(Program(source={hostile!r}, limits=Limits(seconds=100.0)))"
     )
     trainer = subprocess.Popen([sys.executable, "-c", source], cwd=REPO)
     wait_until(lambda: marked_processes(outside.mark))
@@ -398,10 +397,10 @@ def test_an_ordinary_user_has_the_sandbox_too(user: int):
     source = """
         import os
         assert os.geteuid() == USER
-        from deepseek_jax.rewards.sandbox import available, run_program
+        from deepseek_jax.rewards.sandbox import Program, available, run_program
         assert available() is None, available()
         program = "import os\\nprint(os.getuid(), os.path.exists('/etc/passwd'))"
-        print(run_program(program).stdout.decode())
+        print(run_program(Program(source=program)).stdout.decode())
     """
     as_user = ["unshare", "--user", f"--map-user={user}", f"--map-group={user}"]
     command = [*as_user, sys.executable, "-c", textwrap.dedent(source).replace("USER", str(user))]
@@ -417,7 +416,7 @@ def test_without_a_sandbox_nothing_runs(monkeypatch: pytest.MonkeyPatch):
     no_sandbox(monkeypatch)
     monkeypatch.setattr(sandbox, "_launch", lambda *args, **kwargs: pytest.fail("it ran"))
     with pytest.raises(SandboxUnavailable, match="no namespaces here.*allow_unsandboxed=True"):
-        run_program("print(1)")
+        run("print(1)")
     with pytest.raises(SandboxUnavailable, match="no namespaces here"):
         run_linked(Program(source=""), Program(source=""))
 
@@ -434,7 +433,7 @@ def test_a_sandbox_that_cannot_be_built_is_an_error_and_not_a_verdict(monkeypatc
     visible = {**sandbox._visible(), "binds": [*sandbox._visible()["binds"], ("/does/not/exist", "folder")]}
     monkeypatch.setattr(sandbox, "_visible", lambda: visible)
     with pytest.raises(SandboxUnavailable, match="/does/not/exist") as failure:
-        run_program("print(1)")
+        run("print(1)")
     assert "\n" not in str(failure.value)
     with pytest.raises(SandboxUnavailable, match="/does/not/exist"):
         run_linked(Program(source=""), Program(source=""))
@@ -444,23 +443,23 @@ def test_a_filter_that_the_kernel_refuses_stops_the_run(monkeypatch: pytest.Monk
     need_sandbox()
     monkeypatch.setattr(sandbox, "_filter", lambda fork: b"\xff" * 8)
     with pytest.raises(SandboxUnavailable, match="seccomp"):
-        run_program("print(1)")
+        run("print(1)")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the unsandboxed mode is tested on Linux only")
 def test_when_told_so_it_runs_unsandboxed_within_limits(monkeypatch: pytest.MonkeyPatch, outside: Outside):
     no_sandbox(monkeypatch)
-    run = lambda source, seconds=30.0: run_program(
+    here = lambda source, seconds=30.0: run(
         outside.fill(source),
         limits=Limits(seconds=seconds, memory_bytes=256 << 20, processes=8),
         allow_unsandboxed=True,
     )
-    assert run("import os\nprint(os.listdir('.'))").stdout == b"['main.py']\n"
-    assert run("while True: pass", 0.5).kind == "timeout"
-    assert run("bytearray(1 << 40)").kind == "memory"
-    assert run("while True: print('x' * 4096)").kind == "output"
+    assert here("import os\nprint(os.listdir('.'))").stdout == b"['main.py']\n"
+    assert here("while True: pass", 0.5).kind == "timeout"
+    assert here("bytearray(1 << 40)").kind == "memory"
+    assert here("while True: print('x' * 4096)").kind == "output"
     daemon = next(program for program in ALL if program.name == "daemon")
-    assert run(daemon.source.replace("os.closerange(0, 100)", "")).stdout == b"held\n"
+    assert here(daemon.source.replace("os.closerange(0, 100)", "")).stdout == b"held\n"
     assert marked_processes(outside.mark) == []
 
 
@@ -543,9 +542,3 @@ def test_limits_are_checked(values: dict):
 def test_file_names_are_plain(name: str):
     with pytest.raises(ValueError, match="Program: files"):
         Program(source="", files={name: "x"})
-
-
-def test_workers_are_checked():
-    need_sandbox()
-    with pytest.raises(ValueError, match="workers"):
-        run_programs([], workers=0)

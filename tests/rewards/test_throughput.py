@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_jax.rewards.accuracy import extract_answer
 from deepseek_jax.rewards.math import MathGrader, math_reward
 from deepseek_jax.rewards.pool import PoolConfig, WorkerPool
+from deepseek_jax.text.answers import extract_answer
 
 ROWS = 2_000
 

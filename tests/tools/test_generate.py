@@ -16,7 +16,7 @@ from flax import nnx
 
 from deepseek_jax.checkpoint.convert import convert_hf
 from deepseek_jax.checkpoint.folder import Model
-from deepseek_jax.checkpoint.opened import open_folder
+from deepseek_jax.checkpoint.model_folder import open_folder
 from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.commands.generate import main
 from deepseek_jax.config import preset
@@ -213,7 +213,8 @@ def test_the_switch_of_thinking_is_the_templates(folder, generate, tmp_path):
     asks = variant(folder, tmp_path / "asks", tokenizer_config__json=config)
     assert "thinking is True" in generate(asks, "--prompt", "1", "--thinking", "True")[2]
     assert "thinking is False" in generate(asks, "--prompt", "1", "--thinking", "False")[2]
-    assert "leave one out" in generate(asks, "--prompt", "1", "--no-chat", "--thinking", "True")[2]
+    for switch in ("True", "False"):
+        assert "leave one out" in generate(asks, "--prompt", "1", "--no-chat", "--thinking", switch)[2]
 
 
 def test_what_a_template_says_does_not_reach_the_terminal_raw(folder, generate, tmp_path):

@@ -16,7 +16,7 @@ import pytest
 from deepseek_jax.checkpoint import files, names, writer
 from deepseek_jax.checkpoint.convert import convert_hf
 from deepseek_jax.checkpoint.headers import NAMES, Entry
-from deepseek_jax.checkpoint.opened import open_folder
+from deepseek_jax.checkpoint.model_folder import open_folder
 from deepseek_jax.checkpoint.summary import Summary, of_folder, of_preset
 from deepseek_jax.commands.inspect import main
 from deepseek_jax.config import PRESETS, preset, to_hf
@@ -90,7 +90,7 @@ def test_a_folder_larger_than_any_memory_is_inspected_without_reading_a_weight(i
         entries = {row.name: Entry(row.dtype, row.shape, 0) for row in rows}
 
     (tmp_path / "config.json").write_text(json.dumps(to_hf(config)))
-    writer.NewShards(tmp_path, writer.plan(Shapes())).close()
+    writer.ShardWriter(tmp_path, writer.plan(Shapes())).close()
     assert sum(file.stat().st_blocks for file in tmp_path.iterdir()) * 512 < 200e6
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) > 100e9
     status, text, _ = inspect(tmp_path, "--json")

@@ -132,51 +132,45 @@ def test_a_folder_is_a_model(call, tmp_path):
 def test_a_plan_says_which_command_runs_it(call):
     """Whole lines, to be copied; what no program does is an estimate, and says what is missing."""
     text = call("distill-qwen-7b", "--chip", "rtx5090")[1]
-    assert "run by        python tools/generate.py FOLDER --prompt TEXT\n" in text
+    assert "run by        deepseek-jax generate FOLDER --prompt TEXT\n" in text
     assert "missing" not in text and "compiled by" not in text  # there is no compiler's description of that GPU
     text = call("r1-671b", "--chip", "h200", "--dtype", "fp8")[1]
     assert "run by        no command yet: an estimate\nmissing       a program that computes from fp8 weights" in text
     assert "compiled by" not in text and "unpacked" not in text
     text = call("r1-671b", "--chip", "h200", "--chips", 16, "--batch", 128)[1]
-    assert (
-        "run by        python tools/generate.py FOLDER --prompt TEXT --serve-expert " in text and "missing" not in text
-    )
-    assert "compiled by   python tools/compile_pod.py --preset r1-671b --topology h200:2x8 --step decode " in text
+    assert "run by        deepseek-jax generate FOLDER --prompt TEXT --serve-expert " in text and "missing" not in text
+    assert "compiled by   deepseek-jax compile --preset r1-671b --topology h200:2x8 --step decode " in text
     found = json.loads(call("v2-lite", "--chip", "v6e", "--chips", 16, "--workload", "grpo", "--json")[1])
     mesh = {axis: size for axis, size in found["mesh"].items() if size > 1}
     run = found["commands"]["run"]
-    assert run.startswith("python experiments/r1_zero.py --model FOLDER --data FILE --mesh-")
+    assert run.startswith("deepseek-jax train --model FOLDER --data FILE --mesh-")
     assert all(f" --mesh-{axis} {size} " in run for axis, size in mesh.items())
     sampling = found["rollout_mesh"]
-    assert f" --serve-expert {sampling['expert']} --serve-tensor {sampling['tensor']} --scan-layers " in run
-    assert f" --dtype bfloat16 --moments float32 --prompts-per-step {found['batch'] // 16} --group-size 16 " in run
+    assert " --scan-layers --remat all_but_attention --dtype bfloat16 --moments float32 --serve-expert " in run
+    serve = f" --serve-expert {sampling['expert']} --serve-tensor {sampling['tensor']} "
+    assert f"{serve}--prompts-per-step {found['batch'] // 16} --group-size 16 " in run
     assert found["phases"].keys() == {"transfer", "rollout", "scoring", "update"}
     assert max(each["total"] for each in found["phases"].values()) == found["memory"]["total"]
     text = call("v2-lite", "--chip", "v6e", "--chips", 16, "--workload", "grpo", "--moments", "bfloat16")[1]
     assert all(word in text for word in ("transfer", "rollout", "scoring", "update", "of its memory", "serving"))
-    assert " --moments bfloat16 --prompts-per-step " in text and text.count("--moments bfloat16") == 2
+    assert " --moments bfloat16 --serve-expert " in text and text.count("--moments bfloat16") == 2
     assert f"--topology v6e:4x4 --step grpo --batch {found['batch']} " in found["commands"]["compile"]
     assert found["commands"]["missing"] == []
-    text = call("--chip", "h100")[1]
-    assert "generate.py" in text and "nothing yet" in text
+    assert "generate" in call("--chip", "h100")[1] and "nothing yet" in call("--chip", "h100", "--dtype", "fp8")[1]
 
 
 def test_the_commands_of_a_plan_parse(call):
     """Their options are those that the programs have."""
     train = json.loads(call("v2-lite", "--chip", "v7x", "--workload", "train", "--json")[1])["commands"]
-    assert train["missing"] == [] and train["run"].startswith("python experiments/sft.py --model FOLDER --data FILE --")
+    assert train["missing"] == []
     grpo = json.loads(call("v2-lite", "--chip", "h100", "--workload", "grpo", "--json")[1])["commands"]
-    lines = [train["compile"], grpo["compile"], *grpo["compile_also"]]
-    assert [line.split("--step ")[1].split()[0] for line in lines] == ["train", "grpo", "sync", "decode"]
-    programs = [
-        ("experiments.r1_zero", [grpo["run"]]),
-        ("experiments.sft", [train["run"]]),
-        ("tools.compile_pod", lines),
-    ]
-    for module, lines in programs:
-        command = [sys.executable, "-m", module, "--help-all"]
+    steps = [train["compile"], grpo["compile"], *grpo["compile_also"]]
+    assert [line.split("--step ")[1].split()[0] for line in steps] == ["train", "grpo", "sync", "decode"]
+    for command, lines in (("train", [grpo["run"]]), ("sft", [train["run"]]), ("compile", steps)):
+        assert all(line.startswith(f"deepseek-jax {command} ") for line in lines)
+        words = [sys.executable, "-m", "deepseek_jax", command, "--help-all"]
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-        shown = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=120).stdout
+        shown = subprocess.run(words, capture_output=True, text=True, env=env, cwd=ROOT, timeout=120).stdout
         for option in (word for word in " ".join(lines).split() if word.startswith("--")):
             assert option in shown, option
 

@@ -24,7 +24,7 @@ from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train import grpo
-from deepseek_jax.train.grpo import GRPOTrainer, _counted, followed, total_tokens
+from deepseek_jax.train.grpo import GRPOTrainer, _counted, total_tokens, update_reference
 from deepseek_jax.train.grpo_config import GRPOConfig
 from deepseek_jax.train.grpo_stage import run_grpo
 from deepseek_jax.train.loop import NonFiniteError, ended_nonfinite
@@ -111,7 +111,11 @@ def plain_gradients(loss_type="grpo"):
 
 @pytest.mark.parametrize(
     ("loss_type", "changes"),
-    [("grpo", {"pack": True}), ("grpo", {"micro_batches": 4}), ("dapo", {"pack": True, "micro_batches": 2})],
+    [
+        ("grpo", {"pack": True}),
+        ("grpo", {"micro_batches": 4}),
+        pytest.param("dapo", {"pack": True, "micro_batches": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_packing_and_micro_batches_change_no_gradient(loss_type, changes):
     wanted, metrics = plain_gradients(loss_type)
@@ -250,7 +254,7 @@ def test_the_reference_follows_every_so_many_steps_and_as_far_as_told():
     now = flat(state.train.weights)
     for name, leaf in flat(state.reference).items():
         np.testing.assert_allclose(leaf, start[name] + 0.25 * (now[name] - start[name]), atol=1e-7, err_msg=name)
-    whole = followed(start_tree(), state.train.weights, 1.0, jnp.dtype("float32"))
+    whole = update_reference(start_tree(), state.train.weights, 1.0, jnp.dtype("float32"))
     assert_close(whole, state.train.weights, 0)
 
 
@@ -319,7 +323,9 @@ def sometimes(prompts, completions, completion_ids, **columns):
     "changes",
     [
         {"sampling_rounds": 3, "reference_every": 2, "reference_mixup": 0.5, "loss": GRPOLossConfig(beta=0.1)},
-        {"pack": True, "keep_routing": True, "updates_per_rollout": 2, "num_iterations": 2},
+        pytest.param(
+            {"pack": True, "keep_routing": True, "updates_per_rollout": 2, "num_iterations": 2}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_killed_stage_repeats_and_loses_no_prompt_and_ends_bit_identical(tmp_path, changes):

@@ -14,7 +14,7 @@ from flax import nnx
 from deepseek_jax.checkpoint.adapters import new_adapter
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.layers import RouterBias
-from deepseek_jax.model.lora import LoRAConfig, adapted, beside, decoder_of
+from deepseek_jax.model.lora import LoRAConfig, adapted, decoder_of, with_adapter
 from deepseek_jax.model.scan_layers import stack_layers
 from deepseek_jax.ops.metrics import values
 from deepseek_jax.sharding import LOCAL, Layout
@@ -112,7 +112,7 @@ def gradient_of(config, weights_of):
 
 def test_the_update_is_the_gradient_of_the_loss_beside_the_adapter():
     """Against a gradient taken by hand."""
-    (value, gradient), (weights, metrics) = gradient_of(CONFIG, beside), reference()
+    (value, gradient), (weights, metrics) = gradient_of(CONFIG, with_adapter), reference()
     assert max(np.abs(g).max() for g in gradient.values()) > 0.01
     for path, start in flat(adapter_of()).items():
         np.testing.assert_allclose(weights[path], start - gradient[path], rtol=0, atol=1e-6, err_msg=str(path))
@@ -124,7 +124,7 @@ def test_the_update_is_the_gradient_of_the_loss_beside_the_adapter():
 @pytest.mark.parametrize("config", [CONFIG, ROUTED], ids=["dense", "experts"])
 def test_loss_and_gradient_are_those_of_adapted_weights(config):
     """In float32, where W + s A B loses little: the loss to 1e-6, each gradient to 1e-5 of its norm."""
-    (loss, got), (of_sums, wanted) = gradient_of(config, beside), gradient_of(config, adapted)
+    (loss, got), (of_sums, wanted) = gradient_of(config, with_adapter), gradient_of(config, adapted)
     assert loss == pytest.approx(of_sums, rel=1e-6)
     norm = lambda g: np.linalg.norm(g.astype(np.float64))
     for path, value in wanted.items():
@@ -152,7 +152,7 @@ def test_the_gradient_holds_no_matrix_as_large_as_a_frozen_one(layout):
     leaves = dict(nnx.to_flat_state(weights))
     shapes = [leaves[path[:-1]].get_raw_value().shape for path, _ in nnx.to_flat_state(adapter) if path[-1] == "a"]
     frozen_bytes = sum(4 * math.prod(of) for of in shapes)
-    assert kept(beside) + frozen_bytes < kept(adapted)
+    assert kept(with_adapter) + frozen_bytes < kept(adapted)
 
 
 def test_micro_batches_change_nothing():

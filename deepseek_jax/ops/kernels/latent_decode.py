@@ -54,8 +54,6 @@ def latent_decode(
     seen = lambda b, step, position: jnp.minimum(step, position[b] // block)  # past it the same again: not fetched
     of_block = lambda b, step, layer, position: (b, layer[0], seen(b, step, position), 0)
     of_cache = [pl.BlockSpec((None, None, block, width), of_block) for width in (C, R)]
-    q_bytes = B * N * (C + R) * q_latent_BNC.dtype.itemsize
-    out_bytes = B * N * C * q_latent_BNC.dtype.itemsize
     call = pl.pallas_call(
         functools.partial(_attend_block, block, scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -67,11 +65,7 @@ def latent_decode(
         ),
         out_shape=jax.ShapeDtypeStruct((B, N, C), q_latent_BNC.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * B * N * S * (2 * C + R),
-            bytes_accessed=B * S * (C + R) * c.dtype.itemsize + q_bytes + out_bytes,
-            transcendentals=B * N * S,
-        ),
+        cost_estimate=_cost(q_latent_BNC, c, r),
         interpret=interpret,
         name="latent_decode",
     )
@@ -82,6 +76,17 @@ def latent_decode(
         q_rope_BNR.astype(c.dtype),
         c,
         r,
+    )
+
+
+def _cost(q_latent_BNC, c, r):
+    """What XLA's scheduler is told: every key is read once, as are the queries, and the output is written."""
+    (B, N, C), (S, R) = q_latent_BNC.shape, r.shape[2:]
+    cache_bytes = B * S * (C + R) * c.dtype.itemsize
+    return pl.CostEstimate(
+        flops=2 * B * N * S * (2 * C + R),
+        bytes_accessed=cache_bytes + B * N * (2 * C + R) * q_latent_BNC.dtype.itemsize,
+        transcendentals=B * N * S,
     )
 
 

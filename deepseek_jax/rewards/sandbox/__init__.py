@@ -27,7 +27,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -112,15 +111,15 @@ class Program:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ran:
+class CompletedProgram:
     """How a program ended.
 
     Args:
       kind: "ok" (status 0), "error" (another status), "memory" (an error, its last words a MemoryError), "timeout",
         "output" (it wrote more than allowed), "killed" (by a signal, a crash among them).
       code: exit status, minus the signal's number where there was one; 0 where it was stopped.
-      seconds: wall time from its first instruction to its end; neither waiting for a free worker, nor building the
-        sandbox counts, nor, where that decided, waiting for a processor.
+      seconds: wall time from its first instruction to its end; building the sandbox does not count, nor,
+        where that decided, waiting for a processor.
       stdout: bytes that it wrote, cut at the limit.
       stderr: likewise.
     """
@@ -132,18 +131,11 @@ class Ran:
     stderr: bytes
 
 
-def run_program(
-    source: str | bytes,
-    *,
-    stdin: str | bytes = "",
-    files: Mapping[str, str | bytes] | None = None,
-    limits: Limits | None = None,
-    allow_unsandboxed: bool = False,
-) -> Ran:
+def run_program(program: Program, *, allow_unsandboxed: bool = False) -> CompletedProgram:
     """Runs one program in a sandbox of its own and waits for its end; any thread may call it.
 
     Args:
-      source, stdin, files, limits: as in `Program`.
+      program: what to run.
       allow_unsandboxed: where no sandbox can be had, run the program as an ordinary process of this user, in a
         temporary folder, with the limits on time, memory, file size and output and, on Linux, the system call filter.
         It can then read and write whatever this user can. Where a sandbox can be had, it is used.
@@ -153,40 +145,11 @@ def run_program(
 
     Raises:
       SandboxUnavailable: no sandbox can be had and `allow_unsandboxed` is False, or one could not be built.
-      ValueError: what `Program` refuses.
     """
-    program = Program(source=source, stdin=stdin, files=files or {}, limits=limits or Limits())
-    return run_programs([program], workers=1, allow_unsandboxed=allow_unsandboxed)[0]
+    return _launch([program], sandboxed=_choose_sandboxed(allow_unsandboxed))[0]
 
 
-def run_programs(
-    programs: Sequence[Program], *, workers: int | None = None, allow_unsandboxed: bool = False
-) -> list[Ran]:
-    """Runs programs, several at once, each in a sandbox of its own.
-
-    Args:
-      programs: what to run.
-      workers: how many run at once; by default the number of processors that this process may use.
-      allow_unsandboxed: as in `run_program`.
-
-    Returns:
-      How each ended, in their order.
-
-    Raises:
-      SandboxUnavailable: as in `run_program`.
-      ValueError: `workers` is not positive.
-    """
-    sandboxed = _choose_sandboxed(allow_unsandboxed)
-    workers = processors() if workers is None else workers
-    if workers < 1:
-        raise ValueError(f"run_programs: workers: got {workers}, wanted 1 or more; leave it out for one a processor")
-    if workers == 1 or len(programs) < 2:
-        return [_launch([program], sandboxed=sandboxed)[0] for program in programs]
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(lambda program: _launch([program], sandboxed=sandboxed)[0], programs))
-
-
-def run_linked(first: Program, second: Program, *, allow_unsandboxed: bool = False) -> Ran:
+def run_linked(first: Program, second: Program, *, allow_unsandboxed: bool = False) -> CompletedProgram:
     """Runs two programs at once, in two sandboxes; each reads what the other writes to standard output.
 
     Args:
@@ -239,7 +202,7 @@ def _choose_sandboxed(allow_unsandboxed: bool) -> bool:
     return reason is None
 
 
-def _launch(programs: Sequence[Program], *, sandboxed: bool) -> list[Ran]:
+def _launch(programs: Sequence[Program], *, sandboxed: bool) -> list[CompletedProgram]:
     if sandboxed:
         return _ask(programs, [""] * len(programs), sandboxed)
     with tempfile.TemporaryDirectory(prefix="unsandboxed-") as parent:
@@ -249,7 +212,7 @@ def _launch(programs: Sequence[Program], *, sandboxed: bool) -> list[Ran]:
         return _ask(programs, folders, sandboxed)
 
 
-def _ask(programs: Sequence[Program], folders: Sequence[str], sandboxed: bool) -> list[Ran]:
+def _ask(programs: Sequence[Program], folders: Sequence[str], sandboxed: bool) -> list[CompletedProgram]:
     """Runs the launcher: a clean interpreter, since this process has threads and must not be forked.
 
     marshal carries the request because it costs the launcher no import; both ends are ours. The answer holds what
@@ -301,7 +264,7 @@ def _cell(program: Program, folder: str) -> dict[str, Any]:
     }
 
 
-def _parse(answer: bytes, count: int) -> list[Ran]:
+def _parse(answer: bytes, count: int) -> list[CompletedProgram]:
     results = []
     for _ in range(count):
         line, _, answer = answer.partition(b"\n")
@@ -313,7 +276,7 @@ def _parse(answer: bytes, count: int) -> list[Ran]:
             raise SandboxUnavailable(_explain(err.decode(errors="replace")))
         if kind == "error" and err.rstrip().rpartition(b"\n")[2].startswith(b"MemoryError"):
             kind = "memory"
-        results.append(Ran(kind=kind, code=int(code), seconds=float(seconds), stdout=out, stderr=err))
+        results.append(CompletedProgram(kind=kind, code=int(code), seconds=float(seconds), stdout=out, stderr=err))
     return results
 
 

@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 
 from deepseek_jax.plan.hlo import Computation, Instruction, Leaf
-from deepseek_jax.plan.traffic import declared, library
+from deepseek_jax.plan.hlo_bytes import declared, library
 
 # Kernels whose text says nothing of what they compute, unless they declare it.
 _KERNELS = re.compile(r'custom_call_target="[^"]*(mosaic|triton|tpu_custom_call|fmha)[^"]*"', re.IGNORECASE)
@@ -33,7 +33,7 @@ def flops(computation: Computation, instruction: Instruction) -> int:
     if instruction.opcode == "custom-call":
         return _call(operands, instruction)
     if instruction.opcode == "ragged-dot":
-        raise ValueError(f"account: {instruction.name}: got a ragged-dot, wanted what a compiler makes of it")
+        raise ValueError(f"cost: {instruction.name}: got a ragged-dot, wanted what a compiler makes of it")
     return 0
 
 

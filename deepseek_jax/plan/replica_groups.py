@@ -40,7 +40,7 @@ class Axes:
         """
         found = _GROUPS.search(attributes)
         if found is None:
-            raise ValueError(f"account: got a collective with groups not understood: {attributes[:200]!r}")
+            raise ValueError(f"cost: got a collective with groups not understood: {attributes[:200]!r}")
         text = found.group(0)
         if text not in self._known:
             members = _members(found, math.prod(self.sizes))

@@ -13,10 +13,10 @@ import re
 from collections.abc import Callable, Mapping
 
 from deepseek_jax.ops.experts import TILES
-from deepseek_jax.plan.flops import flops, is_unknown
-from deepseek_jax.plan.groups import Axes
 from deepseek_jax.plan.hlo import Computation, Frame, Instruction, parse
-from deepseek_jax.plan.traffic import continues, fusion_bytes, instruction_bytes, skips_groups
+from deepseek_jax.plan.hlo_bytes import continues, fusion_bytes, instruction_bytes, skips_groups
+from deepseek_jax.plan.hlo_flops import flops, is_unknown
+from deepseek_jax.plan.replica_groups import Axes
 
 # Bytes that a chip sends, of an operand of so many bytes and a group of n chips.
 _SENT: Mapping[str, Callable[[int, int], int]] = {
@@ -58,7 +58,7 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Account:
+class StepCost:
     """What one run of a program costs each chip.
 
     Attributes:
@@ -80,7 +80,7 @@ class Account:
     unknown_kernels: tuple[str, ...] = ()
 
 
-def account(text: str, mesh_shape: Mapping[str, int], *, loop: str | None = None) -> Account:
+def cost_analysis(text: str, mesh_shape: Mapping[str, int], *, loop: str | None = None) -> StepCost:
     """Adds up what a compiled program costs each chip, or what one turn of a loop of it does.
 
     FLOPs are those of dot and convolution as XLA counts them, within Triton's fusions and the calls of cuBLAS and
@@ -113,7 +113,7 @@ def account(text: str, mesh_shape: Mapping[str, int], *, loop: str | None = None
     chips = math.prod(mesh_shape.values())
     if module.partitions != chips:
         raise ValueError(
-            f"account: got a program for {module.partitions} chips, wanted one for the mesh's {chips}: compile for it"
+            f"cost: got a program for {module.partitions} chips, wanted one for the mesh's {chips}: compile for it"
         )
     walk = _Walk(Axes(mesh_shape))
     frame = Frame(module, module.entry)
@@ -122,7 +122,7 @@ def account(text: str, mesh_shape: Mapping[str, int], *, loop: str | None = None
         Collective(op=op, axis=axis, bytes=sent, count=total.counts[op, axis])
         for (op, axis), sent in total.sent.items()
     )
-    return Account(
+    return StepCost(
         flops=total.flops,
         masked_flops=total.masked_flops,
         bytes_accessed=total.bytes,
@@ -138,7 +138,7 @@ def _turn(entry: Frame, loop: str) -> Frame:
     for instruction in entry.computation.instructions.values():
         if instruction.opcode == "while" and instruction.op_name == loop:
             return entry.enter(instruction, instruction.called("body"))
-    raise ValueError(f"account: got a program without the loop {loop!r}, wanted the op name of one")
+    raise ValueError(f"cost: got a program without the loop {loop!r}, wanted the op name of one")
 
 
 @dataclasses.dataclass
@@ -251,5 +251,5 @@ def _groups(frame: Frame, fusion: Instruction) -> int:
         if i.opcode == "convolution" and (window := re.search(r"window=\{size=([\dx]+)", i.rest))
     ]
     if len(sizes) != 1:
-        raise ValueError(f"account: {fusion.name}: got {len(sizes)} batched convolutions in a masked product, wanted 1")
+        raise ValueError(f"cost: {fusion.name}: got {len(sizes)} batched convolutions in a masked product, wanted 1")
     return sizes[0]

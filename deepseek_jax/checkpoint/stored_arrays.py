@@ -17,7 +17,7 @@ PIECE = 8 << 20  # bytes that are read and written at once, where a tensor can b
 _ALL = slice(None)
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """Anything that holds a checkpoint's tensors: a Hugging Face folder, a converted one, a model in memory."""
 
     folder: Path
@@ -33,7 +33,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Array:
+class StoredArray:
     """One of our arrays and the tensors that make it up: one, or one an expert.
 
     `shape` is the file's, [E, out, in] for stacked experts; we hold the last two axes the other way round where
@@ -89,7 +89,7 @@ def largest_divisor(number: int, most: int) -> int:
     return max((d for d in range(1, min(number, max(most, 1)) + 1) if number % d == 0), default=1)
 
 
-def arrays(source: Source, config: ModelConfig, abstract: nnx.State) -> list[Array]:
+def arrays(source: TensorSource, config: ModelConfig, abstract: nnx.State) -> list[StoredArray]:
     """The arrays that a checkpoint holds, after checking it against its configuration by names and headers alone.
 
     Raises:
@@ -110,7 +110,7 @@ def arrays(source: Source, config: ModelConfig, abstract: nnx.State) -> list[Arr
     return [_array(source, path, tensors) for path, tensors in parts.items()]
 
 
-def differences(source: Source, config: ModelConfig, table: list[names.Tensor]) -> dict[str, list[str]]:
+def differences(source: TensorSource, config: ModelConfig, table: list[names.Tensor]) -> dict[str, list[str]]:
     """Names that a checkpoint lacks ("missing") and that its configuration does not explain ("unexpected")."""
     wanted = {tensor.name for tensor in _stored(source, config, table)}
     # rotary tables that old exports stored; they follow from the configuration
@@ -118,7 +118,7 @@ def differences(source: Source, config: ModelConfig, table: list[names.Tensor]) 
     return {"missing": sorted(wanted - held), "unexpected": sorted(held - wanted)}
 
 
-def _stored(source: Source, config: ModelConfig, table: list[names.Tensor]) -> Iterator[names.Tensor]:
+def _stored(source: TensorSource, config: ModelConfig, table: list[names.Tensor]) -> Iterator[names.Tensor]:
     """The table as this checkpoint should have it: with the copies that it holds, and scales beside FP8 tensors."""
     head = names.tied_head(config, table)
     for tensor in table if head is None else [*table, head]:
@@ -135,7 +135,7 @@ def _stored(source: Source, config: ModelConfig, table: list[names.Tensor]) -> I
             yield tensor.scale(config.quantization.weight_block_size)
 
 
-def _check_entry(source: Source, tensor: names.Tensor) -> None:
+def _check_entry(source: TensorSource, tensor: names.Tensor) -> None:
     entry = source.entries[tensor.name]
     if entry.shape != tensor.shape:
         raise ValueError(
@@ -152,23 +152,23 @@ def _check_entry(source: Source, tensor: names.Tensor) -> None:
         raise ValueError(f"{place}: got dtype {entry.dtype}, wanted {' or '.join(allowed)}")
 
 
-def _array(source: Source, path: names.Path, tensors: list[names.Tensor]) -> Array:
+def _array(source: TensorSource, path: names.Path, tensors: list[names.Tensor]) -> StoredArray:
     dtypes = sorted({source.entries[tensor.name].dtype for tensor in tensors})
     if len(dtypes) > 1:
         got = " and ".join(dtypes)
         raise ValueError(f"{source.folder}: tensors like {tensors[0].name!r}: got {got}, wanted one dtype")
-    return Array(path=path, tensors=tuple(tensors), dtype=dtypes[0])
+    return StoredArray(path=path, tensors=tuple(tensors), dtype=dtypes[0])
 
 
-def units(found: list[Array]) -> dict[str, list[Array]]:
+def by_unit(found: list[StoredArray]) -> dict[str, list[StoredArray]]:
     """Arrays by the unit that they are saved and loaded with."""
-    groups: dict[str, list[Array]] = {}
+    groups: dict[str, list[StoredArray]] = {}
     for array in found:
         groups.setdefault(array.unit, []).append(array)
     return groups
 
 
-def part(source: Source, array: Array, index: tuple[slice, ...]) -> np.ndarray:
+def read_part(source: TensorSource, array: StoredArray, index: tuple[slice, ...]) -> np.ndarray:
     """A part of an array, in the file's orientation.
 
     Args:

@@ -7,11 +7,11 @@ from typing import NamedTuple
 from deepseek_jax.checkpoint import files, names
 from deepseek_jax.checkpoint.files import TensorFolder
 from deepseek_jax.checkpoint.hub import model_folder
-from deepseek_jax.checkpoint.layout import Array, Source, arrays
 from deepseek_jax.checkpoint.orbax_layers import ConvertedFolder, is_converted
 from deepseek_jax.checkpoint.quantised import refuse_other_quantisation
 from deepseek_jax.checkpoint.recast import Format, recast
 from deepseek_jax.checkpoint.sidecars import copy_sidecars
+from deepseek_jax.checkpoint.stored_arrays import StoredArray, TensorSource, arrays
 from deepseek_jax.config import PRESETS, ModelConfig, from_hf, preset
 from deepseek_jax.config.hf import write_quantization
 from deepseek_jax.model.decoder import abstract_weights
@@ -19,7 +19,7 @@ from deepseek_jax.model.decoder import abstract_weights
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json, by transformers' newer and its older name
 
 
-class Opened(NamedTuple):
+class ModelFolder(NamedTuple):
     """What `open_folder` found.
 
     `stored` is the folder as it is, `source` the same in the format `to`, which `config` and `arrays` describe.
@@ -29,8 +29,8 @@ class Opened(NamedTuple):
     to: Format
     config: ModelConfig
     stored: TensorFolder | ConvertedFolder
-    source: Source
-    arrays: list[Array]
+    source: TensorSource
+    arrays: list[StoredArray]
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +81,7 @@ def named_config(model: str) -> ModelConfig:
     raise ValueError(f"model: got {model!r}, wanted a folder with config.json or one of {', '.join(PRESETS)}")
 
 
-def open_folder(folder: str | Path, *, to: Format = "stored") -> Opened:
+def open_folder(folder: str | Path, *, to: Format = "stored") -> ModelFolder:
     """Open a folder and check it against its configuration, before any weight is read.
 
     A configuration may promise MTP modules that the folder lacks altogether, because transformers drops them on save;
@@ -104,4 +104,5 @@ def open_folder(folder: str | Path, *, to: Format = "stored") -> Opened:
     if isinstance(stored, ConvertedFolder):
         stored.open(found)
     source, wanted = recast(stored, config, names.tensors(names.packed(config), abstract), to)
-    return Opened(folder, to, wanted, stored, source, found if to == "stored" else arrays(source, wanted, abstract))
+    wanted_arrays = found if to == "stored" else arrays(source, wanted, abstract)
+    return ModelFolder(folder, to, wanted, stored, source, wanted_arrays)
