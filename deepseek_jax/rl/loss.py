@@ -21,22 +21,22 @@ class _Rows:
     lengths_BK: Int[Array, "B K"]
     samples: Float[Array, ""]
 
-    def total(self, values_BT: Float[Array, "B T"]) -> Float[Array, "B K"]:
-        """Sums over each sample. A masked sum, no scatter and no matmul: exact in float32, in the same order always."""
+    def total(self, values_BT: Float[Array, "B T"] | Bool[Array, "B T"]) -> Float[Array, "B K"] | Int[Array, "B K"]:
+        """Sums over each sample, or counts in it. A masked sum: exact in float32, in the same order always."""
         return jnp.sum(jnp.where(self.member_BTK, values_BT[:, :, None], 0), axis=1)
 
-    def mean(self, values_BT: Float[Array, "B T"]) -> Float[Array, "B K"]:
+    def mean(self, values_BT: Float[Array, "B T"] | Bool[Array, "B T"]) -> Float[Array, "B K"]:
         return self.total(values_BT) / jnp.maximum(self.lengths_BK, 1)
 
     def spread(self, values_BK: Float[Array, "B K"]) -> Float[Array, "B T"]:
         """A sample's value at each of its tokens, 0 elsewhere."""
         return jnp.sum(jnp.where(self.member_BTK, values_BK[:, None, :], 0), axis=2)
 
-    def mean_of_samples(self, values_BT: Float[Array, "B T"]) -> Mean:
+    def mean_of_samples(self, values_BT: Float[Array, "B T"] | Bool[Array, "B T"]) -> Mean:
         """Mean over samples with tokens of their means."""
         return masked_mean(self.mean(values_BT), self.lengths_BK > 0)
 
-    def average(self, values_BT: Float[Array, "B T"], level: str) -> Mean:
+    def average(self, values_BT: Float[Array, "B T"] | Bool[Array, "B T"], level: str) -> Mean:
         return self.mean_of_samples(values_BT) if level == "sequence" else masked_mean(values_BT, self.mask_BT)
 
     def totals(self, acting_BT: Bool[Array, "B T"]) -> BatchTotals:
