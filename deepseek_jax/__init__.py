@@ -54,9 +54,9 @@ if TYPE_CHECKING:  # the one list: type checkers read it, and so does `_homes`
     from deepseek_jax.train.grpo import GRPOTrainer as GRPOTrainer
     from deepseek_jax.train.grpo_config import GRPOConfig as GRPOConfig
     from deepseek_jax.train.grpo_stage import run_grpo as run_grpo
-    from deepseek_jax.train.sft import SFTConfig as SFTConfig
     from deepseek_jax.train.sft import SFTTrainer as SFTTrainer
     from deepseek_jax.train.sft import run_sft as run_sft
+    from deepseek_jax.train.sft_config import SFTConfig as SFTConfig
 
 
 def _homes() -> dict[str, str]:

@@ -9,26 +9,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+import tyro
 
 from deepseek_jax import distributed
 from deepseek_jax.checkpoint.adapters import save_adapter
+from deepseek_jax.checkpoint.files import write_whole
 from deepseek_jax.checkpoint.fingerprint import fingerprint
-from deepseek_jax.checkpoint.folder import Model, lay_out, load_model
+from deepseek_jax.checkpoint.folder import lay_out, load_model
 from deepseek_jax.checkpoint.hub import model_folder
 from deepseek_jax.checkpoint.model_folder import load_config, named_dtype
 from deepseek_jax.checkpoint.owned import write_owned
 from deepseek_jax.checkpoint.save import save_model
-from deepseek_jax.config import ModelConfig, preset
+from deepseek_jax.commands.options import command
+from deepseek_jax.commands.settings_file import settings_text, values_of, with_values
+from deepseek_jax.commands.toy import small_config, small_model
+from deepseek_jax.commands.train_settings import LoggingOptions
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE, draw_chains, trace
 from deepseek_jax.data.conversations import Conversation
 from deepseek_jax.data.masked_rows import ConversationConfig, MaskedRows, open_rows, row_batches, rows_of
-from deepseek_jax.model.decoder import Decoder, split
 from deepseek_jax.model.precision import Precision, computed, dtype_of
 from deepseek_jax.report.metrics import MetricLog, WandbConfig, read_metrics
 from deepseek_jax.report.page import write_report
@@ -49,17 +53,18 @@ class Config:
     """Settings of a run.
 
     Args:
-        output: folder of the run: metrics.jsonl, tensorboard/, checkpoints/, model/, summary.json, report.html.
+        output: folder of the run; it gets metrics.jsonl, tensorboard/, checkpoints/, model/, summary.json, report.html.
+        config: settings by the names of the options, as .toml or .yaml; what the command line says counts before them.
+            A run's own config.toml repeats it.
         seed: of weights, of the rows that are held out, and of the order; the same seed gives the same run.
         model: Hugging Face or converted folder to start from, or a name on the hub; without it a small model is made
             from nothing and learns generated conversations, with numbers that suit it.
-        conversations: what is learnt.
+        conversations: What is learnt.
         held_out: as `data`, for the loss before, in between and after.
         eval_rows: rows of `data` to hold out by chance where `held_out` names none; None takes a twentieth of them, at
             most 256.
-        sft: of the stage.
-        wandb_project: log to this project of Weights & Biases as well (pip install 'deepseek_jax[wandb]').
-        wandb_offline: keep its files in the run's folder, for `wandb sync`.
+        sft: How it is learnt.
+        logging: Where numbers go beside metrics.jsonl and TensorBoard.
         mesh_data: replicas of the model. The product of the five sizes of the mesh must be the number of devices of
             all processes; all 1 in one process is a run on its first device, however many there are.
         mesh_fsdp: parts that weights are cut into by their width, and batches by row.
@@ -72,14 +77,14 @@ class Config:
     """
 
     output: Path = Path("runs/sft")
+    config: Path | None = None
     seed: int = 0
     model: Path | None = None
-    conversations: ConversationConfig = ConversationConfig()
+    conversations: Annotated[ConversationConfig, tyro.conf.arg(name="data")] = ConversationConfig()
     held_out: tuple[str, ...] = ()
     eval_rows: int | None = None
-    sft: SFTConfig = field(default_factory=SFTConfig)
-    wandb_project: str | None = None
-    wandb_offline: bool = False
+    sft: Annotated[SFTConfig, tyro.conf.arg(name="training")] = field(default_factory=SFTConfig)
+    logging: LoggingOptions = LoggingOptions()
     mesh_data: int = 1
     mesh_fsdp: int = 1
     mesh_expert: int = 1
@@ -90,9 +95,6 @@ class Config:
     save_dtype: Precision = "auto"
 
     def __post_init__(self) -> None:
-        if (self.model is None) != (not self.conversations.data):
-            given, other = ("--data", "--model") if self.model is None else ("--model", "--data")
-            raise ValueError(f"{other[2:]}: got {given} without {other}; give both, or neither for the generated task")
         if self.eval_rows is not None and self.eval_rows < 0:
             raise ValueError(f"eval_rows: got {self.eval_rows}, wanted 0, for none, or more")
 
@@ -109,8 +111,14 @@ class Config:
         )
 
 
+# The options that the short help shows, and those that defaults depend on.
+COMMON = (
+    *("output", "config", "model", "data", "columns", "chat", "max_length", "held_out", "eval_rows", "epochs"),
+    *("batch_size", "pack", "lr", "micro_batches", "lora_rank", "mesh_fsdp", "save_dtype", "wandb_project"),
+)
+DECIDING = ("model",)
 # What suits the small model, where nothing else is given: it learns from nothing, and quickly.
-_TOY = {"batch_size": 32, "epochs": 3.0, "lr": 3e-3, "warmup": 20, "bias_gamma": 1e-3, "eval_every": 25}
+TOY: dict[str, Any] = {"batch_size": 32, "epochs": 3.0, "lr": 3e-3, "warmup": 20, "bias_gamma": 1e-3, "eval_every": 25}
 _TOY_CONVERSATIONS = 1_500
 # What may change when a run goes on, because its weights do not depend on it. `steps`, of the epochs, may grow.
 _FREE = {"output", "model", "epochs", "wandb_project", "wandb_offline", "save_dtype", "remat", "profile_steps"}
@@ -125,10 +133,20 @@ class Rows(NamedTuple):
     held_out: MaskedRows
 
 
+def defaults(given: Mapping[str, Any]) -> Config:
+    """The settings that a run begins with where nothing else is said: those of the library, or the toy's."""
+    return with_values(Config(), TOY if given.get("model") in (None, "None") else {})
+
+
+@command(Config, common=COMMON, deciding=DECIDING, defaults=defaults)
 def main(config: Config) -> None:
-    """Supervised fine-tuning on conversations; see the top of this file."""
+    """Fine-tune a model on conversations; without --model and --data a tiny one on generated ones."""
     start = time.perf_counter()
-    config = _suited(config)
+    if (config.model is None) != (not config.conversations.data):
+        given, other = ("--data", "--model") if config.model is None else ("--model", "--data")
+        raise ValueError(f"{other[2:]}: got {given} without {other}; give both, or neither for the generated task")
+    if config.model is not None:
+        config = dataclasses.replace(config, model=model_folder(config.model))
     with room_needed(config.output), held_folder(config.output):
         architecture, tokenizer = _architecture(config)
         config.sft.check_model(architecture)
@@ -136,9 +154,10 @@ def main(config: Config) -> None:
         steps = config.sft.steps_of(len(rows.train))
         settings = distributed.on_main(lambda: _checked(config, steps))
         trainer = _trainer(config, architecture, tokenizer, rows, steps)
-        run_id = distributed.on_main(lambda: enter_folder(config.output, RunSettings(*settings)))
-        wandb = config.wandb_project and WandbConfig(project=config.wandb_project, offline=config.wandb_offline)
-        with MetricLog(config.output, wandb=wandb or None) as log:
+        run_id = distributed.on_main(lambda: _entered(config, RunSettings(*settings)))
+        of = config.logging
+        wandb = WandbConfig(project=of.wandb_project, offline=of.wandb_offline) if of.wandb_project else None
+        with MetricLog(config.output, wandb=wandb) as log:
             before = _before(config, trainer, rows)
             data = row_batches(rows.train, size=config.sft.batch_size, seed=config.seed)
             state = run_sft(trainer, data, folder=config.output, log=log, held_out=rows.held_out)
@@ -147,21 +166,13 @@ def main(config: Config) -> None:
         distributed.on_main(lambda: _report(config, trainer, tokenizer, rows, before, seconds))
 
 
-def _suited(config: Config) -> Config:
-    if config.model is not None:
-        return dataclasses.replace(config, model=model_folder(config.model))
-    plain = SFTConfig()
-    toy = {name: value for name, value in _TOY.items() if getattr(config.sft, name) == getattr(plain, name)}
-    return dataclasses.replace(config, sft=dataclasses.replace(config.sft, **toy))
-
-
 # --- the folder -----------------------------------------------------------------------------------
 
 
 def _checked(config: Config, steps: int) -> tuple:
     """The settings of the run; refuses a folder with one that cannot go on with them."""
     base = None if config.model is None else fingerprint(config.model)
-    plain = Config()
+    plain = with_values(Config(), {} if config.model else TOY)
     found = _settings(config, steps), _settings(plain, plain.sft.steps or 1), _FREE, base, _REMEDIES
     writes = ("model", "adapter") if config.sft.lora_rank else ("model",)
     check_folder(config.output, RunSettings(*found), stage="sft", writes=writes)
@@ -170,13 +181,25 @@ def _checked(config: Config, steps: int) -> tuple:
 
 def _settings(config: Config, steps: int) -> dict[str, Any]:
     """All settings by the names of their options; files by their whole paths."""
-    values = dataclasses.asdict(config)
-    flat = {**values, **values.pop("conversations"), **values.pop("sft")}
-    flat = {name: value for name, value in flat.items() if not isinstance(value, Mapping)}
-    flat = json.loads(json.dumps(flat, default=str))
-    whole = lambda name: os.path.realpath(name) if os.path.exists(name) else name
-    flat |= {name: [whole(file) for file in flat[name]] for name in ("data", "held_out")}
+    flat = json.loads(json.dumps(values_of(_whole(config)), default=str))
+    del flat["config"]
     return flat | {"steps": steps, "dtype": dtype_of(config.sft.dtype).name}
+
+
+def _whole(config: Config) -> Config:
+    """The same with the whole paths of files, which hold from any folder."""
+    path = lambda name: os.path.realpath(name) if os.path.exists(name) else name
+    held = values_of(config)
+    values = {name: tuple(map(path, held[name])) for name in ("data", "held_out")}
+    return with_values(config, values | {"model": held["model"] and Path(path(held["model"]))})
+
+
+def _entered(config: Config, settings: RunSettings) -> str:
+    """The run's identity, its settings written into its folder, also as a file that repeats it."""
+    run_id = enter_folder(config.output, settings)
+    text = settings_text(dataclasses.replace(_whole(config), config=None), Config())
+    write_whole(config.output / "config.toml", text.encode())
+    return run_id
 
 
 # --- model and rows -------------------------------------------------------------------------------
@@ -186,8 +209,7 @@ def _architecture(config: Config) -> tuple[ModelConfig, Tokenizer]:
     if config.model is not None:
         return load_config(config.model), Tokenizer.from_folder(config.model)
     tokenizer = Tokenizer.characters(ALPHABET, chat_template=TEMPLATE)
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_ids[0]}
-    return dataclasses.replace(preset("tiny"), vocab_size=32, **ids), tokenizer
+    return small_config(tokenizer), tokenizer
 
 
 def _rows(config: Config, tokenizer: Tokenizer, architecture: ModelConfig) -> Rows:
@@ -262,8 +284,7 @@ def _trainer(config: Config, architecture: ModelConfig, tokenizer: Tokenizer, ro
     if not config.sft.pack:
         layout.check_batch(config.sft.batch_size // config.sft.micro_batches, width)
     if config.model is None:
-        graphdef, weights = split(Decoder(architecture, rngs=nnx.Rngs(config.seed)))
-        model = lay_out(Model(architecture, graphdef, weights), layout)
+        model = lay_out(small_model(tokenizer, config.seed), layout)
     else:
         # what an adapter leaves as it is needs no float32
         dtype = dtype_of(config.sft.dtype if config.sft.lora_rank else "float32")

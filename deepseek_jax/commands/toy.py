@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from deepseek_jax.checkpoint.folder import Model
-from deepseek_jax.config import preset
+from deepseek_jax.config import ModelConfig, preset
 from deepseek_jax.data.arithmetic import Chain, draw_chains, trace
 from deepseek_jax.model.decoder import Decoder, split
 from deepseek_jax.text.tokenizer import Tokenizer
@@ -79,10 +79,14 @@ QUICK: dict[str, Any] = {"cold_start_epochs": 4, "eval_questions": 64, "steps": 
 """What `--quick` changes, by the names of the options."""
 
 
+def small_config(tokenizer: Tokenizer) -> ModelConfig:
+    """The preset `tiny` with the task's vocabulary."""
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_ids[0]}
+    return dataclasses.replace(preset("tiny"), vocab_size=32, **ids)
+
+
 def small_model(tokenizer: Tokenizer, seed: int) -> Model:
-    """The preset `tiny` with the task's vocabulary, from random weights."""
-    architecture = dataclasses.replace(
-        preset("tiny"), vocab_size=32, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_ids[0]
-    )
+    """A model of it, from random weights."""
+    architecture = small_config(tokenizer)
     graphdef, weights = split(Decoder(architecture, rngs=nnx.Rngs(seed)))
     return Model(architecture, graphdef, weights)

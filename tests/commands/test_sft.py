@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.cli import run
-from deepseek_jax.commands import sft
+from deepseek_jax.commands import sft, toy
 from deepseek_jax.config import preset
 from deepseek_jax.report.metrics import read_metrics
 from deepseek_jax.text.tokenizer import Tokenizer
@@ -42,7 +42,7 @@ def shallow():
 def main(monkeypatch, *given: str) -> int:
     """The command line in this process; its exit status."""
     monkeypatch.setattr(sys, "argv", ["sft", *given])
-    monkeypatch.setattr(sft, "preset", lambda name: shallow())
+    monkeypatch.setattr(toy, "preset", lambda name: shallow())
     try:
         run(sft.main)
     except SystemExit as end:
@@ -115,7 +115,7 @@ def test_an_adapter_learns_rows_of_every_form_packed_and_what_is_left_out_is_tol
         (["--model", "MODEL", "--data", "DATA", "--eval-rows", "12"], "eval_rows: got 12, wanted fewer than the 12"),
         (["--model", "MODEL", "--data", "nothing.jsonl"], "nothing.jsonl: no such file or folder"),
         (["--model", "MODEL", "--data", "DATA", "--mtp-weight", "0.1"], "mtp_weight: got 0.1 for a model without"),
-        (["--steps", "2", "--micro-batches", "5"], "micro_batches 5 does not divide the 128 rows"),
+        (["--steps", "2", "--micro-batches", "5"], "micro_batches 5 does not divide the 32 rows"),
     ],
 )
 def test_what_cannot_work_is_one_line(finished, tmp_path, monkeypatch, capsys, given, says):
