@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from deepseek_jax.rewards.combine import RewardFunction
+from deepseek_jax.rewards.protocol import RewardFunction
 
 
 class OwnReward(NamedTuple):
