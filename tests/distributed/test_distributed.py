@@ -144,7 +144,7 @@ def test_two_processes_convert_as_one(tmp_path):
 def test_damage_that_one_process_finds_stops_both_and_leaves_nothing(tmp_path):
     random_folder(tmp_path / "hf", R1, shards=1)
     opened = laws.open_folder(tmp_path / "hf")
-    everything = list(laws.convert.units(opened.arrays).items())
+    everything = list(laws.convert.by_unit(opened.arrays).items())
     tensor = everything[1][1][0].tensors[0].name  # of the second unit, which is the second process's
     with (tmp_path / "hf" / "model.safetensors").open("r+b") as file:
         file.seek(opened.stored.entries[tensor].start)
