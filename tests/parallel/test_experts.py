@@ -19,7 +19,6 @@ from deepseek_jax.ops.experts import expert_mlp, tiled_matmul
 from deepseek_jax.parallel import exchange, rows
 from deepseek_jax.parallel.exchange import ragged_route
 from deepseek_jax.parallel.experts import routed_experts
-from deepseek_jax.parallel.placement import balance, place_experts, placed, spread
 from deepseek_jax.parallel.rounds import in_rounds
 from deepseek_jax.parallel.rows import by_expert, swiglu_groups, take_rows
 from deepseek_jax.sharding import AXES, make_mesh
@@ -207,25 +206,6 @@ def every_layer_of_a_stack() -> None:
         a_layer_of_a_stack_equals_its_slice(where, "all_gather")
 
 
-def replicas_of_experts_change_nothing() -> None:
-    """24 slots for the 16 experts over 8 devices, the replicas of an expert on different ones."""
-    (x, weights, experts, *matrices), d_y = inputs()
-    experts = jnp.minimum(experts, 9)
-    loads = np.bincount(experts.ravel(), minlength=E)[None]
-    placement = place_experts(loads, slots=24, devices=8)
-    before, after = balance(loads, placement)
-    assert placement.counts[0, 9] > 3 and after[0] < 0.5 * before[0]
-    layer = placement.replicas[0], placement.counts[0]
-
-    def run(x, weights, experts, *matrices):
-        slots = (placed(weight, placement.table[0]) for weight in matrices)
-        return WIDE.run(x, weights, spread(experts, *layer), *slots, transport="ragged_all_to_all", capacity_factor=1.0)
-
-    arrays = [x, weights, experts, *matrices]
-    for name, got, wanted in zip(NAMES, with_gradient(run)(arrays, d_y), on_one_device(arrays, d_y), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-5, err_msg=name)
-
-
 def every_transport_compiles_for_tpus() -> None:
     """Forward and gradient in bfloat16, with the collective of its name; no rows that travelled are scattered."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
@@ -264,7 +244,6 @@ AT_LENGTH = [
     every_transport_on_every_mesh,
     every_transport_over_two_axes,
     every_layer_of_a_stack,
-    replicas_of_experts_change_nothing,
 ]
 
 
