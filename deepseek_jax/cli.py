@@ -1,11 +1,16 @@
 """What every command line shares: arguments by tyro, one line instead of a traceback for a user's mistake, and the
 start and end of several processes."""
 
+import io
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
+from functools import partial, wraps
+from itertools import groupby
 from types import NoneType
 from typing import Any, get_args
 
@@ -13,7 +18,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo, UnsupportedTypeAnnotationError
 
 from deepseek_jax import distributed, interrupt
-from deepseek_jax.commands.options import prepared
+from deepseek_jax.commands.options import HELPS, prepared
 
 
 def run(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
@@ -21,7 +26,8 @@ def run(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
 
     Positional-only parameters of `main` are positional arguments, the others are options.
     A ValueError or a missing file is the user's to mend: its message goes to stderr in one line, exit status 1.
-    Ctrl-C exits with 130. Anything else is our own mistake and keeps its traceback.
+    Arguments that cannot be are a line too, and status 2. Ctrl-C exits with 130. Anything else is our own mistake and
+    keeps its traceback.
     A warning is one line on stderr as well, without the line of source that Python shows.
     Set DEEPSEEK_JAX_TRACEBACK=1 to see the traceback of a ValueError as well.
 
@@ -76,11 +82,54 @@ def _optional(of: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | UnsupportedTy
 
 
 def _call(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
-    if isinstance(main, dict):
-        tyro.extras.subcommand_cli_from_dict(main, config=_SHOWN, registry=_REGISTRY)
-        return
-    function, arguments = prepared(main, sys.argv[1:])
-    tyro.cli(function, args=arguments, config=_SHOWN, registry=_REGISTRY)
+    with _refusals_in_one_line():
+        if isinstance(main, dict):
+            parts = {name: _later(part) for name, part in main.items()}
+            begin = tyro.extras.subcommand_cli_from_dict(parts, config=_SHOWN, registry=_REGISTRY)
+        else:
+            function, arguments = prepared(main, sys.argv[1:])
+            begin = tyro.cli(_later(function), args=arguments, config=_SHOWN, registry=_REGISTRY)
+    begin()
+
+
+def _later(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
+    """The same command line, but what is called with its arguments is called when they are known to be right."""
+    return wraps(function)(lambda *given, **named: partial(function, *given, **named))
+
+
+@contextmanager
+def _refusals_in_one_line() -> Iterator[None]:
+    """Around tyro, which says what is wrong with arguments in a box of several lines, and ends with status 2."""
+    said = io.StringIO()
+    columns = os.environ.get("COLUMNS")
+    if not HELPS & set(sys.argv[1:]):
+        os.environ["COLUMNS"] = "100000"  # so that no line is broken, nor a word in it
+    try:
+        with redirect_stderr(said):
+            yield
+    except SystemExit as end:
+        if end.code == 2:
+            distributed.say(_of_box(said.getvalue()))
+            said = io.StringIO()
+        raise
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
+        sys.stderr.write(said.getvalue())
+
+
+def _of_box(box: str) -> str:
+    """What is in the first part of a box, drawn in Unicode or in ASCII, and the names of options in the others."""
+    rows = [row.strip("│") for row in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]]  # without its title
+    parts = [list(part) for rule, part in groupby(rows, lambda row: not row.strip("─-╰╯ ")) if not rule]
+    if not parts:
+        return " ".join(box.split())
+    said = re.sub(r"^Error parsing (?!-)[^:]*: ", "", " ".join(" ".join(parts[0]).split()))
+    if said.startswith("Unrecognized"):
+        near = re.findall(r"^ +(--[\w-]+)", "\n".join(row for part in parts[1:] for row in part), re.MULTILINE)
+        said += f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
+    return f"{said}; --help explains the options"
 
 
 def _call_in_one_of_several(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:

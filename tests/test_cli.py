@@ -1,6 +1,11 @@
 """What every command line shares: one line for a user's mistake, one start of several processes."""
 
+import io
+import os
+import sys
 import warnings
+from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 
@@ -17,6 +22,69 @@ def test_a_users_mistake_is_one_line(capsys, monkeypatch):
         run(refuse)
     assert end.value.code == 1
     assert capsys.readouterr() == ("", "error: steps: got 0, wanted at least 1\n")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a tool.
+
+    Args:
+        steps: how many there are in all.
+        form: of them.
+    """
+
+    steps: int = 3
+    form: Literal["a", "b"] = "a"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps: got {self.steps}, wanted at least 1; {'a word ' * 30}and an end")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("m --stepss 4", "Unrecognized options: --stepss, 4; did you mean --steps?"),
+        ("m --\x1b[2J", r"Unrecognized options: --\x1b[2J"),
+        ("m other.jsonl", "Unrecognized options: other.jsonl"),
+        ("", "Missing from tool: MODEL folder of it. (required)"),
+        ("m --steps many", "Error parsing --steps: invalid literal for int() with base 10: 'many'"),
+        ("m --steps", "Missing value for argument '--steps'. Expected 1 values."),
+        ("m --form c", "invalid choice 'c' for argument '--form'. Expected one of ('a', 'b')."),
+        ("m --steps 0", f"steps: got 0, wanted at least 1; {'a word ' * 30}and an end"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_arguments_that_cannot_be_are_one_line_at_any_width(words, said, encoding, capsys, monkeypatch):
+    def main(model: str, /, *, settings: Settings = Settings()) -> None:
+        """A tool.
+
+        Args:
+            model: folder of it.
+            settings: its own.
+        """
+        raise AssertionError("it began")
+
+    monkeypatch.setattr("sys.argv", ["tool", *words.split()])
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    monkeypatch.setenv("COLUMNS", "40")
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    assert end.value.code == 2 and os.environ["COLUMNS"] == "40"
+    assert capsys.readouterr() == ("", f"error: {said}; --help explains the options\n")
+
+
+def test_what_begins_has_its_own_stderr_and_width(capsys, monkeypatch):
+    def main() -> int:
+        assert os.environ["COLUMNS"] == "40"
+        print("note", file=sys.stderr)
+        raise SystemExit(2)
+
+    monkeypatch.setattr("sys.argv", ["tool", "one"])
+    monkeypatch.setenv("COLUMNS", "40")
+    with pytest.raises(SystemExit):
+        run({"one": main, "two": main})
+    assert capsys.readouterr() == ("", "note\n")
 
 
 def test_a_half_set_environment_is_refused_before_the_tool_begins(capsys, monkeypatch):

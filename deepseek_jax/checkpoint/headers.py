@@ -94,7 +94,7 @@ def parse_header(raw: bytes, size: int | None, file: Path) -> Header:
         raise _broken(file, "header: not a JSON object")
     if not _is_metadata(listing.pop("__metadata__", None)):
         raise _broken(file, "header: __metadata__ must be an object of texts")
-    entries = {name: _entry(file, name, values, len(raw)) for name, values in listing.items()}
+    entries = {name: entry_of(file, name, values, len(raw)) for name, values in listing.items()}
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)))
     ends = [len(raw), *(entry.start + entry.nbytes for entry in entries.values())]
     for (name, entry), end in zip(entries.items(), ends, strict=False):
@@ -145,8 +145,8 @@ def _is_metadata(values: Any) -> bool:
     return values is None or (isinstance(values, dict) and all(map(_is_text, values.values())))
 
 
-def _entry(file: Path, name: str, values: Any, data: int) -> Entry:
-    """One tensor's line; `data` is where the file's data start."""
+def entry_of(file: Path, name: str, values: Any, data: int) -> Entry:
+    """One tensor's line, checked; `data` is where the file's data start. ValueError for what cannot be."""
     if not isinstance(values, dict) or values.keys() != {"dtype", "shape", "data_offsets"}:
         raise _broken(file, f"tensor {name!r:.200}: wanted dtype, shape and data_offsets")
     dtype, shape, offsets = values["dtype"], values["shape"], values["data_offsets"]

@@ -16,7 +16,7 @@ _held: set[int] = set()
 
 @contextlib.contextmanager
 def locked(folder: Path, *, advice: str) -> Iterator[None]:
-    """Hold a folder; it is made when missing, and goes again if nothing was written into it.
+    """Hold a folder; it is made when missing, as are those above it, and they go again if nothing is in them.
 
     The system drops the lock when this process dies. Processes that it forked do not hold it on.
 
@@ -28,7 +28,7 @@ def locked(folder: Path, *, advice: str) -> Iterator[None]:
         ValueError: another process holds it; the message has its number and host.
         OSError: the folder cannot be made or written into, or its file system has no locks.
     """
-    made = not folder.exists()
+    made = [above for above in (folder, *folder.parents) if not above.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _FILE
     descriptor = _taken(path, folder, advice)
@@ -41,9 +41,9 @@ def locked(folder: Path, *, advice: str) -> Iterator[None]:
         path.unlink(missing_ok=True)  # while it is held, so that nobody waits for a file that is gone
         _held.discard(descriptor)
         os.close(descriptor)
-        if made:
-            with contextlib.suppress(OSError):  # something was written
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # something was written
+            for empty in made:
+                empty.rmdir()
 
 
 def _taken(path: Path, folder: Path, advice: str) -> int:

@@ -17,8 +17,8 @@ PIECE = 8 << 20  # bytes that are read and written at once, where a tensor can b
 _ALL = slice(None)
 
 
-class TensorSource(Protocol):
-    """Anything that holds a checkpoint's tensors: a Hugging Face folder, a converted one, a model in memory."""
+class Listing(Protocol):
+    """Anything that knows a checkpoint's tensors by their headers."""
 
     folder: Path
     entries: Mapping[str, Entry]
@@ -26,6 +26,10 @@ class TensorSource(Protocol):
     def where(self, name: str) -> str:
         """The file of a tensor, for messages."""
         ...
+
+
+class TensorSource(Listing, Protocol):
+    """Anything that holds the tensors too: a Hugging Face folder, a converted one, a model in memory."""
 
     def read(self, name: str, rows: slice = _ALL, columns: slice = _ALL) -> np.ndarray:
         """A tensor as the file holds it, or a part of it."""
@@ -110,7 +114,7 @@ def arrays(source: TensorSource, config: ModelConfig, abstract: nnx.State) -> li
     return [_array(source, path, tensors) for path, tensors in parts.items()]
 
 
-def differences(source: TensorSource, config: ModelConfig, table: list[names.Tensor]) -> dict[str, list[str]]:
+def differences(source: Listing, config: ModelConfig, table: list[names.Tensor]) -> dict[str, list[str]]:
     """Names that a checkpoint lacks ("missing") and that its configuration does not explain ("unexpected")."""
     wanted = {tensor.name for tensor in _stored(source, config, table)}
     # rotary tables that old exports stored; they follow from the configuration
@@ -118,7 +122,7 @@ def differences(source: TensorSource, config: ModelConfig, table: list[names.Ten
     return {"missing": sorted(wanted - held), "unexpected": sorted(held - wanted)}
 
 
-def _stored(source: TensorSource, config: ModelConfig, table: list[names.Tensor]) -> Iterator[names.Tensor]:
+def _stored(source: Listing, config: ModelConfig, table: list[names.Tensor]) -> Iterator[names.Tensor]:
     """The table as this checkpoint should have it: with the copies that it holds, and scales beside FP8 tensors."""
     head = names.tied_head(config, table)
     for tensor in table if head is None else [*table, head]:

@@ -1,13 +1,16 @@
 """What a checkpoint is, or should be, from its configuration and headers alone."""
 
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from deepseek_jax.checkpoint import names
 from deepseek_jax.checkpoint.files import TensorFolder
 from deepseek_jax.checkpoint.headers import Entry
+from deepseek_jax.checkpoint.hub import hub_headers, model_folder
 from deepseek_jax.checkpoint.model_folder import load_config
 from deepseek_jax.checkpoint.orbax_layers import ConvertedFolder, is_converted
 from deepseek_jax.checkpoint.stored_arrays import differences
@@ -43,10 +46,27 @@ def of_preset(config: ModelConfig) -> Summary:
     return _summary(config, config.num_nextn_predict_layers, entries, {"missing": [], "unexpected": []})
 
 
-def of_folder(folder: Path) -> Summary:
-    """What a Hugging Face or converted folder holds. ValueError for damaged headers or configuration."""
+class _OnHub(NamedTuple):
+    """The tensors of a model whose files are not here."""
+
+    folder: Path
+    entries: dict[str, Entry]
+
+    def where(self, name: str) -> str:
+        return str(self.folder)
+
+
+def of_model(model: str | Path) -> Summary:
+    """What a Hugging Face or converted folder holds, or a name on the hub: where the cache has none of its weights, the
+    headers alone are fetched. ValueError for damaged headers or configuration."""
+    folder = model_folder(model, weights=False)
     promised = load_config(folder)
-    source = ConvertedFolder(folder) if is_converted(folder) else TensorFolder(folder)
+    if is_converted(folder):
+        source = ConvertedFolder(folder)
+    elif os.path.lexists(model) or any(folder.glob("*.safetensors")):
+        source = TensorFolder(folder)
+    else:
+        source = _OnHub(folder, hub_headers(model))
     config = names.with_held_modules(promised, source.entries)
     table = names.tensors(config, abstract_weights(config)[1])
     return _summary(config, promised.num_nextn_predict_layers, source.entries, differences(source, config, table))

@@ -5,8 +5,7 @@ from json import dumps
 from pathlib import Path
 
 from deepseek_jax import config
-from deepseek_jax.checkpoint.hub import model_folder
-from deepseek_jax.checkpoint.summary import Summary, of_folder, of_preset
+from deepseek_jax.checkpoint.summary import Summary, of_model, of_preset
 from deepseek_jax.distributed import printable
 from deepseek_jax.report.progress import format_bytes
 
@@ -17,14 +16,14 @@ def main(model: Path | None = None, /, *, preset: str | None = None, json: bool 
     """Describe MODEL, or what the published checkpoint of a preset holds. Exit status 1 if tensors are amiss.
 
     Args:
-        model: Hugging Face or converted folder, or a name on the hub.
+        model: Hugging Face or converted folder, or a name on the hub, of which the headers alone are fetched.
         preset: name of a published configuration, such as r1-671b, in place of a model.
         json: print one JSON object: architecture, tensors, bytes, parameters (without FP8 scales), mtp_parameters,
             bytes_by_dtype, mtp_promised, mtp_held, missing, unexpected.
     """
     if (model is None) == (preset is None):
         raise ValueError("wanted either a model or --preset NAME")
-    summary = of_preset(config.preset(preset)) if model is None else of_folder(model_folder(model))
+    summary = of_preset(config.preset(preset)) if model is None else of_model(model)
     print(dumps(dataclasses.asdict(summary), indent=2) if json else printable(_text(summary)))
     if summary.missing or summary.unexpected:
         raise SystemExit(1)

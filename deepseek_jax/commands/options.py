@@ -12,7 +12,7 @@ import tyro
 
 from deepseek_jax.commands.settings_file import bare, options_of, read_settings, with_values
 
-_HELPS = ("-h", "--help", "--help-all")
+HELPS = {"-h", "--help", "--help-all"}
 
 
 class Command(NamedTuple):
@@ -58,7 +58,7 @@ def prepared(main: Callable[..., Any], arguments: Sequence[str]) -> tuple[Callab
     of: Command | None = getattr(main, "command", None)
     if of is None:
         return main, plain
-    if not set(_HELPS) & set(arguments):
+    if not HELPS & set(arguments):
         return _calling(main, _begun(of, arguments), main.__doc__), plain
     first = of.defaults({})
     if "--help-all" in arguments:

@@ -11,8 +11,10 @@ import pytest
 
 from deepseek_jax.checkpoint import names
 from deepseek_jax.checkpoint.folder import load_model
+from deepseek_jax.checkpoint.headers import read_header
 from deepseek_jax.checkpoint.hub import model_folder
 from deepseek_jax.checkpoint.save import save_model
+from deepseek_jax.checkpoint.summary import of_model
 from deepseek_jax.text.tokenizer import Tokenizer
 from tests.checkpoint.folders import QWEN2, random_folder
 
@@ -133,3 +135,31 @@ def test_a_command_takes_a_name(cache, folder):
     assert found.stdout == wanted.stdout != ""
     assert missing.returncode == 1 and missing.stderr.count("\n") == 1
     assert missing.stderr.startswith("error: owner/other: no such folder, and no model of that name in the hub's cache")
+
+
+def test_of_a_name_whose_weights_are_not_here_the_headers_are_fetched_alone(cache, folder, monkeypatch):
+    from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
+
+    asked, headers = [], {file.name: read_header(file) for file in folder.glob("*.safetensors")}
+    wanted = of_model(folder)
+    for file in headers:
+        (folder / file).unlink()
+    cached(cache, "owner/name", "v1.0", folder)
+
+    def fetched(repository, *, revision):
+        asked.append((repository, revision))
+        info = lambda entry: TensorInfo(entry.dtype, list(entry.shape), (entry.start, entry.start + entry.nbytes))
+        files = {
+            file: SafetensorsFileMetadata({}, {name: info(entry) for name, entry in header.entries.items()})
+            for file, header in headers.items()
+        }
+        return SafetensorsRepoMetadata(None, True, {}, files)
+
+    with pytest.raises(ValueError, match=r"owner/name@v1.0: no weights of it .* their headers were not fetched"):
+        of_model("owner/name@v1.0")
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", fetched)
+    assert of_model("owner/name@v1.0") == wanted and wanted.tensors > 10
+    assert asked == [("owner/name", "v1.0")]
+    headers[file].entries["strange"] = headers[file].entries.popitem()[1]._replace(dtype="F8_E5M2", shape=(10**30,))
+    with pytest.raises(ValueError, match="owner/name@v1.0/model-.*strange"):
+        of_model("owner/name@v1.0")

@@ -17,7 +17,7 @@ from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.checkpoint.headers import NAMES, make_header
 from deepseek_jax.checkpoint.model_folder import open_folder
 from deepseek_jax.checkpoint.save import save_model
-from deepseek_jax.checkpoint.summary import of_folder
+from deepseek_jax.checkpoint.summary import of_model
 from deepseek_jax.config import FP8Config, from_hf, to_hf
 from deepseek_jax.generation.engine import Generator, SamplingConfig
 from tests.checkpoint import folders
@@ -61,7 +61,7 @@ def test_a_tied_model_may_store_its_head_again(kind, tmp_path):
     save_file(tensors | {HEAD: tensors[EMBED].copy()}, tmp_path / "hf" / files.SINGLE)
     same(loaded(tmp_path / "hf"), wanted)
     same(round_trip(tmp_path / "hf", tmp_path), wanted)
-    assert not (found := of_folder(tmp_path / "hf")).missing + found.unexpected
+    assert not (found := of_model(tmp_path / "hf")).missing + found.unexpected
     save_model(load_model(tmp_path / "hf"), tmp_path / "saved")
     assert HEAD not in load_file(tmp_path / "saved" / files.SINGLE)
 
@@ -89,7 +89,7 @@ def test_an_mtp_module_may_lack_its_copies(config, lacking, tmp_path):
     save_file(kept, tmp_path / "hf" / files.SINGLE)
     same(loaded(tmp_path / "hf"), wanted)
     same(round_trip(tmp_path / "hf", tmp_path), wanted)
-    assert of_folder(tmp_path / "hf").mtp_held == config.num_nextn_predict_layers
+    assert of_model(tmp_path / "hf").mtp_held == config.num_nextn_predict_layers
 
 
 def test_a_module_that_lacks_more_than_copies_is_still_refused(tmp_path):
@@ -133,7 +133,7 @@ def test_scales_of_every_kind_give_the_same_weights(kind, config, tmp_path):
     same(round_trip(tmp_path / "hf", tmp_path), wanted)
     export_hf(open_folder(tmp_path / "converted", to="float32"), tmp_path / "unpacked")
     same(loaded(tmp_path / "unpacked"), wanted)
-    assert kind in of_folder(tmp_path / "converted").bytes_by_dtype
+    assert kind in of_model(tmp_path / "converted").bytes_by_dtype
 
 
 def test_a_scale_that_is_no_number_is_refused(tmp_path):
@@ -206,7 +206,7 @@ def test_a_single_file_may_be_a_pointer_too(tmp_path):
     folders.random_folder(tmp_path / "hf", folders.QWEN2, "float32")
     (tmp_path / "hf" / files.SINGLE).write_bytes(POINTER)
     with pytest.raises(ValueError, match="is a Git LFS pointer"):
-        of_folder(tmp_path / "hf")
+        of_model(tmp_path / "hf")
 
 
 def _other_save(folder: Path, name: str) -> None:

@@ -64,6 +64,11 @@ def test_a_folder_that_nothing_was_written_into_goes_again(tmp_path):
     with locked(tmp_path / "a", advice=""):
         assert (tmp_path / "a").is_dir()
     assert not (tmp_path / "a").exists()
+    (tmp_path / "runs").mkdir()
+    for below in (tmp_path / "new" / "x", tmp_path / "runs" / "x"):  # with those above it that were made for it
+        with locked(below, advice=""):
+            assert below.is_dir()
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs"]
     with locked(tmp_path / "b", advice=""):
         (tmp_path / "b" / "file").touch()
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["file"]

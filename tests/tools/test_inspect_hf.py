@@ -17,7 +17,7 @@ from deepseek_jax.checkpoint import files, names, writer
 from deepseek_jax.checkpoint.convert import convert_hf
 from deepseek_jax.checkpoint.headers import NAMES, Entry
 from deepseek_jax.checkpoint.model_folder import open_folder
-from deepseek_jax.checkpoint.summary import Summary, of_folder, of_preset
+from deepseek_jax.checkpoint.summary import Summary, of_model, of_preset
 from deepseek_jax.commands.inspect import main
 from deepseek_jax.config import PRESETS, preset, to_hf
 from deepseek_jax.model.decoder import abstract_weights
@@ -73,7 +73,7 @@ def test_the_figures_are_those_of_the_files_and_of_the_converted_folder(config, 
     assert found["mtp_promised"] == found["mtp_held"] == config.num_nextn_predict_layers
     assert found["missing"] == found["unexpected"] == []
     if dtype is None:
-        assert of_folder(tmp_path / "hf") == of_preset(config)
+        assert of_model(tmp_path / "hf") == of_preset(config)
 
     convert_hf(open_folder(tmp_path / "hf"), tmp_path / "converted")
     assert inspect(tmp_path / "converted", "--json") == (status, text, error)
@@ -258,4 +258,4 @@ def test_the_script_itself(r1, tmp_path: Path):
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout) == dataclasses.asdict(of_folder(r1[0]))
+    assert json.loads(done.stdout) == dataclasses.asdict(of_model(r1[0]))
