@@ -50,8 +50,16 @@ def run(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
     except (ValueError, OSError) as problem:
         if os.environ.get("DEEPSEEK_JAX_TRACEBACK"):
             raise
-        distributed.say(" ".join(str(problem).split()))
+        distributed.say(" ".join(_said_by(problem).split()))
         raise SystemExit(1) from None
+
+
+def _said_by(problem: ValueError | OSError) -> str:
+    """Its message; the system's has the number of an error and the name last, which is turned round."""
+    if isinstance(problem, OSError) and problem.filename is not None and problem.strerror:
+        name = os.fsdecode(problem.filename) if isinstance(problem.filename, str | bytes) else problem.filename
+        return f"{name}: {problem.strerror.lower()}"
+    return str(problem)
 
 
 def _warn(message: Warning | str, *of_source: Any) -> None:
@@ -60,6 +68,10 @@ def _warn(message: Warning | str, *of_source: Any) -> None:
 
 
 _SHOWN = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName)
+_NUMBERS = {
+    r"invalid literal for int\(\) with base 10": "a whole number",
+    "could not convert string to float": "a number",
+}
 _REGISTRY = tyro.constructors.ConstructorRegistry()
 
 
@@ -125,7 +137,9 @@ def _of_box(box: str) -> str:
     parts = [list(part) for rule, part in groupby(rows, lambda row: not row.strip("─-╰╯ ")) if not rule]
     if not parts:
         return " ".join(box.split())
-    said = re.sub(r"^Error parsing (?!-)[^:]*: ", "", " ".join(" ".join(parts[0]).split()))
+    said = re.sub(r"^Error parsing (?!-)[^:]*: ", "", " ".join(" ".join(parts[0]).split())).removesuffix(".")
+    for pattern, wanted in _NUMBERS.items():
+        said = re.sub(rf"^Error parsing (\S+): {pattern}: (.*)", rf"\1: got \2, wanted {wanted}", said)
     if said.startswith("Unrecognized"):
         near = re.findall(r"^ +(--[\w-]+)", "\n".join(row for part in parts[1:] for row in part), re.MULTILINE)
         said += f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""

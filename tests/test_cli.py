@@ -31,10 +31,12 @@ class Settings:
     Args:
         steps: how many there are in all.
         form: of them.
+        lr: of each.
     """
 
     steps: int = 3
     form: Literal["a", "b"] = "a"
+    lr: float = 1.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -48,9 +50,10 @@ class Settings:
         ("m --\x1b[2J", r"Unrecognized options: --\x1b[2J"),
         ("m other.jsonl", "Unrecognized options: other.jsonl"),
         ("", "Missing from tool: MODEL folder of it. (required)"),
-        ("m --steps many", "Error parsing --steps: invalid literal for int() with base 10: 'many'"),
-        ("m --steps", "Missing value for argument '--steps'. Expected 1 values."),
-        ("m --form c", "invalid choice 'c' for argument '--form'. Expected one of ('a', 'b')."),
+        ("m --steps many", "--steps: got 'many', wanted a whole number"),
+        ("m --lr many", "--lr: got 'many', wanted a number"),
+        ("m --steps", "Missing value for argument '--steps'. Expected 1 values"),
+        ("m --form c", "invalid choice 'c' for argument '--form'. Expected one of ('a', 'b')"),
         ("m --steps 0", f"steps: got 0, wanted at least 1; {'a word ' * 30}and an end"),
     ],
 )
@@ -72,6 +75,18 @@ def test_arguments_that_cannot_be_are_one_line_at_any_width(words, said, encodin
         run(main)
     assert end.value.code == 2 and os.environ["COLUMNS"] == "40"
     assert capsys.readouterr() == ("", f"error: {said}; --help explains the options\n")
+
+
+def test_what_the_system_refuses_begins_with_the_name(capsys, monkeypatch, tmp_path):
+    def main() -> None:
+        (tmp_path / "file").mkdir()
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["tool"])
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    assert end.value.code == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'file'}: file exists\n"
 
 
 def test_what_begins_has_its_own_stderr_and_width(capsys, monkeypatch):

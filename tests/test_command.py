@@ -1,14 +1,10 @@
 """The command `deepseek-jax`, from a tree and from an installed wheel, and its launchers in tools/ and experiments/."""
 
-import os
 import re
-import shutil
-import subprocess
 import sys
 import sysconfig
 import zipfile
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
@@ -16,8 +12,8 @@ import deepseek_jax
 from deepseek_jax.__main__ import commands
 from deepseek_jax.cli import run
 from tests.checkpoint.folders import QWEN2, random_folder
+from tests.wheel import ROOT, child, wheel
 
-ROOT = Path(__file__).resolve().parents[1]
 LAUNCHERS = {
     "tools/compile_pod.py": "compile",
     "tools/convert_hf.py": "convert",
@@ -52,18 +48,6 @@ POSITIONAL = {
     "merge": "MODEL ADAPTER OUT",
     "plan": "[MODEL]",
 }
-
-
-def child(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        env={**plain, "JAX_PLATFORMS": "cpu", **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
 
 
 def test_what_is_asked_of_the_command_itself_loads_nothing(tmp_path):
@@ -135,24 +119,17 @@ def test_a_launcher_works_from_any_folder(tmp_path):
 @pytest.mark.slow
 def test_an_installed_wheel_is_whole(tmp_path):
     """Built from the tree, installed into an environment of its own, run from an empty folder."""
-    ours = shutil.ignore_patterns("__pycache__", "*.pyc")
-    shutil.copytree(ROOT / "deepseek_jax", tmp_path / "tree" / "deepseek_jax", ignore=ours)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path / "tree" / name)
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path / "dist"]
-    built = child(*build, tmp_path / "tree", cwd=tmp_path)
-    assert built.returncode == 0, built.stderr
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    made = wheel(tmp_path)
     source = {str(path.relative_to(ROOT)) for path in (ROOT / "deepseek_jax").rglob("*") if path.is_file()}
-    assert {name for name in source if "__pycache__" not in name} <= set(zipfile.ZipFile(wheel).namelist())
+    assert {name for name in source if "__pycache__" not in name} <= set(zipfile.ZipFile(made).namelist())
 
-    made = child(sys.executable, "-m", "venv", "--system-site-packages", tmp_path / "env", cwd=tmp_path)
-    assert made.returncode == 0, made.stderr
+    done = child(sys.executable, "-m", "venv", "--system-site-packages", tmp_path / "env", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     (packages,) = (tmp_path / "env").glob("lib/python*/site-packages")
     # this Python may be of an environment itself, whose packages are no system's
     (packages / "of_the_tests.pth").write_text(sysconfig.get_path("purelib"))
     python, command = tmp_path / "env/bin/python", tmp_path / "env/bin/deepseek-jax"
-    done = child(python, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", wheel, cwd=tmp_path)
+    done = child(python, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", made, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
     empty = tmp_path / "empty"

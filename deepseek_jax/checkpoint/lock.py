@@ -25,10 +25,12 @@ def locked(folder: Path, *, advice: str) -> Iterator[None]:
         advice: what to do where another process holds it, the end of its message.
 
     Raises:
-        ValueError: another process holds it; the message has its number and host.
+        ValueError: another process holds it; the message has its number and host. Or its name is a file's.
         OSError: the folder cannot be made or written into, or its file system has no locks.
     """
     made = [above for above in (folder, *folder.parents) if not above.exists()]
+    for file in (above for above in (folder, *folder.parents) if above.is_file()):
+        raise ValueError(f"{folder}: {file} is a file; choose a folder, or a name for a new one")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _FILE
     descriptor = _taken(path, folder, advice)

@@ -131,7 +131,7 @@ def _stream(
         within = "" if limit == math.inf else f" up to difficulty {limit:g}"
         raise ValueError(
             f"{pool.name}: got {len(rows)} rows{within}, wanted at least {max(least, 1)}, its part of a batch; "
-            "add rows, or lower the batch size or its weight"
+            "add rows, or lower the batch size (--prompts-per-step) or its weight"
         )
     if isinstance(curriculum, EasyToHard):
         endless = grain.MapDataset.source(_Windowed(pool.difficulty, curriculum.window, (seed, number)))

@@ -4,10 +4,12 @@ import asyncio
 import inspect
 import logging
 import math
+import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from deepseek_jax.rewards.protocol import RewardFunction, RowsFailed, check_strings
@@ -16,7 +18,7 @@ _LOG = logging.getLogger(__name__)
 _LOGGED_CHARS = 500
 
 
-class RewardError(RuntimeError):
+class RewardError(ValueError):
     """A reward function raised; the message names the function and the row, the cause is what it raised."""
 
 
@@ -192,7 +194,8 @@ class CombinedReward:
         )
         if self.on_error == "raise":
             raise RewardError(
-                f"reward function {name!r}: row {row}: raised {type(error).__name__}: {error};"
+                f"reward function {name!r}: row {row}: raised {type(error).__name__}: {error}"
+                f"{_place(self.functions[name], error)};"
                 " see the log for the sample, mend the function, or count such rows as None with on_error='none'"
             ) from error
 
@@ -201,6 +204,13 @@ class CombinedReward:
         if not applying or any(self.weights[name] for name, scored in found.items() if row in scored.raised):
             return math.nan
         return math.fsum(self.weights[name] * score for name, score in applying.items())
+
+
+def _place(function: RewardFunction, error: Exception) -> str:
+    """Where in the function's own file it happened, if it has one."""
+    own = getattr(getattr(function, "__code__", None), "co_filename", None)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
+    return f" ({Path(own).name}:{lines[-1]})" if own and lines else ""
 
 
 def combine(

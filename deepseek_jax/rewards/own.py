@@ -38,8 +38,9 @@ class OwnReward(NamedTuple):
         try:
             spec.loader.exec_module(module)
         except Exception as problem:
-            lines = [frame.lineno for frame in traceback.extract_tb(problem.__traceback__)]
-            place = f"{self.file}:{lines[-1]}" if len(lines) > 1 else str(self.file)
+            frames = traceback.extract_tb(problem.__traceback__)
+            lines = [frame.lineno for frame in frames if frame.filename == str(self.file)]
+            place = f"{self.file}:{lines[-1]}" if lines else str(self.file)
             raise ValueError(f"reward: {place}: raised {type(problem).__name__}: {problem}; mend the file") from problem
         function = getattr(module, self.function, None)
         if not callable(function):

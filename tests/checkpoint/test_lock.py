@@ -76,6 +76,16 @@ def test_a_folder_that_nothing_was_written_into_goes_again(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_file_is_no_folder(tmp_path, name):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ValueError, match=f"{name}: .*file is a file; choose a folder"),
+        locked(tmp_path / name, advice=""),
+    ):
+        pass
+
+
 def test_many_that_come_and_go_are_never_in_together(tmp_path):
     work = (
         "import sys; from pathlib import Path; from deepseek_jax.checkpoint.lock import locked\n"

@@ -129,7 +129,7 @@ def scored(completions, on_error, functions=None):
 
 
 def test_a_function_that_raises_ends_the_run_and_names_the_row():
-    with pytest.raises(RewardError, match="'picky': row 1: raised KeyError: 'oh'") as caught:
+    with pytest.raises(RewardError, match=r"'picky': row 1: raised KeyError: 'oh' \(test_combine.py:\d+\);") as caught:
         scored(["good", "bad", "good"], "raise")
     assert isinstance(caught.value.__cause__, KeyError)
 

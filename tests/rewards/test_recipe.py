@@ -236,9 +236,16 @@ def test_what_is_no_function_of_ones_own_is_refused_in_one_line(file, texts, mes
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_raises_is_named_with_its_line(tmp_path):
-    (tmp_path / "bad.py").write_text("import math\n\nx = math.nothing\n")
-    with pytest.raises(ValueError, match=r"bad.py:3: raised AttributeError: .*; mend the file"):
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("import math\n\nx = math.nothing\n", "bad.py:3: raised AttributeError: .*; mend the file"),
+        ("x = 1\ndef f(:\n", r"bad.py: raised SyntaxError: .*\(bad.py, line 2\); mend the file"),
+    ],
+)
+def test_a_file_that_raises_is_named_with_its_line(tmp_path, source, says):
+    (tmp_path / "bad.py").write_text(source)
+    with pytest.raises(ValueError, match=says):
         score(RewardConfig(reward=(f"{tmp_path / 'bad.py'}:f",)), RIGHT)
 
 
