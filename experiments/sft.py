@@ -5,9 +5,10 @@ prompt and completion, ShareGPT's, problem and solution) under its own chat temp
 text. It says first how many rows and tokens it learns, and what it leaves out, by reason. Without arguments a small
 DeepSeek-architecture model is made from nothing and learns generated conversations.
 
-Cost: without arguments 134 updates of a half-million-parameter model, some minutes on two CPU cores.
-Expected: the held-out loss falls from that of a guess, about 3.5 nats a token. A killed run goes on from its last
-checkpoint when the same command is given again, and a finished one when `--steps` or `--epochs` is raised.
+Cost: without arguments 134 updates of a half-million-parameter model, one to two minutes on two CPU cores.
+Expected: the held-out loss falls from that of a guess, about 3.6 nats a token, to less than 0.01. A killed run goes
+on from its last checkpoint when the same command is given again, and a finished one when `--steps` or `--epochs` is
+raised.
 """
 
 import sys

@@ -51,7 +51,7 @@ def main(
         batch: sequences in all; by default eight a device to decode, else one for each part of the mesh that cuts them.
         context: tokens of a sequence, and slots of the cache to decode.
         mesh: sizes of axes, such as expert=64,fsdp=8; by default one that suits the model and the step.
-        serve_mesh: likewise expert and tensor of the mesh that a sync is for; by default as r1_zero.py chooses them.
+        serve_mesh: likewise expert and tensor of the mesh that a sync is for; by default as `train` chooses them.
         dtype: bf16 or f32, what is computed in; to serve, that of weights and cache. An update's weights are float32.
         moments: what the optimizer's are kept in.
         micro_batches: parts of an update, one after another.

@@ -1,4 +1,4 @@
-"""Export a converted folder (Orbax) as a Hugging Face one (safetensors), every tensor as stored."""
+"""Write a model as a Hugging Face folder (safetensors): as stored, or in bfloat16, float32 or FP8."""
 
 from pathlib import Path
 

@@ -60,11 +60,14 @@ def prepared(main: Callable[..., Any], arguments: Sequence[str]) -> tuple[Callab
         return main, plain
     if not HELPS & set(arguments):
         return _calling(main, _begun(of, arguments), main.__doc__), plain
-    first = of.defaults({})
+    given = {name: value for name, value in _given(of, arguments).items() if name in of.deciding}
+    first = of.defaults(given)
+    deciding = ", ".join(f"--{name.replace('_', '-')}" for name in of.deciding)
+    theirs = f"Defaults depend on {deciding}: given beside --help, they show theirs."
     if "--help-all" in arguments:
-        return _calling(main, first, main.__doc__), plain
+        return _calling(main, first, f"{main.__doc__}\n\n{theirs}"), plain
     more = len(options_of(of.settings)) - len(of.common)
-    text = f"{main.__doc__}\n\nThese are the options that most runs need; --help-all shows {more} more."
+    text = f"{main.__doc__}\n\nThese are the options that most runs need; --help-all shows {more} more. {theirs}"
     return _calling(main, _with_common(first, of.common), text), plain
 
 

@@ -73,7 +73,7 @@ class Config:
         mesh_tensor: parts of heads, inner widths and vocabulary.
         scan_layers: layers of one kind are one stack, run by a scan: a deep model compiles in the time of one layer.
         remat: what the backward pass works out again: nothing, whole layers, or all of a layer but its attention.
-        save_dtype: of the model's folder at the end; auto is that of the model to start from, and float32 without one.
+        save_dtype: dtype of the model's folder; auto is that of the model to start from, and float32 without one.
     """
 
     output: Path = Path("runs/sft")

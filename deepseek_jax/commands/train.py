@@ -1,4 +1,4 @@
-"""R1-Zero's run: the cold start of a small model, or a given one, then GRPO, and what is written of both."""
+"""Train a model by GRPO with rule-based rewards, or a small one from nothing, as R1-Zero was."""
 
 import time
 from functools import partial

@@ -55,7 +55,7 @@ class ModelOptions:
         prompt: what a given model is asked; {question} stands for the question. None asks for the --format that is
             rewarded.
         chat: put the prompt into the model's chat template; base models, which have none, want --no-chat.
-        save_dtype: of the model's folder at the end; auto is that of the model to start from, and float32 without one.
+        save_dtype: dtype of the model's folder; auto is that of the model to start from, and float32 without one.
     """
 
     model: Path | None = None

@@ -197,6 +197,7 @@ class CombinedReward:
                 f"reward function {name!r}: row {row}: raised {type(error).__name__}: {error}"
                 f"{_place(self.functions[name], error)};"
                 " see the log for the sample, mend the function, or count such rows as None with on_error='none'"
+                " (--reward-error none)"
             ) from error
 
     def _total(self, row: int, found: Mapping[str, _Scored]) -> float:

@@ -39,8 +39,8 @@ class RewardConfig:
         choices: letters of the options, in order, for "choice".
         format: which form of a completion is rewarded: "tags" is R1-Zero's, a thought and an answer in tags; "boxed" a
             thought, where one is opened, closed before the answer, and the answer in \\boxed{}.
-        weight_accuracy: of the right answer.
-        weight_format: of that form (R1-Zero: as the right answer).
+        weight_accuracy: weight of the reward for the right answer.
+        weight_format: weight of the reward for that form (R1-Zero: as of the right answer).
         weight_soft_format: of its cosine form, which rewards parts of it (the design documents: 0.3).
         weight_language: of the share of the thought's words in `language` (the design documents: 0.2).
         language: two letters.

@@ -58,13 +58,16 @@ def call(monkeypatch, capsys):
 def test_the_short_help_shows_the_common_options_by_group_and_the_whole_one_all(call):
     status, seen, shown = call("--help")
     assert status in (0, None) and seen == [{}]
-    assert [option for option in options_of(Settings) if f"--{option}" in shown.out] == ["steps", "name", "lr"]
+    assert [option for option in options_of(Settings) if f"--{option} " in shown.out] == ["steps", "name", "lr"]
     assert "how many (default: 3)" in shown.out and "of it (default" in shown.out and "outer options" in shown.out
     assert "--help-all shows 6 more" in " ".join(shown.out.split())
     assert call("-h")[2].out == shown.out
     whole = call("--help-all")[2].out
     assert [option for option in options_of(Settings) if f"--{option}" in whole] == list(options_of(Settings))
     assert "how many; all of them." in whole and "outer.inner options" in whole
+    assert "Defaults depend on --name, --flag: given beside" in " ".join(shown.out.split())
+    status, seen, shown = call("--help-all", "--name", "x")
+    assert seen == [{"name": "x"}] and "default: 0.25" in shown.out and "default: 0.25" not in whole
 
 
 def test_help_all_is_help_for_a_command_without_a_short_one(monkeypatch, capsys):

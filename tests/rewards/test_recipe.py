@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from deepseek_jax.rewards import recipe
+from deepseek_jax.rewards.combine import RewardError
 from deepseek_jax.rewards.recipe import RewardConfig, check_columns, rewards
 
 RIGHT = "<think>two and two</think><answer>\\boxed{4}</answer>"
@@ -83,7 +84,7 @@ def test_an_evaluation_follows_reward_error():
         assert made.accuracy.graded(**columns).parts == {"accuracy": [1.0, None]}
         totals, parts = made.total(**columns)
         assert totals[0] == 1.0 and math.isnan(totals[1]) and parts["format"] == [0.0, 0.0]
-    with rewards(RewardConfig(accuracy="choice"), max_new_tokens=8) as made, pytest.raises(RuntimeError, match="row 1"):
+    with rewards(RewardConfig(accuracy="choice"), max_new_tokens=8) as made, pytest.raises(RewardError, match="row 1"):
         made.accuracy.graded(**columns)
 
 
