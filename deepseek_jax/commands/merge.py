@@ -25,9 +25,9 @@ def main(
         out: folder to make; it must not exist, and it appears only when it is whole.
         dtype: of the weights, as stored or another; sums are rounded to it.
     """
-    folder, of_adapter = map(model_folder, (model, adapter))
-    for source in (folder, of_adapter):
+    for source in (model, adapter):
         refuse_existing(out, source)
+    folder, of_adapter = map(model_folder, (model, adapter))
     loaded = load_model(folder, dtype=None if dtype == "stored" else jnp.dtype(dtype))
     lora, matrices = load_adapter(of_adapter, loaded.config)
     save_model(loaded._replace(weights=merge(loaded.weights, matrices, lora)), out, source=folder)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.ops.experts import expert_mlp
@@ -28,7 +28,7 @@ def routed_experts(
     up_EDM: Float[Array, "*L E D M"] | LowRank,
     down_EMD: Float[Array, "*L E M D"] | LowRank,
     *,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     rows: tuple[str, ...],
     columns: tuple[str, ...],
     gathered: tuple[str, ...],

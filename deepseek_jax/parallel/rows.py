@@ -90,7 +90,7 @@ def locate(
     return jnp.where(inside, run, starts.shape[0]), jnp.where(inside, offset, 0)
 
 
-def window(starts: Int[Array, "*J"], sizes: Int[Array, "*J"], first, room: int):
+def window(starts: Int[Array, "*J"], sizes: Int[Array, "*J"], first: int | Int[Array, ""], room: int | Int[Array, ""]):
     """What of runs lies in positions first to first + room, counted from `first`: starts and sizes."""
     begin = jnp.clip(starts - first, 0, room)
     return begin, jnp.clip(starts + sizes - first, 0, room) - begin

@@ -140,13 +140,13 @@ def a_batch_is_put_in_parts() -> None:
     tokens = np.arange(16 * 3, dtype=np.int32).reshape(16, 3)
     batch = SFTBatch(tokens, tokens + 1, tokens % 5 > 0)
     put = layout.put(batch)
-    for value, given in zip(put, batch, strict=True):
+    for value, given in zip(jax.tree.leaves(put), jax.tree.leaves(batch), strict=True):
         assert not value.is_fully_addressable and len(value.addressable_shards) == 4
         for shard in value.addressable_shards:
             assert shard.data.shape == (2, 3)
             np.testing.assert_array_equal(shard.data, given[shard.index])
         np.testing.assert_array_equal(whole(value), given)
-    assert all(one is two for one, two in zip(layout.put(put), put, strict=True))
+    assert all(one is two for one, two in zip(*map(jax.tree.leaves, (layout.put(put), put)), strict=True))
     moved = put._replace(mask_BT=jax.jit(lambda a: a, out_shardings=layout.sharding(None, None))(put.mask_BT))
     assert [shard.data.shape for shard in layout.put(moved).mask_BT.addressable_shards] == [(2, 3)] * 4
 

@@ -40,8 +40,8 @@ def steps(folder: Path) -> list[int]:
 
 
 def spoken(text: str) -> str:
-    """What a process printed, without what the collectives of the CPU backend say of themselves."""
-    return "\n".join(line for line in text.splitlines() if not line.startswith("[Gloo]"))
+    """What a process printed, without what the collectives of the CPU backend say of themselves, threads amid lines."""
+    return "\n".join(line for line in text.splitlines() if "[Gloo]" not in line and "peer ranks" not in line)
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -303,6 +303,7 @@ def test_without_an_expert_axis_it_is_the_plain_function():
         np.testing.assert_array_equal(got, wanted)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [

@@ -243,8 +243,8 @@ def test_a_damaged_folder_is_one_line(spoil, says, r1, inspect, tmp_path: Path):
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        ((), "error: wanted either a folder or --preset NAME\n"),
-        (("here", "--preset", "tiny"), "error: wanted either a folder or --preset NAME\n"),
+        ((), "error: wanted either a model or --preset NAME\n"),
+        (("here", "--preset", "tiny"), "error: wanted either a model or --preset NAME\n"),
         (("--preset", "r2"), f"error: preset: got 'r2', wanted one of {', '.join(PRESETS)}\n"),
     ],
     ids=["neither", "both", "unknown"],

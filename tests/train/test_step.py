@@ -129,7 +129,7 @@ def test_the_router_bias_moves_by_its_own_layers_load_and_by_nothing_else():
     for i, end in enumerate((0.3, -0.2)):
         weights.layers[i].mlp.bias = RouterBias(jnp.linspace(-end, end, 8))
     before, batch = biases(weights), batch_of("sft")
-    load = np.asarray(jax.jit(lambda w, batch: score(nnx.merge(graphdef, w), *batch).load_LE)(weights, batch))
+    load = np.asarray(jax.jit(lambda w, batch: score(nnx.merge(graphdef, w), *batch[:3]).load_LE)(weights, batch))
     assert load.shape == (2, 8) and (load[0] != load[1]).any()
     real = np.cumsum(batch.mask_BT[:, ::-1], axis=1)[:, ::-1] > 0
     np.testing.assert_array_equal(load.sum(axis=1), 2 * real.sum())

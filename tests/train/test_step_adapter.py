@@ -104,7 +104,7 @@ def gradient_of(config, weights_of):
 
     def loss(adapter):
         model = decoder_of(graphdef, weights_of(base, adapter, LORA))
-        return sft_objective(model, SFTBatch(*map(jnp.asarray, batch())), batch_totals(batch()))[0]
+        return sft_objective(model, jax.tree.map(jnp.asarray, batch()), batch_totals(batch()))[0]
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(adapter_of(config))
     return float(value), flat(gradient)
