@@ -194,11 +194,7 @@ def test_all_examples_of_a_mixture_have_the_same_columns(tmp_path):
 @pytest.mark.parametrize(
     ("row", "settings", "message"),
     [
-        (
-            {"words": "q", "answer": "1"},
-            {},
-            r"no question column \(question, problem, prompt, text\) among words, answer",
-        ),
+        ({"words": "q", "answer": "1"}, {}, "no question column .*, prompt, text. among words, answer"),
         ({"question": "q", "code": "1"}, {}, r"no answer column \(answer, solution\) among question, code"),
         ({"question": "q", "answer": 1}, {"question_columns": ("Q",)}, "no column 'Q', wanted one of question, answer"),
         ({"question": "q", "answer": 1}, {"answer_column": "A"}, "no column 'A', wanted one of question, answer"),
