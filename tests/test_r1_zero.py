@@ -239,7 +239,7 @@ def kill_within(process: subprocess.Popen, folder: Path, stage: str, at_least: i
 
 
 def comparable(folder: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if not k.endswith("time")} for row in read_metrics(folder)]
+    return [{k: v for k, v in row.items() if not k.endswith(("time", "per_second"))} for row in read_metrics(folder)]
 
 
 @pytest.mark.slow
