@@ -42,7 +42,7 @@ def shallow(name: str) -> ModelConfig:
 
 
 def rows(folder: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if not k.endswith("time")} for row in read_metrics(folder)]
+    return [{k: v for k, v in row.items() if not k.endswith(("time", "per_second"))} for row in read_metrics(folder)]
 
 
 def assert_close(found: list[dict], wanted: list[dict], tolerance: float) -> None:
