@@ -59,6 +59,16 @@ def found_once(factory: pytest.TempPathFactory, laws: Sequence[Callable], **opti
     return json.loads(kept.read_text())
 
 
+def fixture_of(laws: Sequence[Callable], **options) -> Callable:
+    """A module's fixture: what `found_once` gives of these laws."""
+
+    @pytest.fixture(scope="module")
+    def found(tmp_path_factory) -> dict[str, str]:
+        return found_once(tmp_path_factory, laws, **options)
+
+    return found
+
+
 def run_laws(module: str, devices: str, folders: str, *laws: str) -> None:
     """In the process that `found_of` starts: prints what went wrong with each law, as JSON."""
     import jax

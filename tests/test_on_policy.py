@@ -24,7 +24,7 @@ from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.model.scan_layers import stack_layers
 from deepseek_jax.model.scoring import Scored, check_routes, score
 from deepseek_jax.sharding import LOCAL, Layout, make_mesh
-from tests.laws import found_once
+from tests.laws import fixture_of
 from tests.model import test_packing as packing
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -246,9 +246,7 @@ def a_packed_batch_on_a_mesh_is_its_samples_one_a_row():
 LAWS = [on_a_mesh_the_sampler_is_the_trainer, a_packed_batch_on_a_mesh_is_its_samples_one_a_row]
 
 
-@pytest.fixture(scope="module")
-def of_laws(tmp_path_factory) -> dict[str, str]:
-    return found_once(tmp_path_factory, LAWS)
+of_laws = fixture_of(LAWS)
 
 
 @pytest.mark.slow

@@ -25,8 +25,8 @@ from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.cli import run
 from deepseek_jax.commands import toy
 from deepseek_jax.commands import train as r1_zero
+from deepseek_jax.commands.run_options import saved_dtype
 from deepseek_jax.commands.settings_file import with_values
-from deepseek_jax.commands.train_report import saved_dtype
 from deepseek_jax.commands.train_settings import Config, DataOptions, check, defaults, run_settings, settings
 from deepseek_jax.config import preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
@@ -427,8 +427,7 @@ def test_a_base_whose_weights_changed_is_refused(tmp_path):
 def test_a_model_is_saved_as_the_one_it_began_with(tmp_path, written, asked, wanted):
     if written is not None:
         (tmp_path / "config.json").write_text(json.dumps(written))
-    config = small(tmp_path, model=None if written is None else tmp_path, save_dtype=asked)
-    assert saved_dtype(config) == wanted
+    assert saved_dtype(asked, None if written is None else tmp_path) == wanted
 
 
 def test_a_run_begun_in_another_precision_is_refused(tmp_path, monkeypatch):

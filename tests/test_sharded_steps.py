@@ -34,7 +34,7 @@ from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.sft_loss import SFTBatch, make_sft_objective
 from deepseek_jax.train.step import StepConfig, init_state, make_adapter_step, make_train_step
 from tests.checkpoint.folders import QWEN2, R1, V32
-from tests.laws import found_once
+from tests.laws import fixture_of
 
 DEVICES = 8
 B, T = 8, 16
@@ -445,9 +445,7 @@ THOROUGH = [
 ]
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory) -> dict[str, str]:
-    return found_once(tmp_path_factory, QUICK)
+quick = fixture_of(QUICK)
 
 
 @pytest.mark.parametrize("law", [law.__name__ for law in QUICK])
@@ -455,9 +453,7 @@ def test_on_eight_devices(law, quick):
     assert quick[law] == "", quick[law]
 
 
-@pytest.fixture(scope="module")
-def thorough(tmp_path_factory) -> dict[str, str]:
-    return found_once(tmp_path_factory, THOROUGH)
+thorough = fixture_of(THOROUGH)
 
 
 @pytest.mark.slow

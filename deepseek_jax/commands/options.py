@@ -135,6 +135,7 @@ def _with_common(settings: Any, common: Collection[str]) -> Any:
 
 def _first_words(settings: type, name: str) -> str:
     """What a dataclass says of a field, to the end of its first clause."""
-    found = re.search(rf"^    {name}: (.*(?:\n        .*)*)", inspect.getdoc(settings) or "", re.MULTILINE)
+    said = "\n".join(inspect.getdoc(of) or "" for of in settings.__mro__)
+    found = re.search(rf"^    {name}: (.*(?:\n        .*)*)", said, re.MULTILINE)
     assert found is not None, f"{settings.__name__}: says nothing of {name}"
     return re.split(r"[.;](?:\s|$)|: \"", " ".join(found[1].split()), maxsplit=1)[0]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -11,34 +10,31 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from deepseek_jax import distributed
 from deepseek_jax.checkpoint.adapters import save_adapter
-from deepseek_jax.checkpoint.files import write_whole
 from deepseek_jax.checkpoint.fingerprint import fingerprint
 from deepseek_jax.checkpoint.folder import lay_out, load_model
 from deepseek_jax.checkpoint.hub import model_folder
-from deepseek_jax.checkpoint.model_folder import load_config, named_dtype
+from deepseek_jax.checkpoint.model_folder import load_config
 from deepseek_jax.checkpoint.owned import write_owned
 from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.commands.options import command
+from deepseek_jax.commands.run_options import LoggingOptions, MeshOptions, enter, saved_dtype, whole_paths
 from deepseek_jax.commands.settings_file import settings_text, values_of, with_values
 from deepseek_jax.commands.toy import small_config, small_model
-from deepseek_jax.commands.train_settings import LoggingOptions
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE, draw_chains, trace
 from deepseek_jax.data.conversations import Conversation
 from deepseek_jax.data.masked_rows import ConversationConfig, MaskedRows, open_rows, row_batches, rows_of
 from deepseek_jax.model.precision import Precision, computed, dtype_of
-from deepseek_jax.report.metrics import MetricLog, WandbConfig, read_metrics
+from deepseek_jax.report.metrics import MetricLog, read_metrics
 from deepseek_jax.report.page import write_report
-from deepseek_jax.sharding import AXES, Layout, Remat, lanes_of, make_mesh
+from deepseek_jax.sharding import AXES
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.runs import RunSettings, check_folder, enter_folder, held_folder, room_needed, write_json
+from deepseek_jax.train.runs import RunSettings, check_folder, held_folder, room_needed, write_json
 from deepseek_jax.train.sft import SFTTrainer, run_sft
 from deepseek_jax.train.sft_config import SFTConfig
 from deepseek_jax.train.step import TrainState
@@ -65,14 +61,7 @@ class Config:
             most 256.
         sft: How it is learnt.
         logging: Where numbers go beside metrics.jsonl and TensorBoard.
-        mesh_data: replicas of the model. The product of the five sizes of the mesh must be the number of devices of
-            all processes; all 1 in one process is a run on its first device, however many there are.
-        mesh_fsdp: parts that weights are cut into by their width, and batches by row.
-        mesh_expert: groups of devices that the experts are divided between; batches are cut by them as well.
-        mesh_context: parts of every sequence, and of the weights' width.
-        mesh_tensor: parts of heads, inner widths and vocabulary.
-        scan_layers: layers of one kind are one stack, run by a scan: a deep model compiles in the time of one layer.
-        remat: what the backward pass works out again: nothing, whole layers, or all of a layer but its attention.
+        mesh: How the model is divided over devices.
         save_dtype: dtype of the model's folder; auto is that of the model to start from, and float32 without one.
     """
 
@@ -85,30 +74,12 @@ class Config:
     eval_rows: int | None = None
     sft: Annotated[SFTConfig, tyro.conf.arg(name="training")] = field(default_factory=SFTConfig)
     logging: LoggingOptions = LoggingOptions()
-    mesh_data: int = 1
-    mesh_fsdp: int = 1
-    mesh_expert: int = 1
-    mesh_context: int = 1
-    mesh_tensor: int = 1
-    scan_layers: bool = False
-    remat: Remat = "nothing"
+    mesh: MeshOptions = MeshOptions()
     save_dtype: Precision = "auto"
 
     def __post_init__(self) -> None:
         if self.eval_rows is not None and self.eval_rows < 0:
             raise ValueError(f"eval_rows: got {self.eval_rows}, wanted 0, for none, or more")
-
-    @property
-    def layout(self) -> Layout:
-        """How the model lies on the devices and runs there."""
-        sizes = {axis: getattr(self, f"mesh_{axis}") for axis in AXES}
-        one_device = distributed.process_count() == 1 and all(size == 1 for size in sizes.values())
-        return Layout(
-            mesh=None if one_device else make_mesh(**sizes),
-            scan_layers=self.scan_layers,
-            remat=self.remat,
-            lanes=lanes_of(jax.default_backend()),
-        )
 
 
 # The options that the short help shows, and those that defaults depend on.
@@ -154,10 +125,8 @@ def main(config: Config) -> None:
         steps = config.sft.steps_of(len(rows.train))
         settings = distributed.on_main(lambda: _checked(config, steps))
         trainer = _trainer(config, architecture, tokenizer, rows, steps)
-        run_id = distributed.on_main(lambda: _entered(config, RunSettings(*settings)))
-        of = config.logging
-        wandb = WandbConfig(project=of.wandb_project, offline=of.wandb_offline) if of.wandb_project else None
-        with MetricLog(config.output, wandb=wandb) as log:
+        run_id = distributed.on_main(lambda: enter(config.output, RunSettings(*settings), _repeatable(config)))
+        with MetricLog(config.output, wandb=config.logging.wandb) as log:
             before = _before(config, trainer, rows)
             data = row_batches(rows.train, size=config.sft.batch_size, seed=config.seed)
             state = run_sft(trainer, data, folder=config.output, log=log, held_out=rows.held_out)
@@ -188,18 +157,12 @@ def _settings(config: Config, steps: int) -> dict[str, Any]:
 
 def _whole(config: Config) -> Config:
     """The same with the whole paths of files, which hold from any folder."""
-    path = lambda name: os.path.realpath(name) if os.path.exists(name) else name
-    held = values_of(config)
-    values = {name: tuple(map(path, held[name])) for name in ("data", "held_out")}
-    return with_values(config, values | {"model": held["model"] and Path(path(held["model"]))})
+    return with_values(config, whole_paths(values_of(config), lists=("data", "held_out"), single=("model",)))
 
 
-def _entered(config: Config, settings: RunSettings) -> str:
-    """The run's identity, its settings written into its folder, also as a file that repeats it."""
-    run_id = enter_folder(config.output, settings)
-    text = settings_text(dataclasses.replace(_whole(config), config=None), Config())
-    write_whole(config.output / "config.toml", text.encode())
-    return run_id
+def _repeatable(config: Config) -> str:
+    """config.toml: given as --config it repeats the run."""
+    return settings_text(dataclasses.replace(_whole(config), config=None), Config())
 
 
 # --- model and rows -------------------------------------------------------------------------------
@@ -276,7 +239,7 @@ def _generated(seed: int) -> list[Conversation]:
 
 
 def _trainer(config: Config, architecture: ModelConfig, tokenizer: Tokenizer, rows: Rows, steps: int) -> SFTTrainer:
-    layout = config.layout
+    layout = config.mesh.layout
     lengths = np.concatenate([part.lengths for part in rows])
     longest = _longest(config, architecture) if config.sft.pack else int(lengths.max())
     whole = int(np.lcm(32, layout.parts("tokens")))  # what differs little compiles to the same
@@ -311,15 +274,12 @@ def _before(config: Config, trainer: SFTTrainer, rows: Rows) -> dict[str, float]
 def _save(config: Config, trainer: SFTTrainer, tokenizer: Tokenizer, state: TrainState, run_id: str) -> None:
     """The model as a Hugging Face folder, and an adapter as PEFT has it."""
     base = config.model
-    dtype = jnp.dtype("float32" if config.save_dtype == "auto" else config.save_dtype)
-    if config.save_dtype == "auto" and base is not None and named_dtype(base) == "bfloat16":
-        dtype = jnp.dtype("bfloat16")
     owned = partial(write_owned, run=run_id, steps=trainer.steps)
     if trainer.lora is not None:
         name = None if base is None else str(base)
         adapter = lambda target: save_adapter(state.weights, trainer.lora, trainer.model.config, target, base=name)
         owned(config.output / "adapter", write=adapter)
-    trained = trainer.model._replace(weights=computed(trainer.trained(state), dtype))
+    trained = trainer.model._replace(weights=computed(trainer.trained(state), saved_dtype(config.save_dtype, base)))
     owned(
         config.output / "model",
         write=lambda target: save_model(trained, target, source=base, tokenizer=tokenizer.files),

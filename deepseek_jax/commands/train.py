@@ -9,10 +9,10 @@ from flax import nnx
 
 from deepseek_jax import distributed
 from deepseek_jax.checkpoint.adapters import save_adapter
-from deepseek_jax.checkpoint.files import write_whole
 from deepseek_jax.checkpoint.hub import model_folder
 from deepseek_jax.checkpoint.owned import write_owned
 from deepseek_jax.commands.options import command
+from deepseek_jax.commands.run_options import enter
 from deepseek_jax.commands.settings_file import with_values
 from deepseek_jax.commands.train_report import evaluate, evaluate_once, report, write_model
 from deepseek_jax.commands.train_settings import (
@@ -28,11 +28,11 @@ from deepseek_jax.commands.train_settings import (
 from deepseek_jax.commands.train_setup import Setup, example_width, prepare
 from deepseek_jax.data.prompts import batches
 from deepseek_jax.model.precision import dtype_of
-from deepseek_jax.report.metrics import MetricLog, WandbConfig
+from deepseek_jax.report.metrics import MetricLog
 from deepseek_jax.rewards.recipe import rewards
 from deepseek_jax.train.grpo import GRPOTrainer
 from deepseek_jax.train.grpo_stage import run_grpo
-from deepseek_jax.train.runs import enter_folder, held_folder, room_needed
+from deepseek_jax.train.runs import held_folder, room_needed
 from deepseek_jax.train.sft import SFTTrainer, run_sft
 from deepseek_jax.train.sft_config import SFTConfig
 from deepseek_jax.train.sft_loss import completion_tokens
@@ -52,13 +52,11 @@ def main(config: Config) -> None:
 
 def stages(config: Config, setup: Setup, base: str | None, start: float) -> None:
     """Cold start, GRPO, and the accuracies before and after it."""
-    run_id = distributed.on_main(lambda: entered(config, base))
-    of = config.logging
-    wandb = WandbConfig(project=of.wandb_project, offline=of.wandb_offline) if of.wandb_project else None
+    run_id = distributed.on_main(lambda: enter(config.output, run_settings(config, base), repeatable(config)))
     if distributed.is_main():
         for line in (*stated(config), computing(config)):
             print(distributed.printable(line))
-    log = MetricLog(config.output, wandb=wandb)
+    log = MetricLog(config.output, wandb=config.logging.wandb)
     weights = cold_start(config, setup, log) if setup.cold_start else setup.model.weights
     before = evaluate_once(config, setup, weights, "before")
     print(f"accuracy before GRPO: {before['accuracy']:.1%} +- {before['stderr']:.1%}")
@@ -68,13 +66,6 @@ def stages(config: Config, setup: Setup, base: str | None, start: float) -> None
     log.close()
     write_model(config, setup, weights, run_id)
     distributed.on_main(lambda: report(config, setup, before, after, time.perf_counter() - start))
-
-
-def entered(config: Config, base: str | None) -> str:
-    """The run's identity, its settings written into its folder, also as a file that repeats it."""
-    run_id = enter_folder(config.output, run_settings(config, base))
-    write_whole(config.output / "config.toml", repeatable(config).encode())
-    return run_id
 
 
 def computing(config: Config) -> str:

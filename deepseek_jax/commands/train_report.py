@@ -4,13 +4,12 @@ import json
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax import distributed
-from deepseek_jax.checkpoint.model_folder import named_dtype
 from deepseek_jax.checkpoint.owned import write_owned
 from deepseek_jax.checkpoint.save import save_model
+from deepseek_jax.commands.run_options import saved_dtype
 from deepseek_jax.commands.train_settings import Config
 from deepseek_jax.commands.train_setup import Setup
 from deepseek_jax.evals.accuracy import Accuracy, greedy_accuracy
@@ -45,16 +44,9 @@ def evaluate_once(config: Config, setup: Setup, weights: nnx.State, name: str) -
 
 def write_model(config: Config, setup: Setup, weights: nnx.State, run_id: str) -> None:
     """As a Hugging Face folder, in the place of the one that the run wrote when it had fewer steps."""
-    trained = setup.model._replace(weights=computed(weights, saved_dtype(config)))
+    trained = setup.model._replace(weights=computed(weights, saved_dtype(config.base.save_dtype, config.base.model)))
     save = lambda target: save_model(trained, target, source=config.base.model, tokenizer=setup.tokenizer.files)
     write_owned(config.output / "model", run=run_id, steps=config.grpo.steps, write=save)
-
-
-def saved_dtype(config: Config) -> jnp.dtype:
-    """What the model's folder is written in."""
-    if config.base.save_dtype != "auto" or config.base.model is None:
-        return jnp.dtype("float32" if config.base.save_dtype == "auto" else config.base.save_dtype)
-    return jnp.dtype("bfloat16" if named_dtype(config.base.model) == "bfloat16" else "float32")
 
 
 def report(config: Config, setup: Setup, before: dict[str, float], after: Accuracy, seconds: float) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +13,7 @@ import tyro
 from deepseek_jax.checkpoint.fingerprint import fingerprint
 from deepseek_jax.checkpoint.hub import model_folder
 from deepseek_jax.checkpoint.model_folder import load_config
-from deepseek_jax.commands.mesh import MeshOptions
+from deepseek_jax.commands.run_options import LoggingOptions, SamplingMeshOptions, whole_paths
 from deepseek_jax.commands.settings_file import settings_text, values_of, with_values
 from deepseek_jax.commands.toy import QUICK, TOY, ToyOptions
 from deepseek_jax.data.prompts import DataConfig, EasyToHard, SourceConfig
@@ -152,19 +151,6 @@ class DataOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoggingOptions:
-    """Where numbers go beside metrics.jsonl and TensorBoard.
-
-    Args:
-        wandb_project: log to this project of Weights & Biases as well; needs pip install 'deepseek_jax[wandb]'.
-        wandb_offline: keep its files in the run's folder, for `wandb sync`.
-    """
-
-    wandb_project: str | None = None
-    wandb_offline: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config:
     """Settings of a run.
 
@@ -194,7 +180,7 @@ class Config:
     questions: Annotated[DataOptions, tyro.conf.arg(name="data")] = DataOptions()
     rewards: Annotated[RewardConfig, tyro.conf.UseAppendAction] = RewardConfig()
     grpo: Annotated[GRPOConfig, tyro.conf.arg(name="algorithm")] = field(default_factory=GRPOConfig)
-    mesh: MeshOptions = MeshOptions()
+    mesh: SamplingMeshOptions = SamplingMeshOptions()
     toy: ToyOptions = ToyOptions()
     logging: LoggingOptions = LoggingOptions()
 
@@ -310,12 +296,7 @@ def settings(config: Config) -> dict[str, Any]:
 
 def whole(config: Config) -> Config:
     """The same with the whole paths of files, which hold from any folder."""
-    path = lambda name: os.path.realpath(name) if os.path.exists(name) else name
-    held, values = values_of(config), {}
-    for name in ("data", "held_out"):
-        values[name] = tuple(map(path, held[name]))
-    for name in ("pass_rates", "model"):
-        values[name] = held[name] and Path(path(held[name]))
+    values = whole_paths(values_of(config), lists=("data", "held_out"), single=("pass_rates", "model"))
     values["reward"] = tuple(own.text for own in own_rewards(config.rewards.reward))
     return with_values(config, values)
 

@@ -7,11 +7,12 @@ from deepseek_jax.checkpoint.adapters import adapted_paths
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.generation.engine import SamplingConfig
 from deepseek_jax.model.lora import ALL_LINEAR, LoRAConfig
-from deepseek_jax.model.precision import Precision, dtype_of
+from deepseek_jax.model.precision import Precision
 from deepseek_jax.rl.loss_config import GRPOLossConfig
 from deepseek_jax.train.loop import profiled_steps
 from deepseek_jax.train.optimizer import OptimizerConfig
 from deepseek_jax.train.step import StepConfig
+from deepseek_jax.train.update_settings import lora_of, step_config_of
 
 Advantage = Literal["group", "rloo", "reinforce", "reinforce_baseline"]
 
@@ -132,8 +133,6 @@ class GRPOConfig:
                 f"updates_per_rollout {self.updates_per_rollout} x micro_batches {self.micro_batches} "
                 f"does not divide the {samples} samples of a step"
             )
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank: got {self.lora_rank}, wanted 0, for none, or more")
         if not 0 < self.temperature:
             raise ValueError(f"temperature: got {self.temperature}, wanted more than 0: groups must differ")
         if not 0 < self.reference_mixup <= 1:
@@ -224,21 +223,12 @@ class GRPOConfig:
     @property
     def step_config(self) -> StepConfig:
         """How a batch becomes an update."""
-        return StepConfig(
-            micro_batches=self.micro_batches,
-            balance_alpha=self.balance_alpha,
-            bias_gamma=0.0 if self.lora_rank else self.bias_gamma,
-            dtype=dtype_of(self.dtype).name,
-            skip_grad_norm=self.skip_grad_norm,
-        )
+        return step_config_of(self)
 
     @property
     def lora(self) -> LoRAConfig | None:
         """The adapter to train, if one is."""
-        if not self.lora_rank:
-            return None
-        targets = ALL_LINEAR if self.lora_targets == (ALL_LINEAR,) else self.lora_targets
-        return LoRAConfig(rank=self.lora_rank, alpha=self.lora_alpha, targets=targets)
+        return lora_of(self)
 
 
 _COUNTS = (

@@ -7,11 +7,12 @@ from typing import Literal
 from deepseek_jax.checkpoint.adapters import adapted_paths
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.lora import ALL_LINEAR, LoRAConfig
-from deepseek_jax.model.precision import Precision, dtype_of
+from deepseek_jax.model.precision import Precision
 from deepseek_jax.train.loop import profiled_steps
 from deepseek_jax.train.optimizer import OptimizerConfig
 from deepseek_jax.train.sft_loss import Averaged, make_sft_objective, mean_of_examples, mean_of_tokens
 from deepseek_jax.train.step import StepConfig
+from deepseek_jax.train.update_settings import lora_of, step_config_of
 
 _MEANS = {"tokens": mean_of_tokens, "examples": mean_of_examples}
 _MTP_WEIGHT = 0.1  # DeepSeek-V3's at the end of pre-training
@@ -84,8 +85,6 @@ class SFTConfig:
             raise ValueError(f"micro_batches {self.micro_batches} does not divide the {self.batch_size} rows of a step")
         if self.loss_mean not in _MEANS:
             raise ValueError(f"loss_mean: got {self.loss_mean!r}, wanted one of {', '.join(_MEANS)}")
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank: got {self.lora_rank}, wanted 0, for none, or more")
         # each refuses what it cannot work with, here rather than after hours of a run
         _ = self.adamw, self.lora, self.step_config, make_sft_objective(mtp_weight=self.mtp_weight or 0.0)
 
@@ -138,18 +137,9 @@ class SFTConfig:
     @property
     def step_config(self) -> StepConfig:
         """How a batch becomes an update."""
-        return StepConfig(
-            micro_batches=self.micro_batches,
-            balance_alpha=self.balance_alpha,
-            bias_gamma=0.0 if self.lora_rank else self.bias_gamma,
-            dtype=dtype_of(self.dtype).name,
-            skip_grad_norm=self.skip_grad_norm,
-        )
+        return step_config_of(self)
 
     @property
     def lora(self) -> LoRAConfig | None:
         """The adapter to train, if one is."""
-        if not self.lora_rank:
-            return None
-        targets = ALL_LINEAR if self.lora_targets == (ALL_LINEAR,) else self.lora_targets
-        return LoRAConfig(rank=self.lora_rank, alpha=self.lora_alpha, targets=targets)
+        return lora_of(self)

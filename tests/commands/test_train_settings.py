@@ -11,6 +11,7 @@ import pytest
 from deepseek_jax.cli import run
 from deepseek_jax.commands import train
 from deepseek_jax.commands.options import prepared
+from deepseek_jax.commands.run_options import enter
 from deepseek_jax.commands.settings_file import options_of, values_of, with_values
 from deepseek_jax.commands.train_data import held_out_of, make_prompt
 from deepseek_jax.commands.train_settings import (
@@ -179,7 +180,7 @@ def test_a_runs_own_file_repeats_it_from_any_folder(tmp_path, monkeypatch):
 
 def test_a_run_writes_that_file(tmp_path):
     config = parsed("--output", tmp_path / "run", "--lr", "3e-4")
-    train.entered(config, None)
+    enter(config.output, run_settings(config, None), repeatable(config))
     assert parsed("--config", tmp_path / "run" / "config.toml") == dataclasses.replace(
         config, config=tmp_path / "run" / "config.toml"
     )

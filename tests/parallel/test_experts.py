@@ -22,7 +22,7 @@ from deepseek_jax.parallel.experts import routed_experts
 from deepseek_jax.parallel.rounds import in_rounds
 from deepseek_jax.parallel.rows import by_expert, swiglu_groups, take_rows
 from deepseek_jax.sharding import AXES, make_mesh
-from tests.laws import found_of, found_once
+from tests.laws import fixture_of, found_of
 
 B, T, D, M, E, A = 8, 8, 8, 8, 16, 3
 TRANSPORTS = ("all_gather", "all_to_all", "ragged_all_to_all")
@@ -247,9 +247,7 @@ AT_LENGTH = [
 ]
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory) -> dict[str, str]:
-    return found_once(tmp_path_factory, QUICK)
+quick = fixture_of(QUICK)
 
 
 @pytest.mark.parametrize("law", [law.__name__ for law in QUICK])

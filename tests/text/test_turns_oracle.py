@@ -89,8 +89,8 @@ def test_without_tags_the_mask_is_that_of_trls_template_with_them_but_for_line_b
 
 def labels_of_trl(oracle, row, tmp_path, **settings) -> tuple[list[int], list[int]]:
     """Token ids and labels that TRL's trainer makes of a row."""
-    trl, transformers = pytest.importorskip("trl"), pytest.importorskip("transformers")
-    datasets = pytest.importorskip("datasets")
+    needed = ("trl", "transformers", "datasets")
+    trl, transformers, datasets = (pytest.importorskip(name, reason="needs the oracle extra") for name in needed)
     tiny = transformers.Qwen2Config(
         vocab_size=152_064,
         hidden_size=8,

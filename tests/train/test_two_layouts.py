@@ -31,7 +31,7 @@ from deepseek_jax.sharding import LOCAL, Layout, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.grpo import GRPOTrainer
 from deepseek_jax.train.grpo_config import GRPOConfig
-from tests.laws import found_once
+from tests.laws import fixture_of
 from tests.test_sharded_steps import CONFIGS, laid
 
 TOKENIZER = Tokenizer.characters(ALPHABET, chat_template=TEMPLATE)
@@ -300,9 +300,7 @@ THOROUGH = [
 ]
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory) -> dict[str, str]:
-    return found_once(tmp_path_factory, QUICK)
+quick = fixture_of(QUICK)
 
 
 @pytest.mark.parametrize("law", [law.__name__ for law in QUICK])
@@ -310,9 +308,7 @@ def test_on_eight_devices(law, quick):
     assert quick[law] == "", quick[law]
 
 
-@pytest.fixture(scope="module")
-def thorough(tmp_path_factory) -> dict[str, str]:
-    return found_once(tmp_path_factory, THOROUGH)
+thorough = fixture_of(THOROUGH)
 
 
 @pytest.mark.slow
