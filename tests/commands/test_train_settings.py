@@ -175,6 +175,7 @@ def test_a_runs_own_file_repeats_it_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     again = parsed("--config", tmp_path / "config.toml", "--output", tmp_path / "run")
     assert settings(again) | {"output": "run"} == whole
+    assert again.questions.data == (str(tmp_path / "rows.jsonl"),) and again.rewards.reward[0].startswith(str(tmp_path))
     assert parsed("--config", tmp_path / "config.toml", "--steps", "8").grpo.steps == 8
 
 

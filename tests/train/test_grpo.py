@@ -379,6 +379,14 @@ def test_a_run_stops_at_the_step_whose_numbers_are_not_finite(tmp_path):
     assert not ended_nonfinite(tmp_path)
 
 
+def test_the_checkpoint_of_the_best_accuracy_stays(tmp_path):
+    accuracies = iter([0.25, 0.75, 0.5, 0.5, 0.5])
+    of = trainer(steps=5, save_every=1, eval_every=1)
+    data = batches(prompts(), size=2, seed=0)
+    run_grpo(of, data, folder=tmp_path, log=MetricLog(tmp_path), evaluate=lambda weights: next(accuracies))
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints" / "grpo").iterdir()) == [2, 4, 5]
+
+
 def test_spikes_are_left_out_and_counted():
     of = trainer(skip_grad_norm=1e-6)
     before = of.first_state()
