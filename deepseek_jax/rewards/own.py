@@ -37,7 +37,7 @@ class OwnReward(NamedTuple):
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-        except Exception as problem:
+        except Exception as problem:  # the user's code may raise anything
             frames = traceback.extract_tb(problem.__traceback__)
             lines = [frame.lineno for frame in frames if frame.filename == str(self.file)]
             place = f"{self.file}:{lines[-1]}" if lines else str(self.file)
