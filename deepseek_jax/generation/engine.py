@@ -5,7 +5,6 @@ The noise of a token depends on its sequence's seed and its position alone: neit
 padding, nor the device count changes what is drawn.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.generation.draw import Knobs, Modes, Record, Recorded, State, draw
-from deepseek_jax.model.cache import Cache, abstract_cache, empty_cache
+from deepseek_jax.model.cache import Cache, abstract_cache, cache_axis, contiguous_table, empty_cache
 from deepseek_jax.model.decoder import Hidden, experts_of
 from deepseek_jax.model.lora import decoder_of
 from deepseek_jax.ops.logprobs import project
@@ -64,6 +63,7 @@ class SamplingConfig:
 
 
 NO_RECORD = Record()
+_BLOCK = 64  # tokens of a block of the cache
 
 
 class Completion(NamedTuple):
@@ -180,7 +180,7 @@ class Generator:
         limits = np.repeat([min(sampling.max_new_tokens, context - len(p)) for p in prompts], samples)
         room = int(limits.max())
         width = bucket(longest, least=max(16, self.layout.parts("tokens")))
-        tokens, lengths = pad_right(prompts, width, rows=self._rows(len(prompts), samples))
+        tokens, lengths = pad_right(prompts, width, rows=self._rows(len(prompts)))
         knobs, modes = self.settings(sampling, record)
         # Rows that only fill the bucket reuse the first seed and stop at once.
         padded_seeds = np.full(tokens.shape[0] * samples, seeds[0] & 0xFFFFFFFF, np.uint32)
@@ -221,10 +221,9 @@ class Generator:
         )
         return knobs, modes
 
-    def _rows(self, prompts: int, samples: int) -> int:
-        """Rows for the prompts: a power of two, or more where the mesh divides neither them nor their samples."""
-        of_cache = self.layout.parts("cache_batch")
-        whole = math.lcm(self.layout.parts("batch"), of_cache // math.gcd(of_cache, samples))
+    def _rows(self, prompts: int) -> int:
+        """Rows for the prompts: a power of two, or more where the mesh does not divide it."""
+        whole = self.layout.parts("cache_batch")
         return -(-bucket(prompts, least=1) // whole) * whole
 
     def check(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], samples: int) -> None:
@@ -250,7 +249,12 @@ class Generator:
     def _prefill(self, weights, tokens_PT, length_P, seeds_B, limits_B, knobs, *, samples, slots, modes, room):
         """Prompts into the cache, the cache repeated for every sample, and the first token drawn; and their routes."""
         model = decoder_of(self.graphdef, weights)
-        hidden, cache = model.prefill(tokens_PT, self._empty(tokens_PT.shape[0], slots, model.embed.dtype))
+        P, T = tokens_PT.shape
+        size = min(slots, _BLOCK)
+        cache = empty_cache(self.config, P * slots // size, size, self.dtype or model.embed.dtype, self.layout)
+        at = jnp.broadcast_to(jnp.arange(T), (P, T))
+        valid = at < length_P[:, None]
+        hidden, cache = model.extend(tokens_PT, at, valid, cache, self._table(P, cache), phase="prefill")
         last_P1D = jnp.take_along_axis(hidden.x_BTD, (length_P - 1)[:, None, None], axis=1)
         logits_PV = self.layout.constrain(model.logits(last_P1D)[:, 0], "batch", None)
         each = partial(jnp.repeat, repeats=samples, axis=0)
@@ -262,7 +266,7 @@ class Generator:
             seen_PV = jnp.zeros(logits_PV.shape, bool).at[rows, tokens_PT].max(inside)
             seen = each(seen_PV)
         state = self.first_state(B, room)._replace(
-            cache=jax.tree.map(each, cache),
+            cache=self._repeated(cache, P, samples),
             position_B=each(length_P),
             done_B=limits_B == 0,
             seen_BV=seen,
@@ -305,15 +309,31 @@ class Generator:
     def _routes_dtype(self) -> jnp.dtype:
         return jnp.int16 if self.config.moe.n_routed_experts <= 2**15 else jnp.int32
 
-    def _empty(self, rows: int, slots: int, of_weights: jnp.dtype) -> Cache:
-        return empty_cache(self.config, rows, slots, self.dtype or of_weights, self.layout)
+    @property
+    def _block_axis(self) -> int:
+        return int(self.layout.scan_layers)
+
+    def _table(self, rows: int, cache: Cache) -> jax.Array:
+        """Of a cache in which every sequence has the same number of blocks, one after another."""
+        blocks = jax.tree.leaves(cache)[0].shape[self._block_axis]
+        return contiguous_table(rows, blocks // rows, self.layout.parts(cache_axis(self.config)))
+
+    def _repeated(self, cache: Cache, rows: int, samples: int) -> Cache:
+        """A cache of `rows` sequences with each of them `samples` times."""
+        axis = self._block_axis
+
+        def repeat(pool):
+            by_row = pool.reshape(*pool.shape[:axis], rows, -1, *pool.shape[axis + 1 :])
+            return jnp.repeat(by_row, samples, axis=axis).reshape(*pool.shape[:axis], -1, *pool.shape[axis + 1 :])
+
+        return jax.tree.map(repeat, cache)
 
     def _laid(self, state: State) -> State:
         """A state with what the host reads on every device, and cache and record cut as decoding reads the cache."""
         if self.layout.mesh is None:
             return state
-        one = state.cache[0][0]
-        like = abstract_cache(self.config, state.token_B.shape[0], one.shape[-2], one.dtype, self.layout)
+        one = jax.tree.leaves(state.cache)[0]
+        like = abstract_cache(self.config, one.shape[self._block_axis], one.shape[-2], one.dtype, self.layout)
         cache = jax.tree.map(lambda a, of: jax.lax.with_sharding_constraint(a, of.sharding), state.cache, like)
         by_sequence = lambda a: self.layout.constrain(a, "cache_batch", *(None,) * (a.ndim - 1))
         seen, record = jax.tree.map(by_sequence, (state.seen_BV, state.record))
@@ -324,11 +344,13 @@ class Generator:
     def _decode(self, weights, state, seeds_B, limits_B, knobs, *, modes, steps=None):
         """Feed the last token, draw the next, until every sequence stopped or reached its limit, or for some steps."""
         model = decoder_of(self.graphdef, weights)
+        table = self._table(seeds_B.shape[0], state.cache)
         head_DV = model.head_DV()  # out of the loop: tied embeddings are transposed once, not every step
 
         def body(state: State) -> State:
             # the token that was drawn last lies one before the position that comes next
-            hidden, cache = model.extend(state.token_B[:, None], state.position_B[:, None] - 1, state.cache)
+            at, live = state.position_B[:, None] - 1, ~state.done_B[:, None]
+            hidden, cache = model.extend(state.token_B[:, None], at, live, state.cache, table, phase="decode")
             logits_BV = project(hidden.x_BTD[:, 0], head_DV)
             # each chip its part of the vocabulary for its group, then the whole vocabulary of its own sequences
             logits_BV = self.layout.constrain(logits_BV, "batch", "vocab")

@@ -22,6 +22,8 @@ from deepseek_jax.train.optimizer import make_optimizer
 from deepseek_jax.train.sft_loss import SFTBatch, make_sft_objective
 from deepseek_jax.train.step import MaskedBatch, Objective, TrainState, init_state, make_train_step
 
+_BLOCK = 128  # tokens of a block of the cache
+
 
 class Program(NamedTuple):
     """A traced step, and the shapes and shardings of what it is given, and of the weights that a sync gives."""
@@ -64,7 +66,7 @@ def trace_decode(config: ModelConfig, layout: Layout, batch: int, context: int, 
     generator = Generator(config, graphdef, dtype=dtype)
     knobs, modes = generator.settings(SamplingConfig(max_new_tokens=1))
     of = partial(_everywhere, layout)
-    cache = abstract_cache(config, batch, context, dtype, layout)
+    cache = abstract_cache(config, batch * context // _BLOCK, _BLOCK, dtype, layout)
     small = jax.tree.map(lambda a: of(a.shape, a.dtype), (generator.first_state(batch, room=1), knobs))
     traced = generator.decode.trace(
         weights,
