@@ -1,0 +1,302 @@
+"""What an engine runs on the device: `extend`, new tokens of a few requests, and `decode_loop`, several tokens of many.
+
+The state of every request that runs lies in a slot of the device's arrays; a program is told which slots its rows are,
+draws inside, and gives the state back in the memory that it came in. Nothing that a request asks for changes a shape.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.generation.draw import Record
+from deepseek_jax.generation.slot_draw import Drawn, draw
+from deepseek_jax.generation.slots import DrawState, SlotParams, empty_params, empty_state, put_rows
+from deepseek_jax.generation.thinking import NO_TAGS, ThinkTags
+from deepseek_jax.model.cache import Cache, empty_cache
+from deepseek_jax.model.decoder import Decoder, Hidden, experts_of
+from deepseek_jax.model.lora import decoder_of
+from deepseek_jax.ops.logprobs import logprobs_of_logits, project
+from deepseek_jax.sharding import module_layout
+
+
+class DeviceState(NamedTuple):
+    """Of S slots.
+
+    cache: pools of blocks. table_SM: the blocks of each slot. token_S: the latest token of a slot, which nothing was
+    computed for yet; position_S: its position. done_S: stopped, or never begun. drafts_SD: what is guessed to follow
+    the latest token. params, drawing: of `generation.slots`.
+    """
+
+    cache: Cache
+    table_SM: jax.Array
+    token_S: jax.Array
+    position_S: jax.Array
+    done_S: jax.Array
+    drafts_SD: jax.Array
+    params: SlotParams
+    drawing: DrawState
+
+
+class Admission(NamedTuple):
+    """Slots that new requests take, R of them; a slot out of range takes none. All as in `DeviceState`."""
+
+    slots_R: Any
+    table_RM: Any
+    params: SlotParams
+    drawing: DrawState
+
+
+class Spans(NamedTuple):
+    """Tokens of requests to compute, R rows of up to T; all int32.
+
+    start_R: position of the first one; count_R: how many, 0 in rows of padding; next_R: the token after them, -1 where
+    it is not known yet and one is to be drawn.
+    """
+
+    slots_R: Any
+    tokens_RT: Any
+    start_R: Any
+    count_R: Any
+    next_R: Any
+
+
+class Extended(NamedTuple):
+    """What came of spans: the draw of each row, routes [R, T, L, A], and log-probs [R, T] of each next token."""
+
+    drawn: Drawn
+    routes_RTLA: jax.Array | None
+    logprobs_RT: jax.Array
+
+
+class Decoded(NamedTuple):
+    """What a loop drew, with an axis of up to N draws a row in every part of `drawn`.
+
+    count_R: how many there are. steps: that the loop took; offered and accepted: drafts. routes_RNLA: of the tokens
+    that were fed, the latest one of before and all drawn but the last.
+    """
+
+    drawn: Drawn
+    count_R: jax.Array
+    steps: jax.Array
+    offered: jax.Array
+    accepted: jax.Array
+    routes_RNLA: jax.Array | None
+
+
+class Programs:
+    """The compiled functions of an engine.
+
+    Args:
+        config: the model's.
+        graphdef: static part of the module.
+        slots: requests that run at a time.
+        table: blocks of a request at most.
+        steps: of a decode loop at most.
+        drafts: tokens that are guessed, and verified with the latest one.
+        record: what to keep for a trainer.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        graphdef: nnx.GraphDef,
+        *,
+        slots: int,
+        table: int,
+        steps: int,
+        drafts: int = 0,
+        record: Record = Record(),
+    ):
+        self.config, self.graphdef, self.layout = config, graphdef, module_layout(graphdef)
+        self.slots, self.table, self.steps, self.drafts, self.record = slots, table, steps, drafts, record
+        self.admit = jax.jit(self._admit, donate_argnums=0)
+        self.retable = jax.jit(self._retable, donate_argnums=0)
+        self.extend = jax.jit(self._extend, donate_argnames="state")
+        self.decode_loop = jax.jit(self._decode_loop, donate_argnames="state")
+
+    def first_state(self, blocks: int, block_size: int, dtype: jnp.dtype) -> DeviceState:
+        """Of slots that nobody has taken.
+
+        Args:
+            blocks: of each pool, over all parts of the mesh.
+            block_size: tokens of a block.
+            dtype: of the cache.
+        """
+        S, V = self.slots, self.config.vocab_size
+
+        @jax.jit
+        def made():
+            every = lambda *shape: jnp.zeros((S, *shape), jnp.int32)
+            return self._laid(
+                DeviceState(
+                    cache=empty_cache(self.config, blocks, block_size, dtype, self.layout, drafts=self.drafts > 0),
+                    table_SM=every(self.table),
+                    token_S=every(),
+                    position_S=every(),
+                    done_S=jnp.ones(S, bool),
+                    drafts_SD=every(self.drafts),
+                    params=jax.tree.map(jnp.asarray, empty_params(S, V)),
+                    drawing=empty_state(S, V),
+                )
+            )
+
+        return made()
+
+    def _admit(self, state: DeviceState, new: Admission) -> DeviceState:
+        """Requests in their slots; nothing of them is computed yet."""
+        put = lambda old, rows: old.at[new.slots_R].set(rows, mode="drop")
+        return self._laid(
+            state._replace(
+                table_SM=put(state.table_SM, new.table_RM),
+                done_S=put(state.done_S, True),
+                params=put_rows(state.params, new.slots_R, new.params),
+                drawing=put_rows(state.drawing, new.slots_R, new.drawing),
+            )
+        )
+
+    def _retable(self, state: DeviceState, slots_R: jax.Array, table_RM: jax.Array) -> DeviceState:
+        """Longer tables of requests that got further blocks."""
+        return self._laid(state._replace(table_SM=state.table_SM.at[slots_R].set(table_RM, mode="drop")))
+
+    def _extend(
+        self, weights: nnx.State, state: DeviceState, spans: Spans, tags: ThinkTags, want_logprobs: jax.Array
+    ) -> tuple[DeviceState, Extended]:
+        """Compute spans, and draw a token after each whose next one is not known."""
+        model = decoder_of(self.graphdef, weights)
+        T, S = spans.tokens_RT.shape[1], self.slots
+        table = jnp.take(state.table_SM, spans.slots_R, axis=0, mode="clip")
+        column = jnp.arange(T)
+        at, valid = spans.start_R[:, None] + column, column < spans.count_R[:, None]
+        hidden, cache = model.extend(spans.tokens_RT, at, valid, state.cache, table, phase="prefill")
+        last_R1D = jnp.take_along_axis(hidden.x_BTD, jnp.maximum(spans.count_R - 1, 0)[:, None, None], axis=1)
+        logits_RV = self.layout.constrain(model.logits(last_R1D)[:, 0], "batch", None)
+        draws = (spans.count_R > 0) & (spans.next_R < 0)
+        position_R = spans.start_R + spans.count_R
+        drawing, drawn = self._draw(logits_RV, state, spans.slots_R, position_R, draws, tags)
+        follows = jnp.where(draws, drawn.token_R, spans.next_R)
+        next_RT = jnp.concatenate([spans.tokens_RT[:, 1:], spans.tokens_RT[:, :1]], axis=1)
+        next_RT = jnp.where(column == spans.count_R[:, None] - 1, follows[:, None], next_RT)
+        logprobs_RT = jax.lax.cond(
+            want_logprobs,
+            lambda: logprobs_of_logits(model.logits(hidden.x_BTD), next_RT)[0],
+            lambda: jnp.zeros(next_RT.shape, jnp.float32),
+        )
+        put = lambda old, rows: old.at[jnp.where(draws, spans.slots_R, S)].set(rows, mode="drop")
+        state = state._replace(
+            cache=cache,
+            token_S=put(state.token_S, drawn.token_R),
+            position_S=put(state.position_S, position_R),
+            done_S=put(state.done_S, drawn.done_R),
+            drawing=drawing,
+        )
+        return self._laid(state), Extended(drawn, self._routes(hidden), logprobs_RT)
+
+    def _decode_loop(
+        self,
+        weights: nnx.State,
+        state: DeviceState,
+        rows_R: jax.Array,
+        steps: jax.Array,
+        until: jax.Array,
+        tags: ThinkTags,
+    ) -> tuple[DeviceState, Decoded]:
+        """Feed the latest token of each row, draw the next, and so on.
+
+        Args:
+            weights: of the model.
+            state: of the slots.
+            rows_R: int32, the slots that run; out of range for rows of padding.
+            steps: int32, at most so many; `self.steps` is the bound.
+            until: int32, or until no more than so many rows live.
+            tags: of thoughts.
+        """
+        model = decoder_of(self.graphdef, weights)
+        head_DV = model.head_DV()  # out of the loop: tied embeddings are transposed once, not every step
+        lives = lambda state: ~jnp.take(state.done_S, rows_R, mode="fill", fill_value=True)
+
+        def goes_on(carried):
+            state, found = carried
+            live = jnp.sum(lives(state))
+            return (found.steps < steps) & (live > 0) & ((live > until) | (found.steps == 0))
+
+        def body(carried):
+            return self._decode_step(model, head_DV, *carried, rows_R, lives(carried[0]), tags)
+
+        return jax.lax.while_loop(goes_on, body, (self._laid(state), self._nothing_drawn(rows_R.shape[0])))
+
+    def _decode_step(self, model: Decoder, head_DV, state: DeviceState, found: Decoded, rows_R, live_R, tags):
+        """One pass over the model for every live row."""
+        of_row = lambda a: jnp.take(a, rows_R, axis=0, mode="clip")
+        token_R, position_R = of_row(state.token_S), of_row(state.position_S)
+        at, real = position_R[:, None], live_R[:, None]
+        hidden, cache = model.extend(token_R[:, None], at, real, state.cache, of_row(state.table_SM), phase="decode")
+        logits_RV = project(hidden.x_BTD[:, 0], head_DV)
+        # each chip its part of the vocabulary for its group, then the whole vocabulary of its own sequences
+        logits_RV = self.layout.constrain(logits_RV, "batch", "vocab")
+        logits_RV = self.layout.constrain(logits_RV, "cache_batch", None)
+        drawing, drawn = self._draw(logits_RV, state, rows_R, position_R + 1, live_R, tags)
+        put = lambda old, rows: old.at[jnp.where(live_R, rows_R, self.slots)].set(rows, mode="drop")
+        state = state._replace(
+            cache=cache,
+            token_S=put(state.token_S, drawn.token_R),
+            position_S=put(state.position_S, position_R + 1),
+            done_S=put(state.done_S, drawn.done_R),
+            drawing=drawing,
+        )
+        return self._laid(state), self._noted(found, drawn, live_R, self._routes(hidden))
+
+    def _noted(self, found: Decoded, drawn: Drawn, live_R, routes_RTLA) -> Decoded:
+        """With one more draw of the live rows."""
+        N = found.drawn.token_R.shape[1]
+        at = jnp.arange(live_R.size), jnp.where(live_R, found.count_R, N)
+        note = lambda old, new: old.at[at].set(new, mode="drop")
+        routes = None if routes_RTLA is None else note(found.routes_RNLA, routes_RTLA[:, 0])
+        return found._replace(
+            drawn=jax.tree.map(note, found.drawn, drawn),
+            count_R=found.count_R + live_R,
+            steps=found.steps + 1,
+            routes_RNLA=routes,
+        )
+
+    def _nothing_drawn(self, rows: int) -> Decoded:
+        N, V = self.steps * (1 + self.drafts), self.config.vocab_size
+        nobody = jnp.zeros(rows, jnp.int32)
+        slots = empty_params(1, V), empty_state(1, V)
+        run = partial(draw, record_support=self.record.support)
+        one = jax.eval_shape(run, jnp.zeros((rows, V)), *slots, nobody, nobody, nobody > 0, NO_TAGS)[1]
+        drawn = jax.tree.map(lambda a: jnp.zeros((rows, N, *a.shape[1:]), a.dtype), one)
+        routes = None
+        if self.record.routes:
+            routes = jnp.zeros((rows, N, *self._routes_of_token), self._routes_dtype)
+        zero = jnp.int32(0)
+        return Decoded(drawn, nobody, zero, zero, zero, routes)
+
+    def _draw(self, logits_RV, state: DeviceState, rows_R, position_R, live_R, tags) -> tuple[DrawState, Drawn]:
+        given = logits_RV, state.params, state.drawing, rows_R, position_R, live_R, tags
+        return draw(*given, record_support=self.record.support)
+
+    def _routes(self, hidden: Hidden) -> jax.Array | None:
+        """[R, T, L, A] of the tokens just fed."""
+        return experts_of(hidden.stats).astype(self._routes_dtype) if self.record.routes else None
+
+    @property
+    def _routes_of_token(self) -> tuple[int, int]:
+        layers = sum(self.config.is_moe_layer(layer) for layer in range(self.config.num_hidden_layers))
+        return layers, self.config.moe.num_experts_per_tok
+
+    @property
+    def _routes_dtype(self) -> jnp.dtype:
+        return jnp.int16 if self.config.moe.n_routed_experts <= 2**15 else jnp.int32
+
+    def _laid(self, state: DeviceState) -> DeviceState:
+        """Everything but the cache on every device, and the counts of drawn tokens cut by vocabulary."""
+        if self.layout.mesh is None:
+            return state
+        everywhere = lambda a: self.layout.constrain(a, *(None,) * a.ndim)
+        small = jax.tree.map(everywhere, state._replace(cache=(), drawing=state.drawing._replace(counts=())))
+        counts = self.layout.constrain(state.drawing.counts, None, "vocab")
+        return small._replace(cache=state.cache, drawing=small.drawing._replace(counts=counts))
