@@ -6,7 +6,6 @@ padding, nor the device count changes what is drawn.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -18,52 +17,16 @@ from jax.experimental import multihost_utils
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.generation.draw import Knobs, Modes, Record, Recorded, State, draw
+from deepseek_jax.generation.sampling_config import SamplingConfig, refuse_unknown
 from deepseek_jax.model.cache import Cache, abstract_cache, cache_axis, contiguous_table, empty_cache
 from deepseek_jax.model.decoder import Hidden, experts_of
 from deepseek_jax.model.lora import decoder_of
 from deepseek_jax.ops.logprobs import project
 from deepseek_jax.sharding import module_layout
 
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How tokens are drawn.
-
-    Args:
-        max_new_tokens: limit a completion, thinking included.
-        temperature: 0 takes the best token.
-        top_p: keep the smallest set of tokens that reaches this probability; 1 keeps all.
-        top_k: keep the k best; 0 keeps all.
-        min_p: keep tokens at least so probable, as a share of the most probable one's probability; 0 keeps all. It is
-            applied last, as in transformers.
-        repetition_penalty: for tokens of prompt and completion seen before; 1 is none.
-        stop_ids: tokens that end a completion; they belong to it.
-    """
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    stop_ids: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        checks = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (self.temperature >= 0, "0 or more"),
-            "top_p": (0 < self.top_p <= 1, "more than 0, at most 1"),
-            "top_k": (self.top_k >= 0, "0 (all) or more"),
-            "min_p": (0 <= self.min_p <= 1, "0 (all) to 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "more than 0"),
-        }
-        for name, (good, wanted) in checks.items():
-            if not good:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wanted {wanted}")
-
-
 NO_RECORD = Record()
 _BLOCK = 64  # tokens of a block of the cache
+_KNOWN = "max_new_tokens temperature top_p top_k min_p repetition_penalty stop_ids".split()
 
 
 class Completion(NamedTuple):
@@ -174,6 +137,7 @@ class Generator:
     def _begin(self, weights, prompts, sampling, seeds, samples, record) -> "_Begun":
         """Prompts padded and prefilled, and the first token of each completion drawn."""
         self.check(prompts, seeds, samples)
+        refuse_unknown(sampling, _KNOWN)
         self._check_record(record, sampling)
         longest = max(map(len, prompts))
         context = self.config.max_position_embeddings

@@ -1,4 +1,4 @@
-"""Drawing the next token: temperature, top-k, top-p, min-p, repetition penalty; noise keyed by seed and position."""
+"""Drawing the next token: bias, penalties, top-k, top-p, min-p, and noise keyed by seed and position."""
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,28 @@ def penalise_repeats(
     """Divide positive and multiply negative logits of tokens seen before. Source: arXiv 1909.05858 section 4.1."""
     factor = jnp.asarray(penalty)[..., None]
     return jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
+
+
+def penalise_counts(
+    logits: Float[Array, "B V"], counts: Int[Array, "B V"], presence: Float[Array, "B"], frequency: Float[Array, "B"]
+) -> Float[Array, "B V"]:
+    """Take `presence` from the logits of tokens generated before, and `frequency` once for each time.
+
+    Source: OpenAI's API reference; vLLM, `apply_penalties` (tokens of the completion alone, after the repetition's).
+    """
+    return logits - frequency[:, None] * counts - presence[:, None] * (counts > 0)
+
+
+def add_bias(
+    logits: Float[Array, "B V"], ids: Int[Array, "B ids"], values: Float[Array, "B ids"]
+) -> Float[Array, "B V"]:
+    """Add to the logits of some tokens; ids from V on are padding."""
+    return logits.at[jnp.arange(logits.shape[0])[:, None], ids].add(values, mode="drop")
+
+
+def forbid(logits: Float[Array, "B V"], ids: Int[Array, "B ids"]) -> Float[Array, "B V"]:
+    """-inf for some tokens; ids from V on are padding."""
+    return logits.at[jnp.arange(logits.shape[0])[:, None], ids].set(-jnp.inf, mode="drop")
 
 
 def keep_top_k(logits: Float[Array, "B V"], k: Int[Array, "B"]) -> Float[Array, "B V"]:
@@ -39,7 +61,7 @@ def _keep_above_threshold(logits, enough):
     ordered = _sortable(logits)
 
     def body(i, threshold):
-        trial = threshold | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        trial = threshold | (jnp.uint32(1) << jnp.uint32(31 - i))
         return jnp.where(enough(ordered >= trial[:, None]), trial, threshold)
 
     threshold = jax.lax.fori_loop(0, 32, body, jnp.zeros(logits.shape[0], jnp.uint32))

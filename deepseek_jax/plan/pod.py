@@ -10,7 +10,8 @@ import optax
 from flax import nnx
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.generation.engine import Generator, SamplingConfig
+from deepseek_jax.generation.engine import Generator
+from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.model.cache import abstract_cache
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.transfer import Transfer, sampled_config

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from deepseek_jax.checkpoint.adapters import adapted_paths
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.generation.engine import SamplingConfig
+from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.model.lora import ALL_LINEAR, LoRAConfig
 from deepseek_jax.model.precision import Precision
 from deepseek_jax.rl.loss_config import GRPOLossConfig
