@@ -4,11 +4,10 @@ import random
 import time
 from dataclasses import replace
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_jax.generation.requests import Drawn, Request
+from deepseek_jax.generation.requests import Request
 from deepseek_jax.generation.scheduler import Scheduler, SchedulerConfig
 from tests.generation.simulated_device import Driver, true_token
 
@@ -101,20 +100,25 @@ class Load:
                 self.left -= 1
             if self.requests and self.random.random() < cancels:
                 victim = self.random.choice(self.requests[-20:])
-                assert subject.scheduler.cancel(victim.id) == (not victim.finished and not victim.cancelled) or True
+                was_cancelled = victim.cancelled
+                assert subject.scheduler.cancel(victim.id) == (not (victim.finished or was_cancelled))
             if self.random.random() < resets:
                 subject.scheduler.reset_prefix_cache()
                 subject.device.version += 1
             subject.step()
 
     def check(self) -> None:
-        lengths = self.subject.device.lengths
+        device, lengths = self.subject.device, self.subject.device.lengths
         for request in self.requests:
             assert request.cancelled != request.finished
             if request.finished:
                 check_complete(request, lengths.get(request.id))
                 new = request.tokens[request.prompt_length :]
                 assert self.subject.gained.get(request.id, []) == new
+                assert device.drawn[request.id] == len(new), "a token was drawn twice"
+                if not request.preemptions:
+                    computed = device.hits[request.id] + device.computed[request.id]
+                    assert computed == request.prompt_length + max(0, len(new) - 1)
         check_empty(self.subject.scheduler)
 
 
