@@ -48,7 +48,7 @@ class Request:
     slot: int | None = field(default=None, init=False)
     shard: int = field(default=0, init=False)
     decoding: bool = field(default=False, init=False)
-    keys: list[bytes] = field(default_factory=list, init=False)
+    keys: list[bytes] = field(default_factory=list, init=False, repr=False)
     awaits: tuple[int, bytes] | None = field(default=None, init=False)
     preemptions: int = field(default=0, init=False)
     cancelled: bool = field(default=False, init=False)
