@@ -1,4 +1,4 @@
-"""Slots and blocks of the running requests, over all shards: where a request goes, what it holds, when it gives back."""
+"""Slots and blocks of running requests, over all shards: where a request goes, what it holds, when it gives back."""
 
 from bisect import insort
 from collections import deque

@@ -48,7 +48,7 @@ class Request:
     slot: int | None = field(default=None, init=False)
     shard: int = field(default=0, init=False)
     decoding: bool = field(default=False, init=False)
-    keys: list[bytes] = field(default_factory=list, init=False)
+    keys: list[bytes] = field(default_factory=list, init=False, repr=False)
     awaits: tuple[int, bytes] | None = field(default=None, init=False)
     preemptions: int = field(default=0, init=False)
     cancelled: bool = field(default=False, init=False)
@@ -70,7 +70,7 @@ class Request:
 
 
 class Span(NamedTuple):
-    """Tokens `start` to `start + count` of a request, computed by `extend`; after the last known one a token is drawn."""
+    """Known tokens from `start` on that `extend` computes of a request; after the last known one it draws the next."""
 
     request: Request
     start: int
@@ -86,7 +86,7 @@ class Row(NamedTuple):
 
 
 class Admitted(NamedTuple):
-    """A request that got a slot in this plan, with its table so far and how many tokens were hits, not to be computed."""
+    """A request that got a slot in this plan, its table so far, and how many tokens were hits: those are computed."""
 
     request: Request
     slot: int

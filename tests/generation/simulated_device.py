@@ -5,7 +5,7 @@ from collections import Counter, deque
 
 import numpy as np
 
-from deepseek_jax.generation.requests import Drawn, Plan, Request
+from deepseek_jax.generation.requests import Admitted, Drawn, Plan, Request
 from deepseek_jax.generation.scheduler import Scheduler
 
 EMPTY, REJECTED = -1, -2
@@ -19,10 +19,22 @@ def true_token(request: Request, position: int) -> int:
 class Slot:
     """The device's state of one slot."""
 
-    def __init__(self, request: Request, shard: int, table: list[int], version: int) -> None:
-        self.request, self.shard, self.table, self.version = request, shard, table, version
-        self.tokens: list[int] = []  # those in the cache and the latest one
+    def __init__(self, admitted: Admitted, block_size: int, version: int) -> None:
+        self.request, self.shard, self.block_size, self.version = admitted.request, admitted.shard, block_size, version
+        self.table = np.zeros(0, np.int64)
+        self.grow(admitted.blocks)
+        self.tokens = list(admitted.request.tokens[: admitted.hits])  # those in the cache, then the latest one too
         self.done = False
+
+    def grow(self, blocks: tuple[int, ...]) -> None:
+        """The table goes on; it holds a flat place for every position."""
+        places = np.asarray(blocks)[:, None] * self.block_size + np.arange(self.block_size)
+        self.table = np.append(self.table, places)
+
+    def places(self, start: int, stop: int) -> np.ndarray:
+        """Of positions, all of which the table has."""
+        assert 0 <= start <= stop <= len(self.table), "a position lies outside of the table"
+        return self.table[start:stop]
 
 
 class SimulatedDevice:
@@ -42,19 +54,21 @@ class SimulatedDevice:
         self.written_by = np.zeros(shape, np.int64)
         self.slots: dict[int, Slot] = {}
         self.version = 0
-        self.computed: Counter[int] = Counter()
+        self.computed: Counter[int] = Counter()  # tokens, by request id
+        self.drawn: Counter[int] = Counter()  # likewise
+        self.hits: dict[int, int] = {}  # of the latest life
         self.steps = 0
 
     def run(self, plan: Plan) -> dict[int, Drawn]:
         """What a plan draws, by request id."""
         for one in plan.admitted:
-            slot = self.slots[one.slot] = Slot(one.request, one.shard, list(one.blocks), self.version)
-            slot.tokens = list(one.request.tokens[: one.hits])
+            slot = self.slots[one.slot] = Slot(one, self.config.block_size, self.version)
+            self.hits[one.request.id] = one.hits
             self.check_hits(slot, one.request.tokens)
         for one in plan.grown:
             slot = self.slots[one.request.slot]
-            assert slot.request is one.request and len(slot.table) == one.start
-            slot.table += one.blocks
+            assert slot.request is one.request and len(slot.table) == one.start * self.config.block_size
+            slot.grow(one.blocks)
         results = {}
         for span in plan.spans:
             slot = self.slots[span.request.slot]
@@ -63,23 +77,17 @@ class SimulatedDevice:
                 results[span.request.id] = drawn
         return results | self.decode(plan)
 
-    def places(self, slot: Slot, start: int, stop: int) -> np.ndarray:
-        """Flat slots of positions, through the block table."""
-        positions = np.arange(start, stop)
-        size = self.config.block_size
-        return np.asarray(slot.table)[positions // size] * size + positions % size
-
     def check_hits(self, slot: Slot, tokens: list[int]) -> None:
         hits = len(slot.tokens)
         if hits:
-            places = self.places(slot, 0, hits)
+            places = slot.places(0, hits)
             assert self.cache[slot.shard, places].tolist() == tokens[:hits]
             assert (self.written_by[slot.shard, places] == self.version).all(), "a block of old weights was hit"
             if self.config.mtp:
                 assert self.next_cache[slot.shard, places].tolist() == tokens[1 : hits + 1]
 
     def write(self, slot: Slot, start: int, tokens: list[int]) -> None:
-        places = self.places(slot, start, start + len(tokens))
+        places = slot.places(start, start + len(tokens))
         assert (places >= self.config.block_size).all(), "the null block was written"
         for block in {int(place) // self.config.block_size for place in places}:
             assert self.pools[slot.shard].references(block) == 1, "a block was written that others hold, or none"
@@ -88,13 +96,13 @@ class SimulatedDevice:
         self.written_by[slot.shard, places] = slot.version
 
     def check_reads(self, slot: Slot, count: int) -> None:
-        found = self.cache[slot.shard, self.places(slot, 0, count)]
+        found = self.cache[slot.shard, slot.places(0, count)]
         assert found.tolist() == slot.tokens[:count], f"request {slot.request.id} reads what is not its own"
 
     def note_next(self, slot: Slot, start: int) -> None:
         """The entries of an MTP module, each of which depends on the token after its own."""
         after = slot.tokens[start + 1 :]
-        self.next_cache[slot.shard, self.places(slot, start, start + len(after))] = after
+        self.next_cache[slot.shard, slot.places(start, start + len(after))] = after
 
     def extend(self, slot: Slot, start: int, count: int, last: bool) -> Drawn | None:
         request = slot.request
@@ -108,8 +116,7 @@ class SimulatedDevice:
         following = request.tokens[start + count : start + count + 1]
         if last:
             assert not following
-            following = [true_token(request, start + count)]
-            slot.tokens += following
+            following = [self.draw(slot)]
             self.note_next(slot, start)
             slot.done = self.ends(slot)
             return Drawn(tuple(following), self.stops(slot))
@@ -117,6 +124,11 @@ class SimulatedDevice:
         self.note_next(slot, start)
         slot.tokens = slot.tokens[: start + count]
         return None
+
+    def draw(self, slot: Slot) -> int:
+        slot.tokens.append(true_token(slot.request, len(slot.tokens)))
+        self.drawn[slot.request.id] += 1
+        return slot.tokens[-1]
 
     def stops(self, slot: Slot) -> bool:
         return len(slot.tokens) - slot.request.prompt_length == self.lengths.get(slot.request.id)
@@ -154,7 +166,7 @@ class SimulatedDevice:
             if number:  # a draft that was accepted is in the cache as it is
                 self.write(slot, start + number, slot.tokens[-1:])
             self.computed[slot.request.id] += 1
-            slot.tokens.append(true_token(slot.request, len(slot.tokens)))
+            self.draw(slot)
             if self.ends(slot):
                 slot.done = True
                 break
