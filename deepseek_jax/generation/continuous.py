@@ -337,7 +337,9 @@ class Engine:
         sequence.logprobs += logprobs.tolist()
         if sequence.sampling.top_logprobs:
             wanted = sequence.sampling.top_logprobs
-            sequence.top += [(i[:wanted], p[:wanted]) for i, p in zip(drawn.top_ids_RK, drawn.top_logprobs_RK, strict=True)]
+            sequence.top += [
+                (i[:wanted], p[:wanted]) for i, p in zip(drawn.top_ids_RK, drawn.top_logprobs_RK, strict=True)
+            ]
         if self.record.support:
             sequence.support.append(drawn.support_RW)
             sequence.penalised.append(drawn.penalised_RW)
@@ -398,4 +400,3 @@ def _filled(rows: list, size: int) -> list:
 
 def _on_host(array: jax.Array) -> np.ndarray:
     return np.asarray(array)
-

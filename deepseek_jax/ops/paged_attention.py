@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 _GATHERED_AT_ONCE = 2**26  # numbers of chosen keys
@@ -25,9 +26,9 @@ class Partial(NamedTuple):
         summed: the sum of the values, weighted so.
     """
 
-    top: Float[Array, "*queries"]
-    total: Float[Array, "*queries"]
-    summed: Float[Array, "*queries width"]
+    top: Float[Array, "..."]
+    total: Float[Array, "..."]
+    summed: Float[Array, "... width"]
 
 
 def join(a: Partial, b: Partial) -> Partial:
@@ -39,7 +40,7 @@ def join(a: Partial, b: Partial) -> Partial:
     return Partial(top, of_a * a.total + of_b * b.total, summed)
 
 
-def finish(partial: Partial, dtype: jnp.dtype) -> Float[Array, "*queries width"]:
+def finish(partial: Partial, dtype: DTypeLike) -> Float[Array, "... width"]:
     """What the queries attended to; zeros where a query saw no key."""
     total = jnp.where(partial.total == 0, 1.0, partial.total)
     return (partial.summed / total[..., None]).astype(dtype)
@@ -184,7 +185,7 @@ def attend_partial(
 
 def _over_blocks(queries, keys, values, table_BM, seen_BT, scale, keys_at_once) -> Partial:
     """Joins what the blocks give. Queries [B, T, N, K] and pools [P, G, s, K] may be of several parts."""
-    B, (_, G, s, width) = seen_BT.shape[0], values.shape
+    B, (_, G, s, width) = len(seen_BT), values.shape
     blocks = max(1, keys_at_once // s)
     table_BM = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % blocks)))
     queries = [_grouped(q, G) for q in queries]
