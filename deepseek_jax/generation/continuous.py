@@ -7,6 +7,7 @@ ahead of it has come back. A token is a function of its sequence, its seed and i
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,9 @@ from deepseek_jax.generation.scheduler import Scheduler
 from deepseek_jax.generation.slots import empty_params, empty_state, params_of, state_of
 from deepseek_jax.generation.thinking import NO_TAGS, ThinkTags
 from deepseek_jax.sharding import module_layout
+
+_programs = lru_cache(maxsize=8)(Programs)  # what is compiled serves the next engine
+_SETTINGS, _NO_RECORD = EngineConfig(), Record()
 
 
 class NonFiniteLogitsError(ValueError):
@@ -93,10 +97,10 @@ class Engine:
         config: ModelConfig,
         graphdef: nnx.GraphDef,
         weights: nnx.State,
-        settings: EngineConfig = EngineConfig(),
+        settings: EngineConfig = _SETTINGS,
         *,
         dtype: jnp.dtype | None = None,
-        record: Record = Record(),
+        record: Record = _NO_RECORD,
         tags: ThinkTags = NO_TAGS,
     ):
         self.config, self.settings, self.weights, self.tags = config, settings, weights, tags
@@ -106,20 +110,23 @@ class Engine:
         self.scheduler = Scheduler(of_host, self._smaller_bucket)
         self.shards, slots = of_host.num_shards, of_host.max_num_seqs
         table = -(-(of_host.max_model_len + of_host.draft_tokens) // of_host.block_size)
-        self.programs = Programs(
+        self.programs = _programs(
             config,
             graphdef,
             slots=slots,
             table=table,
             steps=of_host.decode_steps,
-            drafts=of_host.draft_tokens,
+            length=of_host.max_model_len,
+            drafts=settings.drafts,
+            draft_tokens=of_host.draft_tokens,
             record=record,
         )
         self.record = record
-        self._row_buckets = row_buckets(slots // self.shards)
+        self._row_buckets = row_buckets(slots // self.shards, settings.batch_sizes)
         least = max(16, self.layout.parts("tokens"))
         tokens = of_host.max_num_batched_tokens // self.shards
-        self._span_buckets = span_buckets(of_host.chunk, tokens, slots // self.shards, least)
+        rows = slots // self.shards, least, settings.batch_sizes
+        self._span_buckets = span_buckets(of_host.chunk, tokens, *rows)
         self._table = np.zeros((slots, table), np.int32)
         self.state = self.programs.first_state(self.shards * of_host.num_blocks, of_host.block_size, dtype)
         self._sequences: dict[int, Live] = {}
@@ -234,7 +241,9 @@ class Engine:
                 tags=self.tags,
             )
             params = params_of(of.sampling, seed=of.seed, limit=request.max_new_tokens, vocab_size=V)
-            rows.append(Admission(np.int32(slot), self._table[slot], params, drawing))
+            history = np.zeros(self.programs.history, np.int32)
+            history[: len(request.tokens)] = request.tokens[: history.size]
+            rows.append(Admission(np.int32(slot), self._table[slot], history, params, drawing))
         blank = rows[0]._replace(slots_R=np.int32(S))
         rows += [blank] * (size - len(rows))
         return jax.tree.map(lambda *parts: np.stack(parts), *rows)
@@ -372,7 +381,8 @@ class Engine:
         for size in self._admission_buckets:
             params = jax.tree.map(np.asarray, empty_params(size, self.config.vocab_size))
             drawing = jax.tree.map(np.asarray, empty_state(size, self.config.vocab_size))
-            blank = Admission(nobody(size), np.zeros((size, M), np.int32), params, drawing)
+            zeros = lambda width, size=size: np.zeros((size, width), np.int32)
+            blank = Admission(nobody(size), zeros(M), zeros(self.programs.history), params, drawing)
             self.state = self.programs.admit(self.state, blank)
             yield (done := done + 1), of_all
         self.state = self.programs.retable(self.state, nobody(S), np.zeros((S, M), np.int32))

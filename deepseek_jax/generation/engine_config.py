@@ -35,6 +35,8 @@ class EngineConfig:
         drafts: who guesses the tokens that a step verifies beside the latest: "mtp", the model's modules, or "lookup",
             what followed the last tokens when they came before; None: nobody.
         draft_tokens: how many are guessed.
+        batch_sizes: numbers of rows that programs are compiled for, on each part of the mesh; None: some twenty of them
+            up to `max_num_seqs`.
     """
 
     max_num_seqs: int = 32
@@ -50,6 +52,7 @@ class EngineConfig:
     overlap: bool = True
     drafts: Literal["mtp", "lookup"] | None = None
     draft_tokens: int = 0
+    batch_sizes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         checks = {
@@ -59,6 +62,7 @@ class EngineConfig:
                 self.draft_tokens >= 1 if self.drafts else self.draft_tokens == 0,
                 "at least 1" if self.drafts else "0 without drafts",
             ),
+            "batch_sizes": (self.batch_sizes is None or min(self.batch_sizes, default=0) >= 1, "sizes of at least 1"),
         }
         for name, (good, wanted) in checks.items():
             if not good:
@@ -107,17 +111,23 @@ class EngineConfig:
         return max(2, min(wanted, room // block))
 
 
-def row_buckets(most: int) -> list[int]:
+def row_buckets(most: int, sizes: tuple[int, ...] | None = None) -> list[int]:
     """Numbers of rows that a decode loop is compiled for: powers of two, from 8 on with their middles between them.
 
     >>> row_buckets(40)
     [1, 2, 4, 8, 12, 16, 24, 32, 40]
+    >>> row_buckets(40, (8, 16))
+    [8, 16, 40]
     """
-    sizes = {n for exponent in range(most.bit_length()) for n in (1 << exponent, 3 << exponent >> 1) if n < most}
-    return sorted(n for n in sizes if n not in (3, 6)) + [most]
+    if sizes is None:
+        both = (n for exponent in range(most.bit_length()) for n in (1 << exponent, 3 << exponent >> 1))
+        sizes = tuple(n for n in both if n not in (3, 6))
+    return sorted({n for n in sizes if n < most}) + [most]
 
 
-def span_buckets(chunk: int, tokens: int, rows: int, least: int = 16) -> list[tuple[int, int]]:
+def span_buckets(
+    chunk: int, tokens: int, rows: int, least: int = 16, sizes: tuple[int, ...] | None = None
+) -> list[tuple[int, int]]:
     """Shapes (rows, tokens of a row) that `extend` is compiled for: powers of four within the budget of a step.
 
     >>> span_buckets(256, 1024, 32)
@@ -126,9 +136,6 @@ def span_buckets(chunk: int, tokens: int, rows: int, least: int = 16) -> list[tu
     widths = [least]
     while widths[-1] < chunk:
         widths.append(min(widths[-1] * 4, -(-chunk // least) * least))
-    found = []
-    for width in widths:
-        most = max(1, min(rows, tokens // width))
-        sizes = [4**exponent for exponent in range(16) if 4**exponent < most] + [most]
-        found += [(size, width) for size in sizes]
-    return found
+    sizes = tuple(4**exponent for exponent in range(16)) if sizes is None else sizes
+    most = lambda width: max(1, min(rows, tokens // width))
+    return [(size, width) for width in widths for size in row_buckets(most(width), sizes)]

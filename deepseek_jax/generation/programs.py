@@ -5,13 +5,14 @@ draws inside, and gives the state back in the memory that it came in. Nothing th
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.generation.drafts import by_mtp, lookup
 from deepseek_jax.generation.draw import Record
 from deepseek_jax.generation.slot_draw import Drawn, draw
 from deepseek_jax.generation.slots import DrawState, SlotParams, empty_params, empty_state, put_rows
@@ -27,8 +28,9 @@ class DeviceState(NamedTuple):
     """Of S slots.
 
     cache: pools of blocks. table_SM: the blocks of each slot. token_S: the latest token of a slot, which nothing was
-    computed for yet; position_S: its position. done_S: stopped, or never begun. drafts_SD: what is guessed to follow
-    the latest token. params, drawing: of `generation.slots`.
+    computed for yet; position_S: its position. done_S: stopped, or never begun. drafts_SD: what an MTP module guesses
+    to follow the latest token. history_SL: all tokens, to look guesses up in. Either is empty where it is not wanted.
+    params, drawing: of `generation.slots`.
     """
 
     cache: Cache
@@ -37,6 +39,7 @@ class DeviceState(NamedTuple):
     position_S: jax.Array
     done_S: jax.Array
     drafts_SD: jax.Array
+    history_SL: jax.Array
     params: SlotParams
     drawing: DrawState
 
@@ -46,6 +49,7 @@ class Admission(NamedTuple):
 
     slots_R: Any
     table_RM: Any
+    history_RL: Any
     params: SlotParams
     drawing: DrawState
 
@@ -96,7 +100,9 @@ class Programs:
         slots: requests that run at a time.
         table: blocks of a request at most.
         steps: of a decode loop at most.
-        drafts: tokens that are guessed, and verified with the latest one.
+        length: tokens of a request at most.
+        drafts: who guesses, as in `EngineConfig`.
+        draft_tokens: how many are guessed, and verified with the latest one.
         record: what to keep for a trainer.
     """
 
@@ -108,11 +114,15 @@ class Programs:
         slots: int,
         table: int,
         steps: int,
-        drafts: int = 0,
-        record: Record = Record(),
+        length: int,
+        drafts: Literal["mtp", "lookup"] | None,
+        draft_tokens: int,
+        record: Record,
     ):
         self.config, self.graphdef, self.layout = config, graphdef, module_layout(graphdef)
-        self.slots, self.table, self.steps, self.drafts, self.record = slots, table, steps, drafts, record
+        self.slots, self.table, self.steps, self.record = slots, table, steps, record
+        self.drafts, self.draft_tokens = drafts, draft_tokens
+        self.history = length if drafts == "lookup" else 0
         self.admit = jax.jit(self._admit, donate_argnums=0)
         self.retable = jax.jit(self._retable, donate_argnums=0)
         self.extend = jax.jit(self._extend, donate_argnames="state")
@@ -133,12 +143,13 @@ class Programs:
             every = lambda *shape: jnp.zeros((S, *shape), jnp.int32)
             return self._laid(
                 DeviceState(
-                    cache=empty_cache(self.config, blocks, block_size, dtype, self.layout, drafts=self.drafts > 0),
+                    cache=empty_cache(self.config, blocks, block_size, dtype, self.layout, drafts=self.drafts == "mtp"),
                     table_SM=every(self.table),
                     token_S=every(),
                     position_S=every(),
                     done_S=jnp.ones(S, bool),
-                    drafts_SD=every(self.drafts),
+                    drafts_SD=every(self.draft_tokens if self.drafts == "mtp" else 0),
+                    history_SL=every(self.history),
                     params=jax.tree.map(jnp.asarray, empty_params(S, V)),
                     drawing=empty_state(S, V),
                 )
@@ -153,6 +164,7 @@ class Programs:
             state._replace(
                 table_SM=put(state.table_SM, new.table_RM),
                 done_S=put(state.done_S, True),
+                history_SL=put(state.history_SL, new.history_RL),
                 params=put_rows(state.params, new.slots_R, new.params),
                 drawing=put_rows(state.drawing, new.slots_R, new.drawing),
             )
@@ -167,7 +179,7 @@ class Programs:
     ) -> tuple[DeviceState, Extended]:
         """Compute spans, and draw a token after each whose next one is not known."""
         model = decoder_of(self.graphdef, weights)
-        T, S = spans.tokens_RT.shape[1], self.slots
+        T = spans.tokens_RT.shape[1]
         table = jnp.take(state.table_SM, spans.slots_R, axis=0, mode="clip")
         column = jnp.arange(T)
         at, valid = spans.start_R[:, None] + column, column < spans.count_R[:, None]
@@ -185,14 +197,10 @@ class Programs:
             lambda: logprobs_of_logits(model.logits(hidden.x_BTD), next_RT)[0],
             lambda: jnp.zeros(next_RT.shape, jnp.float32),
         )
-        put = lambda old, rows: old.at[jnp.where(draws, spans.slots_R, S)].set(rows, mode="drop")
-        state = state._replace(
-            cache=cache,
-            token_S=put(state.token_S, drawn.token_R),
-            position_S=put(state.position_S, position_R),
-            done_S=put(state.done_S, drawn.done_R),
-            drawing=drawing,
-        )
+        state = self._stepped(state._replace(cache=cache), drawing, drawn, spans.slots_R, position_R, draws)
+        if self.drafts == "mtp":
+            of_new = hidden.x_BTD, next_RT, at, spans.count_R
+            state = self._draft(model, state, *of_new, spans.slots_R, draws, tags, phase="prefill")
         return self._laid(state), Extended(drawn, self._routes(hidden), logprobs_RT)
 
     def _decode_loop(
@@ -232,38 +240,70 @@ class Programs:
         """One pass over the model for every live row."""
         of_row = lambda a: jnp.take(a, rows_R, axis=0, mode="clip")
         token_R, position_R = of_row(state.token_S), of_row(state.position_S)
-        at, real = position_R[:, None], live_R[:, None]
-        hidden, cache = model.extend(token_R[:, None], at, real, state.cache, of_row(state.table_SM), phase="decode")
-        logits_RV = project(hidden.x_BTD[:, 0], head_DV)
+        guesses_RD = of_row(state.drafts_SD)
+        if self.drafts == "lookup":
+            guesses_RD = lookup(of_row(state.history_SL), position_R, self.draft_tokens)
+        fed_RT = jnp.concatenate([token_R[:, None], jnp.maximum(guesses_RD, 0)], axis=1)
+        at = position_R[:, None] + jnp.arange(fed_RT.shape[1])
+        real = jnp.broadcast_to(live_R[:, None], at.shape)
+        hidden, cache = model.extend(fed_RT, at, real, state.cache, of_row(state.table_SM), phase="decode")
+        logits_RTV = project(hidden.x_BTD, head_DV)
         # each chip its part of the vocabulary for its group, then the whole vocabulary of its own sequences
-        logits_RV = self.layout.constrain(logits_RV, "batch", "vocab")
-        logits_RV = self.layout.constrain(logits_RV, "cache_batch", None)
-        drawing, drawn = self._draw(logits_RV, state, rows_R, position_R + 1, live_R, tags)
-        put = lambda old, rows: old.at[jnp.where(live_R, rows_R, self.slots)].set(rows, mode="drop")
-        state = state._replace(
-            cache=cache,
+        logits_RTV = self.layout.constrain(logits_RTV, "batch", None, "vocab")
+        logits_RTV = self.layout.constrain(logits_RTV, "cache_batch", None, None)
+        state, before, alive_R, drawn_RT = state._replace(cache=cache), found.count_R, live_R, []
+        for t in range(fed_RT.shape[1]):
+            drawing, drawn = self._draw(logits_RTV[:, t], state, rows_R, position_R + 1 + t, alive_R, tags)
+            state = self._stepped(state, drawing, drawn, rows_R, position_R + 1 + t, alive_R)
+            found = self._noted(found, drawn, alive_R, self._routes(hidden), t)
+            drawn_RT.append(drawn.token_R)
+            if t < self.draft_tokens:
+                alive_R = alive_R & ~drawn.done_R & (guesses_RD[:, t] == drawn.token_R)
+        count_R = found.count_R - before
+        if self.drafts == "mtp":
+            of_new = hidden.x_BTD, jnp.stack(drawn_RT, axis=1), at, count_R
+            state = self._draft(model, state, *of_new, rows_R, live_R, tags, phase="decode")
+        offered = found.offered + jnp.sum(live_R) * self.draft_tokens
+        accepted = found.accepted + jnp.sum(jnp.maximum(count_R - 1, 0))
+        return self._laid(state), found._replace(steps=found.steps + 1, offered=offered, accepted=accepted)
+
+    def _stepped(self, state: DeviceState, drawing: DrawState, drawn: Drawn, rows_R, position_R, alive_R):
+        """With the draw of some rows as their latest tokens."""
+        put = lambda old, rows: old.at[jnp.where(alive_R, rows_R, self.slots)].set(rows, mode="drop")
+        return state._replace(
             token_S=put(state.token_S, drawn.token_R),
-            position_S=put(state.position_S, position_R + 1),
+            position_S=put(state.position_S, position_R),
             done_S=put(state.done_S, drawn.done_R),
+            history_SL=_remember(state.history_SL, rows_R, position_R, drawn.token_R, alive_R),
             drawing=drawing,
         )
-        return self._laid(state), self._noted(found, drawn, live_R, self._routes(hidden))
 
-    def _noted(self, found: Decoded, drawn: Drawn, live_R, routes_RTLA) -> Decoded:
-        """With one more draw of the live rows."""
+    def _draft(self, model, state: DeviceState, hidden_RTD, next_RT, at, count_R, rows_R, live_R, tags, *, phase):
+        """With the MTP module's entries of new tokens, and its guesses for rows that live."""
+
+        def choose(logits_RV, position_R):
+            return self._draw(logits_RV, state, rows_R, position_R, live_R, tags)[1].token_R
+
+        table_RM = jnp.take(state.table_SM, rows_R, axis=0, mode="clip")
+        of_new = hidden_RTD, next_RT, at, count_R, state.cache, table_RM
+        guesses, cache = by_mtp(model, *of_new, count=self.draft_tokens, phase=phase, choose=choose)
+        rows = jnp.where(live_R, rows_R, self.slots)
+        return state._replace(cache=cache, drafts_SD=state.drafts_SD.at[rows].set(guesses, mode="drop"))
+
+    def _noted(self, found: Decoded, drawn: Drawn, live_R, routes_RTLA, t: int) -> Decoded:
+        """With one more draw of the live rows, which fed token t led to."""
         N = found.drawn.token_R.shape[1]
         at = jnp.arange(live_R.size), jnp.where(live_R, found.count_R, N)
         note = lambda old, new: old.at[at].set(new, mode="drop")
-        routes = None if routes_RTLA is None else note(found.routes_RNLA, routes_RTLA[:, 0])
+        routes = None if routes_RTLA is None else note(found.routes_RNLA, routes_RTLA[:, t])
         return found._replace(
             drawn=jax.tree.map(note, found.drawn, drawn),
             count_R=found.count_R + live_R,
-            steps=found.steps + 1,
             routes_RNLA=routes,
         )
 
     def _nothing_drawn(self, rows: int) -> Decoded:
-        N, V = self.steps * (1 + self.drafts), self.config.vocab_size
+        N, V = self.steps * (1 + self.draft_tokens), self.config.vocab_size
         nobody = jnp.zeros(rows, jnp.int32)
         slots = empty_params(1, V), empty_state(1, V)
         run = partial(draw, record_support=self.record.support)
@@ -300,3 +340,9 @@ class Programs:
         small = jax.tree.map(everywhere, state._replace(cache=(), drawing=state.drawing._replace(counts=())))
         counts = self.layout.constrain(state.drawing.counts, None, "vocab")
         return small._replace(cache=state.cache, drawing=small.drawing._replace(counts=counts))
+
+
+def _remember(history_SL: jax.Array, rows_R, position_R, token_R, live_R) -> jax.Array:
+    """The tokens of live rows at their positions; nothing where there is no history."""
+    rows = jnp.where(live_R, rows_R, history_SL.shape[0])
+    return history_SL.at[rows, position_R].set(token_R, mode="drop")
