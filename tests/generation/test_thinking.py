@@ -15,6 +15,8 @@ from tests.generation.test_slot_draw import Slots, V, sampling
 from tests.text.test_detokenizer import byte_level, saved  # noqa: F401, a fixture
 from tests.text.test_tokenizer import FOLDERS, needs_shared
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 OPENING, CLOSE, MESSAGE = [4], [5, 6], [9, 8, 7, 5, 6]
 
 
