@@ -294,13 +294,13 @@ def test_reservation_never_preempts_and_preemption_keeps_every_token(lag: int):
 
 
 def test_what_is_in_flight_for_a_preempted_request_is_kept():
-    """Two requests of 4 blocks each in a pool of 5: as the older one grows, the younger is preempted in mid-flight."""
-    scheduler = Scheduler(replace(TIGHT, num_blocks=6, decode_steps=1))
+    """Two requests of 4 blocks each in a pool of 6: as the older one grows, the younger is preempted in mid-flight."""
+    scheduler = Scheduler(replace(TIGHT, num_blocks=7, decode_steps=1))
     old, young = (Request(id=id, tokens=prompt(8, 100 * id), max_new_tokens=8) for id in range(2))
     scheduler.add(old)
     scheduler.add(young)
-    flying = [scheduler.schedule(), scheduler.schedule()]  # both prompts, then the first decode of the older one
-    assert [row.request.id for row in flying[1].rows] == [0]
+    flying = [scheduler.schedule(), scheduler.schedule()]  # both prompts, then a first token of both
+    assert [row.request.id for row in flying[1].rows] == [0, 1]
     tokens = list(young.tokens)
     while not young.preemptions:
         plan = flying.pop(0)
@@ -311,6 +311,13 @@ def test_what_is_in_flight_for_a_preempted_request_is_kept():
         flying.append(scheduler.schedule())
     assert young in scheduler.waiting and young.computed == 0
     assert young.tokens == tokens and len(tokens) > 8
+    assert young.plans == 1 and young.blocks, "a plan in flight names it and its blocks"
+    scheduler.cancel(old.id)
+    assert scheduler.schedule().empty, "there is room now, but its latest token is not known yet"
+    scheduler.retire(flying.pop(0), {0: Drawn((7,)), 1: Drawn((8,))})
+    assert young.tokens == [*tokens, 8]
+    (admitted,) = scheduler.schedule().admitted
+    assert admitted.request is young and admitted.hits == 0 and young.dispatched == 8
 
 
 @pytest.mark.parametrize("lag", [0, 1])
