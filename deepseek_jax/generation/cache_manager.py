@@ -97,10 +97,9 @@ class CacheManager:
         return max(0, self.blocks_of(tokens) - len(request.blocks))
 
     def is_coming(self, shard: int, count: int) -> bool:
-        """So many blocks are there, or will be once all dispatched plans have retired."""
-        pool = self.pools[shard]
-        leaving = (block for request in self._leaving if request.shard == shard for block in request.blocks)
-        return pool.available + sum(pool.references(block) == 1 for block in leaving) >= count
+        """So many blocks are there, or may be once all dispatched plans have retired."""
+        leaving = sum(len(request.blocks) for request in self._leaving if request.shard == shard)
+        return self.pools[shard].available + leaving >= count
 
     def grow(self, request: Request, count: int) -> list[int] | None:
         """Fresh blocks for a running request, or None where there are not so many yet."""

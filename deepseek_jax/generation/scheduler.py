@@ -227,7 +227,7 @@ class Scheduler:
         """Its blocks go; its tokens, drawn ones too, stay known and are computed anew."""
         self.running.remove(request)
         self.cache.leave(request)
-        request.computed = request.dispatched = 0
+        request.computed = 0
         request.decoding = False
         request.preemptions += 1
         insort(self.waiting, request, key=lambda of: of.priority)

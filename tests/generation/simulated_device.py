@@ -229,6 +229,11 @@ class Driver:
         assert all(1 <= span.count <= config.chunk for span in plan.spans)
         assert not plan.rows or 1 <= plan.steps <= config.decode_steps
         assert plan.until < max(1, len(plan.rows))
+        assert not (plan.preempted and plan.admitted), "blocks that were short went to a new request"
+        assert config.admission == "preempt" or not (plan.preempted or plan.grown), "what was reserved was too little"
+        for queue in (self.scheduler.waiting, self.scheduler.running):
+            arrivals = [request.priority for request in queue[:50]]
+            assert arrivals == sorted(arrivals)
         fresh = {(one.shard, block) for one in plan.admitted for block in one.blocks[one.hits // config.block_size :]}
         fresh |= {(one.request.shard, block) for one in plan.grown for block in one.blocks}
         for _, _, held in self.flying:
