@@ -14,7 +14,7 @@ from deepseek_jax.checkpoint.hub import model_folder
 from deepseek_jax.checkpoint.model_folder import load_config
 from deepseek_jax.data.sources import open_source
 from deepseek_jax.distributed import on_main, printable, say
-from deepseek_jax.generation.engine import Generator
+from deepseek_jax.generation.generator import Generator
 from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.generation.text import Messages, complete, encode_prompt, thinking_and_answer
 from deepseek_jax.model.precision import Precision, dtype_of

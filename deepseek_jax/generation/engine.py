@@ -1,391 +1,412 @@
-"""Batch generation: one jitted prefill, one jitted decode loop on the device, the cache donated between them.
+"""The engine: continuous batching over a paged cache, in steps of schedule, run and retire.
 
-Prompts are padded on the right into power-of-two buckets, so that a handful of compilations serve all lengths.
-The noise of a token depends on its sequence's seed and its position alone: neither the batch around it, nor its
-padding, nor the device count changes what is drawn.
+Requests come and go at any time. A step computes prompts in chunks and draws tokens for all that run, whatever each of
+them asked for, and the device never waits for the host: with overlap a step is planned and dispatched before the one
+ahead of it has come back. A token is a function of its sequence, its seed and its position alone.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.generation.draw import Knobs, Modes, Record, Recorded, State, draw
-from deepseek_jax.generation.sampling_config import SamplingConfig, refuse_unknown
-from deepseek_jax.model.cache import Cache, abstract_cache, cache_axis, contiguous_table, empty_cache
-from deepseek_jax.model.decoder import Hidden, experts_of
-from deepseek_jax.model.lora import decoder_of
-from deepseek_jax.ops.logprobs import project
+from deepseek_jax.generation.completion import Record
+from deepseek_jax.generation.engine_config import EngineConfig, row_buckets, span_buckets
+from deepseek_jax.generation.programs import Admission, Decoded, Extended, Programs, Spans
+from deepseek_jax.generation.requests import Drawn, Plan, Request, Row, Span
+from deepseek_jax.generation.sampling_config import SamplingConfig
+from deepseek_jax.generation.scheduler import Scheduler
+from deepseek_jax.generation.slots import empty_params, empty_state, params_of, state_of
+from deepseek_jax.generation.thinking import NO_TAGS, ThinkTags
 from deepseek_jax.sharding import module_layout
 
-NO_RECORD = Record()
-_BLOCK = 64  # tokens of a block of the cache
-_KNOWN = "max_new_tokens temperature top_p top_k min_p repetition_penalty stop_ids".split()
-
-
-class Completion(NamedTuple):
-    """One sample of C tokens (a stop token included), log-probs in nats, and whether it stopped by itself.
-
-    The log-probs are those of softmax(logits / temperature) before top-k, top-p and penalty, the distribution that
-    a trainer scores (temperature 0: of the unscaled logits). Where the support is recorded they are those of the
-    distribution within it, after the penalty, which is then the one that a trainer scores.
-
-    routes: int16 (int32 from 32,769 experts on) [tokens of the prompt + C - 1, L, A], the experts of each of L MoE
-    layers that every token went to which was an input; all but the last were. support: uint32 [C, V / 32 rounded up],
-    the tokens among which each one was drawn, as `ops.logprobs` has their bits; penalised: the same of those
-    that the penalty was on. None where not recorded. text: the tokens decoded, special ones left out; None from the
-    engine, which knows no tokenizer (`generation.text.complete` fills it in).
-    """
-
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    finished: bool
-    routes: np.ndarray | None = None
-    support: np.ndarray | None = None
-    penalised: np.ndarray | None = None
-    text: str | None = None
-
-
-class _Begun(NamedTuple):
-    """Completions with a token each: the arguments of decoding after the weights, and what belongs to the prompts."""
-
-    of_decode: tuple[State, np.ndarray, np.ndarray, Knobs]
-    modes: Modes
-    limits: np.ndarray
-    routes_PTLA: jax.Array | None
-
-
-class Generator:
-    """Generation for one architecture; weights are an argument of every call.
-
-    Args:
-        config: the model's.
-        graphdef: static part of the module, from `model.decoder.split`.
-        dtype: of the cache; None takes that of the weights, as their activations have it.
-
-    Attributes:
-        layout: the one that the module was made with.
-    """
-
-    def __init__(self, config: ModelConfig, graphdef: nnx.GraphDef, *, dtype: jnp.dtype | None = None):
-        self.config, self.graphdef, self.dtype, self.layout = config, graphdef, dtype, module_layout(graphdef)
-        self.prefill = jax.jit(self._prefill, static_argnames=("samples", "slots", "modes", "room"))
-        self.decode = jax.jit(self._decode, static_argnames=("modes", "steps"), donate_argnames="state")
-
-    def __call__(
-        self,
-        weights: nnx.State,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingConfig,
-        *,
-        seeds: Sequence[int],
-        samples: int = 1,
-        record: Record = NO_RECORD,
-    ) -> list[Completion]:
-        """Complete every prompt `samples` times.
-
-        Args:
-            weights: of the model, plain or beside an adapter (`model.lora.with_adapter`).
-            prompts: token ids, each at least one and shorter than the context.
-            sampling: how to draw. A completion also ends where the context does.
-            seeds: one a completion, P x samples of them, prompt by prompt.
-            samples: completions a prompt; a prompt is prefilled once for all of them.
-            record: what to keep for a trainer.
-
-        Returns:
-            P x samples completions, prompt by prompt.
-
-        Raises:
-            ValueError: no or empty prompts, a prompt that fills the context, a wrong number of seeds, or a record that
-                the model or the sampling has nothing for.
-        """
-        begun = self._begin(weights, prompts, sampling, seeds, samples, record)
-        state = self.decode(weights, *begun.of_decode, modes=begun.modes)
-        found = _completions(state, begun.limits, sampling.stop_ids)
-        if begun.routes_PTLA is None:
-            return found
-        return _with_routes(found, prompts, samples, _on_host(begun.routes_PTLA), _on_host(state.record.routes_BNLA))
-
-    def stream(
-        self, weights: nnx.State, prompt: Sequence[int], sampling: SamplingConfig, *, seed: int, steps: int = 8
-    ) -> Iterator[Completion]:
-        """Complete one prompt, and give what there is of it after every few tokens.
-
-        Args:
-            weights, prompt, sampling, seed: as for a call with one prompt and one sample.
-            steps: tokens between two looks at it.
-
-        Yields:
-            The completion so far; the last is the whole one, that of a call.
-        """
-        begun = self._begin(weights, [prompt], sampling, [seed], 1, NO_RECORD)
-        state, limit = begun.of_decode[0], int(begun.limits[0])
-        while True:
-            drawn = int(state.count)
-            (found,) = _completions(state, np.minimum(begun.limits, drawn), sampling.stop_ids)
-            yield found
-            if found.finished or drawn >= limit:
-                return
-            state = self.decode(weights, state, *begun.of_decode[1:], modes=begun.modes, steps=steps)
-
-    def _begin(self, weights, prompts, sampling, seeds, samples, record) -> "_Begun":
-        """Prompts padded and prefilled, and the first token of each completion drawn."""
-        self.check(prompts, seeds, samples)
-        refuse_unknown(sampling, _KNOWN)
-        self._check_record(record, sampling)
-        longest = max(map(len, prompts))
-        context = self.config.max_position_embeddings
-        limits = np.repeat([min(sampling.max_new_tokens, context - len(p)) for p in prompts], samples)
-        room = int(limits.max())
-        width = bucket(longest, least=max(16, self.layout.parts("tokens")))
-        tokens, lengths = pad_right(prompts, width, rows=self._rows(len(prompts)))
-        knobs, modes = self.settings(sampling, record)
-        # Rows that only fill the bucket reuse the first seed and stop at once.
-        padded_seeds = np.full(tokens.shape[0] * samples, seeds[0] & 0xFFFFFFFF, np.uint32)
-        padded_seeds[: len(seeds)] = np.asarray(seeds, np.int64) & 0xFFFFFFFF
-        padded_limits = np.zeros(padded_seeds.size, np.int32)
-        padded_limits[: len(seeds)] = limits
-        state, routes_PTLA = self.prefill(
-            weights,
-            tokens,
-            lengths,
-            padded_seeds,
-            padded_limits,
-            knobs,
-            samples=samples,
-            slots=bucket(min(longest + room, context)),
-            modes=modes,
-            room=bucket(room),
-        )
-        return _Begun((state, padded_seeds, padded_limits, knobs), modes, limits, routes_PTLA)
-
-    def settings(self, sampling: SamplingConfig, record: Record = NO_RECORD) -> tuple[Knobs, Modes]:
-        """How to draw, as arrays for the compiled calls and as what is compiled in."""
-        stops = sampling.stop_ids or (-1,)
-        stops = stops + (stops[-1],) * (bucket(len(stops), least=4) - len(stops))
-        knobs = Knobs(
-            temperature=jnp.float32(sampling.temperature),
-            top_p=jnp.float32(sampling.top_p),
-            top_k=jnp.int32(sampling.top_k),
-            min_p=jnp.float32(sampling.min_p),
-            penalty=jnp.float32(sampling.repetition_penalty),
-            stop_ids=jnp.asarray(stops, jnp.int32),
-        )
-        modes = Modes(
-            greedy=sampling.temperature == 0,
-            filtered=sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0,
-            penalised=sampling.repetition_penalty != 1,
-            record=record,
-        )
-        return knobs, modes
-
-    def _rows(self, prompts: int) -> int:
-        """Rows for the prompts: a power of two, or more where the mesh does not divide it."""
-        whole = self.layout.parts("cache_batch")
-        return -(-bucket(prompts, least=1) // whole) * whole
-
-    def check(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], samples: int) -> None:
-        """Refuse arguments of a call that the model cannot work with; ValueError says why."""
-        if not prompts:
-            raise ValueError("prompts: got none, wanted at least one")
-        if len(seeds) != len(prompts) * samples:
-            raise ValueError(f"seeds: got {len(seeds)}, wanted {len(prompts) * samples}, one a completion")
-        context = self.config.max_position_embeddings
-        for number, prompt in enumerate(prompts):
-            if not 0 < len(prompt) < context:
-                raise ValueError(
-                    f"prompt {number}: got {len(prompt)} tokens, wanted 1 to {context - 1}, "
-                    f"fewer than the model's context of {context}; shorten it"
-                )
-
-    def _check_record(self, record: Record, sampling: SamplingConfig) -> None:
-        if record.routes and self.config.moe is None:
-            raise ValueError("record: got routes for a model without experts, wanted none; it chooses none")
-        if record.support and sampling.temperature == 0:
-            raise ValueError("record: got support beside temperature 0, wanted more than 0; the best token is no draw")
-
-    def _prefill(self, weights, tokens_PT, length_P, seeds_B, limits_B, knobs, *, samples, slots, modes, room):
-        """Prompts into the cache, the cache repeated for every sample, and the first token drawn; and their routes."""
-        model = decoder_of(self.graphdef, weights)
-        P, T = tokens_PT.shape
-        size = min(slots, _BLOCK)
-        cache = empty_cache(self.config, P * slots // size, size, self.dtype or model.embed.dtype, self.layout)
-        at = jnp.broadcast_to(jnp.arange(T), (P, T))
-        valid = at < length_P[:, None]
-        hidden, cache = model.extend(tokens_PT, at, valid, cache, self._table(P, cache), phase="prefill")
-        last_P1D = jnp.take_along_axis(hidden.x_BTD, (length_P - 1)[:, None, None], axis=1)
-        logits_PV = self.layout.constrain(model.logits(last_P1D)[:, 0], "batch", None)
-        each = partial(jnp.repeat, repeats=samples, axis=0)
-        B = seeds_B.shape[0]
-        seen = None
-        if modes.penalised:
-            inside = jnp.arange(tokens_PT.shape[1]) < length_P[:, None]
-            rows = jnp.arange(tokens_PT.shape[0])[:, None]
-            seen_PV = jnp.zeros(logits_PV.shape, bool).at[rows, tokens_PT].max(inside)
-            seen = each(seen_PV)
-        state = self.first_state(B, room)._replace(
-            cache=self._repeated(cache, P, samples),
-            position_B=each(length_P),
-            done_B=limits_B == 0,
-            seen_BV=seen,
-            record=self._empty_record(B, room, modes),
-        )
-        logits_BV = self.layout.constrain(each(logits_PV), "cache_batch", None)
-        state = self._laid(draw(state, logits_BV, seeds_B, limits_B, knobs, modes))
-        return state, self._routes(hidden) if modes.record.routes else None
-
-    @staticmethod
-    def first_state(rows: int, room: int) -> State:
-        """Of sequences without a token, before their cache is there."""
-        return State(
-            cache=(),
-            token_B=jnp.zeros(rows, jnp.int32),
-            position_B=jnp.zeros(rows, jnp.int32),
-            done_B=jnp.zeros(rows, bool),
-            seen_BV=None,
-            tokens_BN=jnp.zeros((rows, room), jnp.int32),
-            logprobs_BN=jnp.zeros((rows, room), jnp.float32),
-            count=jnp.int32(0),
-            record=Recorded(),
-        )
-
-    def _empty_record(self, rows: int, room: int, modes: Modes) -> Recorded:
-        routes = support = penalised = None
-        if modes.record.routes:
-            layers = sum(self.config.is_moe_layer(layer) for layer in range(self.config.num_hidden_layers))
-            routes = jnp.zeros((rows, room, layers, self.config.moe.num_experts_per_tok), self._routes_dtype)
-        if modes.record.support:
-            support = jnp.zeros((rows, room, -(-self.config.vocab_size // 32)), jnp.uint32)
-            penalised = jnp.zeros_like(support) if modes.penalised else None
-        return Recorded(routes, support, penalised)
-
-    def _routes(self, hidden: Hidden) -> jax.Array:
-        """[B, T, L, A] of the tokens just fed."""
-        return experts_of(hidden.stats).astype(self._routes_dtype)
-
-    @property
-    def _routes_dtype(self) -> jnp.dtype:
-        return jnp.int16 if self.config.moe.n_routed_experts <= 2**15 else jnp.int32
-
-    @property
-    def _block_axis(self) -> int:
-        return int(self.layout.scan_layers)
-
-    def _table(self, rows: int, cache: Cache) -> jax.Array:
-        """Of a cache in which every sequence has the same number of blocks, one after another."""
-        blocks = jax.tree.leaves(cache)[0].shape[self._block_axis]
-        return contiguous_table(rows, blocks // rows, self.layout.parts(cache_axis(self.config)))
-
-    def _repeated(self, cache: Cache, rows: int, samples: int) -> Cache:
-        """A cache of `rows` sequences with each of them `samples` times."""
-        axis = self._block_axis
-
-        def repeat(pool):
-            by_row = pool.reshape(*pool.shape[:axis], rows, -1, *pool.shape[axis + 1 :])
-            return jnp.repeat(by_row, samples, axis=axis).reshape(*pool.shape[:axis], -1, *pool.shape[axis + 1 :])
-
-        return jax.tree.map(repeat, cache)
-
-    def _laid(self, state: State) -> State:
-        """A state with what the host reads on every device, and cache and record cut as decoding reads the cache."""
-        if self.layout.mesh is None:
-            return state
-        one = jax.tree.leaves(state.cache)[0]
-        like = abstract_cache(self.config, one.shape[self._block_axis], one.shape[-2], one.dtype, self.layout)
-        cache = jax.tree.map(lambda a, of: jax.lax.with_sharding_constraint(a, of.sharding), state.cache, like)
-        by_sequence = lambda a: self.layout.constrain(a, "cache_batch", *(None,) * (a.ndim - 1))
-        seen, record = jax.tree.map(by_sequence, (state.seen_BV, state.record))
-        everywhere = lambda a: self.layout.constrain(a, *(None,) * a.ndim)
-        small = jax.tree.map(everywhere, state._replace(cache=(), seen_BV=None, record=Recorded()))
-        return small._replace(cache=cache, seen_BV=seen, record=record)
-
-    def _decode(self, weights, state, seeds_B, limits_B, knobs, *, modes, steps=None):
-        """Feed the last token, draw the next, until every sequence stopped or reached its limit, or for some steps."""
-        model = decoder_of(self.graphdef, weights)
-        table = self._table(seeds_B.shape[0], state.cache)
-        head_DV = model.head_DV()  # out of the loop: tied embeddings are transposed once, not every step
-
-        def body(state: State) -> State:
-            # the token that was drawn last lies one before the position that comes next
-            at, live = state.position_B[:, None] - 1, ~state.done_B[:, None]
-            hidden, cache = model.extend(state.token_B[:, None], at, live, state.cache, table, phase="decode")
-            logits_BV = project(hidden.x_BTD[:, 0], head_DV)
-            # each chip its part of the vocabulary for its group, then the whole vocabulary of its own sequences
-            logits_BV = self.layout.constrain(logits_BV, "batch", "vocab")
-            logits_BV = self.layout.constrain(logits_BV, "cache_batch", None)
-            record = state.record
-            if modes.record.routes:  # those of the token drawn last
-                routes = record.routes_BNLA.at[:, state.count - 1].set(self._routes(hidden)[:, 0])
-                record = record._replace(routes_BNLA=routes)
-            state = state._replace(cache=cache, record=record)
-            return self._laid(draw(state, logits_BV, seeds_B, limits_B, knobs, modes))
-
-        last = None if steps is None else state.count + steps
-        goes_on = lambda s: ~jnp.all(s.done_B) if last is None else ~jnp.all(s.done_B) & (s.count < last)
-        return self._laid(jax.lax.while_loop(goes_on, body, state))
+_programs = lru_cache(maxsize=8)(Programs)  # what is compiled serves the next engine
+_SETTINGS, _NO_RECORD = EngineConfig(), Record()
 
 
 class NonFiniteLogitsError(ValueError):
     """A model's logits are no finite numbers, so that nothing can be drawn from them."""
 
 
-def _completions(state: State, limits: np.ndarray, stop_ids: tuple[int, ...]) -> list[Completion]:
-    tokens, logprobs = np.asarray(state.tokens_BN), np.asarray(state.logprobs_BN)
-    bits = state.record.support_BNW, state.record.penalised_BNW
-    bits = [None if of is None else _on_host(of) for of in bits]
-    found = []
-    for row, limit in enumerate(limits.tolist()):
-        stops = np.flatnonzero(np.isin(tokens[row, :limit], stop_ids))
-        length = int(stops[0]) + 1 if stops.size else limit
-        if not np.all(np.isfinite(logprobs[row, :length])):
-            raise NonFiniteLogitsError(
-                f"completion {row}: the model's logits are no finite numbers; its weights are damaged, or too large to "
-                "compute with"
+@dataclass(kw_only=True, eq=False)
+class Live:
+    """What the host keeps of a request: its settings, and by token what came of it.
+
+    routes are of the tokens that were fed, prompt and completion; prompt_logprobs of the prompt's tokens but the first.
+    """
+
+    request: Request
+    sampling: SamplingConfig
+    seed: int
+    opened: bool
+    logprobs: list[float] = field(default_factory=list)
+    top: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    support: list[np.ndarray] = field(default_factory=list)
+    penalised: list[np.ndarray] = field(default_factory=list)
+    routes: list[np.ndarray] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
+
+
+class Update(NamedTuple):
+    """What a step gave a request: further tokens, and whether they are the last."""
+
+    id: int
+    tokens: list[int]
+    finished: bool
+    sequence: Live
+
+
+class _Call(NamedTuple):
+    """A dispatched program: whose rows they are, and what it will have given."""
+
+    rows: list[Span | Row | None]
+    found: Extended | Decoded
+
+
+class _Flight(NamedTuple):
+    """A dispatched step."""
+
+    plan: Plan
+    calls: list[_Call]
+
+
+class Engine:
+    """Generation for one model, request by request.
+
+    Args:
+        config: the model's.
+        graphdef: static part of the module, from `model.decoder.split`.
+        weights: of the model, plain or beside an adapter (`model.lora.with_adapter`).
+        settings: how it runs.
+        dtype: of the cache; None takes that of the weights.
+        record: what to keep for a trainer.
+        tags: of thoughts, for requests with a budget of thinking.
+
+    Raises:
+        ValueError: settings that the model, the mesh or the memory cannot do.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        graphdef: nnx.GraphDef,
+        weights: nnx.State,
+        settings: EngineConfig = _SETTINGS,
+        *,
+        dtype: jnp.dtype | None = None,
+        record: Record = _NO_RECORD,
+        tags: ThinkTags = NO_TAGS,
+    ):
+        self.config, self.settings, self.weights, self.tags = config, settings, weights, tags
+        self.layout = module_layout(graphdef)
+        dtype = dtype or jax.tree.leaves(weights)[0].dtype
+        of_host = settings.of_scheduler(config, self.layout, dtype)
+        self.scheduler = Scheduler(of_host, self._smaller_bucket)
+        self.shards, slots = of_host.num_shards, of_host.max_num_seqs
+        table = -(-(of_host.max_model_len + of_host.draft_tokens) // of_host.block_size)
+        self.programs = _programs(
+            config,
+            graphdef,
+            slots=slots,
+            table=table,
+            steps=of_host.decode_steps,
+            length=of_host.max_model_len,
+            drafts=settings.drafts,
+            draft_tokens=of_host.draft_tokens,
+            record=record,
+        )
+        self.record = record
+        self._row_buckets = row_buckets(slots // self.shards, settings.batch_sizes)
+        least = max(16, self.layout.parts("tokens"))
+        tokens = of_host.max_num_batched_tokens // self.shards
+        rows = slots // self.shards, least, settings.batch_sizes
+        self._span_buckets = span_buckets(of_host.chunk, tokens, *rows)
+        self._table = np.zeros((slots, table), np.int32)
+        self.state = self.programs.first_state(self.shards * of_host.num_blocks, of_host.block_size, dtype)
+        self._sequences: dict[int, Live] = {}
+        self._flights: list[_Flight] = []
+        self._next = 0
+        self.steps = 0
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    def add(
+        self, tokens: Sequence[int], sampling: SamplingConfig, *, seed: int, opened: bool = False, salt: str = ""
+    ) -> int:
+        """Queue a request; its number.
+
+        Args:
+            tokens: of the prompt, one at least.
+            sampling: how to draw. A completion also ends where the context does.
+            seed: of its noise.
+            opened: the prompt ended in `<think>`.
+            salt: requests of different salts share no blocks.
+
+        Raises:
+            ValueError: a prompt that leaves no room in the context, tokens or settings that the model does not have, or
+                more than the cache can ever hold.
+        """
+        context = self.scheduler.config.max_model_len
+        limit = sampling.limit(len(tokens), context)
+        wrong = [token for token in tokens if not 0 <= token < self.config.vocab_size]
+        if wrong:
+            raise ValueError(f"prompt: got token {wrong[0]}, wanted 0 to {self.config.vocab_size - 1}")
+        params_of(sampling, seed=seed, limit=limit, vocab_size=self.config.vocab_size)
+        request = Request(id=self._next, tokens=list(tokens), max_new_tokens=limit, salt=salt)
+        request.reuse = not sampling.prompt_logprobs
+        sequence = Live(request=request, sampling=sampling, seed=seed, opened=opened)
+        if self.record.routes:
+            request.payload = lambda block: self._routes_of_block(sequence, block)
+        self.scheduler.add(request)
+        self._sequences[request.id] = sequence
+        self._next += 1
+        return request.id
+
+    def cancel(self, id: int) -> bool:
+        """End a request; False where it does not live any more."""
+        self._sequences.pop(id, None)
+        return self.scheduler.cancel(id)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def load(self, weights: nnx.State) -> None:
+        """Draw from other weights from now on; nothing that the old ones computed is reused."""
+        self.weights = weights
+        self.scheduler.reset_prefix_cache()
+
+    def run(self) -> Iterator[Update]:
+        """Steps until no request is left."""
+        while self.has_work:
+            yield from self.step()
+
+    # --- a step -----------------------------------------------------------------------------------
+
+    def step(self) -> list[Update]:
+        """Schedule, run, retire."""
+        plan = self.scheduler.schedule()
+        if not plan.empty:
+            self._flights.append(self._run(plan))
+            self.steps += 1
+        lag = 1 if self.settings.overlap and not plan.empty else 0
+        return [update for _ in range(len(self._flights) - lag) for update in self._retire(self._flights.pop(0))]
+
+    def _run(self, plan: Plan) -> _Flight:
+        """Dispatch the programs of a step."""
+        self._admit(plan)
+        calls = [self._extend(width, rows) for width, rows in self._grouped(plan.spans)]
+        if plan.rows:
+            calls.append(self._decode(plan))
+        for call in calls:
+            jax.tree.map(lambda a: a.copy_to_host_async(), call.found)
+        return _Flight(plan, calls)
+
+    def _admit(self, plan: Plan) -> None:
+        admitted = plan.admitted
+        for at in admitted:
+            self._table[at.slot] = 0
+            self._table[at.slot, : len(at.blocks)] = at.blocks
+        for at in plan.grown:
+            if at.request.slot is not None:
+                self._table[at.request.slot, at.start : at.start + len(at.blocks)] = at.blocks
+        if admitted:
+            self.state = self.programs.admit(self.state, self._admission([(at.slot, at.request) for at in admitted]))
+        changed = sorted({at.request.slot for at in plan.grown if at.request.slot is not None})
+        if changed:
+            slots = np.full(self.programs.slots, self.programs.slots, np.int32)
+            slots[: len(changed)] = changed
+            self.state = self.programs.retable(self.state, slots, self._table[np.minimum(slots, len(slots) - 1)])
+
+    def _admission(self, new: list[tuple[int, Request]]) -> Admission:
+        S, V = self.programs.slots, self.config.vocab_size
+        size = next(n for n in self._admission_buckets if n >= len(new))
+        rows = []
+        for slot, request in new:
+            of = self._sequences[request.id]
+            self._reuse_routes(of)
+            drawn = request.tokens[request.prompt_length :]
+            drawing = state_of(
+                request.tokens[: request.prompt_length],
+                drawn,
+                opened=of.opened,
+                budget=of.sampling.thinking_budget,
+                vocab_size=V,
+                tags=self.tags,
             )
-        kept, penalised = (None if of is None else of[row, :length] for of in bits)
-        of_row = tokens[row, :length], logprobs[row, :length], bool(stops.size)
-        found.append(Completion(*of_row, support=kept, penalised=penalised))
-    return found
+            params = params_of(of.sampling, seed=of.seed, limit=request.max_new_tokens, vocab_size=V)
+            history = np.zeros(self.programs.history, np.int32)
+            history[: len(request.tokens)] = request.tokens[: history.size]
+            rows.append(Admission(np.int32(slot), self._table[slot], history, params, drawing))
+        blank = rows[0]._replace(slots_R=np.int32(S))
+        rows += [blank] * (size - len(rows))
+        return jax.tree.map(lambda *parts: np.stack(parts), *rows)
+
+    @property
+    def _admission_buckets(self) -> list[int]:
+        return sorted({1, min(8, self.programs.slots), self.programs.slots})
+
+    def _grouped(self, spans: Sequence[Span]) -> Iterator[tuple[int, list[Span | None]]]:
+        """Spans of about one length together, each in a row of its shard, as many as a compiled shape has."""
+        widths = sorted({width for _, width in self._span_buckets})
+        for width, shorter in zip(widths, [0, *widths], strict=False):
+            sizes = [size for size, of in self._span_buckets if of == width]
+            left = [
+                [s for s in spans if s.request.shard == shard and shorter < s.count <= width]
+                for shard in range(self.shards)
+            ]
+            while any(left):
+                size = next((n for n in sizes if n >= max(map(len, left))), sizes[-1])
+                yield width, [row for of in left for row in _filled(of[:size], size)]
+                left = [of[size:] for of in left]
+
+    def _extend(self, width: int, rows: list[Span | None]) -> _Call:
+        R, S = len(rows), self.programs.slots
+        slots, start, count, follows = (np.full(R, value, np.int32) for value in (S, 0, 0, 0))
+        tokens, wanted = np.zeros((R, width), np.int32), False
+        for row, span in enumerate(rows):
+            if span is not None:
+                known, end = span.request.tokens, span.start + span.count
+                slots[row], start[row], count[row] = span.request.slot, span.start, span.count
+                tokens[row, : span.count] = known[span.start : end]
+                follows[row] = -1 if span.last else known[end]
+                wanted |= self._sequences[span.request.id].sampling.prompt_logprobs
+        spans = Spans(slots, tokens, start, count, follows)
+        self.state, found = self.programs.extend(self.weights, self.state, spans, self.tags, np.bool_(wanted))
+        return _Call(rows, found)
+
+    def _decode(self, plan: Plan) -> _Call:
+        by_shard = [[row for row in plan.rows if row.request.shard == shard] for shard in range(self.shards)]
+        size = self._bucket(max(map(len, by_shard)))
+        rows = [row for of in by_shard for row in _filled(of, size)]
+        slots = np.array([self.programs.slots if row is None else row.request.slot for row in rows], np.int32)
+        counts = np.int32(plan.steps), np.int32(plan.until)
+        self.state, found = self.programs.decode_loop(self.weights, self.state, slots, *counts, self.tags)
+        return _Call(rows, found)
+
+    def _bucket(self, rows: int) -> int:
+        return next(n for n in self._row_buckets if n >= rows)
+
+    def _smaller_bucket(self, rows: int) -> int:
+        """How many live rows, over all shards, let a loop of so many end for one with fewer."""
+        return max((n for n in self._row_buckets if n * self.shards < rows), default=0)
+
+    def _retire(self, flight: _Flight) -> list[Update]:
+        """Wait for a step, and tell what came of it."""
+        results: dict[int, Drawn] = {}
+        for call in flight.calls:
+            found = jax.tree.map(_on_host, call.found)
+            note = self._note_span if isinstance(found, Extended) else self._note_row
+            for row, of in enumerate(call.rows):
+                if of is not None:
+                    sequence = self._sequences.get(of.request.id)
+                    results[of.request.id] = note(sequence, of, row, found)
+        updates = []
+        for request, tokens in self.scheduler.retire(flight.plan, results):
+            sequence = self._sequences[request.id]
+            if request.finished:
+                del self._sequences[request.id]
+            updates.append(Update(request.id, list(tokens), request.finished, sequence))
+        return updates
+
+    def _note_span(self, sequence: Live | None, span: Span, row: int, found: Extended) -> Drawn:
+        if sequence is None:  # cancelled, or ended, while this was in flight
+            return Drawn((), False)
+        if self.record.routes:
+            sequence.routes.append(found.routes_RTLA[row, : span.count])
+        if sequence.sampling.prompt_logprobs:
+            inside = sequence.request.prompt_length - 1 - span.start
+            sequence.prompt_logprobs += found.logprobs_RT[row, : max(0, min(span.count, inside))].tolist()
+        if not span.last:
+            return Drawn((), False)
+        return self._note(sequence, jax.tree.map(lambda a: a[row][None], found.drawn))
+
+    def _note_row(self, sequence: Live | None, of: Row, row: int, found: Decoded) -> Drawn:
+        if sequence is None:
+            return Drawn((), False)
+        count = found.count_R[row]
+        if self.record.routes:
+            sequence.routes.append(found.routes_RNLA[row, :count])
+        return self._note(sequence, jax.tree.map(lambda a: a[row, :count], found.drawn))
+
+    def _note(self, sequence: Live, drawn: Any) -> Drawn:
+        """Keep what was drawn for a sequence, [count, ...] in every part."""
+        logprobs = drawn.logprob_R
+        if not np.all(np.isfinite(logprobs)):
+            raise NonFiniteLogitsError(
+                f"request {sequence.request.id}: the model's logits are no finite numbers; its weights are damaged, or "
+                "too large to compute with"
+            )
+        sequence.logprobs += logprobs.tolist()
+        if sequence.sampling.top_logprobs:
+            wanted = sequence.sampling.top_logprobs
+            sequence.top += [
+                (i[:wanted], p[:wanted]) for i, p in zip(drawn.top_ids_RK, drawn.top_logprobs_RK, strict=True)
+            ]
+        if self.record.support:
+            sequence.support.append(drawn.support_RW)
+            sequence.penalised.append(drawn.penalised_RW)
+        return Drawn(drawn.token_R.tolist(), bool(drawn.stopped_R.any()))
+
+    # --- routes of blocks that are reused ---------------------------------------------------------
+
+    def _routes_of_block(self, sequence: Live, block: int) -> np.ndarray:
+        size = self.scheduler.config.block_size
+        return np.concatenate(sequence.routes)[block * size : (block + 1) * size]
+
+    def _reuse_routes(self, sequence: Live) -> None:
+        """Of the tokens that an admitted request need not compute."""
+        request = sequence.request
+        if self.record.routes:
+            pool = self.scheduler.cache.pools[request.shard]
+            hits = request.blocks[: request.dispatched // self.scheduler.config.block_size]
+            sequence.routes = [pool.payload(block) for block in hits]
+
+    # --- warming up -------------------------------------------------------------------------------
+
+    def warm_up(self) -> Iterator[tuple[int, int]]:
+        """Compile every shape that can come, before any request; yields (done, of how many)."""
+        S, M = self.programs.slots, self._table.shape[1]
+        spans = [(rows * self.shards, width) for rows, width in self._span_buckets]
+        rows = [size * self.shards for size in self._row_buckets]
+        of_all = len(spans) + len(rows) + len(self._admission_buckets) + 1
+        nobody = lambda size: np.full(size, S, np.int32)
+        done = 0
+        for size in self._admission_buckets:
+            params = jax.tree.map(np.asarray, empty_params(size, self.config.vocab_size))
+            drawing = jax.tree.map(np.asarray, empty_state(size, self.config.vocab_size))
+            zeros = lambda width, size=size: np.zeros((size, width), np.int32)
+            blank = Admission(nobody(size), zeros(M), zeros(self.programs.history), params, drawing)
+            self.state = self.programs.admit(self.state, blank)
+            yield (done := done + 1), of_all
+        self.state = self.programs.retable(self.state, nobody(S), np.zeros((S, M), np.int32))
+        yield (done := done + 1), of_all
+        for size, width in spans:
+            zero = np.zeros(size, np.int32)
+            blank = Spans(nobody(size), np.zeros((size, width), np.int32), zero, zero, zero)
+            self.state, _ = self.programs.extend(self.weights, self.state, blank, self.tags, np.bool_(False))
+            yield (done := done + 1), of_all
+        for size in rows:
+            none = np.int32(1), np.int32(0)
+            self.state, _ = self.programs.decode_loop(self.weights, self.state, nobody(size), *none, self.tags)
+            yield (done := done + 1), of_all
+
+    @property
+    def compiled(self) -> int:
+        """Programs compiled so far, each for its shapes; after a warm-up it stays what it is."""
+        of = self.programs
+        return sum(f._cache_size() for f in (of.admit, of.retable, of.extend, of.decode_loop))
 
 
-def _with_routes(
-    completions: list[Completion],
-    prompts: Sequence[Sequence[int]],
-    samples: int,
-    of_prompts_PTLA: np.ndarray,
-    of_drawn_BNLA: np.ndarray,
-) -> list[Completion]:
-    found = []
-    for row, completion in enumerate(completions):
-        number, fed = row // samples, len(completion.tokens) - 1  # nothing was computed for the last token
-        parts = of_prompts_PTLA[number, : len(prompts[number])], of_drawn_BNLA[row, :fed]
-        found.append(completion._replace(routes=np.concatenate(parts)))
-    return found
+def _filled(rows: list, size: int) -> list:
+    return [*rows, *[None] * (size - len(rows))]
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
-    """Whole, also where its parts lie with several processes."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    return multihost_utils.process_allgather(array, tiled=True)
-
-
-def bucket(size: int, least: int = 16) -> int:
-    """The next power of two, at least `least`."""
-    return max(least, 1 << (size - 1).bit_length())
-
-
-def pad_right(sequences: Sequence[Sequence[int]], width: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """int32 [rows, width] with zeros after each sequence, and the lengths (1 for rows that only fill)."""
-    tokens = np.zeros((rows, width), np.int32)
-    lengths = np.ones(rows, np.int32)
-    for row, sequence in enumerate(sequences):
-        tokens[row, : len(sequence)] = sequence
-        lengths[row] = len(sequence)
-    return tokens, lengths
+    return np.asarray(array)

@@ -136,6 +136,7 @@ def span_buckets(
     widths = [least]
     while widths[-1] < chunk:
         widths.append(min(widths[-1] * 4, -(-chunk // least) * least))
-    sizes = tuple(4**exponent for exponent in range(16)) if sizes is None else sizes
+    by_four = tuple(4**exponent for exponent in range(16))
+    of_width = lambda width: sizes if sizes is not None and width == least else by_four  # long rows are never padded
     most = lambda width: max(1, min(rows, tokens // width))
-    return [(size, width) for width in widths for size in row_buckets(most(width), sizes)]
+    return [(size, width) for width in widths for size in row_buckets(most(width), of_width(width))]

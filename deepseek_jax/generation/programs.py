@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.generation.completion import Record
 from deepseek_jax.generation.drafts import by_mtp, lookup
-from deepseek_jax.generation.draw import Record
 from deepseek_jax.generation.slot_draw import Drawn, draw
 from deepseek_jax.generation.slots import DrawState, SlotParams, empty_params, empty_state, put_rows
 from deepseek_jax.generation.thinking import NO_TAGS, ThinkTags
-from deepseek_jax.model.cache import Cache, empty_cache
+from deepseek_jax.model.cache import Cache, abstract_cache, empty_cache
 from deepseek_jax.model.decoder import Decoder, Hidden, experts_of
 from deepseek_jax.model.lora import decoder_of
 from deepseek_jax.ops.logprobs import logprobs_of_logits, project
@@ -123,6 +123,7 @@ class Programs:
         self.slots, self.table, self.steps, self.record = slots, table, steps, record
         self.drafts, self.draft_tokens = drafts, draft_tokens
         self.history = length if drafts == "lookup" else 0
+        self._first = jax.jit(self._first_state, static_argnames=("blocks", "block_size", "dtype"))
         self.admit = jax.jit(self._admit, donate_argnums=0)
         self.retable = jax.jit(self._retable, donate_argnums=0)
         self.extend = jax.jit(self._extend, donate_argnames="state")
@@ -136,26 +137,35 @@ class Programs:
             block_size: tokens of a block.
             dtype: of the cache.
         """
+        return self._first(blocks=blocks, block_size=block_size, dtype=jnp.dtype(dtype))
+
+    def _first_state(self, blocks: int, block_size: int, dtype: jnp.dtype) -> DeviceState:
         S, V = self.slots, self.config.vocab_size
-
-        @jax.jit
-        def made():
-            every = lambda *shape: jnp.zeros((S, *shape), jnp.int32)
-            return self._laid(
-                DeviceState(
-                    cache=empty_cache(self.config, blocks, block_size, dtype, self.layout, drafts=self.drafts == "mtp"),
-                    table_SM=every(self.table),
-                    token_S=every(),
-                    position_S=every(),
-                    done_S=jnp.ones(S, bool),
-                    drafts_SD=every(self.draft_tokens if self.drafts == "mtp" else 0),
-                    history_SL=every(self.history),
-                    params=jax.tree.map(jnp.asarray, empty_params(S, V)),
-                    drawing=empty_state(S, V),
-                )
+        every = lambda *shape: jnp.zeros((S, *shape), jnp.int32)
+        return self._laid(
+            DeviceState(
+                cache=empty_cache(self.config, blocks, block_size, dtype, self.layout, drafts=self.drafts == "mtp"),
+                table_SM=every(self.table),
+                token_S=every(),
+                position_S=every(),
+                done_S=jnp.ones(S, bool),
+                drafts_SD=every(self.draft_tokens if self.drafts == "mtp" else 0),
+                history_SL=every(self.history),
+                params=jax.tree.map(jnp.asarray, empty_params(S, V)),
+                drawing=empty_state(S, V),
             )
+        )
 
-        return made()
+    def abstract_state(self, blocks: int, block_size: int, dtype: jnp.dtype) -> DeviceState:
+        """Its shapes, and how they lie on the layout's mesh."""
+        state = jax.eval_shape(lambda: self._first_state(blocks, block_size, dtype))
+        if self.layout.mesh is None:
+            return state
+        place = lambda a, *axes: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self.layout.sharding(*axes))
+        small = jax.tree.map(lambda a: place(a, *(None,) * a.ndim), state._replace(cache=()))
+        cache = abstract_cache(self.config, blocks, block_size, dtype, self.layout, drafts=self.drafts == "mtp")
+        counts = place(state.drawing.counts, None, "vocab")
+        return small._replace(cache=cache, drawing=small.drawing._replace(counts=counts))
 
     def _admit(self, state: DeviceState, new: Admission) -> DeviceState:
         """Requests in their slots; nothing of them is computed yet."""
@@ -201,7 +211,7 @@ class Programs:
         if self.drafts == "mtp":
             of_new = hidden.x_BTD, next_RT, at, spans.count_R
             state = self._draft(model, state, *of_new, spans.slots_R, draws, tags, phase="prefill")
-        return self._laid(state), Extended(drawn, self._routes(hidden), logprobs_RT)
+        return self._laid(state), self._told(Extended(drawn, self._routes(hidden), logprobs_RT))
 
     def _decode_loop(
         self,
@@ -234,7 +244,9 @@ class Programs:
         def body(carried):
             return self._decode_step(model, head_DV, *carried, rows_R, lives(carried[0]), tags)
 
-        return jax.lax.while_loop(goes_on, body, (self._laid(state), self._nothing_drawn(rows_R.shape[0])))
+        first = self._laid(state), self._nothing_drawn(rows_R.shape[0])
+        state, found = jax.lax.while_loop(goes_on, body, first)
+        return state, self._told(found)
 
     def _decode_step(self, model: Decoder, head_DV, state: DeviceState, found: Decoded, rows_R, live_R, tags):
         """One pass over the model for every live row."""
@@ -331,6 +343,10 @@ class Programs:
     @property
     def _routes_dtype(self) -> jnp.dtype:
         return jnp.int16 if self.config.moe.n_routed_experts <= 2**15 else jnp.int32
+
+    def _told(self, found: Extended | Decoded):
+        """What the host reads, on every device."""
+        return jax.tree.map(lambda a: self.layout.constrain(a, *(None,) * a.ndim), found)
 
     def _laid(self, state: DeviceState) -> DeviceState:
         """Everything but the cache on every device, and the counts of drawn tokens cut by vocabulary."""

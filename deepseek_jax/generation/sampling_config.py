@@ -3,7 +3,7 @@
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 MAX_STOP_IDS = 16
@@ -84,19 +84,6 @@ class SamplingConfig:
                 f"room in the model's context of {context}; shorten it"
             )
         return min(self.max_new_tokens, room)
-
-
-def refuse_unknown(sampling: SamplingConfig, known: Sequence[str]) -> None:
-    """Refuse settings that a way of generating does not know, unless they say nothing.
-
-    Raises:
-        ValueError: another setting than the known ones differs from its default.
-    """
-    nothing = SamplingConfig(max_new_tokens=1)
-    for each in fields(sampling):
-        value = getattr(sampling, each.name)
-        if each.name not in known and value != getattr(nothing, each.name):
-            raise ValueError(f"{each.name}: got {_brief(value)}, wanted none: static batches do not know it")
 
 
 def _of_numbers(config: SamplingConfig) -> dict[str, tuple[bool, str]]:

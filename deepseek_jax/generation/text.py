@@ -12,7 +12,8 @@ from flax import nnx
 from deepseek_jax.checkpoint.folder import Model, load_model
 from deepseek_jax.checkpoint.hub import model_folder
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.generation.engine import NO_RECORD, Completion, Generator, Record
+from deepseek_jax.generation.completion import NO_RECORD, Completion, Record
+from deepseek_jax.generation.generator import Generator
 from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.model.precision import Precision, dtype_of
 from deepseek_jax.sharding import LOCAL, Layout

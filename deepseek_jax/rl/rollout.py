@@ -12,7 +12,8 @@ from flax import nnx
 
 from deepseek_jax import distributed
 from deepseek_jax.data.examples import Prompt
-from deepseek_jax.generation.engine import Completion, Generator, Record
+from deepseek_jax.generation.completion import Completion, Record
+from deepseek_jax.generation.generator import Generator
 from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.generation.text import complete, seeds_for
 from deepseek_jax.rewards.combine import CombinedReward, Graded

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_jax.generation.engine import Completion, Record
+from deepseek_jax.generation.completion import Completion, Record
 from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.generation.text import complete
 from deepseek_jax.ops.logprobs import has_bits, to_bits, token_logprobs
-from tests.generation.test_engine import DENSE, MOE, PROMPTS, V, built
+from tests.generation.test_generator import DENSE, MOE, PROMPTS, V, built
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 
 from deepseek_jax.generation.sampling_config import SamplingConfig
-from tests.generation.test_engine import MOE, built
 
 BAD = [
     ({"max_new_tokens": 0}, "max_new_tokens: got 0, wanted at least 1"),
@@ -95,19 +94,3 @@ UNKNOWN = {
     "prompt_logprobs": True,
     "thinking_budget": 0,
 }
-
-
-@pytest.mark.parametrize("name", UNKNOWN)
-def test_static_batches_refuse_what_they_do_not_know(name):
-    subject = built(MOE)
-    sampling = SamplingConfig(max_new_tokens=4, **{name: UNKNOWN[name]})
-    with pytest.raises(ValueError, match=f"^{name}: got .*static batches do not know it$"):
-        subject.generator(subject.weights, [[1]], sampling, seeds=[0])
-    with pytest.raises(ValueError, match=f"^{name}: got "):
-        next(subject.generator.stream(subject.weights, [1], sampling, seed=0))
-
-
-def test_every_setting_is_either_known_to_static_batches_or_refused():
-    names = {each.name for each in dataclasses.fields(SamplingConfig)}
-    known = set("max_new_tokens temperature top_p top_k min_p repetition_penalty stop_ids".split())
-    assert names == known | UNKNOWN.keys()

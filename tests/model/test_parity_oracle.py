@@ -15,7 +15,7 @@ from flax import nnx
 from deepseek_jax.checkpoint.convert import convert_hf, export_hf
 from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.checkpoint.model_folder import load_config, open_folder
-from deepseek_jax.generation.engine import Generator
+from deepseek_jax.generation.generator import Generator
 from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.model.cache import contiguous_table, empty_cache
 from tools import make_golden

@@ -11,7 +11,8 @@ from flax import nnx
 from deepseek_jax.config import MLAConfig, preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.data.examples import Prompt
-from deepseek_jax.generation.engine import Generator, Record
+from deepseek_jax.generation.completion import Record
+from deepseek_jax.generation.generator import Generator
 from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.ops.metrics import BatchTotals
