@@ -87,7 +87,7 @@ class Load:
         length = chance.randint(1, min(40, most))
         tokens = chance.choice(self.bases)[:length]
         if chance.random() < 0.5:
-            tokens[chance.randrange(length)] = 999
+            tokens[chance.randrange(length // 2, length)] = 999
         new = chance.randint(0, min(12, most - length))
         if chance.random() < 0.3:
             self.subject.device.lengths[id] = chance.randint(1, 10)
