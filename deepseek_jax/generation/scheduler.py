@@ -188,7 +188,8 @@ class Scheduler:
         """
         if plan.empty:
             return []
-        assert plan is self._plans.popleft(), "plans retire in the order in which they were made"
+        oldest = self._plans.popleft()
+        assert plan is oldest, "plans retire in the order in which they were made"
         progress = []
         for span in plan.spans:
             drawn = results.get(span.request.id) if span.last else Drawn(())
@@ -211,6 +212,8 @@ class Scheduler:
         config = self.config
         latest = min(request.known + (config.decode_steps - 1) * self._row, request.limit - 1)
         missing = self.cache.missing(request, latest + config.draft_tokens)
+        if missing == 0:
+            return True
         while not self.cache.is_coming(request.shard, missing):
             victim = next(of for of in reversed(self.running) if of.shard == request.shard)
             if victim is request:
@@ -219,9 +222,10 @@ class Scheduler:
             preempted.append(victim)
         start = len(request.blocks)
         fresh = self.cache.grow(request, missing)
-        if fresh:
-            grown.append(Grown(request, start, tuple(fresh)))
-        return fresh is not None
+        if fresh is None:  # the victims' blocks are not there yet
+            return False
+        grown.append(Grown(request, start, tuple(fresh)))
+        return True
 
     def _preempt(self, request: Request) -> None:
         """Its blocks go; its tokens, drawn ones too, stay known and are computed anew."""
