@@ -163,17 +163,18 @@ def tokens_move_every_layer_once(topology: str, s: int) -> None:
 
     def decode(q, q_rope, c, r, table, seen, tokens):
         def layer(carried, layer_idx):
-            q, c, r, seen = carried
+            latest_BC, c, r, seen = carried
             ids = table + layer_idx * pages
             last = jnp.take_along_axis(ids, seen // s, axis=1)[:, 0], seen[:, 0] % s
-            c, r = c.at[last].set(q[:, 0, 0]), r.at[last].set(q_rope[:, 0, 0])
-            return (paged_decode.latent_decode(q, q_rope, c, r, ids, seen + 1, SCALE), c, r, seen), None
+            c, r = c.at[last].set(latest_BC), r.at[last].set(latest_BC[:, :128])
+            out = paged_decode.latent_decode(q, q_rope, c, r, ids, seen + 1, SCALE)
+            return (out[:, 0, 0], c, r, seen), None
 
         def token(carried, _):
-            (q, c, r, seen), _ = jax.lax.scan(layer, carried, jnp.arange(LAYERS))
-            return (q, c, r, seen + 1), None
+            (*others, seen), _ = jax.lax.scan(layer, carried, jnp.arange(LAYERS))
+            return (*others, seen + 1), None
 
-        return jax.lax.scan(token, (q, c, r, seen), length=tokens)[0]
+        return jax.lax.scan(token, (q[:, 0, 0], c, r, seen), length=tokens)[0]
 
     arguments = (of(ROWS, 1, 128, 512), of(ROWS, 1, 128, 128), of(LAYERS * pages, s, 512), of(LAYERS * pages, s, 128))
     of_rows = of(ROWS, M, dtype=jnp.int32), of(ROWS, 1, dtype=jnp.int32)

@@ -8,8 +8,9 @@ Latent attention is that of one head whose keys have two parts, latents and rota
 first. jax's own kernels do not fit: paged_attention takes one query a row and lets NaN past the length through, and
 ragged_paged_attention wants keys and values interleaved in one pool.
 
-Copies are given to the chip one by one, some 10 cycles each, about 1,100 to 1,400 for a tile's products at R1's sizes:
-blocks of 64 tokens or more hide that, blocks of 16 cost a fifth more.
+A tile of R1's 512 keys is 1,420 instructions by the compiler's schedule for v5e. Starting its copies is 310 more in
+blocks of 16 tokens, 95 in blocks of 64. Given as operands of the kernel instead, with index maps of the table, the
+blocks take 4,400 and 830.
 
 Source: arXiv 2309.06180 (paged attention), arXiv 1805.02867 (online softmax).
 """
