@@ -5,7 +5,8 @@ for what new tokens of a prompt need of earlier ones. Nothing here has a gradien
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ def latent_attention(
 ) -> jax.Array:
     """Latent attention of new tokens over all keys that they see, [B, T, N, C] in the queries' dtype.
 
-    On TPU the kernel `ops.kernels.latent_decode`, elsewhere `ops.paged_attention.latent_paged`.
+    On TPU the kernel `ops.kernels.paged_decode.latent_decode`, elsewhere `ops.paged_attention.latent_paged`.
 
     Args:
         q_latent_BTNC: queries that meet the latents.
@@ -66,7 +67,7 @@ def latent_attention(
     def local(pool, q_latent, q_rope, view, layer_idx):
         own, view = as_one_layer(pool, view, layer_idx)
         wide = jnp.pad(q_rope, ((0, 0),) * 3 + ((0, own.r.shape[-1] - q_rope.shape[-1]),))
-        return paged.latent_paged(q_latent, wide, own.c, own.r, view.table_BM, view.seen_BT, scale)
+        return _attend("latent", (q_latent, wide), (own.c, own.r), view, scale)
 
     cuts = lambda of: (of.pool, of.queries, of.queries, of.sequences, _SAME, of.queries)
     run = _where_it_lies(local, layout, cuts, _Cuts.of(pool, layout))
@@ -115,14 +116,37 @@ def grouped_attention(
     scale: float,
     layout: Layout,
 ) -> jax.Array:
-    """Grouped-query attention of new tokens over all keys that they see, [B, T, N, K]; arguments as of latent."""
+    """Grouped-query attention of new tokens over all keys that they see, [B, T, N, K].
+
+    On TPU the kernel `ops.kernels.paged_decode.grouped_decode`, elsewhere `ops.paged_attention.grouped_paged`.
+
+    Args:
+        q_BTNK: queries.
+        pool, view, layer_idx, scale, layout: as of `latent_attention`; the mesh divides B by "batch", N by "tensor".
+    """
 
     def local(pool, q, view, layer_idx):
         own, view = as_one_layer(pool, view, layer_idx)
-        return paged.grouped_paged(q, own.k, own.v, view.table_BM, view.seen_BT, scale)
+        return _attend("grouped", (q,), (own.k, own.v), view, scale)
 
     cuts = lambda of: (of.pool, of.queries, of.sequences, _SAME, of.queries)
     return _where_it_lies(local, layout, cuts, _Cuts.of(pool, layout))(pool, q_BTNK, view, layer_idx)
+
+
+def _attend(kind: Literal["latent", "grouped"], queries, pools, view: CacheView, scale: float) -> jax.Array:
+    """On a TPU by its kernel, where the pools lie as it reads them; elsewhere, and else, by the plain path."""
+    arguments = *queries, *pools, view.table_BM, view.seen_BT
+    plain = partial(paged.latent_paged if kind == "latent" else paged.grouped_paged, scale=scale)
+
+    def by_kernel(*arguments):
+        from deepseek_jax.ops.kernels import paged_decode  # Pallas is slow to import
+
+        if not all(map(paged_decode.fits, pools)):
+            return plain(*arguments)
+        kernel = paged_decode.latent_decode if kind == "latent" else paged_decode.grouped_decode
+        return kernel(*arguments, scale=scale)
+
+    return jax.lax.platform_dependent(*arguments, tpu=by_kernel, default=plain)
 
 
 def over_pool_and_new(
