@@ -13,7 +13,14 @@ from deepseek_jax.text.detokenizer import Detokenizer
 from deepseek_jax.text.tokenizer import Tokenizer
 from tests.text.test_tokenizer import FOLDERS, needs_shared
 
-TEXTS = ["", "wörter 漢字", "👩‍👧 family", "नमस्ते", "a b  c\n\n", "￿ x", "½<eos>½"]
+TEXTS = ["", "wörter 漢字", "👩‍👧 family", "नमस्ते", "a b  c\n\n", "￿ x", "½<eos>½", "שלום ไทย 𒀀🇩🇪"]
+
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+# bytes that are printable stand for themselves, and the others in order for U+0100 and the characters after it
+SHOWN = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+HIDDEN = [byte for byte in range(256) if byte not in SHOWN]
+BYTES = {byte: ALPHABET.index(chr(byte if byte in SHOWN else 256 + HIDDEN.index(byte))) for byte in range(256)}
 
 
 def saved(inner: tokenizers.Tokenizer, folder: Path) -> Tokenizer:
@@ -26,8 +33,7 @@ def saved(inner: tokenizers.Tokenizer, folder: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory) -> Tokenizer:
     """A token a byte, so that every character beyond ASCII comes in several tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    inner = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(ALPHABET)}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     return saved(inner, tmp_path_factory.mktemp("bytes"))
@@ -74,11 +80,50 @@ def test_what_never_becomes_a_character_is_given_at_the_end(byte_level):
     assert streamed(byte_level, ids, [1, 2]) == ["a", "", "", "\ufffd"]
 
 
+def test_what_stands_before_an_open_character_is_given(byte_level):
+    """However many tokens come at once."""
+    ids = byte_level.encode("a漢b漢", add_bos=False)
+    assert streamed(byte_level, ids, [2, 7]) == ["a", "漢b", "漢", ""]
+
+
+class Counted:
+    """A tokenizer that counts what it decodes."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.tokens = tokenizer, 0
+
+    def decode(self, ids: list[int]) -> str:
+        self.tokens += len(ids)
+        return self.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+@pytest.mark.parametrize("unit", ["a", "漢", "<eos>", "\ufffd", b"\x80", b"\xe6", b"a\xe6", b"\xe6<", b"\xf0\x9f"])
+def test_the_tokens_decoded_are_linear_in_the_stream(unit, size, byte_level):
+    """Of text, special tokens, U+FFFD written out, and bytes that never become a character."""
+    ids = byte_level.encode(unit, add_bos=False) if isinstance(unit, str) else [BYTES[byte] for byte in unit]
+    ids = (ids * 200)[:200]
+    counted = Counted(byte_level)
+    pieces = streamed(counted, ids, list(range(0, 200, size)))
+    assert "".join(pieces) == byte_level.decode(ids)
+    assert counted.tokens < 200 * 40  # all of them each time would be 20,000 or more
+
+
+def test_a_special_token_inside_a_character_is_left_out(byte_level):
+    first, *rest = byte_level.encode("漢", add_bos=False)
+    ids = [first, *[byte_level.eos_ids[0]] * 40, *rest, *byte_level.encode("b", add_bos=False)]
+    assert "".join(streamed(byte_level, ids, list(range(len(ids))))) == byte_level.decode(ids) == "漢b"
+
+
 @needs_shared
 @pytest.mark.parametrize("name", ["deepseek-r1", "deepseek-r1-distill-qwen-7b"])
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_published_tokenizers(name, data):
+    """Of text in many scripts and of any ids, among them bytes that are no characters."""
     tokenizer = Tokenizer.from_folder(FOLDERS / name)
-    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=20))
-    assert "".join(streamed(tokenizer, ids, list(range(len(ids))))) == tokenizer.decode(ids)
+    some = st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=8)
+    of_text = st.sampled_from(TEXTS).map(lambda text: tokenizer.encode(text, add_bos=False))
+    ids = [token for part in data.draw(st.lists(st.one_of(some, of_text), max_size=4)) for token in part]
+    cuts = data.draw(st.lists(st.integers(0, len(ids)), max_size=len(ids)))
+    assert "".join(streamed(tokenizer, ids, cuts)) == tokenizer.decode(ids)
