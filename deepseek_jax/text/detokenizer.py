@@ -20,7 +20,8 @@ class Detokenizer:
     Source: huggingface/text-generation-inference, `Model.decode_token`.
     Differs: what stands before an open character is given; bytes that never become a character, and special tokens
       without end, are not waited for, so that decoding them does not take ever longer (tests/text/test_detokenizer.py,
-      test_the_tokens_decoded_are_linear_in_the_stream).
+      test_the_tokens_decoded_are_linear_in_the_stream). Where a vocabulary of words falls back to bytes, decoding the
+      whole would take a character back for part of another behind it (test_a_character_that_was_given_stays).
     """
 
     def __init__(self, tokenizer: Tokenizer):

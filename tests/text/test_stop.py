@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from deepseek_jax.text.stop import StopMatcher
 from deepseek_jax.text.stream import TextStream
-from tests.text.test_detokenizer import byte_level  # noqa: F401, a fixture
+from tests.text.small_tokenizers import byte_level
 
 LETTERS = st.text("ab\n", max_size=14)
 STOPS = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
@@ -112,11 +112,11 @@ def test_the_tokens_that_belong_are_those_until_the_stop_text_is_complete(ids, s
 
 
 @given(data=st.data())
-def test_a_stop_text_of_characters_of_several_tokens(data, byte_level):  # noqa: F811
+def test_a_stop_text_of_characters_of_several_tokens(data):  # noqa: F811
     """Its bytes are divided between tokens, and nothing of it is given."""
     text, stop = data.draw(st.text("a漢é字", max_size=6)), data.draw(st.sampled_from(["漢é", "字", "é"]))
-    ids = byte_level.encode(text, add_bos=False)
-    stream, given_text = TextStream(byte_level, stop=[stop]), ""
+    ids = byte_level().encode(text, add_bos=False)
+    stream, given_text = TextStream(byte_level(), stop=[stop]), ""
     for part in pieces_of(ids, data.draw(st.lists(st.integers(0, 20), max_size=5))):
         given_text += stream.feed(part)
         if stream.stopped is not None:

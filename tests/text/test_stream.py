@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from deepseek_jax.text.stream import TextStream
 from deepseek_jax.text.think import ThinkParser, split_thinking
-from tests.text.test_detokenizer import byte_level  # noqa: F401, a fixture
+from tests.text.small_tokenizers import byte_level
 from tests.text.test_stop import cut, pieces_of
 from tests.text.test_think import FRAGMENTS
 
@@ -28,9 +28,9 @@ def streamed(tokenizer, ids, cuts, *, opened, stop=()):
     stop=st.lists(st.sampled_from(["</think>", "<", "é", "k>a", "\n\n", "zzz"]), max_size=2),
     cuts=st.lists(st.integers(0, 90), max_size=8),
 )
-def test_a_stream_is_split_as_the_whole_text_before_its_stop(text, opened, stop, cuts, byte_level):  # noqa: F811
-    ids = byte_level.encode(text, add_bos=False)
-    assert streamed(byte_level, ids, cuts, opened=opened, stop=stop) == split_thinking(
+def test_a_stream_is_split_as_the_whole_text_before_its_stop(text, opened, stop, cuts):  # noqa: F811
+    ids = byte_level().encode(text, add_bos=False)
+    assert streamed(byte_level(), ids, cuts, opened=opened, stop=stop) == split_thinking(
         cut(text, stop)[0], opened=opened
     )
 
@@ -48,8 +48,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_of_other_servers(fault, byte_level):  # noqa: F811
+def test_faults_of_other_servers(fault):  # noqa: F811
     """A token a byte, so that every tag is split across pieces."""
     text, opened, wanted = FAULTS[fault]
-    ids = byte_level.encode(text, add_bos=False)
-    assert streamed(byte_level, ids, range(len(ids)), opened=opened) == wanted
+    ids = byte_level().encode(text, add_bos=False)
+    assert streamed(byte_level(), ids, range(len(ids)), opened=opened) == wanted
