@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MAX_STOP_IDS = 16
+MAX_STOPS = 16
 MAX_LOGIT_BIAS = 300  # OpenAI's limit
 MAX_TOP_LOGPROBS = 20  # likewise
 
@@ -27,8 +28,8 @@ class SamplingConfig:
         presence_penalty: taken from the logits of tokens that the completion has already; 0 is none.
         frequency_penalty: taken from them once for each time that they came; 0 is none.
         logit_bias: added to the logits of these tokens, before everything else.
-        min_new_tokens: no stop id is drawn before so many tokens.
-        stop: a text, or texts, that end a completion; they do not belong to it.
+        min_new_tokens: no stop id is drawn, and no stop text counts, before so many tokens.
+        stop: a text, or up to 16, that end a completion; they do not belong to its text.
         top_logprobs: give the log-probs of so many best tokens beside each one drawn.
         prompt_logprobs: give the log-probs of the prompt's tokens.
         thinking_budget: limit a thought to so many tokens; the engine then closes it. None is no limit.
@@ -117,8 +118,8 @@ def _of_collections(config: SamplingConfig) -> dict[str, tuple[bool, str]]:
             f"at most {MAX_STOP_IDS} token ids, each 0 or more",
         ),
         "stop": (
-            _listed(stop) and all(isinstance(text, str) and text for text in stop),
-            "a text or a list of texts, none of them empty",
+            _listed(stop) and len(stop) <= MAX_STOPS and all(isinstance(text, str) and text for text in stop),
+            f"a text or a list of at most {MAX_STOPS} texts, none of them empty",
         ),
         "logit_bias": (
             isinstance(bias, Mapping)

@@ -81,14 +81,14 @@ def draw(
     is_forced_R = live_R & (forced_R >= 0)
     token_R = jnp.where(live_R, jnp.where(is_forced_R, forced_R, chosen_R), 0)
 
-    plain_RV, support_RW, penalised_RW = logits_RV / _divisor(of_row), None, None
+    scored_RV, support_RW, penalised_RW = logits_RV, None, None
     if record_support:
         kept_RV |= is_forced_R[:, None]
-        shaped_RV = jnp.where((of_row.temperature == 0)[:, None], logits_RV, shaped_RV / _divisor(of_row))
-        plain_RV, support_RW = within(shaped_RV, kept_RV), to_bits(kept_RV)
+        scored_RV = jnp.where((of_row.temperature == 0)[:, None], logits_RV, shaped_RV)
+        scored_RV, support_RW = within(scored_RV, kept_RV), to_bits(kept_RV)
         penalised_RW = _penalised(of_row, state.counts, rows_R, live_R)
-    logprob_R, _, best_R = scores_of_logits(plain_RV, token_R)
-    top_ids_RK, top_logprobs_RK = _top(plain_RV, best_R, jnp.where(live_R, of_row.top_logprobs, 0))
+    logprob_R, _, best_R = scores_of_logits(scored_RV / _divisor(of_row), token_R)
+    top_ids_RK, top_logprobs_RK = _top(scored_RV, of_row, live_R, best_R)
 
     may_stop_R = live_R & ~is_forced_R & (before.drawn >= of_row.min_new_tokens)
     stopped_R = may_stop_R & jnp.any(token_R[:, None] == of_row.stop_ids, axis=-1)
@@ -181,18 +181,19 @@ def _filtered(shaped_RV, of_row: SlotParams, random_R) -> jax.Array:
     return _where_any(min_p_R > 0, lambda logits_RV: ops.keep_min_p(logits_RV, min_p_R), kept_RV)
 
 
-def _top(plain_RV, best_R, wanted_R) -> tuple[jax.Array, jax.Array]:
+def _top(scored_RV, of_row: SlotParams, live_R, best_R) -> tuple[jax.Array, jax.Array]:
     """The best tokens of each row, as many as it wants, and their log-probs; the best one's is known."""
-    R, V = plain_RV.shape
-    K = min(MAX_TOP_LOGPROBS, V)
+    R, V = scored_RV.shape
+    K, wanted_R = min(MAX_TOP_LOGPROBS, V), jnp.where(live_R, of_row.top_logprobs, 0)
 
     def of_best():
-        values_RK, ids_RK = jax.lax.top_k(plain_RV, K)
+        values_RK, ids_RK = ops.best_tokens(scored_RV, K)
+        values_RK = values_RK / _divisor(of_row)
         asked_RK = jnp.arange(K) < wanted_R[:, None]
         logprobs_RK = values_RK - values_RK[:, :1] + best_R[:, None]
         return jnp.where(asked_RK, ids_RK, -1), jnp.where(asked_RK, logprobs_RK, -jnp.inf)
 
-    nothing = lambda: (jnp.full((R, K), -1, jnp.int32), jnp.full((R, K), -jnp.inf, plain_RV.dtype))
+    nothing = lambda: (jnp.full((R, K), -1, jnp.int32), jnp.full((R, K), -jnp.inf, scored_RV.dtype))
     found = jax.lax.cond(jnp.any(wanted_R > 0), of_best, nothing)
     blank = ((0, 0), (0, MAX_TOP_LOGPROBS - K))
     return jnp.pad(found[0], blank, constant_values=-1), jnp.pad(found[1], blank, constant_values=-jnp.inf)

@@ -56,6 +56,20 @@ def keep_min_p(logits: Float[Array, "B V"], p: Float[Array, "B"]) -> Float[Array
     return jnp.where(logits >= least[:, None], logits, -jnp.inf)
 
 
+def best_tokens(logits: Float[Array, "B V"], count: int) -> tuple[Float[Array, "B best"], Int[Array, "B best"]]:
+    """The best logits in falling order, and their tokens.
+
+    They are in the blocks of the best maxima, as many of these; a CPU sorts all of V for `jax.lax.top_k`.
+    """
+    B, V = logits.shape
+    blocks = jnp.pad(logits, ((0, 0), (0, -V % _BLOCK)), constant_values=-jnp.inf).reshape(B, -1, _BLOCK)
+    maxima = jnp.max(blocks, axis=-1)
+    chosen = jnp.sort(jax.lax.top_k(maxima, min(count, maxima.shape[1]))[1], axis=-1)
+    candidates = jnp.take_along_axis(blocks, chosen[..., None], axis=1).reshape(B, -1)
+    values, where = jax.lax.top_k(candidates, count)
+    return values, jnp.take_along_axis(chosen, where // _BLOCK, axis=1) * _BLOCK + where % _BLOCK
+
+
 def _keep_above_threshold(logits, enough):
     """The highest threshold whose kept set is enough, found bit by bit: 32 passes and no sort."""
     ordered = _sortable(logits)

@@ -237,6 +237,27 @@ def test_a_state_made_anew_from_its_tokens_is_the_state(request, seed):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a)[0], b), subject.state, anew)
 
 
+@given(drafts=st.lists(st.integers(0, 2), min_size=12, max_size=12), temperature=st.sampled_from([0.0, 1.0]))
+def test_draws_behind_wrong_drafts_leave_no_trace(drafts, temperature):
+    """Speculation draws several positions in turn, each live while the drafts before it were drawn."""
+    config = sampling(
+        temperature=temperature, thinking_budget=3, frequency_penalty=0.5, min_new_tokens=5, stop_ids=(1,)
+    )
+    logits = logits_of(4, 20, scale=2.0)
+    logits[:, 3:] -= 9.0  # three tokens share the draws, so that drafts are right now and then
+    plain, ahead = (Slots([(config, [1], [])], tags=TAGS, opened=True) for _ in range(2))
+    wanted = [int(plain.draw(logits[plain.positions]).token_R[0]) for _ in range(8)]
+    found = []
+    for turn in range(8):
+        live = len(found) < 8
+        for draft in [*drafts[turn : turn + 2], None]:
+            drawn = ahead.draw(logits[ahead.positions], live=[live])
+            found += drawn.token_R.tolist() if live else []
+            live &= len(found) < 8 and int(drawn.token_R[0]) == draft
+    assert found == wanted and len(set(found)) > 1
+    jax.tree.map(np.testing.assert_array_equal, *(jax.tree.map(np.asarray, of.state) for of in (plain, ahead)))
+
+
 # --- what each setting does -------------------------------------------------------------------------
 
 
@@ -290,6 +311,16 @@ def test_no_stop_id_comes_before_the_least_tokens_and_the_limit_ends():
     found = [subject.draw(logits) for _ in range(4)]
     assert [bool(f.done_R[0]) for f in found] == [False, False, False, True]
     assert not any(f.stopped_R[0] for f in found)
+
+
+def test_a_small_vocabulary_has_fewer_best_tokens_than_asked_for():
+    few = 6
+    row = params_of(sampling(temperature=0.0, top_logprobs=20), seed=0, limit=9, vocab_size=few)
+    params = jax.tree.map(lambda a: jnp.asarray(a)[None], row)
+    logits = jnp.arange(6.0)[None]
+    args = params, empty_state(1, few), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), jnp.ones(1, bool), NO_TAGS
+    found = compiled(logits, *args)[1]
+    assert found.top_ids_RK.tolist() == [[5, 4, 3, 2, 1, 0, *[-1] * 14]] and found.top_logprobs_RK.shape == (1, 20)
 
 
 def test_a_bias_outside_the_vocabulary_is_refused():

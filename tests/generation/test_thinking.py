@@ -4,15 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
-import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
 
 from deepseek_jax.generation.thinking import AFTER, CLOSING, NO_TAGS, THINKING, WINDOW, think_tags, thought_of
 from deepseek_jax.text.tokenizer import Tokenizer
 from tests.generation.test_slot_draw import Slots, V, sampling
-from tests.text.test_detokenizer import byte_level, saved  # noqa: F401, a fixture
+from tests.text.small_tokenizers import byte_level
 from tests.text.test_tokenizer import FOLDERS, needs_shared
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -146,21 +144,16 @@ def test_published_tags_are_one_token(name):
 
 
 @pytest.mark.parametrize("around", [("", ""), ("it.", "\n\n"), ("\n", "4")])
-def test_tags_of_several_tokens_are_found_whatever_stands_beside_them(around, byte_level):  # noqa: F811
-    tags = think_tags(byte_level, "so")
-    ids = byte_level.encode("</think>".join(around), add_bos=False)
+def test_tags_of_several_tokens_are_found_whatever_stands_beside_them(around):  # noqa: F811
+    tags = think_tags(byte_level(), "so")
+    ids = byte_level().encode("</think>".join(around), add_bos=False)
     assert held(tags.closing, ids) == [len(around[0]) + len("</think>")]
     assert held(tags.opening, ids) == []
 
 
-def test_tags_are_found_where_a_tokenizer_merges_their_ends(tmp_path):
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merged = [(">", "Ċ"), (">Ċ", "Ċ"), ("Ċ", "<"), ("<", "/"), ("t", "h")]
-    vocabulary = [*alphabet, *("".join(pair) for pair in merged)]
-    inner = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merged))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = decoders.ByteLevel()
-    tokenizer = saved(inner, tmp_path)
+def test_tags_are_found_where_a_tokenizer_merges_their_ends():
+    merged = (">", "Ċ"), (">Ċ", "Ċ"), ("Ċ", "<"), ("<", "/"), ("t", "h")
+    tokenizer = byte_level(*merged)
     closing = think_tags(tokenizer, "so").closing
     assert len({row[-1] for row in closing.tolist()} - {-1}) == 3  # ">" alone, with one line's end and with two
     for text in ("a</think>b", "a\n</think>\n", "\n</think>\n\n4", "</think>"):
@@ -169,6 +162,6 @@ def test_tags_are_found_where_a_tokenizer_merges_their_ends(tmp_path):
         assert "</think>" in tokenizer.decode(ids[:end]) and "</think>" not in tokenizer.decode(ids[: end - 1])
 
 
-def test_a_message_that_is_too_long_is_refused(byte_level):  # noqa: F811
+def test_a_message_that_is_too_long_is_refused():  # noqa: F811
     with pytest.raises(ValueError, match="^message: got 88 tokens with </think>, wanted at most 64; shorten"):
-        think_tags(byte_level, "x" * 80)
+        think_tags(byte_level(), "x" * 80)
