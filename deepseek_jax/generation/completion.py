@@ -35,8 +35,8 @@ class Completion(NamedTuple):
     routes: int16 (int32 from 32,769 experts on) [tokens of the prompt + C - 1, L, A], the experts of each of L MoE
     layers that every token went to which was an input; all but the last were. support: uint32 [C, V / 32 rounded up],
     the tokens among which each one was drawn, as `ops.logprobs` has their bits; penalised: the same of those
-    that the penalty was on. None where not recorded. text: the tokens decoded, special ones left out; None from the
-    engine, which knows no tokenizer (`generation.text.complete` fills it in).
+    that the penalty was on. None where not recorded. text: the tokens decoded, special ones left out, before any stop
+    text; None without a tokenizer.
     """
 
     tokens: np.ndarray

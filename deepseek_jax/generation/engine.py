@@ -23,10 +23,15 @@ from deepseek_jax.generation.requests import Drawn, Plan, Request, Row, Span
 from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.generation.scheduler import Scheduler
 from deepseek_jax.generation.slots import empty_params, empty_state, params_of, state_of
-from deepseek_jax.generation.thinking import NO_TAGS, ThinkTags
+from deepseek_jax.generation.thinking import NO_TAGS, think_tags
 from deepseek_jax.sharding import module_layout
+from deepseek_jax.text.stream import TextStream
+from deepseek_jax.text.think import opens_thought
+from deepseek_jax.text.tokenizer import Tokenizer
 
 _programs = lru_cache(maxsize=8)(Programs)  # what is compiled serves the next engine
+CLOSING = "\n"
+"""What a thought ends with, before `</think>`, that is out of budget."""
 _SETTINGS, _NO_RECORD = EngineConfig(), Record()
 
 
@@ -38,13 +43,18 @@ class NonFiniteLogitsError(ValueError):
 class Live:
     """What the host keeps of a request: its settings, and by token what came of it.
 
-    routes are of the tokens that were fed, prompt and completion; prompt_logprobs of the prompt's tokens but the first.
+    opened: the prompt ended in `<think>`. text: the completion's so far, before any stop text; stream makes it, told is
+    how much of it updates have had. routes: of the tokens that were fed, prompt and completion. prompt_logprobs: of the
+    prompt's tokens but the first.
     """
 
     request: Request
     sampling: SamplingConfig
     seed: int
     opened: bool
+    stream: TextStream | None
+    text: str = ""
+    told: int = 0
     logprobs: list[float] = field(default_factory=list)
     top: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     support: list[np.ndarray] = field(default_factory=list)
@@ -54,10 +64,11 @@ class Live:
 
 
 class Update(NamedTuple):
-    """What a step gave a request: further tokens, and whether they are the last."""
+    """What a step gave a request: further tokens and text, and whether they are the last."""
 
     id: int
     tokens: list[int]
+    text: str
     finished: bool
     sequence: Live
 
@@ -86,7 +97,8 @@ class Engine:
         settings: how it runs.
         dtype: of the cache; None takes that of the weights.
         record: what to keep for a trainer.
-        tags: of thoughts, for requests with a budget of thinking.
+        tokenizer: the model's, for text, stop texts and budgets of thinking; None gives tokens alone.
+        closing: what a thought ends with that is out of budget.
 
     Raises:
         ValueError: settings that the model, the mesh or the memory cannot do.
@@ -101,9 +113,11 @@ class Engine:
         *,
         dtype: jnp.dtype | None = None,
         record: Record = _NO_RECORD,
-        tags: ThinkTags = NO_TAGS,
+        tokenizer: Tokenizer | None = None,
+        closing: str = CLOSING,
     ):
-        self.config, self.settings, self.weights, self.tags = config, settings, weights, tags
+        self.config, self.settings, self.weights, self.tokenizer = config, settings, weights, tokenizer
+        self.tags, self._closing = NO_TAGS, closing
         self.layout = module_layout(graphdef)
         dtype = dtype or jax.tree.leaves(weights)[0].dtype
         of_host = settings.of_scheduler(config, self.layout, dtype)
@@ -136,16 +150,13 @@ class Engine:
 
     # --- requests ---------------------------------------------------------------------------------
 
-    def add(
-        self, tokens: Sequence[int], sampling: SamplingConfig, *, seed: int, opened: bool = False, salt: str = ""
-    ) -> int:
+    def add(self, tokens: Sequence[int], sampling: SamplingConfig, *, seed: int, salt: str = "") -> int:
         """Queue a request; its number.
 
         Args:
             tokens: of the prompt, one at least.
             sampling: how to draw. A completion also ends where the context does.
             seed: of its noise.
-            opened: the prompt ended in `<think>`.
             salt: requests of different salts share no blocks.
 
         Raises:
@@ -157,10 +168,19 @@ class Engine:
         wrong = [token for token in tokens if not 0 <= token < self.config.vocab_size]
         if wrong:
             raise ValueError(f"prompt: got token {wrong[0]}, wanted 0 to {self.config.vocab_size - 1}")
+        for name in ("stop", "thinking_budget"):
+            if self.tokenizer is None and getattr(sampling, name) not in ((), None):
+                raise ValueError(f"{name}: got it for an engine without a tokenizer, wanted one with the model's")
         params_of(sampling, seed=seed, limit=limit, vocab_size=self.config.vocab_size)
         request = Request(id=self._next, tokens=list(tokens), max_new_tokens=limit, salt=salt)
         request.reuse = not sampling.prompt_logprobs
-        sequence = Live(request=request, sampling=sampling, seed=seed, opened=opened)
+        opened, stream = False, None
+        if sampling.thinking_budget is not None:
+            self.tags = think_tags(self.tokenizer, self._closing) if self.tags is NO_TAGS else self.tags
+            opened = opens_thought(self.tokenizer.decode(list(tokens[-16:]), skip_special=False))
+        if self.tokenizer is not None:
+            stream = TextStream(self.tokenizer, stop=sampling.stop, least=sampling.min_new_tokens)
+        sequence = Live(request=request, sampling=sampling, seed=seed, opened=opened, stream=stream)
         if self.record.routes:
             request.payload = lambda block: self._routes_of_block(sequence, block)
         self.scheduler.add(request)
@@ -312,7 +332,9 @@ class Engine:
             sequence = self._sequences[request.id]
             if request.finished:
                 del self._sequences[request.id]
-            updates.append(Update(request.id, list(tokens), request.finished, sequence))
+                sequence.text += sequence.stream.finish() if sequence.stream is not None else ""
+            new, sequence.told = sequence.text[sequence.told :], len(sequence.text)
+            updates.append(Update(request.id, list(tokens), new, request.finished, sequence))
         return updates
 
     def _note_span(self, sequence: Live | None, span: Span, row: int, found: Extended) -> Drawn:
@@ -343,16 +365,21 @@ class Engine:
                 f"request {sequence.request.id}: the model's logits are no finite numbers; its weights are damaged, or "
                 "too large to compute with"
             )
-        sequence.logprobs += logprobs.tolist()
-        if sequence.sampling.top_logprobs:
-            wanted = sequence.sampling.top_logprobs
-            sequence.top += [
-                (i[:wanted], p[:wanted]) for i, p in zip(drawn.top_ids_RK, drawn.top_logprobs_RK, strict=True)
-            ]
+        tokens, stopped = drawn.token_R.tolist(), bool(drawn.stopped_R.any())
+        if sequence.stream is not None:
+            before = sequence.stream.tokens
+            sequence.text += sequence.stream.feed(tokens)
+            if sequence.stream.stopped is not None:
+                stopped, count = True, sequence.stream.tokens - before
+                tokens, drawn = tokens[:count], jax.tree.map(lambda a: a[:count], drawn)
+        sequence.logprobs += drawn.logprob_R.tolist()
+        if wanted := sequence.sampling.top_logprobs:
+            best = zip(drawn.top_ids_RK[:, :wanted], drawn.top_logprobs_RK[:, :wanted], strict=True)
+            sequence.top += best
         if self.record.support:
             sequence.support.append(drawn.support_RW)
             sequence.penalised.append(drawn.penalised_RW)
-        return Drawn(drawn.token_R.tolist(), bool(drawn.stopped_R.any()))
+        return Drawn(tokens, stopped)
 
     # --- routes of blocks that are reused ---------------------------------------------------------
 

@@ -12,8 +12,8 @@ from deepseek_jax.generation.completion import NO_RECORD, Completion, Record
 from deepseek_jax.generation.engine import Engine, Live
 from deepseek_jax.generation.engine_config import EngineConfig
 from deepseek_jax.generation.sampling_config import SamplingConfig
-from deepseek_jax.generation.thinking import NO_TAGS, ThinkTags
 from deepseek_jax.sharding import module_layout
+from deepseek_jax.text.tokenizer import Tokenizer
 
 BATCHES = EngineConfig(
     max_num_seqs=256,
@@ -33,7 +33,6 @@ class Generator:
         graphdef: static part of the module, from `model.decoder.split`.
         dtype: of the cache; None takes that of the weights, as their activations have it.
         settings: how the engine runs; no more slots than a call has completions, and none longer than it can become.
-        tags: of thoughts, for sampling with a budget of thinking.
 
     Attributes:
         layout: the one that the module was made with.
@@ -46,10 +45,9 @@ class Generator:
         *,
         dtype: jnp.dtype | None = None,
         settings: EngineConfig = BATCHES,
-        tags: ThinkTags = NO_TAGS,
     ):
         self.config, self.graphdef, self.dtype = config, graphdef, dtype
-        self.settings, self.tags, self.layout = settings, tags, module_layout(graphdef)
+        self.settings, self.layout = settings, module_layout(graphdef)
 
     def __call__(
         self,
@@ -60,6 +58,7 @@ class Generator:
         seeds: Sequence[int],
         samples: int = 1,
         record: Record = NO_RECORD,
+        tokenizer: Tokenizer | None = None,
     ) -> list[Completion]:
         """Complete every prompt `samples` times.
 
@@ -70,6 +69,7 @@ class Generator:
             seeds: one a completion, P x samples of them, prompt by prompt.
             samples: completions a prompt; what they have in common is computed once.
             record: what to keep for a trainer.
+            tokenizer: the model's, for text, stop texts and budgets of thinking; None gives tokens alone.
 
         Returns:
             P x samples completions, prompt by prompt.
@@ -78,7 +78,8 @@ class Generator:
             ValueError: no or empty prompts, a prompt that fills the context, a wrong number of seeds, or a record that
                 the model or the sampling has nothing for.
         """
-        found = dict(self.each(weights, prompts, sampling, seeds=seeds, samples=samples, record=record))
+        given = {"seeds": seeds, "samples": samples, "record": record, "tokenizer": tokenizer}
+        found = dict(self.each(weights, prompts, sampling, **given))
         return [found[number] for number in range(len(seeds))]
 
     def each(
@@ -90,11 +91,12 @@ class Generator:
         seeds: Sequence[int],
         samples: int = 1,
         record: Record = NO_RECORD,
+        tokenizer: Tokenizer | None = None,
     ) -> Iterator[tuple[int, Completion]]:
         """The same, each completion with its number as soon as it is there, while others are still drawn."""
         self.check(prompts, seeds, samples)
         self._check_record(record, sampling)
-        engine = self._engine(weights, prompts, sampling, len(seeds), record, self.settings)
+        engine = self._engine(weights, prompts, sampling, len(seeds), self.settings, record=record, tokenizer=tokenizer)
         numbers = {
             engine.add(prompts[number // samples], sampling, seed=seed): number for number, seed in enumerate(seeds)
         }
@@ -103,12 +105,19 @@ class Generator:
                 yield numbers[update.id], _completion(update.sequence, record)
 
     def stream(
-        self, weights: nnx.State, prompt: Sequence[int], sampling: SamplingConfig, *, seed: int, steps: int = 8
+        self,
+        weights: nnx.State,
+        prompt: Sequence[int],
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        steps: int = 8,
+        tokenizer: Tokenizer | None = None,
     ) -> Iterator[Completion]:
         """Complete one prompt, and give what there is of it after every few tokens.
 
         Args:
-            weights, prompt, sampling, seed: as for a call with one prompt and one sample.
+            weights, prompt, sampling, seed, tokenizer: as for a call with one prompt and one sample.
             steps: tokens between two looks at it.
 
         Yields:
@@ -116,12 +125,21 @@ class Generator:
         """
         self.check([prompt], [seed], 1)
         settings = dataclasses.replace(self.settings, decode_steps=steps)
-        engine = self._engine(weights, [prompt], sampling, 1, NO_RECORD, settings)
+        engine = self._engine(weights, [prompt], sampling, 1, settings, tokenizer=tokenizer)
         engine.add(prompt, sampling, seed=seed)
         for update in engine.run():
             yield _completion(update.sequence, NO_RECORD)
 
-    def _engine(self, weights, prompts, sampling, count: int, record: Record, settings: EngineConfig) -> Engine:
+    def _engine(
+        self,
+        weights,
+        prompts,
+        sampling,
+        count: int,
+        record: Record,
+        settings: EngineConfig,
+        tokenizer: Tokenizer | None,
+    ) -> Engine:
         """One for these requests: as many slots and as long tables as they can use, up to the next power of two."""
         context = min(
             self.config.max_position_embeddings, settings.max_model_len or self.config.max_position_embeddings
@@ -132,7 +150,9 @@ class Generator:
             max_num_seqs=min(settings.max_num_seqs, bucket(count, least=1)),
             max_model_len=min(bucket(longest), context),
         )
-        return Engine(self.config, self.graphdef, weights, settings, dtype=self.dtype, record=record, tags=self.tags)
+        return Engine(
+            self.config, self.graphdef, weights, settings, dtype=self.dtype, record=record, tokenizer=tokenizer
+        )
 
     def check(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], samples: int) -> None:
         """Refuse arguments of a call that the model cannot work with; ValueError says why."""
@@ -166,6 +186,7 @@ def _completion(sequence: Live, record: Record) -> Completion:
         routes=joined(sequence.routes, record.routes),
         support=joined(sequence.support, record.support),
         penalised=joined(sequence.penalised, record.support and penalised),
+        text=sequence.text if sequence.stream is not None else None,
     )
 
 

@@ -15,7 +15,7 @@ from deepseek_jax.data.examples import Prompt
 from deepseek_jax.generation.completion import Completion, Record
 from deepseek_jax.generation.generator import Generator
 from deepseek_jax.generation.sampling_config import SamplingConfig
-from deepseek_jax.generation.text import complete, seeds_for
+from deepseek_jax.generation.text import seeds_for
 from deepseek_jax.rewards.combine import CombinedReward, Graded
 from deepseek_jax.rl.advantage import zero_variance
 from deepseek_jax.text.tokenizer import Tokenizer
@@ -113,15 +113,14 @@ class RolloutWorker:
         seeds = [
             s for place in range(len(prompts)) for s in seeds_for(seed, step, first + place, count=self.group_size)
         ]
-        return complete(
-            self.generator,
+        return self.generator(
             weights,
-            self.tokenizer,
             [p.tokens for p in prompts],
             self.sampling,
             seeds=seeds,
             samples=self.group_size,
             record=self.record,
+            tokenizer=self.tokenizer,
         )
 
     def _grade(self, prompts, completions) -> Graded:
