@@ -74,7 +74,7 @@ def test_an_experts_gradient_is_added_up_in_float32():
 def test_the_cache_has_the_weights_dtype(dtype):
     graphdef, weights = abstract_weights(preset("tiny"), dtype)
     engine = Engine(preset("tiny"), graphdef, weights, EngineConfig(max_num_seqs=1, max_model_len=32))
-    assert {leaf.dtype for leaf in jax.tree.leaves(engine.state.cache)} == {jnp.dtype(dtype)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(engine.runner.state.cache)} == {jnp.dtype(dtype)}
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +10,9 @@ from flax import nnx
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.generation.completion import NO_RECORD, Completion, Record
-from deepseek_jax.generation.engine import Engine, Live
+from deepseek_jax.generation.engine import Engine
 from deepseek_jax.generation.engine_config import EngineConfig
+from deepseek_jax.generation.live import Live
 from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.sharding import module_layout
 from deepseek_jax.text.tokenizer import Tokenizer
@@ -102,7 +104,7 @@ class Generator:
         }
         for update in engine.run():
             if update.finished:
-                yield numbers[update.id], _completion(update.sequence, record)
+                yield numbers[update.id], _completion(update.live, record)
 
     def stream(
         self,
@@ -128,31 +130,26 @@ class Generator:
         engine = self._engine(weights, [prompt], sampling, 1, settings, tokenizer=tokenizer)
         engine.add(prompt, sampling, seed=seed)
         for update in engine.run():
-            yield _completion(update.sequence, NO_RECORD)
+            yield _completion(update.live, NO_RECORD)
 
     def _engine(
         self,
-        weights,
-        prompts,
-        sampling,
+        weights: nnx.State,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
         count: int,
-        record: Record,
         settings: EngineConfig,
-        tokenizer: Tokenizer | None,
+        **given: Any,
     ) -> Engine:
         """One for these requests: as many slots and as long tables as they can use, up to the next power of two."""
-        context = min(
-            self.config.max_position_embeddings, settings.max_model_len or self.config.max_position_embeddings
-        )
+        context = settings.max_model_len or self.config.max_position_embeddings
         longest = min(max(map(len, prompts)) + sampling.max_new_tokens, context)
         settings = dataclasses.replace(
             settings,
             max_num_seqs=min(settings.max_num_seqs, bucket(count, least=1)),
             max_model_len=min(bucket(longest), context),
         )
-        return Engine(
-            self.config, self.graphdef, weights, settings, dtype=self.dtype, record=record, tokenizer=tokenizer
-        )
+        return Engine(self.config, self.graphdef, weights, settings, dtype=self.dtype, **given)
 
     def check(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], samples: int) -> None:
         """Refuse arguments of a call that the model cannot work with; ValueError says why."""
@@ -175,18 +172,18 @@ class Generator:
             raise ValueError("record: got support beside temperature 0, wanted more than 0; the best token is no draw")
 
 
-def _completion(sequence: Live, record: Record) -> Completion:
+def _completion(live: Live, record: Record) -> Completion:
     """What there is of a request."""
-    request, penalised = sequence.request, sequence.sampling.repetition_penalty != 1
+    request, penalised = live.request, live.sampling.repetition_penalty != 1
     joined = lambda parts, wanted: np.concatenate(parts) if wanted else None
     return Completion(
         np.asarray(request.tokens[request.prompt_length :], np.int32),
-        np.asarray(sequence.logprobs, np.float32),
+        np.asarray(live.logprobs, np.float32),
         request.stopped,
-        routes=joined(sequence.routes, record.routes),
-        support=joined(sequence.support, record.support),
-        penalised=joined(sequence.penalised, record.support and penalised),
-        text=sequence.text if sequence.stream is not None else None,
+        routes=joined(live.routes, record.routes),
+        support=joined(live.support, record.support),
+        penalised=joined(live.penalised, record.support and penalised),
+        text=live.text if live.stream is not None else None,
     )
 
 

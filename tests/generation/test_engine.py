@@ -72,7 +72,7 @@ def alone(kind: str, asked: Sequence[Asked]) -> list[tuple[list[int], list[float
     for of in asked:
         plain.add(of.prompt, of.sampling, seed=of.seed)
         *_, last = plain.run()
-        found.append((last.sequence.request.tokens[len(of.prompt) :], last.sequence.logprobs))
+        found.append((last.live.request.tokens[len(of.prompt) :], last.live.logprobs))
     return found
 
 
@@ -98,7 +98,7 @@ def together(kind: str, asked: Sequence[Asked], seed: int, **settings):
             of.cancel(others.pop(rng.randrange(len(others))))
         for update in of.step():
             if update.finished and update.id in ours:
-                found[ours[update.id]] = update.sequence
+                found[ours[update.id]] = update.live
     (pool,) = of.scheduler.cache.pools
     assert pool.used == 0 and pool.free + pool.cached == pool.num_blocks - 1  # no block is left behind
     return [found[number] for number in range(len(asked))], of
