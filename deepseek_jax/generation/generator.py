@@ -94,11 +94,16 @@ class Generator:
         samples: int = 1,
         record: Record = NO_RECORD,
         tokenizer: Tokenizer | None = None,
+        slots: int | None = None,
     ) -> Iterator[tuple[int, Completion]]:
-        """The same, each completion with its number as soon as it is there, while others are still drawn."""
+        """The same, each completion with its number as soon as it is there, while others are still drawn.
+
+        slots: completions drawn at a time at most.
+        """
         self.check(prompts, seeds, samples)
         self._check_record(record, sampling)
-        engine = self._engine(weights, prompts, sampling, len(seeds), self.settings, record=record, tokenizer=tokenizer)
+        count = len(seeds) if slots is None else min(slots, len(seeds))
+        engine = self._engine(weights, prompts, sampling, count, self.settings, record=record, tokenizer=tokenizer)
         numbers = {
             engine.add(prompts[number // samples], sampling, seed=seed): number for number, seed in enumerate(seeds)
         }
