@@ -1,5 +1,6 @@
 """Settings that every test shares: one CPU device, checked shapes, repeatable hypothesis examples."""
 
+import gc
 import os
 from importlib.util import find_spec
 
@@ -12,6 +13,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = SOONER
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+# What tests import and compile stays to the end; at Python's own thresholds the collector would walk it all the time.
+gc.set_threshold(20_000, 20, 50)
 
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
