@@ -72,8 +72,9 @@ def test_a_model_is_divided_over_all_devices(folder):
 
 def test_bfloat16_is_what_is_computed_in(folder, generate, monkeypatch):
     seen = []
-    begin = Generator._begin
-    monkeypatch.setattr(Generator, "_begin", lambda self, *of: seen.append(of[0].norm.dtype) or begin(self, *of))
+    begin = Generator._engine
+    noted = lambda self, *of, **more: seen.append(of[0].norm.dtype) or begin(self, *of, **more)
+    monkeypatch.setattr(Generator, "_engine", noted)
     for options in ((), ("--dtype", "float32"), ("--dtype", "bfloat16")):
         assert generate(folder, "--prompt", "1+2=?", "--max-tokens", 2, *options)[0] == 0
     assert [dtype.name for dtype in seen] == ["float32", "float32", "bfloat16"]
