@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from deepseek_jax.generation.sampling_config import SamplingConfig
+from deepseek_jax.generation.sampling_config import SamplingConfig, refuse_unreplayable
 from tests.generation.test_engine import MOE, built
 
 BAD = [
@@ -112,3 +112,13 @@ def test_every_setting_is_either_known_to_static_batches_or_refused():
     names = {each.name for each in dataclasses.fields(SamplingConfig)}
     known = set("max_new_tokens temperature top_p top_k min_p repetition_penalty stop_ids".split())
     assert names == known | UNKNOWN.keys()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.0}, {"logit_bias": {3: 1.0}}, {"presence_penalty": 1.0}, {"frequency_penalty": 1.0}]
+)
+def test_a_support_that_no_trainer_can_replay_is_refused(settings):
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"^record: got support beside {name}"):
+        refuse_unreplayable(SamplingConfig(max_new_tokens=1, **settings))
+    refuse_unreplayable(SamplingConfig(max_new_tokens=4, repetition_penalty=1.2, top_k=3, min_new_tokens=2))
