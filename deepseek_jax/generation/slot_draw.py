@@ -26,8 +26,8 @@ class Drawn(NamedTuple):
         logprob_R: in nats, of softmax(logits / temperature), before bias, penalties and filters (temperature 0: of
             the unscaled logits). Where the support is recorded and the temperature is above 0, of the distribution
             within it, bias and penalties included.
-        forced_R: the model did not choose the token, a budget of thinking did; its support is the vocabulary, as that of
-            the best token is.
+        forced_R: the model did not choose the token, a budget of thinking did; its support is the vocabulary,
+            as that of a best token is.
         stopped_R: it is a stop id, and as many tokens as were asked for stand before it.
         done_R: stopped, or the limit of new tokens is reached.
         top_ids_RK: int32 [R, 20], as many best tokens as the row asked for, then -1.
