@@ -20,7 +20,8 @@ from deepseek_jax.generation.thinking import NO_TAGS, ThinkTags
 from deepseek_jax.model.cache import Cache, abstract_cache, empty_cache
 from deepseek_jax.model.decoder import Decoder, Hidden, experts_of
 from deepseek_jax.model.lora import decoder_of
-from deepseek_jax.ops.logprobs import logprobs_of_logits, project
+from deepseek_jax.model.scoring import logprobs_of
+from deepseek_jax.ops.logprobs import project
 from deepseek_jax.sharding import module_layout
 
 
@@ -204,7 +205,7 @@ class Programs:
         next_RT = jnp.where(column == spans.count_R[:, None] - 1, follows[:, None], next_RT)
         logprobs_RT = jax.lax.cond(
             want_logprobs,
-            lambda: logprobs_of_logits(model.logits(hidden.x_BTD), next_RT)[0],
+            lambda: logprobs_of(model, hidden.x_BTD, next_RT)[0],  # never the logits of all at once
             lambda: jnp.zeros(next_RT.shape, jnp.float32),
         )
         state = self._stepped(state._replace(cache=cache), drawing, drawn, spans.slots_R, position_R, draws)
@@ -275,7 +276,7 @@ class Programs:
         if self.drafts == "mtp":
             of_new = hidden.x_BTD, jnp.stack(drawn_RT, axis=1), at, count_R
             state = self._draft(model, state, *of_new, rows_R, live_R, tags, phase="decode")
-        offered = found.offered + jnp.sum(live_R) * self.draft_tokens
+        offered = found.offered + jnp.sum(live_R[:, None] & (guesses_RD >= 0))
         accepted = found.accepted + jnp.sum(jnp.maximum(count_R - 1, 0))
         return self._laid(state), found._replace(steps=found.steps + 1, offered=offered, accepted=accepted)
 
