@@ -22,6 +22,7 @@ from deepseek_jax.model.decoder import Decoder, Hidden, experts_of
 from deepseek_jax.model.lora import decoder_of
 from deepseek_jax.model.scoring import logprobs_of
 from deepseek_jax.ops.logprobs import project
+from deepseek_jax.parallel.attention import laid_pool
 from deepseek_jax.sharding import module_layout
 
 
@@ -350,13 +351,15 @@ class Programs:
         return jax.tree.map(lambda a: self.layout.constrain(a, *(None,) * a.ndim), found)
 
     def _laid(self, state: DeviceState) -> DeviceState:
-        """Everything but the cache on every device, and the counts of drawn tokens cut by vocabulary."""
+        """The cache where its blocks lie, the counts of drawn tokens cut by vocabulary, all else on every device."""
         if self.layout.mesh is None:
             return state
         everywhere = lambda a: self.layout.constrain(a, *(None,) * a.ndim)
         small = jax.tree.map(everywhere, state._replace(cache=(), drawing=state.drawing._replace(counts=())))
         counts = self.layout.constrain(state.drawing.counts, None, "vocab")
-        return small._replace(cache=state.cache, drawing=small.drawing._replace(counts=counts))
+        pools = lambda pools: tuple(laid_pool(pool, self.layout) for pool in pools)
+        cache = Cache(*map(pools, state.cache))
+        return small._replace(cache=cache, drawing=small.drawing._replace(counts=counts))
 
 
 def _remember(history_SL: jax.Array, rows_R, position_R, token_R, live_R) -> jax.Array:
