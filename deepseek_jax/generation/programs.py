@@ -139,7 +139,12 @@ class Programs:
             block_size: tokens of a block.
             dtype: of the cache.
         """
-        return self._first(blocks=blocks, block_size=block_size, dtype=jnp.dtype(dtype))
+        sizes = {"blocks": blocks, "block_size": block_size, "dtype": jnp.dtype(dtype)}
+        state = self._first(**sizes)
+        if self.layout.mesh is None:
+            return state
+        # as all programs give it back, to the letter, or each would be compiled for it once more
+        return jax.device_put(state, jax.tree.map(lambda a: a.sharding, self.abstract_state(**sizes)))
 
     def _first_state(self, blocks: int, block_size: int, dtype: jnp.dtype) -> DeviceState:
         S, V = self.slots, self.config.vocab_size
