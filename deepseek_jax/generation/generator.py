@@ -102,13 +102,14 @@ class Generator:
         slots: completions drawn at a time at most.
         """
         self.check(prompts, seeds, samples)
-        self._check_record(record)
         count = len(seeds) if slots is None else min(slots, len(seeds))
         engine = self._engine(weights, prompts, sampling, count, self.settings, record=record, tokenizer=tokenizer)
         numbers = {
             engine.add(prompts[number // samples], sampling, seed=seed): number for number, seed in enumerate(seeds)
         }
         for update in engine.run():
+            if update.live.error is not None:
+                raise update.live.error
             if update.finished:
                 yield numbers[update.id], _completion(update.live, record)
 
@@ -136,6 +137,8 @@ class Generator:
         engine = self._engine(weights, [prompt], sampling, 1, settings, tokenizer=tokenizer)
         engine.add(prompt, sampling, seed=seed)
         for update in engine.run():
+            if update.live.error is not None:
+                raise update.live.error
             yield _completion(update.live, NO_RECORD)
 
     def _engine(
@@ -172,10 +175,6 @@ class Generator:
                     f"prompt {number}: got {len(prompt)} tokens, wanted 1 to {context - 1}, "
                     f"fewer than the model's context of {context}; shorten it"
                 )
-
-    def _check_record(self, record: Record) -> None:
-        if record.routes and self.config.moe is None:
-            raise ValueError("record: got routes for a model without experts, wanted none; it chooses none")
 
 
 def _sizes_that_pay(weights: nnx.State, slots: int) -> tuple[int, ...]:
