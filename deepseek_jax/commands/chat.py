@@ -83,7 +83,8 @@ def _turn(
         tokens = encode(asked)
         room = engine.scheduler.config.max_model_len
         if len(tokens) >= room:
-            raise ValueError(f"got a conversation of {len(tokens)} tokens, wanted fewer than {room}; /clear forgets it")
+            got = f"got a conversation of {len(tokens)} tokens, wanted fewer than {room}"
+            raise ValueError(f"{got}; /clear forgets it, or ask for less")
         request = engine.add(tokens, sampling, seed=seed)
     except ValueError as problem:
         say(" ".join(str(problem).split()))

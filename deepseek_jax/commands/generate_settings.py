@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,11 +38,6 @@ class PromptOptions:
     chat: bool = True
     thinking: bool | None = None
     samples: int = 1
-
-    def __post_init__(self) -> None:
-        if self.prompt is not None and self.prompts is not None:
-            raise ValueError("wanted either --prompt TEXT or --prompts FILE; leave one out")
-        _at_least(1, samples=self.samples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,15 +99,6 @@ class EngineOptions:
     serve_expert: int | None = None
     serve_tensor: int | None = None
 
-    def __post_init__(self) -> None:
-        _at_least(1, batch=self.batch)
-        if self.draft_tokens is not None:
-            if self.speculate == "none":
-                raise ValueError(
-                    "draft_tokens: got it without drafts, wanted --speculate lookup or --speculate mtp too"
-                )
-            _at_least(1, draft_tokens=self.draft_tokens)
-
     @property
     def drafts(self) -> dict[str, Any]:
         """The fields of an `EngineConfig` that say who guesses, and how many."""
@@ -136,10 +122,6 @@ class OutputOptions:
     json: bool = False
     logprobs: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.logprobs is not None and not self.json:
-            raise ValueError("logprobs: got it for plain text, which has no place for them; wanted --json too")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -156,12 +138,19 @@ class Config:
 
     model: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
     config: Path | None = None
-    asked: Annotated[PromptOptions, tyro.conf.arg(name="prompts")] = field(default_factory=PromptOptions)
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    engine: EngineOptions = field(default_factory=EngineOptions)
+    asked: Annotated[PromptOptions, tyro.conf.arg(name="prompts")] = PromptOptions()
+    sampling: SamplingOptions = SamplingOptions()
+    engine: EngineOptions = EngineOptions()
     output: OutputOptions = OutputOptions()
 
     def __post_init__(self) -> None:
+        _at_least(1, samples=self.asked.samples, batch=self.engine.batch, draft_tokens=self.engine.draft_tokens)
+        if self.asked.prompt is not None and self.asked.prompts is not None:
+            raise ValueError("wanted either --prompt TEXT or --prompts FILE; leave one out")
+        if self.engine.draft_tokens is not None and self.engine.speculate == "none":
+            raise ValueError("draft_tokens: got it without drafts, wanted --speculate lookup or --speculate mtp too")
+        if self.output.logprobs is not None and not self.output.json:
+            raise ValueError("logprobs: got it for plain text, which has no place for them; wanted --json too")
         self.drawing((), max_tokens=max(MAX_TOKENS, self.sampling.min_tokens))
 
     def drawing(self, stop_ids: tuple[int, ...], *, max_tokens: int = MAX_TOKENS) -> SamplingConfig:
@@ -213,7 +202,7 @@ def _bias(text: str) -> tuple[int, float]:
     return int(found[1]), float(found[2])
 
 
-def _at_least(least: int, **counts: int) -> None:
+def _at_least(least: int, **counts: int | None) -> None:
     for name, count in counts.items():
-        if count < least:
+        if count is not None and count < least:
             raise ValueError(f"{name}: got {count}, wanted at least {least}")
