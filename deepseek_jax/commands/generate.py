@@ -35,8 +35,7 @@ from deepseek_jax.sharding import LOCAL, Layout, lanes_of, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
-_STREAMED = 8  # tokens between two looks at the only completion
-_TALKED = 1  # those between two looks at an answer, which Ctrl-C may stop
+_STREAMED = 8  # tokens between two looks at the only completion, or at an answer, which Ctrl-C may stop
 _OF_PROMPTS = {"asked": ("samples", "chat"), "engine": ("batch",), "output": ("json", "logprobs")}
 
 
@@ -65,6 +64,7 @@ def main(config: Config) -> None:
         settings = _within_memory(settings, model, layout, dtype)
     engine = Engine(loaded.config, loaded.graphdef, loaded.weights, settings, tokenizer=tokenizer)
     if talks:
+        _warm_up(engine)
         converse(engine, sampling, partial(encode_prompt, tokenizer, **how(config.asked)), config.sampling.seed)
     else:
         _complete(engine, job)
@@ -132,7 +132,7 @@ def _completing(job: _Job, model: ModelConfig) -> EngineConfig:
 
 def _talking(config: Config) -> EngineConfig:
     """How one runs that has a request at a time, which begins as the last one did."""
-    return EngineConfig(max_num_seqs=1, block_size=BATCHES.block_size, decode_steps=_TALKED, **config.engine.drafts)
+    return EngineConfig(max_num_seqs=1, block_size=BATCHES.block_size, decode_steps=_STREAMED, **config.engine.drafts)
 
 
 def _within_memory(settings: EngineConfig, model: ModelConfig, layout: Layout, dtype: jnp.dtype) -> EngineConfig:
@@ -140,6 +140,14 @@ def _within_memory(settings: EngineConfig, model: ModelConfig, layout: Layout, d
     of_host = settings.of_scheduler(model, layout, dtype)
     room = (of_host.num_blocks - 1) * of_host.block_size - of_host.draft_tokens
     return dataclasses.replace(settings, max_model_len=min(of_host.max_model_len, room))
+
+
+def _warm_up(engine: Engine) -> None:
+    """Compile all that a conversation can need, so that no answer waits for it."""
+    compiled = engine.warm_up()
+    with Progress(next(compiled)[1], "compile", start=1, console=_notes()) as progress:
+        for done, _ in compiled:
+            progress.update(done)
 
 
 # --- completions ----------------------------------------------------------------------------------
@@ -176,13 +184,18 @@ def _stream(engine: Engine, job: _Job) -> int:
 
 def _print_all(engine: Engine, job: _Job) -> int:
     """Print completions in order, each as soon as all before it are done; returns their tokens."""
-    console, count = Console(stderr=True, quiet=not sys.stderr.isatty() or not distributed.is_main()), 0
-    with Progress(job.count, "generate", console=console) as progress:
+    count = 0
+    with Progress(job.count, "generate", console=_notes()) as progress:
         for found in in_order(_drawn(engine, job, progress)):
             count += found["tokens"]
             with progress.aside():
                 _print(found, as_json=job.config.output.json)
     return count
+
+
+def _notes() -> Console:
+    """Standard error, where it is a terminal."""
+    return Console(stderr=True, quiet=not sys.stderr.isatty() or not distributed.is_main())
 
 
 def _drawn(engine: Engine, job: _Job, progress: Progress) -> Iterator[tuple[int, dict]]:

@@ -147,10 +147,11 @@ def test_a_conversation_with_a_model(folder, generate, monkeypatch):  # noqa: F8
 
     def stepped(self):
         steps.append(len(asked))
-        if steps.count(1) == 30 == len(steps):
+        if len(steps) == 6:
             signal.raise_signal(signal.SIGINT)
         return step(self)
 
+    monkeypatch.setattr("deepseek_jax.commands.generate._warm_up", lambda engine: None)  # needs other shapes too
     monkeypatch.setattr(Engine, "add", lambda self, ids, *of, **how: asked.append(ids) or add(self, ids, *of, **how))
     monkeypatch.setattr(Scheduler, "schedule", planned)
     monkeypatch.setattr(Engine, "step", stepped)
@@ -160,7 +161,7 @@ def test_a_conversation_with_a_model(folder, generate, monkeypatch):  # noqa: F8
     status, shown, notes = generate(folder, "--max-tokens", 100, "--temperature", 0, *biased)
     assert status == 0 and "error: encode: got 'h', wanted text" in notes
     first, second = re.fullmatch(r"> (.*)\n\[stopped\]\n> > (.*)\n\[cut off after 100 tokens\]\n> \n", shown).groups()
-    assert 20 <= len(first) <= 40 and len(second) == 100
+    assert 20 <= len(first) <= 60 and len(second) == 100
     tokenizer = Tokenizer.from_folder(folder)
     turns = [("user", question), ("assistant", first), ("user", "3+4=?")]
     turns = [{"role": role, "content": text} for role, text in turns]
