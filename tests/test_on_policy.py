@@ -6,7 +6,7 @@ of eight devices, in a process of its own, sampled as weights lie to be served a
 
 import dataclasses
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,15 +85,15 @@ def texts_of(config: ModelConfig, completions: Sequence[Completion], *, rows: in
 
 def scored(graphdef: nnx.GraphDef, weights: nnx.State, texts: Texts, *, replay: np.ndarray | None = None) -> Scored:
     """By a trainer, with the support; and with given experts."""
+    return jax.tree.map(np.asarray, _scored(graphdef, weights, texts, replay))
 
-    @jax.jit
-    def run(weights, texts, routes):
-        model = nnx.merge(graphdef, weights)
-        given = {"segments_BT": texts.segments, "per_row": PER_ROW, "support_BTW": texts.support}
-        of = texts.tokens, texts.targets, texts.mask
-        return score(model, *of, temperature=TEMPERATURE, routes_BTLA=routes, **given)
 
-    return jax.tree.map(np.asarray, run(weights, texts, replay))
+@partial(jax.jit, static_argnums=0)
+def _scored(graphdef, weights, texts, routes):
+    model = nnx.merge(graphdef, weights)
+    given = {"segments_BT": texts.segments, "per_row": PER_ROW, "support_BTW": texts.support}
+    of = texts.tokens, texts.targets, texts.mask
+    return score(model, *of, temperature=TEMPERATURE, routes_BTLA=routes, **given)
 
 
 def first_weights(config: ModelConfig) -> nnx.State:

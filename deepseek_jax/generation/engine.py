@@ -21,7 +21,7 @@ from deepseek_jax.generation.live import Live
 from deepseek_jax.generation.programs import Decoded, Extended
 from deepseek_jax.generation.requests import Drawn, Plan, Request, Row, Span
 from deepseek_jax.generation.runner import Call, Runner
-from deepseek_jax.generation.sampling_config import SamplingConfig
+from deepseek_jax.generation.sampling_config import SamplingConfig, refuse_unreplayable
 from deepseek_jax.generation.scheduler import Scheduler
 from deepseek_jax.generation.slots import params_of
 from deepseek_jax.generation.thinking import NO_TAGS, think_tags
@@ -144,6 +144,8 @@ class Engine:
         for name in ("stop", "thinking_budget"):
             if self.tokenizer is None and getattr(sampling, name) not in ((), None):
                 raise ValueError(f"{name}: got it for an engine without a tokenizer, wanted one with the model's")
+        if self.record.support:
+            refuse_unreplayable(sampling)
         params_of(sampling, seed=seed, limit=limit, vocab_size=self.config.vocab_size)
         request = Request(id=self._next, tokens=list(tokens), max_new_tokens=limit, salt=salt)
         request.reuse = not sampling.prompt_logprobs

@@ -94,11 +94,16 @@ class Generator:
         samples: int = 1,
         record: Record = NO_RECORD,
         tokenizer: Tokenizer | None = None,
+        slots: int | None = None,
     ) -> Iterator[tuple[int, Completion]]:
-        """The same, each completion with its number as soon as it is there, while others are still drawn."""
+        """The same, each completion with its number as soon as it is there, while others are still drawn.
+
+        slots: completions drawn at a time at most.
+        """
         self.check(prompts, seeds, samples)
-        self._check_record(record, sampling)
-        engine = self._engine(weights, prompts, sampling, len(seeds), self.settings, record=record, tokenizer=tokenizer)
+        self._check_record(record)
+        count = len(seeds) if slots is None else min(slots, len(seeds))
+        engine = self._engine(weights, prompts, sampling, count, self.settings, record=record, tokenizer=tokenizer)
         numbers = {
             engine.add(prompts[number // samples], sampling, seed=seed): number for number, seed in enumerate(seeds)
         }
@@ -165,11 +170,9 @@ class Generator:
                     f"fewer than the model's context of {context}; shorten it"
                 )
 
-    def _check_record(self, record: Record, sampling: SamplingConfig) -> None:
+    def _check_record(self, record: Record) -> None:
         if record.routes and self.config.moe is None:
             raise ValueError("record: got routes for a model without experts, wanted none; it chooses none")
-        if record.support and sampling.temperature == 0:
-            raise ValueError("record: got support beside temperature 0, wanted more than 0; the best token is no draw")
 
 
 def _completion(live: Live, record: Record) -> Completion:

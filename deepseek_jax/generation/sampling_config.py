@@ -87,6 +87,19 @@ class SamplingConfig:
         return min(self.max_new_tokens, room)
 
 
+def refuse_unreplayable(sampling: SamplingConfig) -> None:
+    """Refuse settings with which a trainer cannot make the distribution anew that a recorded support is of.
+
+    Raises:
+        ValueError: the best tokens are taken, or a bias or penalty of counts is laid on the logits.
+    """
+    if sampling.temperature == 0:
+        raise ValueError("record: got support beside temperature 0, wanted more than 0; the best token is no draw")
+    for name in ("logit_bias", "presence_penalty", "frequency_penalty"):
+        if getattr(sampling, name):
+            raise ValueError(f"record: got support beside {name}, wanted none; a trainer does not know it")
+
+
 def _of_numbers(config: SamplingConfig) -> dict[str, tuple[bool, str]]:
     """Of each number whether it is good, and what is wanted."""
     penalty = lambda value: _number(value) and -2 <= value <= 2

@@ -26,7 +26,8 @@ class Drawn(NamedTuple):
         logprob_R: in nats, of softmax(logits / temperature), before bias, penalties and filters (temperature 0: of
             the unscaled logits). Where the support is recorded and the temperature is above 0, of the distribution
             within it, bias and penalties included.
-        forced_R: the model did not choose the token, a budget of thinking did; its support is the vocabulary.
+        forced_R: the model did not choose the token, a budget of thinking did; its support is the vocabulary,
+            as that of a best token is.
         stopped_R: it is a stop id, and as many tokens as were asked for stand before it.
         done_R: stopped, or the limit of new tokens is reached.
         top_ids_RK: int32 [R, 20], as many best tokens as the row asked for, then -1.
@@ -83,9 +84,10 @@ def draw(
 
     scored_RV, support_RW, penalised_RW = logits_RV, None, None
     if record_support:
-        kept_RV |= is_forced_R[:, None]
-        scored_RV = jnp.where((of_row.temperature == 0)[:, None], logits_RV, shaped_RV)
-        scored_RV, support_RW = within(scored_RV, kept_RV), to_bits(kept_RV)
+        greedy_R = of_row.temperature == 0  # no draw, and scored as it is without a record
+        kept_RV |= (is_forced_R | greedy_R)[:, None]
+        scored_RV = within(jnp.where(greedy_R[:, None], logits_RV, shaped_RV), kept_RV)
+        support_RW = to_bits(kept_RV)
         penalised_RW = _penalised(of_row, state.counts, rows_R, live_R)
     logprob_R, _, best_R = scores_of_logits(scored_RV / _divisor(of_row), token_R)
     top_ids_RK, top_logprobs_RK = _top(scored_RV, of_row, live_R, best_R)

@@ -32,8 +32,7 @@ class GRPOConfig:
         min_p: of the samples: least probability, as a share of the likeliest token's; above 0 wants
             keep_sampling_mask.
         repetition_penalty: of the samples, for tokens of prompt and completion; other than 1 wants keep_sampling_mask.
-        at_once: questions sampled at a time, while the answers to those before are graded; None samples all of a step,
-            then grades.
+        at_once: questions sampled at a time, the others as answers end; None samples as many as there are slots for.
         sampling_rounds: dynamic sampling: draw further questions, so many times in all, until enough groups have
             rewards that differ (DAPO); 1 takes what comes.
         loss: of the policy.

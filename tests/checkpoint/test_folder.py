@@ -1,10 +1,8 @@
 """Model folders: every tensor comes through bit for bit, and damage is one line naming the file, found and wanted."""
 
 import json
-import os
 import shutil
 import struct
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,7 +20,7 @@ from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.checkpoint.model_folder import load_config, open_folder
 from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.cli import run
-from deepseek_jax.commands import logits
+from deepseek_jax.commands import convert, logits
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.decoder import abstract_weights
 from tests.checkpoint.folders import (
@@ -43,7 +41,6 @@ from tests.checkpoint.folders import (
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-ROOT = Path(__file__).resolve().parents[2]
 SHARD = "model-00002-of-00004.safetensors"
 
 
@@ -510,29 +507,28 @@ def test_copies_that_are_none_are_told_and_kept(tmp_path: Path):
 # --- the command line ----------------------------------------------------------------------------
 
 
-def run_tool(name: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, env=env)
+def refused(main: Callable, monkeypatch, capsys, *arguments: Path) -> str:
+    """What a command says that ends with 1: one line."""
+    monkeypatch.setattr(sys, "argv", ["tool.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    printed = capsys.readouterr()
+    assert stop.value.code == 1 and printed.out == ""
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    return printed.err
 
 
-def test_a_tool_says_a_users_mistake_in_one_line(whole: Path, tmp_path: Path):
+def test_a_tool_says_a_users_mistake_in_one_line(whole: Path, tmp_path: Path, monkeypatch, capsys):
     shutil.copytree(whole, tmp_path / "hf")
     edit_bytes(lambda raw: raw[:-64])(tmp_path / "hf")
-    done = run_tool("convert_hf", tmp_path / "hf", tmp_path / "converted")
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert f"{SHARD}: not a whole safetensors file" in done.stderr
+    error = refused(convert.main, monkeypatch, capsys, tmp_path / "hf", tmp_path / "converted")
+    assert f"{SHARD}: not a whole safetensors file" in error
     assert not (tmp_path / "converted").exists()
 
 
 def test_logits_refuse_tokens_outside_the_vocabulary(whole: Path, tmp_path: Path, monkeypatch, capsys):
     np.save(tmp_path / "tokens.npy", np.array([[1, 64]], np.int32))
     arguments = whole, tmp_path / "tokens.npy", tmp_path / "logits.npy"
-    monkeypatch.setattr(sys, "argv", ["logits.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        run(logits.main)
-    error = capsys.readouterr().err
-    assert stop.value.code == 1 and error.count("\n") == 1
-    assert error.startswith("error: ") and "tokens.npy: token 64: wanted 0 to 63" in error
+    error = refused(logits.main, monkeypatch, capsys, *arguments)
+    assert "tokens.npy: token 64: wanted 0 to 63" in error
     assert not (tmp_path / "logits.npy").exists()

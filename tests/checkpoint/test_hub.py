@@ -15,6 +15,8 @@ from deepseek_jax.checkpoint.headers import read_header
 from deepseek_jax.checkpoint.hub import model_folder
 from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.checkpoint.summary import of_model
+from deepseek_jax.cli import run
+from deepseek_jax.commands import inspect
 from deepseek_jax.text.tokenizer import Tokenizer
 from tests.checkpoint.folders import QWEN2, random_folder
 
@@ -122,19 +124,24 @@ def test_what_is_fetched_runs_nothing(monkeypatch, tmp_path):
         assert set(kept) == {name for name in held if weights or not name.endswith(".safetensors")}
 
 
-def test_a_command_takes_a_name(cache, folder):
+def test_a_command_takes_a_name(cache, folder, monkeypatch, capsys):
     cached(cache, "owner/name", "main", folder)
-    run = lambda model: subprocess.run(
-        [sys.executable, "-m", "deepseek_jax", "inspect", model],
+    found = subprocess.run(
+        [sys.executable, "-m", "deepseek_jax", "inspect", "owner/name"],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)},
         capture_output=True,
         text=True,
     )
-    found, wanted, missing = run("owner/name"), run(str(folder)), run("owner/other")
     assert found.returncode == 0, found.stderr
-    assert found.stdout == wanted.stdout != ""
-    assert missing.returncode == 1 and missing.stderr.count("\n") == 1
-    assert missing.stderr.startswith("error: owner/other: no such folder, and no model of that name in the hub's cache")
+    monkeypatch.setattr(sys, "argv", ["inspect", str(folder)])
+    run(inspect.main)
+    assert capsys.readouterr().out == found.stdout != ""
+    monkeypatch.setattr(sys, "argv", ["inspect", "owner/other"])
+    with pytest.raises(SystemExit) as stop:
+        run(inspect.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1
+    assert error.startswith("error: owner/other: no such folder, and no model of that name in the hub's cache")
 
 
 def test_of_a_name_whose_weights_are_not_here_the_headers_are_fetched_alone(cache, folder, monkeypatch):

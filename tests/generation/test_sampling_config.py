@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from deepseek_jax.generation.sampling_config import SamplingConfig
+from deepseek_jax.generation.sampling_config import SamplingConfig, refuse_unreplayable
 
 BAD = [
     ({"max_new_tokens": 0}, "max_new_tokens: got 0, wanted at least 1"),
@@ -85,13 +85,11 @@ def test_a_prompt_that_leaves_too_little_room_is_refused(least, prompt, message)
     assert str(problem.value).startswith(message) and "\n" not in str(problem.value)
 
 
-UNKNOWN = {
-    "presence_penalty": 0.5,
-    "frequency_penalty": -0.5,
-    "logit_bias": {3: 1.0},
-    "min_new_tokens": 2,
-    "stop": "end",
-    "top_logprobs": 3,
-    "prompt_logprobs": True,
-    "thinking_budget": 0,
-}
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.0}, {"logit_bias": {3: 1.0}}, {"presence_penalty": 1.0}, {"frequency_penalty": 1.0}]
+)
+def test_a_support_that_no_trainer_can_replay_is_refused(settings):
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"^record: got support beside {name}"):
+        refuse_unreplayable(SamplingConfig(max_new_tokens=1, **settings))
+    refuse_unreplayable(SamplingConfig(max_new_tokens=4, repetition_penalty=1.2, top_k=3, min_new_tokens=2))

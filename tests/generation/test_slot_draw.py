@@ -313,6 +313,15 @@ def test_no_stop_id_comes_before_the_least_tokens_and_the_limit_ends():
     assert not any(f.stopped_R[0] for f in found)
 
 
+def test_beside_a_record_the_best_token_is_scored_as_without():
+    config = sampling(temperature=0.0, min_new_tokens=2, stop_ids=(8,), logit_bias={4: 1.0})
+    logits = logits_of(3, 1)
+    plain, recorded = (Slots([(config, [1], [])]).draw(logits, record_support=record) for record in (False, True))
+    assert plain.token_R == recorded.token_R
+    np.testing.assert_allclose(plain.logprob_R, recorded.logprob_R, atol=1e-6)
+    assert np.unpackbits(recorded.support_RW.view(np.uint8)).sum() == V
+
+
 def test_a_small_vocabulary_has_fewer_best_tokens_than_asked_for():
     few = 6
     row = params_of(sampling(temperature=0.0, top_logprobs=20), seed=0, limit=9, vocab_size=few)

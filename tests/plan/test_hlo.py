@@ -25,6 +25,7 @@ from deepseek_jax.plan.cost_analysis import StepCost, cost_analysis
 from deepseek_jax.plan.hlo import parse
 from deepseek_jax.plan.replica_groups import Axes
 from deepseek_jax.plan.topology import GPU_OPTIONS, topology
+from tests.flags import flags
 
 ROOT = Path(__file__).resolve().parents[2]
 MESH = {"data": 2, "fsdp": 2, "expert": 2}
@@ -281,8 +282,7 @@ def compiled(platform, tmp_path_factory) -> dict[str, Compiled]:
     roots = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(roots)}
     if platform == "cpu":
-        # machine code that is not optimised comes of the same HLO, sooner
-        environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+        environment["XLA_FLAGS"] = flags(8)  # machine code that is not optimised comes of the same HLO, sooner
     code = f"from tests.plan.test_hlo import write_texts; write_texts({platform!r}, {str(path)!r})"
     child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=1800)
     assert child.returncode == 0, child.stderr

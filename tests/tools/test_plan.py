@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -159,18 +160,17 @@ def test_a_plan_says_which_command_runs_it(call):
     assert "generate" in call("--chip", "h100")[1] and "nothing yet" in call("--chip", "h100", "--dtype", "fp8")[1]
 
 
-def test_the_commands_of_a_plan_parse(call):
+def test_the_commands_of_a_plan_parse(call, command_line, monkeypatch):
     """Their options are those that the programs have."""
     train = json.loads(call("v2-lite", "--chip", "v7x", "--workload", "train", "--json")[1])["commands"]
     assert train["missing"] == []
     grpo = json.loads(call("v2-lite", "--chip", "h100", "--workload", "grpo", "--json")[1])["commands"]
     steps = [train["compile"], grpo["compile"], *grpo["compile_also"]]
     assert [line.split("--step ")[1].split()[0] for line in steps] == ["train", "grpo", "sync", "decode"]
+    monkeypatch.setenv("COLUMNS", "200")
     for command, lines in (("train", [grpo["run"]]), ("sft", [train["run"]]), ("compile", steps)):
         assert all(line.startswith(f"deepseek-jax {command} ") for line in lines)
-        words = [sys.executable, "-m", "deepseek_jax", command, "--help-all"]
-        env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-        shown = subprocess.run(words, capture_output=True, text=True, env=env, cwd=ROOT, timeout=120).stdout
+        shown = command_line(import_module(f"deepseek_jax.commands.{command}").main)("--help-all")[1]
         for option in (word for word in " ".join(lines).split() if word.startswith("--")):
             assert option in shown, option
 

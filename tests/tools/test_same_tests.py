@@ -1,5 +1,6 @@
 """Tests whose names change from one collection to the next are found."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,9 @@ def collected_twice(folder: Path, cases: dict[str, str]) -> subprocess.Completed
     for name, values in cases.items():
         test = f"{values}\nimport pytest\n\n@pytest.mark.parametrize('value', VALUES)\ndef test_it(value):\n    pass\n"
         (folder / f"test_{name}.py").write_text(test)
-    return subprocess.run([sys.executable, same_tests.__file__, str(folder)], capture_output=True, text=True)
+    env = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # of which none is needed, and each is imported twice
+    command = [sys.executable, same_tests.__file__, str(folder)]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
 def test_every_kind_of_changing_name_is_found(tmp_path):
