@@ -22,8 +22,6 @@ from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.sft_loss import SFTBatch, sft_batch, sft_objective
 from deepseek_jax.train.step import StepConfig, TrainState, init_state, make_train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TOKENIZER = Tokenizer.characters(ALPHABET, chat_template=TEMPLATE)
 SMALL = dataclasses.replace(
     preset("tiny"),

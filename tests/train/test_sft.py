@@ -24,8 +24,6 @@ from tests.checkpoint.folders import QWEN2
 from tests.laws import found_of
 from tests.test_sharded_steps import GQA
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = dataclasses.replace(QWEN2, num_hidden_layers=1, initializer_range=0.2)
 ROUTED = dataclasses.replace(
     preset("tiny"),

@@ -26,8 +26,6 @@ from deepseek_jax.train.sft_loss import (
 )
 from deepseek_jax.train.step import batch_totals
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 THREE = BatchTotals(jnp.float32(3), jnp.float32(7))
 EXAMPLES = [([3, 4], [5, 6, 2]), ([7], [2]), ([8, 9, 3], [4, 2])]
 CONFIG = dataclasses.replace(

@@ -22,8 +22,6 @@ from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer, schedu
 from deepseek_jax.train.sft_loss import SFTBatch, make_sft_objective, sft_objective
 from deepseek_jax.train.step import StepConfig, init_state, make_train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 V, B, T = 16, 8, 10
 CONFIG = dataclasses.replace(
     preset("tiny"),

@@ -23,8 +23,6 @@ from deepseek_jax.train.sft_loss import SFTBatch, sft_objective
 from deepseek_jax.train.step import StepConfig, batch_totals, init_state, make_adapter_step, make_train_step
 from tests.checkpoint.folders import QWEN2, V3
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 B, T = 4, 8
 CONFIG = dataclasses.replace(QWEN2, initializer_range=0.2)
 ROUTED = dataclasses.replace(
