@@ -88,7 +88,8 @@ def reference_run(name):
     return run_named(name, batch_of(name))
 
 
-@pytest.mark.parametrize(("name", "parts"), [("sft", 2), ("grpo", 4), ("mtp", 4)])
+# The loss of "mtp" is that of "sft" and more.
+@pytest.mark.parametrize(("name", "parts"), [pytest.param("sft", 2, marks=pytest.mark.slow), ("grpo", 4), ("mtp", 4)])
 def test_micro_batches_change_nothing(name, parts):
     weights, metrics = reference_run(name)
     parted_weights, parted_metrics = run_named(name, batch_of(name), micro_batches=parts)
