@@ -18,7 +18,9 @@ from flax import nnx
 
 from deepseek_jax.checkpoint.state import RunCheckpoints
 from deepseek_jax.config import IndexerConfig, ModelConfig, preset
-from deepseek_jax.generation.engine import Completion, Generator, Record, SamplingConfig
+from deepseek_jax.generation.completion import Completion, Record
+from deepseek_jax.generation.generator import Generator
+from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.model.scan_layers import stack_layers

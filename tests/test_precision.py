@@ -1,7 +1,5 @@
 """Below float32: what stays float32 all the same, and how far the sampler is from the trainer."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,8 @@ import pytest
 from flax import nnx
 
 from deepseek_jax.config import preset
-from deepseek_jax.generation.engine import Generator
+from deepseek_jax.generation.engine import Engine
+from deepseek_jax.generation.engine_config import EngineConfig
 from deepseek_jax.model.decoder import Decoder, abstract_weights
 from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.ops.experts import tiled_matmul
@@ -74,13 +73,8 @@ def test_an_experts_gradient_is_added_up_in_float32():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_the_cache_has_the_weights_dtype(dtype):
     graphdef, weights = abstract_weights(preset("tiny"), dtype)
-    generator = Generator(preset("tiny"), graphdef)
-    knobs, modes = generator.settings(on_policy.SAMPLING)
-    tokens, one = np.ones((1, 16), np.int32), np.ones(1, np.int32)
-    static = {"samples": 1, "slots": 32, "modes": modes, "room": 16}
-    prefill = partial(generator.prefill, **static)
-    state, _ = jax.eval_shape(prefill, weights, tokens, one, one.astype(np.uint32), one, knobs)
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.cache)} == {jnp.dtype(dtype)}
+    engine = Engine(preset("tiny"), graphdef, weights, EngineConfig(max_num_seqs=1, max_model_len=32))
+    assert {leaf.dtype for leaf in jax.tree.leaves(engine.runner.state.cache)} == {jnp.dtype(dtype)}
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

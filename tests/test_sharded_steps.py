@@ -20,7 +20,8 @@ from flax import nnx
 
 from deepseek_jax.checkpoint import names
 from deepseek_jax.checkpoint.adapters import adapted_paths, new_adapter
-from deepseek_jax.generation.engine import Generator, SamplingConfig
+from deepseek_jax.generation.generator import Generator
+from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.lora import LoRAConfig, abstract_adapter, adapter_from_arrays, with_adapter
 from deepseek_jax.model.scan_layers import members, stack_layers, unstack_layers

@@ -35,7 +35,8 @@ from deepseek_jax.checkpoint.files import new_folder
 from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.cli import run
 from deepseek_jax.config import MLAConfig, ModelConfig, preset, to_hf
-from deepseek_jax.generation.engine import Generator, SamplingConfig
+from deepseek_jax.generation.generator import Generator
+from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.ops.experts import expert_mlp
 

@@ -28,7 +28,7 @@ from deepseek_jax.cli import run
 from deepseek_jax.config import preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.data.examples import Prompt
-from deepseek_jax.generation.engine import Generator
+from deepseek_jax.generation.generator import Generator
 from deepseek_jax.model.decoder import Decoder, split
 from deepseek_jax.ops.logprobs import logprobs_of_logits, token_logprobs
 from deepseek_jax.rewards.combine import combine

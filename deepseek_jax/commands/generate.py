@@ -14,12 +14,12 @@ from deepseek_jax.checkpoint.hub import model_folder
 from deepseek_jax.checkpoint.model_folder import load_config
 from deepseek_jax.data.sources import open_source
 from deepseek_jax.distributed import on_main, printable, say
-from deepseek_jax.generation.engine import Generator, SamplingConfig
-from deepseek_jax.generation.text import Messages, complete, encode_prompt, thinking_and_answer
+from deepseek_jax.generation.generator import Generator
+from deepseek_jax.generation.sampling_config import SamplingConfig
+from deepseek_jax.generation.text import Messages, encode_prompt, thinking_and_answer
 from deepseek_jax.model.precision import Precision, dtype_of
 from deepseek_jax.model.transfer import serving_layout
 from deepseek_jax.sharding import LOCAL, Layout, lanes_of, make_mesh
-from deepseek_jax.text.detokenizer import Detokenizer
 from deepseek_jax.text.tokenizer import Tokenizer
 
 
@@ -172,12 +172,13 @@ def _check(job: _Job, samples: int, folder: Path) -> None:
 
 def _stream(job: _Job) -> int:
     """Print the only completion as it comes; returns its tokens."""
-    text, given = Detokenizer(job.tokenizer), 0
-    for found in job.generator.stream(job.model.weights, job.prompts[0], job.sampling, seed=job.seed):
-        _write(text.feed(found.tokens[given:].tolist()))
-        given = len(found.tokens)
-    _write(text.finish() + "\n")
-    return given
+    given, tokens = 0, 0
+    of = {"seed": job.seed, "tokenizer": job.tokenizer}
+    for found in job.generator.stream(job.model.weights, job.prompts[0], job.sampling, **of):
+        _write(found.text[given:])
+        given, tokens = len(found.text), len(found.tokens)
+    _write("\n")
+    return tokens
 
 
 def _drawn(job: _Job, samples: int, batch: int) -> Iterator[dict]:
@@ -186,9 +187,8 @@ def _drawn(job: _Job, samples: int, batch: int) -> Iterator[dict]:
     for first in range(0, len(job.prompts), at_once):
         start, asked = time.perf_counter(), job.prompts[first : first + at_once]
         seeds = range(job.seed + first * samples, job.seed + (first + len(asked)) * samples)
-        found = complete(
-            job.generator, job.model.weights, job.tokenizer, asked, job.sampling, seeds=seeds, samples=samples
-        )
+        given = {"seeds": seeds, "samples": samples, "tokenizer": job.tokenizer}
+        found = job.generator(job.model.weights, asked, job.sampling, **given)
         seconds = round(time.perf_counter() - start, 3)
         for number, completion in enumerate(found):
             thinking, answer = thinking_and_answer(job.tokenizer, asked[number // samples], completion.text)

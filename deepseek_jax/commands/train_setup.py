@@ -13,7 +13,7 @@ from deepseek_jax.commands.train_settings import Config
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.data.examples import Prompt
-from deepseek_jax.generation.engine import Generator, bucket
+from deepseek_jax.generation.generator import Generator, bucket
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.precision import dtype_of
 from deepseek_jax.model.transfer import Transfer, sampled_config, serving_layout

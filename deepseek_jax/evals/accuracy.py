@@ -8,8 +8,9 @@ from flax import nnx
 
 from deepseek_jax import distributed
 from deepseek_jax.data.examples import Prompt
-from deepseek_jax.generation.engine import Completion, Generator, SamplingConfig
-from deepseek_jax.generation.text import complete
+from deepseek_jax.generation.completion import Completion
+from deepseek_jax.generation.generator import Generator
+from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.rewards.accuracy import accuracy_reward
 from deepseek_jax.rewards.combine import CombinedReward, combine
 from deepseek_jax.text.tokenizer import Tokenizer
@@ -60,7 +61,7 @@ def greedy_accuracy(
     found: list[Completion] = []
     for start in range(0, len(prompts), batch):
         part = [p.tokens for p in prompts[start : start + batch]]
-        found += complete(generator, weights, tokenizer, part, sampling, seeds=[0] * len(part))
+        found += generator(weights, part, sampling, seeds=[0] * len(part), tokenizer=tokenizer)
     scores = distributed.on_main(
         lambda: grade.graded(
             prompts=[p.text for p in prompts],

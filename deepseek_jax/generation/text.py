@@ -12,7 +12,9 @@ from flax import nnx
 from deepseek_jax.checkpoint.folder import Model, load_model
 from deepseek_jax.checkpoint.hub import model_folder
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.generation.engine import NO_RECORD, Completion, Generator, Record, SamplingConfig
+from deepseek_jax.generation.completion import Completion
+from deepseek_jax.generation.generator import Generator
+from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.model.precision import Precision, dtype_of
 from deepseek_jax.sharding import LOCAL, Layout
 from deepseek_jax.text.think import opens_thought, split_thinking
@@ -66,7 +68,7 @@ def generate(
     sampling = sampling if sampling.stop_ids else dataclasses.replace(sampling, stop_ids=tokenizer.eos_ids)
     generator = _generator(model.config, model.graphdef)
     seeds = range(seed, seed + len(tokens) * samples)
-    return complete(generator, model.weights, tokenizer, tokens, sampling, seeds=seeds, samples=samples)
+    return generator(model.weights, tokens, sampling, seeds=seeds, samples=samples, tokenizer=tokenizer)
 
 
 @lru_cache(maxsize=2)
@@ -115,22 +117,6 @@ def encode_prompt(
 def thinking_and_answer(tokenizer: Tokenizer, prompt: Sequence[int], text: str) -> tuple[str, str]:
     """A completion of a prompt told apart; the prompt may have opened the thought, as R1's template does."""
     return split_thinking(text, opened=opens_thought(tokenizer.decode(prompt[-16:], skip_special=False)))
-
-
-def complete(
-    generator: Generator,
-    weights: nnx.State,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    sampling: SamplingConfig,
-    *,
-    seeds: Sequence[int],
-    samples: int = 1,
-    record: Record = NO_RECORD,
-) -> list[Completion]:
-    """Complete tokenised prompts and decode what comes. Arguments and errors as for `Generator.__call__`."""
-    found = generator(weights, prompts, sampling, seeds=seeds, samples=samples, record=record)
-    return [c._replace(text=tokenizer.decode(c.tokens.tolist())) for c in found]
 
 
 def seeds_for(*key: int, count: int) -> list[int]:

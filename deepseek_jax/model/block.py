@@ -4,7 +4,8 @@ import jax
 from flax import nnx
 
 from deepseek_jax.config import MLAConfig, ModelConfig
-from deepseek_jax.model.layers import MLP, GroupedAttention, LatentAttention, Maker, MoE
+from deepseek_jax.model.attention import GroupedAttention, LatentAttention
+from deepseek_jax.model.layers import MLP, Maker, MoE
 from deepseek_jax.ops.norm import rms_norm
 
 
@@ -23,30 +24,28 @@ class Layer(nnx.Module):
             self.mlp = MLP(config.hidden_size, config.intermediate_size, make)
 
     @jax.named_scope("layer")
-    def __call__(self, x, rotary, counted_BT, layer_idx=None, *, samples_BTK=None, routes_BTA=None):
-        """Whole sequences: states, what a cache keeps of them, and the routing.
+    def __call__(self, x_BTD, step, pool=None, layer_idx=None, routes_BTA=None):
+        """States, the pool of the cache, and the routing.
 
-        layer_idx: the layer's in a stack, where the experts' weights are a whole stack's. Further arguments are MoE's.
+        Args:
+            x_BTD: new tokens.
+            step: of the pass.
+            pool: the layer's own or, with a place in it, its stack's; None for whole sequences.
+            layer_idx: the layer's in a stack, where pool and experts' weights are a whole stack's.
+            routes_BTA: of replay, see MoE.
         """
-        out, new = self.attention(rms_norm(x, self.attention_norm[...], self.eps), rotary)
-        x = self.layout.constrain(x + out, "batch", "sequence", None)
-        normed = rms_norm(x, self.mlp_norm[...], self.eps)
-        out, stats = self._feed_forward(normed, counted_BT, layer_idx, samples_BTK=samples_BTK, routes_BTA=routes_BTA)
-        return self.layout.constrain(x + out, "batch", "sequence", None), new, stats
+        lay, decodes = self.layout.constrain, step.phase == "decode"
+        # decoding, a chip keeps its own sequences' states between projections, and adds up and norms no others
+        kept = ("cache_batch", None, None) if decodes else ("batch", "sequence", None)
+        projected = lambda x: lay(x, "batch", None, None) if decodes else x
+        normed = projected(rms_norm(x_BTD, self.attention_norm[...], self.eps))
+        out, pool = self.attention(normed, step, pool, layer_idx)
+        x = lay(x_BTD + (lay(out, *kept) if decodes else out), *kept)
+        normed = projected(rms_norm(x, self.mlp_norm[...], self.eps))
+        out, stats = self._feed_forward(normed, step, layer_idx, routes_BTA)
+        return lay(x + out, *kept), pool, stats
 
-    @jax.named_scope("layer")
-    def extend(self, x, rotary, cache, counted_BT, layer_idx=None):
-        """Further tokens over a cache, which is the layer's own or, with a place, its stack's."""
-        lay = self.layout.constrain
-        normed = lay(rms_norm(x, self.attention_norm[...], self.eps), "batch", None, None)
-        out, cache = self.attention.extend(normed, rotary, cache, layer_idx)
-        # between projections a chip keeps its own sequences' states, and adds up and norms no others
-        x = x + lay(out, "cache_batch", None, None)
-        normed = lay(rms_norm(x, self.mlp_norm[...], self.eps), "batch", None, None)
-        out, stats = self._feed_forward(normed, counted_BT, layer_idx)
-        return lay(x + out, "cache_batch", None, None), cache, stats
-
-    def _feed_forward(self, normed, counted_BT, layer_idx, **of_packing_and_replay):
+    def _feed_forward(self, normed, step, layer_idx, routes_BTA):
         if isinstance(self.mlp, MoE):
-            return self.mlp(normed, counted_BT, layer_idx, **of_packing_and_replay)
+            return self.mlp(normed, step, layer_idx, routes_BTA)
         return self.mlp(normed), None

@@ -4,7 +4,7 @@ Use it functionally: `graphdef, weights = split(Decoder(config, rngs=...))` once
 `nnx.merge(graphdef, weights)` gives the module back.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,13 +12,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.attention import ATTENTION
 from deepseek_jax.model.block import Layer
 from deepseek_jax.model.cache import Cache, stack_sizes
-from deepseek_jax.model.layers import ATTENTION, Maker, MoE, Rotary, RouterStats
+from deepseek_jax.model.layers import Maker, MoE, Phase, RouterStats, Step
 from deepseek_jax.model.mtp import MTP, ahead, ahead_within
 from deepseek_jax.ops.attention import positions_within
 from deepseek_jax.ops.logprobs import project
 from deepseek_jax.ops.norm import rms_norm
+from deepseek_jax.ops.pool import CacheView, Pool
 from deepseek_jax.ops.rope import angles
 from deepseek_jax.parallel.embedding import sharded_lookup
 from deepseek_jax.sharding import LOCAL, Layout, weight_sharding
@@ -100,7 +102,11 @@ class Decoder(nnx.Module):
         Raises:
             ValueError: segments without `per_row`.
         """
-        return self._forward(tokens_BT, mask_BT, segments_BT, per_row, routes_BTLA)[0]
+        valid_BT = jnp.ones(tokens_BT.shape, bool) if mask_BT is None else mask_BT
+        step = self._whole_step(valid_BT, segments_BT, per_row)
+        parts = self.stacks if self.layout.scan_layers else self.layers
+        x, _, stats = self._through(self._embedded(tokens_BT, step), step, (None,) * len(parts), routes_BTLA)
+        return self._finish(x, stats)
 
     def draft(
         self,
@@ -129,37 +135,68 @@ class Decoder(nnx.Module):
 
         Source: arXiv 2412.19437 section 2.2, equations 21 to 23.
         """
-        rotary = self._whole(next_tokens_BT.shape) if segments_BT is None else self._packed(segments_BT)
         real = jnp.ones(next_tokens_BT.shape, bool) if mask_BT is None else mask_BT
         drafts, x = [], hidden_BTD
         for depth, module in enumerate(self.mtp, 1):
-            embedded = self._embedded(ahead(next_tokens_BT, depth - 1))
-            counted = ahead_within(real, depth, segments_BT)
-            samples = None if segments_BT is None else _samples(segments_BT, per_row) & counted[..., None]
-            run = self._runner(lambda module, x, of: module(of[0], x, rotary, *of[1:]), module, whole=True)
-            x, stats = run(x, nnx.state(module), (embedded, counted, samples))
-            drafts.append(Hidden(x, () if stats is None else (stats,)))
+            step = self._whole_step(ahead_within(real, depth, segments_BT), segments_BT, per_row)
+            x, _, hidden = self._through_module(module, x, ahead(next_tokens_BT, depth - 1), step, None)
+            drafts.append(hidden)
         return tuple(drafts)
 
-    def prefill(self, tokens_BT: jax.Array, cache: Cache) -> tuple[Hidden, Cache]:
-        """Prompts from position 0 into the first slots of the cache."""
-        hidden, new = self._forward(tokens_BT)
-        return hidden, tuple(old.prefix(entry) for old, entry in zip(cache, new, strict=True))
+    def extend(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        valid_BT: jax.Array,
+        cache: Cache,
+        table_BM: jax.Array,
+        *,
+        phase: Phase,
+    ) -> tuple[Hidden, Cache]:
+        """New tokens of each sequence over what the cache has of it, and the cache with them.
 
-    def extend(self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache) -> tuple[Hidden, Cache]:
-        """Further tokens at the given positions of each sequence, attending to the cache and themselves."""
-        rotary, counted = self._rotary(positions_BT), jnp.ones(tokens_BT.shape, bool)
-        with jax.named_scope("embed"):
-            x = self.layout.constrain(self.embed[tokens_BT], "cache_batch", None, None)
+        A chunk of a prompt, a whole one, a token to decode and several drafts are all the same to it.
 
-        def visit(layer, carried, of):
-            x, entry = carried
-            x, entry, stats = layer.extend(x, rotary, entry, counted, of.layer_idx)
-            return (x, entry), stats
-
-        x, cache, stats = self._through(visit, x, cache, whole=False)
+        Args:
+            tokens_BT: int32; a row's are consecutive, padding on the right.
+            positions_BT: int32, of the tokens in their sequences.
+            valid_BT: bool, those that are no padding. Padding neither writes nor travels to experts, and states of it
+                mean nothing; a row may be nothing else.
+            cache: of `model.cache.empty_cache`.
+            table_BM: int32, the blocks of each sequence in order, see `ops.pool`.
+            phase: "prefill" spells keys and values out, which many tokens want, "decode" does not.
+        """
+        step = self._step(phase, positions_BT, valid_BT)._replace(view=CacheView.of(table_BM, positions_BT, valid_BT))
+        decodes = phase == "decode"
+        x, pools, stats = self._through(self._embedded(tokens_BT, step), step, cache.layers)
         hidden = self._finish(x, stats)
-        return hidden._replace(x_BTD=self.layout.constrain(hidden.x_BTD, "batch", None, None)), cache
+        if decodes:
+            hidden = hidden._replace(x_BTD=self.layout.constrain(hidden.x_BTD, "batch", None, None))
+        return hidden, cache._replace(layers=pools)
+
+    def draft_next(
+        self,
+        depth: int,
+        hidden_BTD: jax.Array,
+        next_tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        valid_BT: jax.Array,
+        cache: Cache,
+        table_BM: jax.Array,
+        *,
+        phase: Phase,
+    ) -> tuple[jax.Array, Cache]:
+        """States, as the head reads them, that an MTP module makes of new tokens over its part of the cache.
+
+        Args:
+            depth: of the module, from 0.
+            hidden_BTD: states of the model, or of a module, at these positions.
+            next_tokens_BT: int32, the token that follows each.
+            positions_BT, valid_BT, cache, table_BM, phase: as of `extend`; the cache has pools for modules.
+        """
+        step = self._step(phase, positions_BT, valid_BT)._replace(view=CacheView.of(table_BM, positions_BT, valid_BT))
+        x, pool, _ = self._through_module(self.mtp[depth], hidden_BTD, next_tokens_BT, step, cache.mtp[depth])
+        return x, cache._replace(mtp=(*cache.mtp[:depth], pool, *cache.mtp[depth + 1 :]))
 
     @jax.named_scope("logits")
     def logits(self, x_BTD: jax.Array) -> jax.Array:
@@ -169,51 +206,39 @@ class Decoder(nnx.Module):
     def head_DV(self) -> jax.Array:
         return self.embed[...].T if self.config.tie_word_embeddings else self.head[...]
 
-    def _forward(self, tokens_BT, mask_BT=None, segments_BT=None, per_row=None, routes_BTLA=None):
-        counted = jnp.ones(tokens_BT.shape, bool) if mask_BT is None else mask_BT
-        if segments_BT is None:
-            rotary, samples = self._whole(tokens_BT.shape), None
-        else:
-            rotary, samples = self._packed(segments_BT), _samples(segments_BT, per_row) & counted[..., None]
-
-        def visit(layer, carried, of):
-            given = {"samples_BTK": samples, "routes_BTA": of.routes_BTA}
-            x, new, stats = layer(carried[0], rotary, counted, of.layer_idx, **given)
-            return (x, None), (new, stats)
-
-        x, _, outs = self._through(visit, self._embedded(tokens_BT), None, whole=True, routes_BTLA=routes_BTLA)
-        entries, stats = zip(*outs, strict=True)
-        return self._finish(x, stats), entries
-
     @jax.named_scope("embed")
-    def _embedded(self, tokens_BT) -> jax.Array:
-        """Of whole sequences."""
+    def _embedded(self, tokens_BT, step: Step) -> jax.Array:
+        if step.phase == "decode":
+            return self.layout.constrain(self.embed[tokens_BT], "cache_batch", None, None)
         if self.layout.mesh is None:
             return self.embed[tokens_BT]
         return sharded_lookup(self.embed[...], tokens_BT, self.layout)
 
-    def _through(
-        self,
-        visit: Callable,
-        x: jax.Array,
-        cache: Cache | None,
-        *,
-        whole: bool,
-        routes_BTLA: jax.Array | None = None,
-    ) -> tuple:
-        """States, cache and what `visit(layer, (x, entry), of)` gives beside them, through all layers or stacks."""
+    def _through(self, x: jax.Array, step: Step, pools: Sequence[Pool | None], routes_BTLA=None) -> tuple:
+        """States, pools and routing after all layers or stacks."""
         parts = self.stacks if self.layout.scan_layers else self.layers
-        entries, outs = [], []
-        of_parts = zip(parts, (None,) * len(parts) if cache is None else cache, self._routes(routes_BTLA), strict=True)
-        for part, entry, routes in of_parts:
-            run, weights = self._runner(visit, part, whole=whole), nnx.state(part)
+
+        def visit(layer, carried, of):
+            x, pool, stats = layer(carried[0], step, carried[1], of.layer_idx, of.routes_BTA)
+            return (x, pool), stats
+
+        left, outs = [], []
+        for part, pool, routes in zip(parts, pools, self._routes(routes_BTLA), strict=True):
+            run, weights = self._runner(visit, part, step), nnx.state(part)
             if self.layout.scan_layers:
-                (x, entry), out = _scan(run, (x, entry), weights, routes, keep=self.layout.workload == "serve")
+                (x, pool), out = _scan(run, (x, pool), weights, routes, keep=self.layout.workload == "serve")
             else:
-                (x, entry), out = run((x, entry), weights, _LayerInputs(None, routes))
-            entries.append(entry)
+                (x, pool), out = run((x, pool), weights, _LayerInputs(None, routes))
+            left.append(pool)
             outs.append(out)
-        return x, tuple(entries), tuple(outs)
+        return x, tuple(left), tuple(outs)
+
+    def _through_module(self, module: MTP, x, tokens_BT, step: Step, pool: Pool | None) -> tuple:
+        """States of an MTP module, its pool, and states with their routing."""
+        visit = lambda module, carried, embedded: module(embedded, carried[0], step, carried[1])
+        run = self._runner(visit, module, step)
+        x, pool, stats = run((x, pool), nnx.state(module), self._embedded(tokens_BT, step))
+        return x, pool, Hidden(x, () if stats is None else (stats,))
 
     def _routes(self, routes_BTLA) -> list[jax.Array | None]:
         """Those of each layer, or with its layers in front of each stack; None where there is nothing to choose."""
@@ -224,30 +249,31 @@ class Decoder(nnx.Module):
         of_moe = iter([by_layer] if self.layout.scan_layers else by_layer)  # there is one stack of MoE layers
         return [next(of_moe) if isinstance(part.mlp, MoE) else None for part in parts]
 
-    def _runner(self, visit: Callable, part: nnx.Module, *, whole: bool) -> Callable:
+    def _runner(self, visit: Callable, part: nnx.Module, step: Step) -> Callable:
         """`visit` as a function of what is carried, a module's weights and further input, for scan and for remat.
 
-        On whole sequences, and wherever weights lie to be trained, a module's weights are gathered as it runs.
+        But for decoding, and wherever weights lie to be trained, a module's weights are gathered as it runs.
         """
         graphdef, layout = nnx.graphdef(part), self.layout
-        gather = layout.gathered if whole or layout.workload == "train" else lambda weights: weights
+        gathers = step.phase != "decode" or layout.workload == "train"
+        gather = layout.gathered if gathers else lambda weights: weights
         run = lambda carried, weights, of: visit(nnx.merge(graphdef, gather(weights)), carried, of)
-        if layout.remat == "nothing" or not whole:
+        if layout.remat == "nothing" or step.phase != "whole":
             return run
         keep = [ATTENTION] if layout.remat == "all_but_attention" else []
         policy = jax.checkpoint_policies.save_only_these_names(*keep)
         return jax.checkpoint(run, policy=policy, prevent_cse=not layout.scan_layers)
 
-    def _whole(self, shape: tuple[int, int]) -> Rotary:
-        """Rotary angles of whole sequences [B, T]."""
-        return self._rotary(jnp.broadcast_to(jnp.arange(shape[1]), shape))
+    def _whole_step(self, valid_BT, segments_BT=None, per_row=None) -> Step:
+        """Of whole sequences, or of packed rows."""
+        if segments_BT is None:
+            return self._step("whole", jnp.broadcast_to(jnp.arange(valid_BT.shape[1]), valid_BT.shape), valid_BT)
+        samples_BTK = _samples(segments_BT, per_row) & valid_BT[..., None]
+        step = self._step("whole", positions_within(segments_BT), valid_BT)
+        return step._replace(segments_BT=segments_BT, samples_BTK=samples_BTK)
 
-    def _packed(self, segments_BT) -> Rotary:
-        """The same of packed rows."""
-        return self._rotary(positions_within(segments_BT))._replace(segments_BT=segments_BT)
-
-    def _rotary(self, positions_BT) -> Rotary:
-        return Rotary(positions_BT, *angles(self.config.rope, self.config.rotary_dim, positions_BT))
+    def _step(self, phase: Phase, positions_BT, valid_BT) -> Step:
+        return Step(phase, positions_BT, *angles(self.config.rope, self.config.rotary_dim, positions_BT), valid_BT)
 
     def _finish(self, x, stats) -> Hidden:
         x = rms_norm(x, self.norm[...], self.config.rms_norm_eps)

@@ -6,8 +6,9 @@ from flax import nnx
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import Layer
-from deepseek_jax.model.layers import Maker, Rotary, RouterStats
+from deepseek_jax.model.layers import Maker, RouterStats, Step
 from deepseek_jax.ops.norm import rms_norm
+from deepseek_jax.ops.pool import Pool
 
 
 class MTP(nnx.Module):
@@ -39,25 +40,23 @@ class MTP(nnx.Module):
         self,
         embedded_BTD: jax.Array,
         hidden_BTD: jax.Array,
-        rotary: Rotary,
-        counted_BT: jax.Array,
-        samples_BTK: jax.Array | None = None,
-    ) -> tuple[jax.Array, RouterStats | None]:
-        """States [B, T, D] after the module's norm, for the head and for the next module, and its layer's routing.
+        step: Step,
+        pool: Pool | None = None,
+    ) -> tuple[jax.Array, Pool | None, RouterStats | None]:
+        """States [B, T, D] after the module's norm, for the head and for the next module; its pool and its routing.
 
         Args:
             embedded_BTD: embeddings of the tokens to join, the next token at each position for the first module.
             hidden_BTD: states of the model after its final norm, or of the module before.
-            rotary: of the positions. Both parts of a position lie at the position of its state; attention
-                knows only distances, so the place of the joined token would give the same.
-            counted_BT: which positions the routing statistics count.
-            samples_BTK: which of them belong to which packed sample of their row, if rows are packed.
+            step: of the pass. Both parts of a position lie at the position of its state; attention knows only
+                distances, so the place of the joined token would give the same.
+            pool: of the module's layer, where there is a cache.
         """
         token = rms_norm(embedded_BTD, self.token_norm[...], self.eps)
         state = rms_norm(hidden_BTD, self.hidden_norm[...], self.eps)
         z = jnp.concatenate([token, state], axis=-1) @ self.project
-        x, _, stats = self.layer(z, rotary, counted_BT, samples_BTK=samples_BTK)
-        return rms_norm(x, self.norm[...], self.eps), stats
+        x, pool, stats = self.layer(z, step, pool)
+        return rms_norm(x, self.norm[...], self.eps), pool, stats
 
 
 def ahead(values_BT: jax.Array, steps: int) -> jax.Array:

@@ -140,34 +140,6 @@ def attend_latents(
     return jnp.einsum("bnts,bsc->btnc", weights.astype(c.dtype), c)
 
 
-def attend_chosen(
-    q_latent: Float[Array, "B T N C"],
-    q_rope: Float[Array, "B T N R"],
-    c: Float[Array, "B S C"],
-    k_rope: Float[Array, "B S R"],
-    chosen: Int[Array, "B T U"],
-    mask: Bool[Array, "B T S"],
-    scale: float,
-) -> Float[Array, "B T N C"]:
-    """`attend_latents` where each query reads only the keys chosen for it, and of those only what `mask` lets it see.
-
-    The cost is that of U keys a query, however many the cache has; the gathered latents take [B, T, U, C + R].
-    Equals `attend_latents` under the mask of the same keys.
-
-    Args:
-        chosen: places of the keys that each query reads.
-        q_latent, q_rope, c, k_rope, mask, scale: as of `attend_latents`.
-
-    Source: DeepSeek-V3.2-Exp report section 1, equation 2.
-    """
-    B, T, U = chosen.shape
-    alone = lambda x: x.reshape(B * T, -1, *x.shape[2:])  # each query a sequence of its own
-    own = lambda x: jax.vmap(lambda keys, of: keys[of])(x, chosen).reshape(B * T, U, -1)
-    sees = alone(jnp.take_along_axis(mask, chosen, axis=-1))
-    out = attend_latents(alone(q_latent), alone(q_rope), own(c), own(k_rope), sees, scale)
-    return out.reshape(B, T, *out.shape[2:])
-
-
 def in_blocks(
     attend_rows: Callable[[Any, Int[Array, "t"], int], Float[Array, "B t N H"]], queries: Any, *, rows: int, shards: int
 ) -> Float[Array, "B T N H"]:

@@ -30,7 +30,8 @@ def expert_mlp(
     Args:
         x: rows, one a token.
         weights: float32; applied to the experts' outputs, as in DeepSeek's code.
-        experts: int32. Of a whole stack of L layers all are of one layer, l E to (l + 1) E - 1.
+        experts: int32. Of a whole stack of L layers all are of one layer, l E to (l + 1) E - 1. A number past the
+            last expert is nobody's: it costs nothing and adds nothing.
         gate, up, down: the experts' matrices.
 
     Returns:
@@ -43,7 +44,8 @@ def expert_mlp(
     sizes = jnp.sum(flat[:, None] == jnp.arange(groups), axis=0, dtype=jnp.int32)
     rows = x[order // A]
     hidden = jax.nn.silu(grouped_matmul(rows, gate, sizes)) * grouped_matmul(rows, up, sizes)
-    out = grouped_matmul(hidden, down, sizes)
+    filled = (jnp.arange(flat.size) < jnp.sum(sizes))[:, None]
+    out = jnp.where(filled, grouped_matmul(hidden, down, sizes), 0)
     back = jnp.argsort(order)
     return jnp.einsum("wad,wa->wd", out[back].reshape(W, A, -1), weights).astype(x.dtype)
 

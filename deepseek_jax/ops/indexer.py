@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from deepseek_jax.ops.paged_attention import KEYS_AT_ONCE
+
 
 def index_scores(
     q: Float[Array, "B T J Z"], k: Float[Array, "B S Z"], weights: Float[Array, "B T J"]
@@ -49,3 +51,38 @@ def chosen_mask(chosen: Int[Array, "B T U"], visible: Bool[Array, "B T S"]) -> B
     B, T, _ = chosen.shape
     rows, queries = jnp.arange(B)[:, None, None], jnp.arange(T)[:, None]
     return visible & jnp.zeros(visible.shape, bool).at[rows, queries, chosen].set(True)
+
+
+def choose_paged(
+    q: Float[Array, "B T J Z"],
+    weights: Float[Array, "B T J"],
+    pool: Float[Array, "pages s Z"],
+    table_BM: Int[Array, "B M"],
+    seen_BT: Int[Array, "B T"],
+    count: int,
+) -> Int[Array, "B T U"]:
+    """`select_keys` over a paged cache: positions of the `count` best of the keys that each query sees.
+
+    Scores are worked out for a few blocks at a time, as many times as the row that sees most needs.
+
+    Args:
+        q, weights: as of `index_scores`.
+        pool: the indexer's keys, blocks of s.
+        table_BM: int32, the pool's blocks that hold a row's keys, in order; room for `count` of them at least.
+        seen_BT: int32, how many keys a query sees, from the row's first.
+        count: of keys.
+    """
+    (B, T), size = seen_BT.shape, pool.shape[1]
+    blocks = max(1, KEYS_AT_ONCE // size)
+    table_BM = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % blocks)))
+    span = blocks * size
+
+    def add(trip, scores):
+        ids = jax.lax.dynamic_slice_in_dim(table_BM, trip * blocks, blocks, axis=1)
+        found = index_scores(q, pool[ids].reshape(B, span, -1), weights)
+        return jax.lax.dynamic_update_slice_in_dim(scores, found, trip * span, axis=2)
+
+    keys = table_BM.shape[1] * size
+    trips = -(-jnp.max(seen_BT) // span)
+    scores = jax.lax.fori_loop(0, trips, add, jnp.zeros((B, T, keys), jnp.float32))
+    return select_keys(scores, jnp.arange(keys) < seen_BT[..., None], count)

@@ -1,4 +1,4 @@
-"""Drawing the next token: temperature, top-k, top-p, min-p, repetition penalty; noise keyed by seed and position."""
+"""Drawing the next token: bias, penalties, top-k, top-p, min-p, and noise keyed by seed and position."""
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,28 @@ def penalise_repeats(
     """Divide positive and multiply negative logits of tokens seen before. Source: arXiv 1909.05858 section 4.1."""
     factor = jnp.asarray(penalty)[..., None]
     return jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
+
+
+def penalise_counts(
+    logits: Float[Array, "B V"], counts: Int[Array, "B V"], presence: Float[Array, "B"], frequency: Float[Array, "B"]
+) -> Float[Array, "B V"]:
+    """Take `presence` from the logits of tokens generated before, and `frequency` once for each time.
+
+    Source: OpenAI's API reference; vLLM, `apply_penalties` (tokens of the completion alone, after the repetition's).
+    """
+    return logits - frequency[:, None] * counts - presence[:, None] * (counts > 0)
+
+
+def add_bias(
+    logits: Float[Array, "B V"], ids: Int[Array, "B ids"], values: Float[Array, "B ids"]
+) -> Float[Array, "B V"]:
+    """Add to the logits of some tokens; ids from V on are padding."""
+    return logits.at[jnp.arange(logits.shape[0])[:, None], ids].add(values, mode="drop")
+
+
+def forbid(logits: Float[Array, "B V"], ids: Int[Array, "B ids"]) -> Float[Array, "B V"]:
+    """-inf for some tokens; ids from V on are padding."""
+    return logits.at[jnp.arange(logits.shape[0])[:, None], ids].set(-jnp.inf, mode="drop")
 
 
 def keep_top_k(logits: Float[Array, "B V"], k: Int[Array, "B"]) -> Float[Array, "B V"]:
@@ -34,12 +56,26 @@ def keep_min_p(logits: Float[Array, "B V"], p: Float[Array, "B"]) -> Float[Array
     return jnp.where(logits >= least[:, None], logits, -jnp.inf)
 
 
+def best_tokens(logits: Float[Array, "B V"], count: int) -> tuple[Float[Array, "B best"], Int[Array, "B best"]]:
+    """The best logits in falling order, and their tokens.
+
+    They are in the blocks of the best maxima, as many of these; a CPU sorts all of V for `jax.lax.top_k`.
+    """
+    B, V = logits.shape
+    blocks = jnp.pad(logits, ((0, 0), (0, -V % _BLOCK)), constant_values=-jnp.inf).reshape(B, -1, _BLOCK)
+    maxima = jnp.max(blocks, axis=-1)
+    chosen = jnp.sort(jax.lax.top_k(maxima, min(count, maxima.shape[1]))[1], axis=-1)
+    candidates = jnp.take_along_axis(blocks, chosen[..., None], axis=1).reshape(B, -1)
+    values, where = jax.lax.top_k(candidates, count)
+    return values, jnp.take_along_axis(chosen, where // _BLOCK, axis=1) * _BLOCK + where % _BLOCK
+
+
 def _keep_above_threshold(logits, enough):
     """The highest threshold whose kept set is enough, found bit by bit: 32 passes and no sort."""
     ordered = _sortable(logits)
 
     def body(i, threshold):
-        trial = threshold | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        trial = threshold | (jnp.uint32(1) << jnp.uint32(31 - i))
         return jnp.where(enough(ordered >= trial[:, None]), trial, threshold)
 
     threshold = jax.lax.fori_loop(0, 32, body, jnp.zeros(logits.shape[0], jnp.uint32))

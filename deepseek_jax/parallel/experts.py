@@ -47,7 +47,7 @@ def routed_experts(
     Args:
         x_BTD: lies on the mesh with B over `rows` and T over `columns`, whole over `inner`; so do the next two.
         weights_BTA: of the routing; they stay where they are, and are applied in float32.
-        experts_BTA: int32, 0 to E - 1.
+        experts_BTA: int32, 0 to E - 1; E is nobody's, costs nothing and adds nothing.
         gate_EDM: E over `over`, D over `gathered`, M over `inner`; where it has low rank beside it, both as its axes.
         up_EDM: likewise.
         down_EMD: likewise.
@@ -176,8 +176,9 @@ _sum_of_parts.defvjp(_sum_forward, _sum_backward)
 def _at_home(x, weights, experts, matrices, layer, terms):
     """All experts on this device."""
     if layer is not None:
-        experts = experts + layer * matrices[0].shape[1]
-        with jax.named_scope(f"{LAYER_OF}{matrices[0].shape[0]}"):
+        stacks, local = matrices[0].shape[:2]
+        experts = jnp.where(experts < local, experts + layer * local, stacks * local)
+        with jax.named_scope(f"{LAYER_OF}{stacks}"):
             return expert_mlp(x, weights, experts, *matrices)
     return expert_mlp(x, weights, experts, *matrices)
 

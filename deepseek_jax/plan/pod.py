@@ -10,8 +10,9 @@ import optax
 from flax import nnx
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.generation.engine import Generator, SamplingConfig
-from deepseek_jax.model.cache import abstract_cache
+from deepseek_jax.generation.completion import NO_RECORD
+from deepseek_jax.generation.programs import Programs, Spans
+from deepseek_jax.generation.thinking import NO_TAGS
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.transfer import Transfer, sampled_config
 from deepseek_jax.rl.batch import Batch
@@ -21,6 +22,8 @@ from deepseek_jax.train.grpo_config import GRPOConfig
 from deepseek_jax.train.optimizer import make_optimizer
 from deepseek_jax.train.sft_loss import SFTBatch, make_sft_objective
 from deepseek_jax.train.step import MaskedBatch, Objective, TrainState, init_state, make_train_step
+
+_BLOCK = 128  # tokens of a block of the cache
 
 
 class Program(NamedTuple):
@@ -38,43 +41,29 @@ class Program(NamedTuple):
 
 
 def trace_prefill(config: ModelConfig, layout: Layout, batch: int, context: int, dtype: jnp.dtype) -> Program:
-    """`batch` prompts of `context` tokens into the cache, and the first token drawn."""
-    graphdef, weights = abstract_weights(config, dtype, layout)
-    generator = Generator(config, graphdef, dtype=dtype)
-    knobs, modes = generator.settings(SamplingConfig(max_new_tokens=1))
+    """The engine's `extend`: `batch` prompts of `context` tokens into the cache, and the first token drawn."""
+    programs, weights, state = _engine(config, layout, batch, context, dtype)
     of = partial(_everywhere, layout)
-    traced = generator.prefill.trace(
-        weights,
-        of((batch, context), jnp.int32),
-        of((batch,), jnp.int32),
-        of((batch,), jnp.uint32),
-        of((batch,), jnp.int32),
-        jax.tree.map(lambda a: of(a.shape, a.dtype), knobs),
-        samples=1,
-        slots=context,
-        modes=modes,
-        room=1,
-    )
-    return Program(traced, weights)
+    by_row = of((batch,), jnp.int32)
+    spans = Spans(by_row, of((batch, context), jnp.int32), by_row, by_row, by_row)
+    traced = programs.extend.trace(weights, state, spans, NO_TAGS, np.bool_(False))
+    return Program(traced, weights, cache=state.cache)
 
 
 def trace_decode(config: ModelConfig, layout: Layout, batch: int, context: int, dtype: jnp.dtype) -> Program:
-    """The decoding loop of `batch` sequences over a cache of `context` slots; its body is one token a sequence."""
+    """The engine's `decode_loop` of `batch` requests of `context` tokens; its body is one token a request."""
+    programs, weights, state = _engine(config, layout, batch, context, dtype)
+    rows = _everywhere(layout, (batch,), jnp.int32)
+    traced = programs.decode_loop.trace(weights, state, rows, np.int32(1), np.int32(0), NO_TAGS)
+    return Program(traced, weights, cache=state.cache)
+
+
+def _engine(config: ModelConfig, layout: Layout, batch: int, context: int, dtype: jnp.dtype):
+    """An engine's programs, the weights, and the state of as many slots, whose blocks are just enough."""
     graphdef, weights = abstract_weights(config, dtype, layout)
-    generator = Generator(config, graphdef, dtype=dtype)
-    knobs, modes = generator.settings(SamplingConfig(max_new_tokens=1))
-    of = partial(_everywhere, layout)
-    cache = abstract_cache(config, batch, context, dtype, layout)
-    small = jax.tree.map(lambda a: of(a.shape, a.dtype), (generator.first_state(batch, room=1), knobs))
-    traced = generator.decode.trace(
-        weights,
-        small[0]._replace(cache=cache),
-        of((batch,), jnp.uint32),
-        of((batch,), jnp.int32),
-        small[1],
-        modes=modes,
-    )
-    return Program(traced, weights, cache=cache)
+    blocks, settings = -(-context // _BLOCK), {"length": context, "drafts": None, "draft_tokens": 0}
+    programs = Programs(config, graphdef, slots=batch, table=blocks, steps=1, record=NO_RECORD, **settings)
+    return programs, weights, programs.abstract_state(batch * blocks, _BLOCK, dtype)
 
 
 def trace_train(config: ModelConfig, layout: Layout, batch: int, context: int, settings: GRPOConfig) -> Program:

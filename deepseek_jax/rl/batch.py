@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepseek_jax.generation.engine import Completion, bucket
+from deepseek_jax.generation.completion import Completion
+from deepseek_jax.generation.generator import bucket
 
 
 class Batch(NamedTuple):

@@ -1,6 +1,6 @@
-"""From prompts to graded groups: sample a group for each prompt, and reward it while the next ones are sampled."""
+"""From prompts to graded groups: sample a group for each prompt, and reward it while others are still sampled."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,8 +12,10 @@ from flax import nnx
 
 from deepseek_jax import distributed
 from deepseek_jax.data.examples import Prompt
-from deepseek_jax.generation.engine import Completion, Generator, Record, SamplingConfig
-from deepseek_jax.generation.text import complete, seeds_for
+from deepseek_jax.generation.completion import Completion, Record
+from deepseek_jax.generation.generator import Generator
+from deepseek_jax.generation.sampling_config import SamplingConfig
+from deepseek_jax.generation.text import seeds_for
 from deepseek_jax.rewards.combine import CombinedReward, Graded
 from deepseek_jax.rl.advantage import zero_variance
 from deepseek_jax.text.tokenizer import Tokenizer
@@ -60,7 +62,7 @@ class RolloutWorker:
         sampling: how completions are drawn.
         group_size: samples a prompt, at least 2.
         reward: texts and columns to a weighted sum.
-        at_once: prompts sampled at a time; the groups before are graded meanwhile. None: all.
+        at_once: prompts sampled at a time, the others as these end; None: as many as the generator has slots for.
         record: what sampling writes down for the trainer.
     """
 
@@ -91,44 +93,46 @@ class RolloutWorker:
             seed, step: of the run.
             first: place of the first prompt among those of the step.
         """
-        size = self.at_once or len(prompts)
-        found: list[Completion] = []
-        graded = []
+        G = self.group_size
+        found: dict[int, Completion] = {}
+        graded: dict[int, Future] = {}
         with ThreadPoolExecutor(1) as grader:
-            for start in range(0, len(prompts), size):
-                part = prompts[start : start + size]
-                drawn = self._sampled(weights, part, seed, step, first + start)
-                found += drawn
+            for number, completion in self._sampled(weights, prompts, seed, step, first):
+                found[number] = completion
+                group = number // G
+                members = range(G * group, G * group + G)
                 # A grader may answer otherwise elsewhere (it has a clock, or a sandbox): one process grades for all.
-                if distributed.is_main():
-                    _raise_early(graded)
-                    graded.append(grader.submit(self._grade, part, drawn))
-            all_of = Graded(*distributed.on_main(lambda: tuple(_of_all([answer.result() for answer in graded]))))
+                if distributed.is_main() and all(member in found for member in members):
+                    _raise_early(graded.values())
+                    graded[group] = grader.submit(self._grade, prompts[group], [found[member] for member in members])
+            of_groups = lambda: _of_all([graded[group].result() for group in range(len(prompts))])
+            all_of = Graded(*distributed.on_main(lambda: tuple(of_groups())))
+        completions = [found[number] for number in range(len(found))]
         rewards = np.asarray(all_of.total, np.float32).reshape(len(prompts), self.group_size)
-        return Rollout(list(prompts), found, rewards, all_of.parts, all_of.extra, all_of.metrics)
+        return Rollout(list(prompts), completions, rewards, all_of.parts, all_of.extra, all_of.metrics)
 
-    def _sampled(self, weights, prompts, seed, step, first) -> list[Completion]:
+    def _sampled(self, weights, prompts, seed, step, first) -> Iterator[tuple[int, Completion]]:
         seeds = [
             s for place in range(len(prompts)) for s in seeds_for(seed, step, first + place, count=self.group_size)
         ]
-        return complete(
-            self.generator,
+        return self.generator.each(
             weights,
-            self.tokenizer,
             [p.tokens for p in prompts],
             self.sampling,
             seeds=seeds,
             samples=self.group_size,
             record=self.record,
+            tokenizer=self.tokenizer,
+            slots=None if self.at_once is None else self.at_once * self.group_size,
         )
 
-    def _grade(self, prompts, completions) -> Graded:
-        repeated = [p for p in prompts for _ in range(self.group_size)]
+    def _grade(self, prompt: Prompt, completions: Sequence[Completion]) -> Graded:
+        """A group's rewards."""
         return self.reward.graded(
-            prompts=[p.text for p in repeated],
+            prompts=[prompt.text] * len(completions),
             completions=[c.text for c in completions],
             completion_ids=[c.tokens.tolist() for c in completions],
-            **{name: [p.columns[name] for p in repeated] for name in prompts[0].columns},
+            **{name: [value] * len(completions) for name, value in prompt.columns.items()},
         )
 
 
@@ -153,7 +157,7 @@ def _numbers(parts: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float
     return {name: [value for part in parts for value in part.get(name, [])] for name in names}
 
 
-def _raise_early(graded: Sequence[Future]) -> None:
+def _raise_early(graded: Iterable[Future]) -> None:
     """What grading has raised so far, before more is sampled; of several processes all raise together, at the end."""
     for answer in graded if distributed.process_count() == 1 else ():
         if answer.done():

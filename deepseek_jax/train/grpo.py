@@ -13,7 +13,8 @@ from flax import nnx
 from deepseek_jax.checkpoint.adapters import new_adapter
 from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.data.examples import Prompt
-from deepseek_jax.generation.engine import Generator, Record
+from deepseek_jax.generation.completion import Record
+from deepseek_jax.generation.generator import Generator
 from deepseek_jax.model.lora import merge, with_adapter
 from deepseek_jax.model.precision import computed, convert_dtype
 from deepseek_jax.model.scoring import check_routes

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from deepseek_jax.checkpoint.adapters import adapted_paths
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.generation.engine import SamplingConfig
+from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.model.lora import ALL_LINEAR, LoRAConfig
 from deepseek_jax.model.precision import Precision
 from deepseek_jax.rl.loss_config import GRPOLossConfig
@@ -32,8 +32,7 @@ class GRPOConfig:
         min_p: of the samples: least probability, as a share of the likeliest token's; above 0 wants
             keep_sampling_mask.
         repetition_penalty: of the samples, for tokens of prompt and completion; other than 1 wants keep_sampling_mask.
-        at_once: questions sampled at a time, while the answers to those before are graded; None samples all of a step,
-            then grades.
+        at_once: questions sampled at a time, the others as answers end; None samples as many as there are slots for.
         sampling_rounds: dynamic sampling: draw further questions, so many times in all, until enough groups have
             rewards that differ (DAPO); 1 takes what comes.
         loss: of the policy.

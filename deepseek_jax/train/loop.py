@@ -13,7 +13,7 @@ import jax
 
 from deepseek_jax import distributed
 from deepseek_jax.checkpoint.state import RunCheckpoints, shapes
-from deepseek_jax.generation.engine import NonFiniteLogitsError
+from deepseek_jax.generation.live import NonFiniteLogitsError
 from deepseek_jax.report.metrics import MetricLog, read_metrics
 from deepseek_jax.report.progress import Progress
 

@@ -19,7 +19,8 @@ from deepseek_jax.checkpoint.model_folder import open_folder
 from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.checkpoint.summary import of_model
 from deepseek_jax.config import FP8Config, from_hf, to_hf
-from deepseek_jax.generation.engine import Generator, SamplingConfig
+from deepseek_jax.generation.generator import Generator
+from deepseek_jax.generation.sampling_config import SamplingConfig
 from tests.checkpoint import folders
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -26,7 +26,8 @@ from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.data.examples import Prompt
 from deepseek_jax.data.prompts import batches
 from deepseek_jax.evals.accuracy import greedy_accuracy
-from deepseek_jax.generation.engine import Completion, Generator
+from deepseek_jax.generation.completion import Completion
+from deepseek_jax.generation.generator import Generator
 from deepseek_jax.model.decoder import Decoder, split
 from deepseek_jax.ops import metrics as ops_metrics
 from deepseek_jax.report.metrics import MetricLog

@@ -8,7 +8,7 @@ import pytest
 from deepseek_jax.data.examples import Prompt
 from deepseek_jax.evals import accuracy
 from deepseek_jax.evals.accuracy import greedy_accuracy
-from deepseek_jax.generation.engine import Completion
+from deepseek_jax.generation.completion import Completion
 from deepseek_jax.rewards.combine import RewardError, combine
 
 

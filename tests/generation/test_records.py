@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_jax.generation.engine import Completion, Record, SamplingConfig
-from deepseek_jax.generation.text import complete
+from deepseek_jax.generation.completion import Completion, Record
+from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.ops.logprobs import has_bits, to_bits, token_logprobs
-from tests.generation.test_engine import DENSE, MOE, PROMPTS, V, built
+from tests.generation.test_generator import DENSE, MOE, PROMPTS, V, built
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -125,9 +125,8 @@ def test_texts_come_with_their_records(recorded):
             return "".join(chr(97 + i) for i in ids)
 
     subject = built(MOE)
-    found = complete(
-        subject.generator, subject.weights, Letters(), PROMPTS, FILTERED, seeds=SEEDS, samples=2, record=BOTH
-    )
+    given = {"seeds": SEEDS, "samples": 2, "record": BOTH, "tokenizer": Letters()}
+    found = subject.generator(subject.weights, PROMPTS, FILTERED, **given)
     for text, completion in zip(found, recorded, strict=True):
         assert text.text == Letters().decode(completion.tokens)
         jax.tree.map(np.testing.assert_array_equal, text._replace(text=None), completion)

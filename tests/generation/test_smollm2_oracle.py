@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from deepseek_jax.checkpoint.folder import load_model
-from deepseek_jax.generation.engine import Generator, SamplingConfig
+from deepseek_jax.generation.generator import Generator
+from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.text.tokenizer import Tokenizer
 
 MAKER = Path(__file__).resolve().parents[2].parent / "shared" / "bin" / "make_smollm2"

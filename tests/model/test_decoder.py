@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import zlib
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -25,6 +26,7 @@ from deepseek_jax.config import (
 )
 from deepseek_jax.model.cache import empty_cache
 from deepseek_jax.model.decoder import abstract_weights
+from deepseek_jax.model.layers import Step
 from deepseek_jax.model.precision import convert_dtype
 from deepseek_jax.ops import rope
 
@@ -96,6 +98,9 @@ LLAMA = dataclasses.replace(
     ),
 )
 B, T = 3, 12
+BLOCKS, SIZE = 16, 4
+# blocks in no order, with one that belongs to nobody
+TABLE = jnp.asarray(np.random.RandomState(1).permutation(np.arange(1, BLOCKS)).reshape(B, -1), jnp.int32)
 
 
 def random_weights(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
@@ -126,25 +131,30 @@ def model(request):
         module = nnx.merge(graphdef, weights)
         return module.logits(module(tokens, mask).x_BTD)
 
-    def prefill(tokens, cache):
+    def extend(tokens, positions, cache, valid=None, *, phase):
         module = nnx.merge(graphdef, weights)
-        hidden, cache = module.prefill(tokens, cache)
+        valid = jnp.ones(tokens.shape, bool) if valid is None else valid
+        hidden, cache = module.extend(tokens, positions, valid, cache, TABLE, phase=phase)
         return module.logits(hidden.x_BTD), cache
 
-    def extend(tokens, positions, cache):
-        module = nnx.merge(graphdef, weights)
-        hidden, cache = module.extend(tokens, positions, cache)
-        return module.logits(hidden.x_BTD), cache
+    def prefill(tokens, cache):
+        return extend(tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), cache, phase="prefill")
 
     tokens = np.random.RandomState(0).randint(0, config.vocab_size, (B, T))
     full = jax.jit(full)
     return SimpleNamespace(
-        config=config, tokens=tokens, full=full, logits=full(tokens), prefill=jax.jit(prefill), extend=jax.jit(extend)
+        config=config,
+        tokens=tokens,
+        full=full,
+        logits=full(tokens),
+        prefill=jax.jit(prefill),
+        extend=jax.jit(partial(extend, phase="decode")),
+        continued=jax.jit(partial(extend, phase="prefill")),
     )
 
 
 def cache_of(model, fill: float = 0.0):
-    empty = empty_cache(model.config, B, T + 3, jnp.float32)
+    empty = empty_cache(model.config, BLOCKS, SIZE, jnp.float32)
     return jax.tree.map(lambda leaf: jnp.full_like(leaf, fill), empty)
 
 
@@ -252,8 +262,10 @@ def test_selection_bites_exactly_where_there_are_more_keys_than_index_topk():
 def test_nothing_is_ranked_where_all_keys_would_be_chosen(count, wanted):
     graphdef, weights = random_weights(with_topk(dataclasses.replace(V32, moe=None), count))
     forward = lambda weights, tokens: nnx.merge(graphdef, weights)(tokens).x_BTD
-    extend = lambda weights, tokens, cache: nnx.merge(graphdef, weights).extend(tokens, tokens, cache)[0].x_BTD
-    tokens, cache = jnp.zeros((B, T), int), empty_cache(V32, B, T, jnp.float32)
+    real, table = jnp.ones((B, T), bool), jnp.zeros((B, 1), jnp.int32)
+    over = lambda weights, *of: nnx.merge(graphdef, weights).extend(*of, table, phase="decode")[0].x_BTD
+    extend = lambda weights, tokens, cache: over(weights, tokens, tokens, real, cache)
+    tokens, cache = jnp.zeros((B, T), int), empty_cache(V32, 1, T, jnp.float32)
     for traced in (jax.make_jaxpr(forward)(weights, tokens), jax.make_jaxpr(extend)(weights, tokens, cache)):
         assert ("top_k" in str(traced)) is wanted
 
@@ -352,7 +364,9 @@ def test_routing_is_float32_in_a_bfloat16_model():
     graphdef, weights = random_weights(dataclasses.replace(V3, num_hidden_layers=1, moe=moe))
     layer = nnx.merge(graphdef, convert_dtype(weights, jnp.bfloat16)).layers[0].mlp
     x = jax.random.normal(jax.random.key(1), (512, 1, 32)).astype(jnp.bfloat16)
-    stats = jax.jit(lambda layer, x: layer(x, jnp.ones((512, 1), bool))[1])(layer, x)
+    nowhere = jnp.zeros((512, 1), jnp.int32)
+    step = Step("whole", nowhere, x[:, :, :0], x[:, :, :0], jnp.ones((512, 1), bool))
+    stats = jax.jit(lambda layer, x: layer(x, step)[1])(layer, x)
     router, bias = layer.router[...], np.asarray(layer.bias[...], np.float64)
     assert router.dtype == jnp.bfloat16 and bias.mean() < -0.5
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from deepseek_jax.config import MLAConfig, ModelConfig, preset
 from deepseek_jax.model.decoder import Decoder, abstract_weights
-from deepseek_jax.model.layers import Rotary
+from deepseek_jax.model.layers import Step
 from deepseek_jax.model.scoring import score, score_ahead
 from deepseek_jax.ops.rope import angles
 
@@ -114,8 +114,8 @@ def test_drafts_equal_a_numpy_twin(layer):
     module = nnx.merge(graphdef, weights)
     states, logits, _ = drafts_of(graphdef, weights, TEXT)
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    rotary = Rotary(positions, *angles(CONFIG.rope, CONFIG.rotary_dim, positions))
-    ask = lambda layer, z: layer(jnp.float32(z), rotary, jnp.ones((B, T), bool))[0]
+    step = Step("whole", positions, *angles(CONFIG.rope, CONFIG.rotary_dim, positions), jnp.ones((B, T), bool))
+    ask = lambda layer, z: layer(jnp.float32(z), step)[0]
     embed, head = (np.asarray(w[...], np.float64) for w in (module.embed, module.head))
     h = np.asarray(states[0], np.float64)
     for depth, mtp in enumerate(module.mtp, 1):

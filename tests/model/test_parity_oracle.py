@@ -15,8 +15,9 @@ from flax import nnx
 from deepseek_jax.checkpoint.convert import convert_hf, export_hf
 from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.checkpoint.model_folder import load_config, open_folder
-from deepseek_jax.generation.engine import Generator, SamplingConfig
-from deepseek_jax.model.cache import empty_cache
+from deepseek_jax.generation.generator import Generator
+from deepseek_jax.generation.sampling_config import SamplingConfig
+from deepseek_jax.model.cache import contiguous_table, empty_cache
 from tools import make_golden
 
 pytestmark = [pytest.mark.oracle, pytest.mark.usefixtures("quick_compilation")]
@@ -112,10 +113,12 @@ def test_decoding_token_by_token_gives_transformers_logits(case):
 
         def step(cache, now):
             token_B, position = now
-            hidden, cache = module.extend(token_B[:, None], jnp.full((B, 1), position), cache)
+            at, real = jnp.full((B, 1), position), jnp.ones((B, 1), bool)
+            hidden, cache = module.extend(token_B[:, None], at, real, cache, table, phase="decode")
             return cache, module.logits(hidden.x_BTD)[:, 0]
 
-        empty = empty_cache(config, B, T + 10, jnp.float32)
+        table = contiguous_table(B, T // 4 + 1)
+        empty = empty_cache(config, table.size, 4, jnp.float32)
         return jax.lax.scan(step, empty, (case.tokens.T, jnp.arange(T)))[1]
 
     np.testing.assert_allclose(decode(weights).swapaxes(0, 1), case.wanted, rtol=0, atol=TOLERANCE)

@@ -58,7 +58,8 @@ def test_weights_come_back_from_a_stack_bit_for_bit(config, weights):
 
 @pytest.mark.parametrize("layout", [STACKED, Layout(scan_layers=True, workload="serve", lanes=32)])
 def test_stacks_decode_as_layers_do(config, weights, layout):
-    """A prompt and three tokens more, over the cache."""
+    """A prompt in two chunks and tokens more, over blocks of a cache in no order."""
+    table = jnp.asarray([[4, 1], [2, 5]], jnp.int32)
 
     def run(layout):
         graphdef, lies = of_layout(config, weights, layout)
@@ -66,11 +67,13 @@ def test_stacks_decode_as_layers_do(config, weights, layout):
         @jax.jit
         def decode(weights):
             model = nnx.merge(graphdef, weights)
-            hidden, cache = model.prefill(TOKENS[:, :5], empty_cache(config, B, T, jnp.float32, layout))
-            positions = jnp.broadcast_to(jnp.arange(5, T), (B, 3))
-            further, cache = model.extend(TOKENS[:, 5:T], positions, cache)
-            last, _ = model.extend(TOKENS[:, T - 1 : T], positions[:, -1:], cache)
-            return [model.logits(of.x_BTD) for of in (hidden, further, last)]
+            cache, found = empty_cache(config, 6, 4, jnp.float32, layout), []
+            for first, end, phase in ((0, 5, "prefill"), (5, 7, "prefill"), (6, T, "decode"), (T - 1, T, "decode")):
+                at = jnp.broadcast_to(jnp.arange(first, end), (B, end - first))
+                real = jnp.ones(at.shape, bool)
+                hidden, cache = model.extend(TOKENS[:, first:end], at, real, cache, table, phase=phase)
+                found.append(model.logits(hidden.x_BTD))
+            return found
 
         return decode(lies)
 

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from deepseek_jax.ops.attention import (
     absorb,
     attend_absorbed,
-    attend_chosen,
     attend_expanded,
     causal_mask,
     project_values,
 )
-from deepseek_jax.ops.indexer import chosen_mask, index_scores, select_keys
+from deepseek_jax.ops.indexer import choose_paged, chosen_mask, index_scores, select_keys
+from deepseek_jax.ops.paged_attention import chosen_paged
 
 SCALE = 0.37
 sizes = st.sampled_from([1, 2, 5])
@@ -131,20 +131,31 @@ def attention_inputs(S=40, T=5, U=6):
 
 
 def over_chosen(q_nope, q_rope, c, k_rope, w_k, w_v, chosen, visible):
-    """Chosen keys between the projections of absorbed attention."""
-    return project_values(attend_chosen(absorb(q_nope, w_k), q_rope, c, k_rope, chosen, visible, SCALE), w_v)
+    """Chosen keys between the projections of absorbed attention; each row's cache is a block."""
+    table, seen = jnp.arange(c.shape[0])[:, None], visible.sum(axis=-1)
+    q = jnp.concatenate([absorb(q_nope, w_k), q_rope], axis=-1)
+    return project_values(chosen_paged(q, c, k_rope, chosen, table, seen, SCALE), w_v)
 
 
 @pytest.mark.parametrize("masked", [attend_expanded, attend_absorbed])
-def test_gathering_equals_masking_in_value_and_gradient(masked):
+def test_gathering_equals_masking(masked):
     arrays, chosen, visible = attention_inputs()
-    mask = chosen_mask(chosen, visible)
-    seed = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 4, 5)), jnp.float32)
-    run = lambda f: jax.jit(jax.value_and_grad(lambda *a: jnp.sum(seed * f(*a)), argnums=range(6)))(*arrays)
-    gathered = run(lambda *a: over_chosen(*a, chosen, visible))
-    wanted = run(lambda *a: masked(*a, mask, SCALE))
-    for first, second in zip(*map(jax.tree.leaves, (gathered, wanted)), strict=True):
-        np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
+    got = jax.jit(over_chosen)(*arrays, chosen, visible)
+    np.testing.assert_allclose(got, masked(*arrays, chosen_mask(chosen, visible), SCALE), rtol=1e-4, atol=1e-5)
+
+
+def test_keys_are_chosen_over_blocks_as_over_a_whole_cache():
+    """Whatever the blocks, and whatever lies in those that nobody sees."""
+    rng = np.random.default_rng(3)
+    B, T, J, Z, S, size = 2, 3, 4, 6, 40, 4
+    q, k, weights = (jnp.asarray(rng.normal(size=of), jnp.float32) for of in ((B, T, J, Z), (B, S, Z), (B, T, J)))
+    seen = jnp.asarray([[7, 8, 9], [38, 39, 40]])
+    table = 1 + rng.permutation(B * S // size).reshape(B, -1)
+    pool = jnp.full((1 + table.size, size, Z), 1e6, jnp.float32)
+    pool = pool.at[table].set(k.reshape(B, -1, size, Z)).at[table[0, 3:]].set(1e6)
+    got = jax.jit(choose_paged, static_argnums=5)(q, weights, pool, table, seen, 6)
+    wanted = select_keys(index_scores(q, k, weights), jnp.arange(S) < seen[..., None], 6)
+    np.testing.assert_array_equal(got, wanted)
 
 
 def test_keys_that_were_not_chosen_are_not_read():

@@ -7,11 +7,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_jax.ops.sampling import keep_min_p, keep_top_k, keep_top_p, penalise_repeats, sample, uniform_noise
+from deepseek_jax.ops.sampling import (
+    add_bias,
+    best_tokens,
+    forbid,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    penalise_counts,
+    penalise_repeats,
+    sample,
+    uniform_noise,
+)
 
 LARGEST_NOISE = np.nextafter(np.float32(1), np.float32(0))
 
 top_k, top_p, draw = jax.jit(keep_top_k), jax.jit(keep_top_p), jax.jit(sample)
+best = jax.jit(best_tokens, static_argnums=1)
 
 
 def sorted_top_k(logits, k):
@@ -116,6 +128,43 @@ def test_penalty_lowers_seen_tokens_on_both_sides_of_zero(seed):
     got = penalise_repeats(jnp.asarray(logits), jnp.asarray(seen), jnp.asarray(penalty))
     np.testing.assert_allclose(got, wanted, rtol=1e-6)
     assert (np.asarray(got) <= logits + 1e-6).all()
+
+
+@given(seed=st.integers(0, 2**31))
+def test_counted_tokens_lose_once_for_coming_and_once_a_time(seed):
+    rng = np.random.default_rng(seed)
+    logits, counts = rng.normal(size=(3, 11)).astype(np.float32), rng.integers(0, 4, (3, 11))
+    presence, frequency = rng.uniform(-2, 2, (2, 3)).astype(np.float32)
+    wanted = logits.astype(np.float64)
+    for b, v in zip(*np.nonzero(counts), strict=True):
+        wanted[b, v] -= presence[b] + sum(frequency[b] for _ in range(counts[b, v]))
+    got = penalise_counts(*map(jnp.asarray, (logits, counts, presence, frequency)))
+    np.testing.assert_allclose(got, wanted, atol=2e-6)
+    np.testing.assert_array_equal(np.asarray(got)[counts == 0], logits[counts == 0])
+
+
+def test_bias_and_bans_know_their_tokens_and_drop_padding():
+    logits = lines(0, "plain", 2, 7)
+    ids = jnp.array([[6, 0, 7], [7, 7, 3]])
+    values = jnp.array([[1.0, -2.0, 9.0], [9.0, 9.0, 0.5]])
+    wanted = logits.copy()
+    wanted[0, 6] += 1
+    wanted[0, 0] -= 2
+    wanted[1, 3] += 0.5
+    np.testing.assert_array_equal(add_bias(jnp.asarray(logits), ids, values), wanted)
+    banned = np.asarray(forbid(jnp.asarray(logits), ids))
+    assert np.argwhere(np.isneginf(banned)).tolist() == [[0, 0], [0, 6], [1, 3]]
+    np.testing.assert_array_equal(banned[np.isfinite(banned)], logits[np.isfinite(banned)])
+
+
+@given(seed=st.integers(0, 2**31), kind=KINDS, V=WIDTHS)
+def test_the_best_tokens_are_a_sorts(seed, kind, V):
+    """Their values in order, each of its own token; which of several equal ones is left open."""
+    logits = lines(seed, kind, 4, V)
+    values, ids = map(np.asarray, best(logits, 7))
+    np.testing.assert_array_equal(values, np.sort(logits, axis=1)[:, ::-1][:, :7])
+    np.testing.assert_array_equal(np.take_along_axis(logits, ids, 1), values)
+    assert all(len(set(row)) == 7 and 0 <= min(row) and max(row) < V for row in ids.tolist())
 
 
 @pytest.mark.parametrize("V", [5, 256, 600])

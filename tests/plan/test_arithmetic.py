@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from deepseek_jax.checkpoint.names import packed
 from deepseek_jax.checkpoint.summary import of_preset
 from deepseek_jax.config import PRESETS, GQAConfig, IndexerConfig, preset
-from deepseek_jax.model.cache import empty_cache
+from deepseek_jax.model.cache import contiguous_table, empty_cache
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.plan import model_bytes, model_flops, weights
 
@@ -197,7 +197,7 @@ def traced(config, call) -> int:
 @pytest.mark.parametrize("attention", [TINY.attention, GROUPED], ids=["latent", "grouped"])
 def test_flops_are_those_of_the_traced_model(attention):
     """Without experts, whose loop a trace counts once. The model computes all pairs, the arithmetic causal ones."""
-    config, B, T, S = tiny(attention=attention, moe=None, num_nextn_predict_layers=1), 2, 6, 11
+    config, B, T, S = tiny(attention=attention, moe=None, num_nextn_predict_layers=1), 2, 6, 64
     tokens = jnp.zeros((B, T), jnp.int32)
 
     def whole(model):
@@ -211,7 +211,8 @@ def test_flops_are_those_of_the_traced_model(attention):
     assert found.total + unseen == traced(config, whole)
 
     def one_more(model):
-        hidden, _ = model.extend(tokens[:, :1], tokens[:, :1], empty_cache(config, B, S, jnp.float32))
+        one, cache = tokens[:, :1], empty_cache(config, B, S, jnp.float32)
+        hidden, _ = model.extend(one, one, one == 0, cache, contiguous_table(B, 1), phase="decode")
         return model.logits(hidden.x_BTD)
 
     assert model_flops.decode_flops(config, B, S).total == traced(config, one_more)

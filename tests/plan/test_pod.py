@@ -11,7 +11,7 @@ from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.config import MLAConfig, preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.data.examples import Prompt
-from deepseek_jax.generation.engine import Generator
+from deepseek_jax.generation.generator import Generator
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.transfer import serving_layout
 from deepseek_jax.plan import compiled

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_jax.generation.engine import Completion
+from deepseek_jax.generation.completion import Completion
 from deepseek_jax.rl.batch import first_fit, make_batch, pack
 
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_jax.data.examples import Prompt
-from deepseek_jax.generation.engine import Completion
+from deepseek_jax.generation.completion import Completion
 from deepseek_jax.ops.metrics import BatchTotals, values
 from deepseek_jax.rl.advantage import group_advantages, normalized_sum_advantages, rloo_advantages
 from deepseek_jax.rl.entropy import first_control, high_entropy, next_control, weight_now

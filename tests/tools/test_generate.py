@@ -21,7 +21,7 @@ from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.commands.generate import main
 from deepseek_jax.config import preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
-from deepseek_jax.generation.engine import Generator
+from deepseek_jax.generation.generator import Generator
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.text.tokenizer import Tokenizer
 from tests.flags import flags
@@ -72,8 +72,9 @@ def test_a_model_is_divided_over_all_devices(folder):
 
 def test_bfloat16_is_what_is_computed_in(folder, generate, monkeypatch):
     seen = []
-    begin = Generator._begin
-    monkeypatch.setattr(Generator, "_begin", lambda self, *of: seen.append(of[0].norm.dtype) or begin(self, *of))
+    begin = Generator._engine
+    noted = lambda self, *of, **more: seen.append(of[0].norm.dtype) or begin(self, *of, **more)
+    monkeypatch.setattr(Generator, "_engine", noted)
     for options in ((), ("--dtype", "float32"), ("--dtype", "bfloat16")):
         assert generate(folder, "--prompt", "1+2=?", "--max-tokens", 2, *options)[0] == 0
     assert [dtype.name for dtype in seen] == ["float32", "float32", "bfloat16"]

@@ -16,7 +16,7 @@ from deepseek_jax.config import MLAConfig, preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.data.examples import Prompt
 from deepseek_jax.data.prompts import batches
-from deepseek_jax.generation.engine import Generator
+from deepseek_jax.generation.generator import Generator
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.report.metrics import MetricLog, read_metrics
 from deepseek_jax.report.samples import read_samples

@@ -1,0 +1,195 @@
+"""Batches of completions from the engine: for rollouts, evaluation and the command line."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.generation.completion import NO_RECORD, Completion, Record
+from deepseek_jax.generation.engine import Engine
+from deepseek_jax.generation.engine_config import EngineConfig
+from deepseek_jax.generation.live import Live
+from deepseek_jax.generation.sampling_config import SamplingConfig
+from deepseek_jax.sharding import module_layout
+from deepseek_jax.text.tokenizer import Tokenizer
+
+BATCHES = EngineConfig(
+    max_num_seqs=256,
+    max_num_batched_tokens=2048,
+    block_size=16,
+    decode_steps=16,
+    batch_sizes=(8, 16, 32, 64, 128),
+)
+"""How an engine runs that has all requests from the beginning."""
+
+
+class Generator:
+    """Generation for one architecture; weights are an argument of every call, and nothing of them is kept after it.
+
+    Args:
+        config: the model's.
+        graphdef: static part of the module, from `model.decoder.split`.
+        dtype: of the cache; None takes that of the weights, as their activations have it.
+        settings: how the engine runs; no more slots than a call has completions, and none longer than it can become.
+
+    Attributes:
+        layout: the one that the module was made with.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        graphdef: nnx.GraphDef,
+        *,
+        dtype: jnp.dtype | None = None,
+        settings: EngineConfig = BATCHES,
+    ):
+        self.config, self.graphdef, self.dtype = config, graphdef, dtype
+        self.settings, self.layout = settings, module_layout(graphdef)
+
+    def __call__(
+        self,
+        weights: nnx.State,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        *,
+        seeds: Sequence[int],
+        samples: int = 1,
+        record: Record = NO_RECORD,
+        tokenizer: Tokenizer | None = None,
+    ) -> list[Completion]:
+        """Complete every prompt `samples` times.
+
+        Args:
+            weights: of the model, plain or beside an adapter (`model.lora.with_adapter`).
+            prompts: token ids, each at least one and shorter than the context.
+            sampling: how to draw. A completion also ends where the context does.
+            seeds: one a completion, P x samples of them, prompt by prompt.
+            samples: completions a prompt; what they have in common is computed once.
+            record: what to keep for a trainer.
+            tokenizer: the model's, for text, stop texts and budgets of thinking; None gives tokens alone.
+
+        Returns:
+            P x samples completions, prompt by prompt.
+
+        Raises:
+            ValueError: no or empty prompts, a prompt that fills the context, a wrong number of seeds, or a record that
+                the model or the sampling has nothing for.
+        """
+        given = {"seeds": seeds, "samples": samples, "record": record, "tokenizer": tokenizer}
+        found = dict(self.each(weights, prompts, sampling, **given))
+        return [found[number] for number in range(len(seeds))]
+
+    def each(
+        self,
+        weights: nnx.State,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        *,
+        seeds: Sequence[int],
+        samples: int = 1,
+        record: Record = NO_RECORD,
+        tokenizer: Tokenizer | None = None,
+        slots: int | None = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        """The same, each completion with its number as soon as it is there, while others are still drawn.
+
+        slots: completions drawn at a time at most.
+        """
+        self.check(prompts, seeds, samples)
+        self._check_record(record)
+        count = len(seeds) if slots is None else min(slots, len(seeds))
+        engine = self._engine(weights, prompts, sampling, count, self.settings, record=record, tokenizer=tokenizer)
+        numbers = {
+            engine.add(prompts[number // samples], sampling, seed=seed): number for number, seed in enumerate(seeds)
+        }
+        for update in engine.run():
+            if update.finished:
+                yield numbers[update.id], _completion(update.live, record)
+
+    def stream(
+        self,
+        weights: nnx.State,
+        prompt: Sequence[int],
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        steps: int = 8,
+        tokenizer: Tokenizer | None = None,
+    ) -> Iterator[Completion]:
+        """Complete one prompt, and give what there is of it after every few tokens.
+
+        Args:
+            weights, prompt, sampling, seed, tokenizer: as for a call with one prompt and one sample.
+            steps: tokens between two looks at it.
+
+        Yields:
+            The completion so far; the last is the whole one, that of a call.
+        """
+        self.check([prompt], [seed], 1)
+        settings = dataclasses.replace(self.settings, decode_steps=steps)
+        engine = self._engine(weights, [prompt], sampling, 1, settings, tokenizer=tokenizer)
+        engine.add(prompt, sampling, seed=seed)
+        for update in engine.run():
+            yield _completion(update.live, NO_RECORD)
+
+    def _engine(
+        self,
+        weights: nnx.State,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        count: int,
+        settings: EngineConfig,
+        **given: Any,
+    ) -> Engine:
+        """One for these requests: as many slots and as long tables as they can use, up to the next power of two."""
+        context = settings.max_model_len or self.config.max_position_embeddings
+        longest = min(max(map(len, prompts)) + sampling.max_new_tokens, context)
+        settings = dataclasses.replace(
+            settings,
+            max_num_seqs=min(settings.max_num_seqs, bucket(count, least=1)),
+            max_model_len=min(bucket(longest), context),
+        )
+        return Engine(self.config, self.graphdef, weights, settings, dtype=self.dtype, **given)
+
+    def check(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], samples: int) -> None:
+        """Refuse arguments of a call that the model cannot work with; ValueError says why."""
+        if not prompts:
+            raise ValueError("prompts: got none, wanted at least one")
+        if len(seeds) != len(prompts) * samples:
+            raise ValueError(f"seeds: got {len(seeds)}, wanted {len(prompts) * samples}, one a completion")
+        context = self.config.max_position_embeddings
+        for number, prompt in enumerate(prompts):
+            if not 0 < len(prompt) < context:
+                raise ValueError(
+                    f"prompt {number}: got {len(prompt)} tokens, wanted 1 to {context - 1}, "
+                    f"fewer than the model's context of {context}; shorten it"
+                )
+
+    def _check_record(self, record: Record) -> None:
+        if record.routes and self.config.moe is None:
+            raise ValueError("record: got routes for a model without experts, wanted none; it chooses none")
+
+
+def _completion(live: Live, record: Record) -> Completion:
+    """What there is of a request."""
+    request, penalised = live.request, live.sampling.repetition_penalty != 1
+    joined = lambda parts, wanted: np.concatenate(parts) if wanted else None
+    return Completion(
+        np.asarray(request.tokens[request.prompt_length :], np.int32),
+        np.asarray(live.logprobs, np.float32),
+        request.stopped,
+        routes=joined(live.routes, record.routes),
+        support=joined(live.support, record.support),
+        penalised=joined(live.penalised, record.support and penalised),
+        text=live.text if live.stream is not None else None,
+    )
+
+
+def bucket(size: int, least: int = 16) -> int:
+    """The next power of two, at least `least`."""
+    return max(least, 1 << (size - 1).bit_length())

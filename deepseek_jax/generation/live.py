@@ -1,0 +1,89 @@
+"""What the host keeps of a request that runs: its settings, and by token what came of it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from deepseek_jax.generation.programs import Decoded, Extended
+from deepseek_jax.generation.requests import Drawn, Request, Span
+from deepseek_jax.generation.sampling_config import SamplingConfig
+from deepseek_jax.text.stream import TextStream
+
+
+class NonFiniteLogitsError(ValueError):
+    """A model's logits are no finite numbers, so that nothing can be drawn from them."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Live:
+    """What the host keeps of a request: its settings, and by token what came of it.
+
+    opened: the prompt ended in `<think>`. text: the completion's so far, before any stop text; stream makes it, told is
+    how much of it updates have had. routes: of the tokens that were fed, prompt and completion. prompt_logprobs: of the
+    prompt's tokens but the first.
+    """
+
+    request: Request
+    sampling: SamplingConfig
+    seed: int
+    opened: bool
+    stream: TextStream | None
+    text: str = ""
+    told: int = 0
+    logprobs: list[float] = field(default_factory=list)
+    top: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    support: list[np.ndarray] = field(default_factory=list)
+    penalised: list[np.ndarray] = field(default_factory=list)
+    routes: list[np.ndarray] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
+
+    def note_span(self, span: Span, row: int, found: Extended) -> Drawn:
+        """Keep what came of a span of the prompt, or of an earlier life."""
+        if found.routes_RTLA is not None:
+            self.routes.append(found.routes_RTLA[row, : span.count])
+        if self.sampling.prompt_logprobs:
+            inside = self.request.prompt_length - 1 - span.start
+            self.prompt_logprobs += found.logprobs_RT[row, : max(0, min(span.count, inside))].tolist()
+        return self._note(jax.tree.map(lambda a: a[row][None], found.drawn)) if span.last else Drawn(())
+
+    def note_row(self, row: int, found: Decoded) -> Drawn:
+        """Keep what a decode loop drew."""
+        count = found.count_R[row]
+        if found.routes_RNLA is not None:
+            self.routes.append(found.routes_RNLA[row, :count])
+        return self._note(jax.tree.map(lambda a: a[row, :count], found.drawn))
+
+    def _note(self, drawn: Any) -> Drawn:
+        """Keep draws, [count, ...] in every part; those after a stop text are none."""
+        if not np.all(np.isfinite(drawn.logprob_R)):
+            raise NonFiniteLogitsError(
+                f"request {self.request.id}: the model's logits are no finite numbers; its weights are damaged, or too "
+                "large to compute with"
+            )
+        tokens, stopped = drawn.token_R.tolist(), bool(drawn.stopped_R.any())
+        if self.stream is not None:
+            before = self.stream.tokens
+            self.text += self.stream.feed(tokens)
+            if self.stream.stopped is not None:
+                stopped, count = True, self.stream.tokens - before
+                tokens, drawn = tokens[:count], jax.tree.map(lambda a: a[:count], drawn)
+        self.logprobs += drawn.logprob_R.tolist()
+        if wanted := self.sampling.top_logprobs:
+            self.top += zip(drawn.top_ids_RK[:, :wanted], drawn.top_logprobs_RK[:, :wanted], strict=True)
+        if drawn.support_RW is not None:
+            self.support.append(drawn.support_RW)
+            self.penalised.append(drawn.penalised_RW)
+        return Drawn(tokens, stopped)
+
+    def new_text(self, *, finished: bool) -> str:
+        """What there is of the text since the last time; at its end all of it."""
+        if finished and self.stream is not None:
+            self.text += self.stream.finish()
+        new, self.told = self.text[self.told :], len(self.text)
+        return new
+
+    def routes_of(self, start: int, end: int) -> np.ndarray:
+        """Of the tokens from `start` to `end`."""
+        return np.concatenate(self.routes)[start:end]

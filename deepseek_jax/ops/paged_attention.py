@@ -1,0 +1,233 @@
+"""Attention over paged caches: a row's keys lie in blocks of a pool, which its block table names in order.
+
+The plain path: block by block with an online softmax, as many times as the row that sees most needs. What a row does
+not see costs nothing, reaches nothing and may be NaN. Has no gradient.
+
+Source: arXiv 2309.06180 (paged attention), arXiv 1805.02867 (online softmax).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+_GATHERED_AT_ONCE = 2**26  # numbers of chosen keys
+KEYS_AT_ONCE = 64  # what a CPU's cache holds of them; fewer cost more trips, more cost memory traffic
+
+
+class Partial(NamedTuple):
+    """A softmax over some of the keys, to be joined to those over the others; all float32.
+
+    Attributes:
+        top: the largest score, -inf where no key is seen.
+        total: the sum of exp(score - top).
+        summed: the sum of the values, weighted so.
+    """
+
+    top: Float[Array, "..."]
+    total: Float[Array, "..."]
+    summed: Float[Array, "... width"]
+
+
+def join(a: Partial, b: Partial) -> Partial:
+    """The softmax over the keys of both, which must not share any."""
+    top = jnp.maximum(a.top, b.top)
+    kept = lambda old: jnp.exp(jnp.where(old == top, 0.0, old - top))  # both may be -inf
+    of_a, of_b = kept(a.top), kept(b.top)
+    summed = of_a[..., None] * a.summed + of_b[..., None] * b.summed
+    return Partial(top, of_a * a.total + of_b * b.total, summed)
+
+
+def finish(partial: Partial, dtype: DTypeLike) -> Float[Array, "... width"]:
+    """What the queries attended to; zeros where a query saw no key."""
+    total = jnp.where(partial.total == 0, 1.0, partial.total)
+    return (partial.summed / total[..., None]).astype(dtype)
+
+
+def grouped_paged(
+    q: Float[Array, "B T N K"],
+    k: Float[Array, "pages G s K"],
+    v: Float[Array, "pages G s H"],
+    table_BM: Int[Array, "B M"],
+    seen_BT: Int[Array, "B T"],
+    scale: float,
+    *,
+    keys_at_once: int = KEYS_AT_ONCE,
+) -> Float[Array, "B T N H"]:
+    """`ops.attention.attend` over pools of keys and values.
+
+    Args:
+        q: queries; each of the G key-value heads serves N/G consecutive ones.
+        k: pool of keys, blocks of s.
+        v: pool of values, likewise.
+        table_BM: int32, the pool's blocks that hold a row's keys, in order; what is not seen may be any block.
+        seen_BT: int32, how many keys a query sees, from the row's first; 0 gives zeros.
+        scale: of the scores, which are float32, as are sums.
+        keys_at_once: of a row, rounded down to whole blocks, one at least.
+
+    Returns:
+        In the dtype of q.
+    """
+    return finish(grouped_partial(q, k, v, table_BM, seen_BT, scale, keys_at_once=keys_at_once), q.dtype)
+
+
+def grouped_partial(
+    q: Float[Array, "B T N K"],
+    k: Float[Array, "pages G s K"],
+    v: Float[Array, "pages G s H"],
+    table_BM: Int[Array, "B M"],
+    seen_BT: Int[Array, "B T"],
+    scale: float,
+    *,
+    keys_at_once: int = KEYS_AT_ONCE,
+) -> Partial:
+    """`grouped_paged` before its end, of shape [B, T, N]: for queries that see further keys elsewhere."""
+    return _over_blocks([q], [k], v, table_BM, seen_BT, scale, keys_at_once)
+
+
+def latent_paged(
+    q_latent: Float[Array, "B T N C"],
+    q_rope: Float[Array, "B T N R"],
+    c: Float[Array, "pages s C"],
+    r: Float[Array, "pages s R"],
+    table_BM: Int[Array, "B M"],
+    seen_BT: Int[Array, "B T"],
+    scale: float,
+    *,
+    keys_at_once: int = KEYS_AT_ONCE,
+) -> Float[Array, "B T N C"]:
+    """`ops.attention.attend_latents` over pools of latents and rotated keys.
+
+    Args:
+        q_latent: queries in the latent space.
+        q_rope: rotated queries, as wide as r.
+        c: pool of latents, blocks of s.
+        r: pool of rotated keys, likewise.
+        table_BM, seen_BT, scale, keys_at_once: as of `grouped_paged`.
+
+    Returns:
+        In the dtype of q_latent.
+    """
+    partial = latent_partial(q_latent, q_rope, c, r, table_BM, seen_BT, scale, keys_at_once=keys_at_once)
+    return finish(partial, q_latent.dtype)
+
+
+def latent_partial(
+    q_latent: Float[Array, "B T N C"],
+    q_rope: Float[Array, "B T N R"],
+    c: Float[Array, "pages s C"],
+    r: Float[Array, "pages s R"],
+    table_BM: Int[Array, "B M"],
+    seen_BT: Int[Array, "B T"],
+    scale: float,
+    *,
+    keys_at_once: int = KEYS_AT_ONCE,
+) -> Partial:
+    """`latent_paged` before its end, of shape [B, T, N]: for queries that see further keys elsewhere."""
+    c, r = c[:, None], r[:, None]  # one head, whose keys have two parts and whose values are the first
+    return _over_blocks([q_latent, q_rope], [c, r], c, table_BM, seen_BT, scale, keys_at_once)
+
+
+def chosen_paged(
+    q: Float[Array, "B T N CR"],
+    c: Float[Array, "pages s C"],
+    r: Float[Array, "pages s R"],
+    chosen_BTU: Int[Array, "B T U"],
+    table_BM: Int[Array, "B M"],
+    seen_BT: Int[Array, "B T"],
+    scale: float,
+) -> Float[Array, "B T N C"]:
+    """`latent_paged` where each query reads only the keys chosen for it, and of those only what it sees.
+
+    The cost is that of U keys a query, however many the cache has; a part of the queries is worked on at a time, so
+    that the gathered keys stay within bounds.
+
+    Args:
+        q: queries, the latent part and then the rotated one.
+        chosen_BTU: positions of the keys that each query reads.
+        c, r, table_BM, seen_BT, scale: as of `latent_paged`.
+
+    Source: DeepSeek-V3.2-Exp report section 1, equation 2.
+    """
+    (B, T, U), (_, s, C) = chosen_BTU.shape, c.shape
+    width = C + r.shape[-1]
+
+    def attend_some(of):
+        q, chosen, seen = of  # [B, t, ...]
+        block = jnp.take_along_axis(table_BM, chosen.reshape(B, -1) // s, axis=1).reshape(chosen.shape)
+        at = block, chosen % s
+        alone = lambda x: x.reshape(-1, 1, U, x.shape[-1])  # each query a sequence of its own
+        keys, mask = jnp.concatenate([c[at], r[at]], axis=-1), chosen < seen[..., None]
+        part = attend_partial(
+            q.reshape(-1, 1, *q.shape[2:]), alone(keys), alone(keys[..., :C]), mask.reshape(-1, 1, U), scale
+        )
+        return finish(part, q.dtype).reshape(*q.shape[:3], C)
+
+    together = max(1, _GATHERED_AT_ONCE // (B * U * width))
+    pieces = next(n for n in range(1, T + 1) if T % n == 0 and T // n <= together)
+    apart = lambda x: jnp.moveaxis(x.reshape(B, pieces, T // pieces, *x.shape[2:]), 1, 0)
+    out = jax.lax.map(attend_some, jax.tree.map(apart, (q, chosen_BTU, seen_BT)))
+    return jnp.moveaxis(out, 0, 1).reshape(B, T, *out.shape[3:])
+
+
+def attend_partial(
+    q: Float[Array, "B T N K"],
+    k: Float[Array, "B G S K"],
+    v: Float[Array, "B G S H"],
+    mask: Bool[Array, "B T S"],
+    scale: float,
+) -> Partial:
+    """`ops.attention.attend` before its end, of shape [B, T, N]; a query may see no key."""
+    return _ungrouped(_attend([_grouped(q, k.shape[1])], [k], v, mask, scale))
+
+
+def _over_blocks(queries, keys, values, table_BM, seen_BT, scale, keys_at_once) -> Partial:
+    """Joins what the blocks give. Queries [B, T, N, K] and pools [P, G, s, K] may be of several parts."""
+    B, (_, G, s, width) = len(seen_BT), values.shape
+    blocks = max(1, keys_at_once // s)
+    table_BM = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % blocks)))
+    queries = [_grouped(q, G) for q in queries]
+
+    def read(pool, ids):
+        return jnp.moveaxis(pool[ids], 1, 2).reshape(B, G, blocks * s, pool.shape[-1])
+
+    def add(trip, carried):
+        ids = jax.lax.dynamic_slice_in_dim(table_BM, trip * blocks, blocks, axis=1)
+        mask = trip * blocks * s + jnp.arange(blocks * s) < seen_BT[:, :, None]
+        part = _attend(queries, [read(pool, ids) for pool in keys], read(values, ids), mask, scale)
+        return join(carried, part)
+
+    shape = queries[0].shape[:-1]
+    empty = Partial(jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, width)))
+    trips = jnp.minimum(-(-jnp.max(seen_BT) // (blocks * s)), table_BM.shape[1] // blocks)
+    return _ungrouped(jax.lax.fori_loop(0, trips, add, empty))
+
+
+def _attend(queries, keys, values, mask, scale) -> Partial:
+    """Of head-major queries [B, G, T, N/G, K] over keys [B, G, S, K] in as many parts and values [B, G, S, H].
+
+    Values that no query sees are taken as 0: a weight of 0 times NaN is NaN.
+    """
+    of_part = lambda q, k: jnp.einsum("bgtnk,bgsk->bgtns", q, k, preferred_element_type=jnp.float32)
+    scores = sum(of_part(q, k) for q, k in zip(queries, keys, strict=True)) * scale
+    seen = mask[:, None, :, None]
+    top = jnp.max(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    weights = jnp.where(seen, jnp.exp(scores - top[..., None]), 0.0)
+    values = jnp.where(jnp.any(mask, axis=1)[:, None, :, None], values, 0)
+    of_values = weights.astype(values.dtype)
+    summed = jnp.einsum("bgtns,bgsh->bgtnh", of_values, values, preferred_element_type=jnp.float32)
+    return Partial(top, jnp.sum(weights, axis=-1), summed)
+
+
+def _grouped(q, G):
+    """[B, T, N, K] to [B, G, T, N/G, K], so that neither the product nor the loop around it transposes."""
+    B, T, N, K = q.shape
+    return jnp.moveaxis(q.reshape(B, T, G, N // G, K), 2, 1)
+
+
+def _ungrouped(partial: Partial) -> Partial:
+    """[B, G, T, N/G, ...] to [B, T, N, ...]."""
+    merge = lambda x: jnp.moveaxis(x, 1, 2).reshape(x.shape[0], x.shape[2], -1, *x.shape[4:])
+    return jax.tree.map(merge, partial)

@@ -1,0 +1,204 @@
+"""The decoding kernels against one query at a time in float64, as plain JAX and on jax's model of a TPU.
+
+Compiled for TPUs that are not there, in a process of their own, they move what they read and no more.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+
+from deepseek_jax.ops.kernels import paged_decode
+from deepseek_jax.plan.cost_analysis import StepCost, cost_analysis
+from tests.ops.paged_cases import Case, make_case, oracle, seen_by
+
+# The kernels are not compiled as they will be used in any case.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SCALE = 0.3
+S, M, TILE = 4, 5, 8  # tokens a block, blocks a row, keys a tile: the third tile has one block only
+LENGTHS = [0, 1, 3, 4, 0, 0, 8, 9, 17, 18]  # idle rows first, alone and in a row; whole tiles, and what is left of one
+
+
+def latent_case(seed, seen, **options) -> Case:
+    return make_case(seed, seen, s=S, M=M, N=4, widths=(16, 8), **options)
+
+
+def grouped_case(seed, seen, **options) -> Case:
+    case = make_case(seed, seen, s=S, M=M, N=6, widths=(8, 8), heads=(2,), **options)
+    return case._replace(queries=case.queries[:1])
+
+
+def exact(case: Case) -> np.ndarray:
+    pools = case.pools if len(case.queries) == 1 else [pool[:, None] for pool in case.pools]
+    return oracle(case.queries, pools[: len(case.queries)], pools[2 - len(case.queries)], *case[2:], SCALE)
+
+
+@functools.cache
+def compiled(T: int, grouped: bool, dtype: str, interpret=True):
+    """One program for all cases of a shape."""
+    decode = paged_decode.grouped_decode if grouped else paged_decode.latent_decode
+
+    def run(case: Case):
+        numbers = [jnp.asarray(x, dtype) for x in (*case.queries, *case.pools)]
+        return decode(*numbers, case.table_BM, case.seen_BT, SCALE, interpret=interpret)
+
+    return jax.jit(run)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(paged_decode, "_KEYS", TILE)
+
+
+@pytest.mark.parametrize(
+    ("make", "T", "shared"), [(latent_case, 1, False), (latent_case, 3, True), (grouped_case, 3, True)]
+)
+def test_equals_one_query_at_a_time(make, T, shared):
+    """Idle rows get zeros; NaN wherever no row looks reaches nothing."""
+    case = make(T, seen_by(LENGTHS, T), shared=shared)
+    got = compiled(T, make is grouped_case, "float32")(case)
+    np.testing.assert_allclose(got, exact(case), rtol=0, atol=2e-6)
+    assert not np.any(got[0])
+
+
+@pytest.mark.parametrize("make", [latent_case, grouped_case])
+@given(
+    seen=st.lists(st.lists(st.integers(0, S * M), min_size=3, max_size=3), min_size=10, max_size=10),
+    seed=st.integers(0, 99),
+)
+def test_whatever_each_query_sees(make, seen, seed):
+    case = make(seed, np.array(seen, np.int32))
+    got = compiled(3, make is grouped_case, "float32")(case)
+    np.testing.assert_allclose(got, exact(case), rtol=0, atol=2e-6)
+
+
+def test_large_scores_do_not_overflow():
+    """Scores of up to a thousand: the maximum moves from tile to tile."""
+    case = latent_case(6, seen_by(LENGTHS, 3))
+    case = case._replace(queries=[300 * q for q in case.queries])
+    np.testing.assert_allclose(compiled(3, False, "float32")(case), exact(case), rtol=0, atol=5e-4)
+
+
+def test_more_keys_than_the_table_has_are_all_of_them():
+    case = latent_case(7, seen_by([20] * 10, 1))
+    run = compiled(1, False, "float32")
+    np.testing.assert_array_equal(run(case._replace(seen_BT=case.seen_BT + 5)), run(case))
+
+
+def test_bfloat16_rounds_the_weights_and_the_result_only():
+    """Each rounds by 2^-9 of at most the largest latent."""
+    case = latent_case(3, seen_by(LENGTHS, 1))
+    rounded = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+    case = case._replace(queries=[*map(rounded, case.queries)], pools=[*map(rounded, case.pools)])
+    got = compiled(1, False, "bfloat16")(case)
+    assert got.dtype == jnp.bfloat16
+    largest = np.nanmax(np.abs(case.pools[0]))
+    np.testing.assert_allclose(np.asarray(got, np.float64), exact(case), rtol=0, atol=2**-8 * largest)
+
+
+def test_copies_are_of_what_is_seen_and_have_arrived_before_it_is_read():
+    """On a model of a TPU that makes a copy when it is waited for, into memory of NaN, and none of a block there isn't.
+
+    The other tests' copies are made when they are started.
+    """
+    case = latent_case(4, seen_by(LENGTHS, 1))
+    case = case._replace(table_BM=np.where(case.table_BM == 0, 10_000, case.table_BM))
+    late = pltpu.InterpretParams(dma_execution_mode="on_wait", uninitialized_memory="nan")
+    got = compiled(1, False, "float32", late)(case)
+    np.testing.assert_allclose(got, exact(case), rtol=0, atol=2e-6)
+
+
+def test_what_fits_is_a_matter_of_the_width():
+    pool = lambda width: jax.ShapeDtypeStruct((9, 16, width), jnp.bfloat16)
+    assert [paged_decode.fits(pool(width)) for width in (64, 128, 192, 512)] == [False, True, False, True]
+
+
+# --- compiled for TPUs ---------------------------------------------------------------------------
+
+ROWS, CONTEXT, TOKENS, LAYERS = 16, 4096, 2, 5
+
+
+def cost_of(function, topology: str, *arguments: jax.ShapeDtypeStruct, donated=()) -> StepCost:
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    placed = jax.sharding.SingleDeviceSharding(device)
+    arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed) for a in arguments]
+    compiled = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+    return cost_analysis(compiled.as_text(), {"chip": 1})
+
+
+def of(*sizes: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def calls_move_what_the_rows_see(topology: str, s: int) -> None:
+    """Pools of twice what the tables hold. R1's latents; then Llama-like heads, whose groups are not of eight."""
+    T, M, pages = 3, CONTEXT // s, 2 * ROWS * CONTEXT // s
+    of_rows = of(ROWS, M, dtype=jnp.int32), of(ROWS, T, dtype=jnp.int32)
+    latent = of(ROWS, T, 128, 512), of(ROWS, T, 128, 128), of(pages, s, 512), of(pages, s, 128)
+    grouped = of(ROWS, T, 32, 128), of(pages, 8, s, 128), of(pages, 8, s, 128)
+    calls = (
+        (paged_decode.latent_decode, latent, 2 * ROWS * CONTEXT * 640, 2 * ROWS * T * 128 * (640 + 512)),
+        (paged_decode.grouped_decode, grouped, 2 * ROWS * CONTEXT * 8 * 256, 2 * ROWS * T * 32 * 256),
+    )
+    for decode, arguments, keys, others in calls:
+        found = cost_of(functools.partial(decode, scale=SCALE), topology, *arguments, *of_rows)
+        assert 0.99 * keys < found.bytes_accessed < 1.02 * (keys + others)
+
+
+def tokens_move_every_layer_once(topology: str, s: int) -> None:
+    """The loops of decoding: tokens, and inside layers, each of which writes its own part of a stack and reads it."""
+    M, pages = CONTEXT // s, ROWS * CONTEXT // s
+
+    def decode(q, q_rope, c, r, table, seen, tokens):
+        def layer(carried, layer_idx):
+            latest_BC, c, r, seen = carried
+            ids = table + layer_idx * pages
+            last = jnp.take_along_axis(ids, seen // s, axis=1)[:, 0], seen[:, 0] % s
+            c, r = c.at[last].set(latest_BC), r.at[last].set(latest_BC[:, :128])
+            out = paged_decode.latent_decode(q, q_rope, c, r, ids, seen + 1, SCALE)
+            return (out[:, 0, 0], c, r, seen), None
+
+        def token(carried, _):
+            (*others, seen), _ = jax.lax.scan(layer, carried, jnp.arange(LAYERS))
+            return (*others, seen + 1), None
+
+        return jax.lax.scan(token, (q[:, 0, 0], c, r, seen), length=tokens)[0]
+
+    arguments = (of(ROWS, 1, 128, 512), of(ROWS, 1, 128, 128), of(LAYERS * pages, s, 512), of(LAYERS * pages, s, 128))
+    of_rows = of(ROWS, M, dtype=jnp.int32), of(ROWS, 1, dtype=jnp.int32)
+    few, many = (
+        cost_of(functools.partial(decode, tokens=tokens), topology, *arguments, *of_rows, donated=(2, 3))
+        for tokens in (TOKENS, 2 * TOKENS)
+    )
+    keys, others = 2 * ROWS * CONTEXT * 640, 2 * ROWS * 128 * (640 + 512)  # queries and output may stay in VMEM
+    moved = (many.bytes_accessed - few.bytes_accessed) / TOKENS
+    assert 0.99 * LAYERS * keys < moved < 1.01 * LAYERS * (keys + others)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5e:2x2", "v6e:2x2"])
+@pytest.mark.parametrize("s", [16, 64])
+def test_compiles_for_tpus(topology, s):
+    if find_spec("libtpu") is None:
+        pytest.skip("needs the TPU compiler: pip install -e '.[pod]'")
+    laws = f"laws.calls_move_what_the_rows_see({topology!r}, {s}); laws.tokens_move_every_layer_once({topology!r}, {s})"
+    # there is no TPU to look for or to share
+    no_tpu = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    code = f"from tests.ops import test_paged_decode as laws; {laws}"
+    environment = {**os.environ, **no_tpu, "PYTHONPATH": path}
+    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
+    assert child.returncode == 0, child.stderr
