@@ -154,7 +154,7 @@ class Generator:
         settings = dataclasses.replace(
             settings,
             max_num_seqs=slots,
-            batch_sizes=settings.batch_sizes or _sizes_that_pay(weights, slots),
+            batch_sizes=settings.batch_sizes or sizes_that_pay(weights, slots),
             max_model_len=min(bucket(longest), context),
         )
         return Engine(self.config, self.graphdef, weights, settings, dtype=self.dtype, **given)
@@ -178,7 +178,7 @@ class Generator:
             raise ValueError("record: got routes for a model without experts, wanted none; it chooses none")
 
 
-def _sizes_that_pay(weights: nnx.State, slots: int) -> tuple[int, ...]:
+def sizes_that_pay(weights: nnx.State, slots: int) -> tuple[int, ...]:
     """Numbers of rows to compile for: few where a row is cheap beside a compilation, as in a toy or on accelerators."""
     first = jax.tree.leaves(weights)[0]
     on_cpu = isinstance(first, jax.Array) and next(iter(first.devices())).platform == "cpu"
