@@ -24,7 +24,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.distributed import say
 from deepseek_jax.generation.engine import Engine, Update
 from deepseek_jax.generation.engine_config import EngineConfig
-from deepseek_jax.generation.generator import BATCHES, bucket
+from deepseek_jax.generation.generator import BATCHES, bucket, sizes_that_pay
 from deepseek_jax.generation.live import Live
 from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.generation.text import encode_prompt, thinking_and_answer
@@ -62,6 +62,8 @@ def main(config: Config) -> None:
     loaded = load_model(folder, dtype=dtype, layout=layout)
     if talks:
         settings = _within_memory(settings, model, layout, dtype)
+    else:
+        settings = dataclasses.replace(settings, batch_sizes=sizes_that_pay(loaded.weights, settings.max_num_seqs))
     engine = Engine(loaded.config, loaded.graphdef, loaded.weights, settings, tokenizer=tokenizer)
     if talks:
         _warm_up(engine)

@@ -157,7 +157,7 @@ class Generator:
         settings = dataclasses.replace(
             settings,
             max_num_seqs=slots,
-            batch_sizes=settings.batch_sizes or _sizes_that_pay(weights, slots),
+            batch_sizes=settings.batch_sizes or sizes_that_pay(weights, slots),
             max_model_len=min(bucket(longest), context),
         )
         return Engine(self.config, self.graphdef, weights, settings, dtype=self.dtype, **given)
@@ -177,7 +177,7 @@ class Generator:
                 )
 
 
-def _sizes_that_pay(weights: nnx.State, slots: int) -> tuple[int, ...]:
+def sizes_that_pay(weights: nnx.State, slots: int) -> tuple[int, ...]:
     """Numbers of rows to compile for: few where a row is cheap beside a compilation, as in a toy or on accelerators."""
     first = jax.tree.leaves(weights)[0]
     on_cpu = isinstance(first, jax.Array) and next(iter(first.devices())).platform == "cpu"
