@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from deepseek_jax.config import ModelConfig
@@ -139,12 +140,13 @@ class Programs:
             block_size: tokens of a block.
             dtype: of the cache.
         """
-        sizes = {"blocks": blocks, "block_size": block_size, "dtype": jnp.dtype(dtype)}
-        state = self._first(**sizes)
+        state = self._first(blocks=blocks, block_size=block_size, dtype=jnp.dtype(dtype))
         if self.layout.mesh is None:
             return state
-        # as all programs give it back, to the letter, or each would be compiled for it once more
-        return jax.device_put(state, jax.tree.map(lambda a: a.sharding, self.abstract_state(**sizes)))
+        # Through a program that changes nothing: its shardings are then written as every program writes them, and none
+        # is compiled once more for another spelling.
+        nobody = np.full(self.slots, self.slots, np.int32)
+        return self.retable(state, nobody, np.zeros((self.slots, self.table), np.int32))
 
     def _first_state(self, blocks: int, block_size: int, dtype: jnp.dtype) -> DeviceState:
         S, V = self.slots, self.config.vocab_size

@@ -286,7 +286,9 @@ def an_engine_answers(folder: Path, /) -> None:
     config = dataclasses.replace(V3, vocab_size=32, num_nextn_predict_layers=1)
     layout = Layout(mesh=make_mesh(data=2, expert=2, tensor=2), workload="serve", scan_layers=True)
     graphdef, like = abstract_weights(config, layout=layout)
-    weights = stack_layers(split(Decoder(config, rngs=nnx.Rngs(0)))[1], config, layout)
+    weights = stack_layers(
+        jax.jit(lambda: split(Decoder(config, rngs=nnx.Rngs(0)))[1])(), config, Layout(scan_layers=True)
+    )
     weights = jax.tree.map(lambda leaf, of: laid(np.asarray(leaf), of.sharding), weights, like)
     settings = EngineConfig(max_num_seqs=8, block_size=4, chunk=8, decode_steps=3, max_model_len=32, batch_sizes=(8,))
     settings = dataclasses.replace(settings, drafts="mtp", draft_tokens=1)
