@@ -194,7 +194,7 @@ def compile_step(task: Task, of_chip: Chip) -> Compiled:
     used_bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     used_bytes += memory.output_size_in_bytes - memory.alias_size_in_bytes
     # of decoding one token a sequence is the step, without what the loop prepares once for all of them
-    loop = "jit(_decode)/while" if task.step == "decode" else None
+    loop = "jit(_decode_loop)/while" if task.step == "decode" else None
     sums = cost_analysis(compiled.as_text(), task.layout.mesh.shape, loop=loop)
     times = _times(sums, of_chip, task)
     bound = max(times, key=times.get)
