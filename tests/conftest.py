@@ -10,7 +10,7 @@ from tests.flags import SOONER
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Three to seven times faster compilation without LLVM's passes, in the processes that tests start too; XLA's own stay.
 # With XLA_FLAGS in the environment, even empty, nothing is added: so .ci/run tests the ops as users compile them.
-if "XLA_FLAGS" not in os.environ:
+if os.environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = SOONER
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
@@ -39,11 +39,7 @@ def unchecked_shapes(monkeypatch):
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """Three to four times faster compilation without LLVM's passes; XLA's own stay. For `usefixtures` of a module.
-
-    For laws of whole steps, runs and folders, which compile more than they compute; not for those of single ops, whose
-    arithmetic is tested as users compile it. With JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment all are.
-    """
+    """Of a module that is compiled without LLVM's passes even where XLA_FLAGS is in the environment."""
     import jax
 
     if "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ:

@@ -19,8 +19,6 @@ ROOT = Path(__file__).resolve().parents[1]
 API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 EXAMPLES = [block for block in re.findall(r"```python\n(.*?)```", API, re.DOTALL) if "dsj." in block]
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.mark.parametrize("name", dsj.__all__)
 def test_a_name_is_what_its_home_calls_so(name):

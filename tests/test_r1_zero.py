@@ -35,8 +35,6 @@ from deepseek_jax.report.metrics import MetricLog, read_metrics
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.runs import enter_folder, room_needed, write_json
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "experiments/r1_zero.py"
 QUESTIONS = 8

@@ -38,8 +38,6 @@ ENDS = (2, *range(70, 100))
 SHORT_GRPO = "--prompts-per-step 2 --group-size 4 --max-new-tokens 4 --accuracy exact"
 SHORT_SFT = "--steps 2 --batch-size 2 --lr 1e-2"
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def commands(title: str) -> list[str]:
     """A job's commands, a line each, as they stand in the README."""

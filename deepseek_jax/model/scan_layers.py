@@ -30,7 +30,7 @@ def stack_layers(weights: nnx.State, config: ModelConfig, layout: Layout) -> nnx
     filled = []
     for path, leaf in nnx.to_flat_state(like):
         parts = [have.pop(of) for of in members(path, config)]
-        join = (lambda parts: jnp.stack(parts)) if path[0] == "stacks" else (lambda parts: parts[0])
+        join = _stacked if path[0] == "stacks" else _alone
         place = leaf.get_raw_value().sharding
         filled.append((path, leaf.replace(jax.jit(join, out_shardings=place)(parts))))
     return nnx.from_flat_state(filled)
@@ -45,10 +45,27 @@ def unstack_layers(weights: nnx.State, config: ModelConfig, layout: Layout) -> n
     filled = []
     for path, value in have.items():
         to = list(members(path, config))
-        apart = (lambda value: list(value)) if path[0] == "stacks" else (lambda value: [value])
+        apart = _apart if path[0] == "stacks" else _listed
         values = jax.jit(apart, out_shardings=[places[of][1] for of in to])(value)
         filled += [(of, places[of][0].replace(part)) for of, part in zip(to, values, strict=True)]
     return nnx.from_flat_state(filled)
+
+
+# Functions of the module, so that weights of one shape share what jit compiled of them.
+def _stacked(parts: list[jax.Array]) -> jax.Array:
+    return jnp.stack(parts)
+
+
+def _alone(parts: list[jax.Array]) -> jax.Array:
+    return parts[0]
+
+
+def _apart(value: jax.Array) -> list[jax.Array]:
+    return list(value)
+
+
+def _listed(value: jax.Array) -> list[jax.Array]:
+    return [value]
 
 
 def members(path: Path, config: ModelConfig) -> Iterator[Path]:

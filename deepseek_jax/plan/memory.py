@@ -46,7 +46,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, field.name) for field in dataclasses.fields(self))
+        return sum(vars(self).values())
 
 
 def state_of(dtype: DType, moments: Moments) -> StateDTypes:

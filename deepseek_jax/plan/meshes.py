@@ -72,11 +72,13 @@ def weight_groups(
     return tuple(WeightGroup(*key, *sums) for key, sums in found.items())
 
 
+@lru_cache(maxsize=4096)  # of a mesh it is asked for every batch and every phase of a step
 def weights_a_device(config: ModelConfig, dtype: DType, workload: Workload, sizes: Sizes) -> int:
     """Bytes of weights that a device of a mesh holds."""
     return math.ceil(sum(group.nbytes / sizes.over(group.cut) for group in weight_groups(config, dtype, workload)))
 
 
+@lru_cache(maxsize=4096)
 def trained_a_device(config: ModelConfig, sizes: Sizes) -> int:
     """Numbers of them that an optimizer keeps moments for."""
     return math.ceil(sum(group.trained / sizes.over(group.cut) for group in weight_groups(config, "bf16", "train")))

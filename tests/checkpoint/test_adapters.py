@@ -20,8 +20,6 @@ from deepseek_jax.model.lora import LoRAConfig, merge
 from deepseek_jax.sharding import LOCAL, Layout
 from tests.checkpoint.folders import KIMI, LLAMA_TIED, QWEN2, QWEN3, R1, V2, V3, V32, random_folder
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STACKED = Layout(scan_layers=True)
 ALL = LoRAConfig(rank=3, alpha=6, targets="all-linear")
 MODELS = {"v3": V3, "v2": V2, "v32": V32, "kimi": KIMI, "qwen2": QWEN2, "qwen3": QWEN3, "llama-tied": LLAMA_TIED}

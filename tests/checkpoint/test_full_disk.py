@@ -21,8 +21,6 @@ from deepseek_jax.commands import merge as merge_lora
 from deepseek_jax.model.lora import LoRAConfig
 from tests.checkpoint.folders import LLAMA_TIED, QWEN2, R1, random_folder
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FULL = "RESOURCE_EXHAUSTED: Error writing \"k/c/3/0\": Failed to write 10 bytes: {} [os_error_code='{}']"
 REASONS = {
     errno.ENOSPC: "no space left on its disk",

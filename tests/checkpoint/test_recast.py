@@ -36,8 +36,6 @@ from tests.checkpoint.folders import (
     random_values,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 E4M3, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
 # Blocks that do not divide the shape, one block larger than the matrix, and the shape of R1's kv_a in small.
 CASES = [((300, 200), (128, 128)), ((17, 23), (5, 7)), ((64, 130), (128, 128)), ((9, 56), (2, 1))]

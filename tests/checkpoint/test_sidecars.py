@@ -15,8 +15,6 @@ from deepseek_jax.checkpoint.model_folder import open_folder
 from deepseek_jax.checkpoint.save import save_model
 from tests.checkpoint.folders import QWEN2, random_folder
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CODE = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XForCausalLM"}
 
 

@@ -20,8 +20,6 @@ from deepseek_jax.config import preset
 from deepseek_jax.report.metrics import read_metrics
 from deepseek_jax.text.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--batch-size", "4", "--steps", "2", "--save-every", "1", "--eval-rows", "4"]
 ROWS = [

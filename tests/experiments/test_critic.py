@@ -15,8 +15,6 @@ from deepseek_jax.model.scoring import score
 from deepseek_jax.sharding import Layout
 from experiments.ppo.critic import Critic, critic_from, value_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 V, B, T = 16, 4, 9
 CONFIG = dataclasses.replace(
     preset("tiny"),

@@ -35,8 +35,6 @@ from experiments.ppo.ppo import (
     with_targets,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 V, B, T = 16, 8, 10
 MODEL = dataclasses.replace(
     preset("tiny"),

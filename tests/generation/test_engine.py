@@ -123,8 +123,13 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", KINDS)
+# one way at least of every kind; the others take longer
+SOON = {*(("gqa", way) for way in WAYS if way != "one-step"), ("mla-moe", "plain"), ("mla-moe", "preempted")}
+SOON |= {("v3.2", "plain"), ("mla-moe", "mtp"), ("gqa", "lookup")}
+cases = lambda *of: [pytest.param(*case, marks=() if case in SOON else pytest.mark.slow) for case in of]
+
+
+@pytest.mark.parametrize("kind, way", cases(*((kind, way) for kind in KINDS for way in WAYS)))
 def test_a_request_draws_what_it_draws_alone(kind, way):
     asked, expected = wanted(kind)
     found, of = together(kind, asked, seed=1, **WAYS[way])
@@ -134,7 +139,7 @@ def test_a_request_draws_what_it_draws_alone(kind, way):
 
 
 @pytest.mark.parametrize(
-    "kind, drafts", [("mla-moe", "mtp"), ("mla-moe", "lookup"), ("v3.2", "lookup"), ("gqa", "lookup")]
+    "kind, drafts", cases(("mla-moe", "mtp"), ("mla-moe", "lookup"), ("v3.2", "lookup"), ("gqa", "lookup"))
 )
 def test_drafts_change_no_token(kind, drafts):
     """Greedy and sampled, with penalties and stops inside the drafts."""

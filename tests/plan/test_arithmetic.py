@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,14 @@ MODELS = {
     "tiny grouped": tiny(attention=GROUPED, moe=None),
     "tiny with normed heads": tiny(attention=dataclasses.replace(GROUPED, qkv_bias=False, qk_norm=True), moe=None),
 }
+
+
+@cache
+def arrays(config):
+    """The model's own, by path; a large one takes a second to make."""
+    return nnx.to_flat_state(abstract_weights(config)[1])
+
+
 every_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys())
 
 
@@ -51,7 +60,7 @@ def test_the_table_lists_the_models_arrays_with_their_axes(config):
     listed, there = Counter(), Counter()
     for weight in weights.weights(config):
         listed[weight.shape, weight.axes, weight.module, weight.kind == "router_bias"] += weight.count
-    for path, leaf in nnx.to_flat_state(abstract_weights(config)[1]):
+    for path, leaf in arrays(config):
         axes = leaf.get_metadata()["axes"]
         there[leaf.get_raw_value().shape, axes, path[0] == "mtp", not isinstance(leaf, nnx.Param)] += 1
     assert listed == there
@@ -60,7 +69,7 @@ def test_the_table_lists_the_models_arrays_with_their_axes(config):
 @every_model
 def test_parameters_sum_to_what_is_trained(config):
     sizes = Counter()
-    for path, leaf in nnx.to_flat_state(abstract_weights(config)[1]):
+    for path, leaf in arrays(config):
         if isinstance(leaf, nnx.Param):
             sizes[path[0] == "mtp"] += math.prod(leaf.get_raw_value().shape)
     found = weights.parameters(config)

@@ -283,6 +283,8 @@ def compiled(platform, tmp_path_factory) -> dict[str, Compiled]:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(roots)}
     if platform == "cpu":
         environment["XLA_FLAGS"] = flags(8)  # machine code that is not optimised comes of the same HLO, sooner
+    else:
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"  # as users compile
     code = f"from tests.plan.test_hlo import write_texts; write_texts({platform!r}, {str(path)!r})"
     child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=1800)
     assert child.returncode == 0, child.stderr

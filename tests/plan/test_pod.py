@@ -75,7 +75,7 @@ def test_the_update_that_is_compiled_is_the_one_that_runs(dtype, moments):
     settings = dataclasses.replace(mine.settings, prompts_per_step=2, group_size=4, max_new_tokens=9)
     of, seen = trainer(settings), []
     update = of.update
-    of.update = lambda *given: seen.append(update.trace(*given)) or update(*given)
+    of.update = lambda state, batch: seen.append(update.trace(state, batch)) or (state, {})
     tokens = of.rollout_worker.tokenizer.chat([{"role": "user", "content": "1+1=?"}])
     of.step(of.first_state(), lambda: [Prompt("1+1=?", tokens, {})] * 2, 0)
     [ran], traced = seen, compiled.trace(mine).traced

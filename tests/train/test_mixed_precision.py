@@ -22,8 +22,6 @@ from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.sft_loss import SFTBatch, sft_batch, sft_objective
 from deepseek_jax.train.step import StepConfig, TrainState, init_state, make_train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TOKENIZER = Tokenizer.characters(ALPHABET, chat_template=TEMPLATE)
 SMALL = dataclasses.replace(
     preset("tiny"),
@@ -110,7 +108,7 @@ def test_weights_kept_in_bfloat16_hardly_would():
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 def test_masters_gradients_and_biases_are_float32(moments):
-    graphdef, weights = abstract_weights(SMALL)
+    graphdef, weights = abstract_weights(dataclasses.replace(SMALL, num_hidden_layers=2))  # a layer of each kind
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, moments=moments), 1)
     update = make_train_step(graphdef, sft_objective, optimizer, dataclasses.replace(HALF, micro_batches=2))
     state = jax.eval_shape(lambda weights: init_state(weights, optimizer), weights)

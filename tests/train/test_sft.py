@@ -24,8 +24,6 @@ from tests.checkpoint.folders import QWEN2
 from tests.laws import found_of
 from tests.test_sharded_steps import GQA
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = dataclasses.replace(QWEN2, num_hidden_layers=1, initializer_range=0.2)
 ROUTED = dataclasses.replace(
     preset("tiny"),
@@ -81,10 +79,22 @@ def assert_close(found, wanted, atol):
         np.testing.assert_allclose(found[path], value, rtol=0, atol=atol, err_msg=str(path))
 
 
+PACK, PARTS, BOTH = {"pack": True}, {"micro_batches": 4}, {"pack": True, "micro_batches": 2}
+
+
 @pytest.mark.parametrize(
-    "settings", [{"pack": True}, {"micro_batches": 4}, {"pack": True, "micro_batches": 2}], ids=str
+    ("settings", "loss_mean"),
+    [
+        (PACK, "tokens"),
+        (PARTS, "examples"),
+        (BOTH, "examples"),
+        # what the three above hold together
+        pytest.param(PACK, "examples", marks=pytest.mark.slow),
+        pytest.param(PARTS, "tokens", marks=pytest.mark.slow),
+        pytest.param(BOTH, "tokens", marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("loss_mean", ["tokens", "examples"])
 def test_packing_and_micro_batches_change_nothing_but_rounding(settings, loss_mean):
     wanted, values, _ = stepped(loss_mean=loss_mean)
     found, other, _ = stepped(loss_mean=loss_mean, **settings)
