@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from deepseek_jax.config import ModelConfig
@@ -18,7 +17,7 @@ from deepseek_jax.generation.drafts import by_mtp, lookup
 from deepseek_jax.generation.slot_draw import Drawn, draw
 from deepseek_jax.generation.slots import DrawState, SlotParams, empty_params, empty_state, put_rows
 from deepseek_jax.generation.thinking import NO_TAGS, ThinkTags
-from deepseek_jax.model.cache import Cache, abstract_cache, empty_cache
+from deepseek_jax.model.cache import Cache, abstract_cache, cache_axis, empty_cache
 from deepseek_jax.model.decoder import Decoder, Hidden, experts_of
 from deepseek_jax.model.lora import decoder_of
 from deepseek_jax.model.scoring import logprobs_of
@@ -126,11 +125,19 @@ class Programs:
         self.slots, self.table, self.steps, self.record = slots, table, steps, record
         self.drafts, self.draft_tokens = drafts, draft_tokens
         self.history = length if drafts == "lookup" else 0
-        self._first = jax.jit(self._first_state, static_argnames=("blocks", "block_size", "dtype"))
-        self.admit = jax.jit(self._admit, donate_argnums=0)
-        self.retable = jax.jit(self._retable, donate_argnums=0)
-        self.extend = jax.jit(self._extend, donate_argnames="state")
-        self.decode_loop = jax.jit(self._decode_loop, donate_argnames="state")
+        lies = self._state_shardings()
+        self._first = jax.jit(self._first_state, static_argnames=("blocks", "block_size", "dtype"), out_shardings=lies)
+        self.admit = jax.jit(self._admit, donate_argnums=0, out_shardings=lies)
+        self.retable = jax.jit(self._retable, donate_argnums=0, out_shardings=lies)
+        self.extend = jax.jit(self._extend, donate_argnames="state", out_shardings=(lies, None))
+        self.decode_loop = jax.jit(self._decode_loop, donate_argnames="state", out_shardings=(lies, None))
+
+    def _state_shardings(self) -> DeviceState | None:
+        """Every program gives the state back with the same ones, to the letter, or the next is compiled once more."""
+        if self.layout.mesh is None:
+            return None
+        like = self.abstract_state(self.layout.parts(cache_axis(self.config)), 1, jnp.float32)
+        return jax.tree.map(lambda a: a.sharding, like)
 
     def first_state(self, blocks: int, block_size: int, dtype: jnp.dtype) -> DeviceState:
         """Of slots that nobody has taken.
@@ -140,13 +147,7 @@ class Programs:
             block_size: tokens of a block.
             dtype: of the cache.
         """
-        state = self._first(blocks=blocks, block_size=block_size, dtype=jnp.dtype(dtype))
-        if self.layout.mesh is None:
-            return state
-        # Through a program that changes nothing: its shardings are then written as every program writes them, and none
-        # is compiled once more for another spelling.
-        nobody = np.full(self.slots, self.slots, np.int32)
-        return self.retable(state, nobody, np.zeros((self.slots, self.table), np.int32))
+        return self._first(blocks=blocks, block_size=block_size, dtype=jnp.dtype(dtype))
 
     def _first_state(self, blocks: int, block_size: int, dtype: jnp.dtype) -> DeviceState:
         S, V = self.slots, self.config.vocab_size
