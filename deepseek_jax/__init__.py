@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # the one list: type checkers read it, and so does `_homes`
     from deepseek_jax.config import preset as preset
     from deepseek_jax.data.examples import Prompt as Prompt
     from deepseek_jax.data.prompts import batches as batches
+    from deepseek_jax.generation.engine import Engine as Engine
+    from deepseek_jax.generation.engine_config import EngineConfig as EngineConfig
     from deepseek_jax.generation.generator import Generator as Generator
     from deepseek_jax.generation.sampling_config import SamplingConfig as SamplingConfig
     from deepseek_jax.generation.text import generate as generate

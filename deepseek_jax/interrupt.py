@@ -7,8 +7,10 @@ under way is put in order before the end.
 import os
 import signal
 import sys
-from types import FrameType
-from typing import NoReturn
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import NoReturn, Self
 
 STATUS = 130
 
@@ -43,6 +45,52 @@ def end(*, program: bool) -> NoReturn:
         _end()
     print("interrupted", file=sys.stderr)
     raise SystemExit(STATUS)
+
+
+class Notice:
+    """Ctrl-C as a fact to look at: within, it raises nothing, so that what is under way is not broken in the middle.
+
+    A second one, before anyone forgot the first, raises KeyboardInterrupt all the same. Where the signal is ignored, it
+    stays so.
+
+    Attributes:
+        came: whether one came since `forget`.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __enter__(self) -> Self:
+        self._before = signal.getsignal(signal.SIGINT)
+        self._held = self._before != signal.SIG_IGN
+        if self._held:
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._held:
+            signal.signal(signal.SIGINT, self._before)
+
+    def forget(self) -> None:
+        self.came = False
+
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """Within, every one raises KeyboardInterrupt, as usual."""
+        if self._held:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            yield
+        finally:
+            if self._held:
+                signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.came:
+            raise KeyboardInterrupt
+        self.came = True
 
 
 def _end(number: int = signal.SIGINT, frame: FrameType | None = None) -> NoReturn:

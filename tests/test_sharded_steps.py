@@ -20,6 +20,9 @@ from flax import nnx
 
 from deepseek_jax.checkpoint import names
 from deepseek_jax.checkpoint.adapters import adapted_paths, new_adapter
+from deepseek_jax.generation.completion import Record
+from deepseek_jax.generation.engine import Engine
+from deepseek_jax.generation.engine_config import EngineConfig
 from deepseek_jax.generation.generator import Generator
 from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
@@ -203,6 +206,49 @@ def what_is_sampled_on_a_mesh_is_what_one_device_samples():
         got, wanted = sampled(kind, layout), sampled(kind, LOCAL)
         assert [tokens for tokens, _ in got] == [tokens for tokens, _ in wanted], f"{kind} {layout}"
         same([of for _, of in got], [of for _, of in wanted], f"{kind} {layout}")
+
+
+@functools.cache
+def engine_runs(kind: str, layout: Layout, drafts: str):
+    """What an engine draws, prompts in chunks, some of them cached, and what it compiled after its warm-up."""
+    graphdef, weights = laid(kind, layout)
+    settings = EngineConfig(
+        max_num_seqs=8, max_model_len=40, block_size=4, num_blocks=30, chunk=8, max_num_batched_tokens=64,
+        decode_steps=3, batch_sizes=(8,), drafts=drafts, draft_tokens=1, admission="preempt",
+    )  # fmt: skip
+    engine = Engine(CONFIGS[kind], graphdef, weights, settings, record=Record(routes=CONFIGS[kind].moe is not None))
+    list(engine.warm_up())
+    compiled, found = engine.runner.compiled, {}
+    for number in range(24):
+        stem, own = TOKENS[0, : (0, 5, 8, 16)[number % 4]].tolist(), TOKENS[number % B, : 1 + number % 13].tolist()
+        settings = dict(max_new_tokens=9, temperature=float(number % 2), prompt_logprobs=number % 5 == 0)
+        engine.add([*stem, *own], SamplingConfig(**settings), seed=number)
+        if number % 3 == 0:
+            found |= {update.id: update.live for update in engine.step() if update.finished}
+    found |= {update.id: update.live for update in engine.run() if update.finished}
+    assert all(pool.used == 0 for pool in engine.scheduler.cache.pools)
+    assert engine.metrics.accepted > 0
+    lives = [found[number] for number in range(24)]
+    routes = [np.sort(np.concatenate(of.routes)).tolist() if of.routes else [] for of in lives]
+    return (
+        [of.request.tokens for of in lives],
+        routes,
+        [np.asarray([*of.logprobs, *of.prompt_logprobs]) for of in lives],
+        engine.runner.compiled - compiled,
+    )
+
+
+def an_engine_on_a_mesh_draws_what_one_device_draws(*kinds: str):
+    """With chunks, hits, drafts, records and log-probs of prompts; and nothing is compiled after its warm-up."""
+    sizes = {"mla": {"data": 2, "expert": 2, "tensor": 2}, "sparse": {"expert": 4, "context": 2}}
+    for kind in kinds or CONFIGS:
+        layout = Layout(mesh=make_mesh(**sizes.get(kind, {"data": 4, "tensor": 2})), workload="serve", scan_layers=True)
+        drafts = "mtp" if CONFIGS[kind].num_nextn_predict_layers else "lookup"
+        got, wanted = engine_runs(kind, layout, drafts), engine_runs(kind, SCANNED, drafts)
+        assert got[0] == wanted[0], kind
+        assert got[1] == wanted[1], kind
+        same(got[2], wanted[2], kind)
+        assert got[3] == 0, f"{kind}: {got[3]} compiled after the warm-up"
 
 
 def scored(given, function, *more, **bits):
@@ -438,6 +484,7 @@ THOROUGH = [
     a_step_on_a_mesh_is_that_of_one_device,
     logits_on_a_mesh_are_those_of_one_device,
     what_is_sampled_on_a_mesh_is_what_one_device_samples,
+    an_engine_on_a_mesh_draws_what_one_device_draws,
     log_probs_after_a_penalty_on_a_mesh_are_those_of_one_device,
     adamw_on_a_mesh_is_that_of_one_device,
     a_state_keeps_lying_as_its_weights_do,

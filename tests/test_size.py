@@ -8,7 +8,6 @@ PACKAGE = Path(__file__).resolve().parents[1] / "deepseek_jax"
 FILE, NINETY_PERCENT, FUNCTION = 450, 330, 60  # lines
 LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS = {
-    "commands/generate.py:main": "parameters of a command are its options, each with its help",
     "parallel/experts.py:routed_experts": "its arguments, described, are half of it",
     "rl/loss.py:grpo_loss": "its arguments and its metrics, described, are half of it",
     "train/loop.py:run_stage": "its arguments, described, are half of it",

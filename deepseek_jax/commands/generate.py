@@ -1,223 +1,270 @@
 """Complete prompts with a model: a Hugging Face folder, a converted one, or a name on the hub."""
 
+import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache, partial
+from typing import NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
+from rich.console import Console
 
-from deepseek_jax.checkpoint.folder import Model, load_model
+from deepseek_jax import distributed
+from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.checkpoint.hub import model_folder
 from deepseek_jax.checkpoint.model_folder import load_config
-from deepseek_jax.data.sources import open_source
-from deepseek_jax.distributed import on_main, printable, say
-from deepseek_jax.generation.generator import Generator
+from deepseek_jax.commands.chat import converse, write
+from deepseek_jax.commands.generate_prompts import check, encoded, how, probe, read
+from deepseek_jax.commands.generate_settings import COMMON, MAX_TOKENS, Config
+from deepseek_jax.commands.options import command
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.distributed import say
+from deepseek_jax.generation.engine import Engine, Update
+from deepseek_jax.generation.engine_config import EngineConfig
+from deepseek_jax.generation.generator import BATCHES, bucket, sizes_that_pay
+from deepseek_jax.generation.live import Live
 from deepseek_jax.generation.sampling_config import SamplingConfig
-from deepseek_jax.generation.text import Messages, encode_prompt, thinking_and_answer
-from deepseek_jax.model.precision import Precision, dtype_of
+from deepseek_jax.generation.text import encode_prompt, thinking_and_answer
+from deepseek_jax.model.precision import dtype_of
 from deepseek_jax.model.transfer import serving_layout
+from deepseek_jax.report.progress import Progress
 from deepseek_jax.sharding import LOCAL, Layout, lanes_of, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
 
+T = TypeVar("T")
+_STREAMED = 8  # tokens between two looks at the only completion, or at an answer, which Ctrl-C may stop
+_OF_PROMPTS = {"asked": ("samples", "chat"), "engine": ("batch",), "output": ("json", "logprobs")}
 
-def main(
-    model: Path,
-    /,
-    *,
-    prompt: str | None = None,
-    prompts: Path | None = None,
-    system: str | None = None,
-    chat: bool = True,
-    thinking: bool | None = None,
-    samples: int = 1,
-    max_tokens: int = 256,
-    temperature: float = 0.6,
-    top_p: float = 0.95,
-    top_k: int = 0,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
-    batch: int = 16,
-    dtype: Precision = "auto",
-    serve_expert: int | None = None,
-    serve_tensor: int | None = None,
-    json: bool = False,
-) -> None:
+
+@command(Config, common=COMMON, deciding=(), defaults=lambda given: Config())
+def main(config: Config) -> None:
     """Complete prompts with MODEL; text goes to stdout, tokens a second to stderr.
 
-    A single completion is printed as it comes. Several are kept apart by a line each before them.
-
-    Args:
-        model: Hugging Face or converted folder with its tokenizer, or a name on the hub.
-        prompt: the text, or the user's turn of a chat; - reads it from standard input.
-        prompts: a file of them: .txt, one a line, or rows (.jsonl, .json, .csv, .parquet) with "prompt", a text, or
-            "messages", a conversation.
-        system: text that the conversations begin with.
-        chat: put prompts into the checkpoint's chat template; base models, which have none, want --no-chat.
-        thinking: the template's switch of that name (DeepSeek-V3.1, V3.2); by default the template decides.
-        samples: completions of each prompt.
-        max_tokens: limit of new tokens, thinking included.
-        temperature: 0 takes the best token each time (DeepSeek-R1: 0.6).
-        top_p: sample among the smallest set of tokens that reaches this probability (DeepSeek-R1: 0.95).
-        top_k: sample among the k best; 0 is no limit.
-        repetition_penalty: divides the odds of tokens seen before; 1 is none.
-        seed: the same seed draws the same tokens.
-        batch: completions drawn at once.
-        dtype: of weights, activations and cache; auto is bfloat16 on accelerators and float32 on the CPU.
-        serve_expert: divide the model over all devices: groups that whole experts are divided between, with
-            serve_tensor. Where one of the two is given, the other is chosen to suit the model; what is left of the
-            devices are replicas. Without both the model is on one device.
-        serve_tensor: parts of heads, inner widths and vocabulary.
-        json: print one JSON object a completion: prompt and sample (numbers from 0), text, thinking and answer apart,
-            tokens (how many), finish_reason (stop or length) and seconds (of its batch).
+    A single completion is printed as it comes. Several are kept apart by a line each before them, in the order of the
+    prompts. Without a prompt, on a terminal, it is a conversation.
     """
-    for name, count in (("samples", samples), ("batch", batch)):
-        if count < 1:
-            raise ValueError(f"{name}: got {count}, wanted at least 1")
-    folder = model_folder(model)
-    tokenizer = Tokenizer.from_folder(folder)
-    asked = _encoded(tokenizer, read(prompt, prompts), system=system, chat=chat, thinking=thinking)
+    talks = _talks(config)
+    folder = model_folder(config.model)
+    tokenizer, model = Tokenizer.from_folder(folder), load_config(folder)
+    asked = probe(tokenizer, config.asked) if talks else encoded(tokenizer, read(config.asked), config.asked)
     if not tokenizer.eos_ids:
-        say(f"{model}: names no end-of-sequence token; sampling ends at --max-tokens alone", kind="warning")
-    sampling = SamplingConfig(
-        max_new_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        stop_ids=tokenizer.eos_ids,
-    )
-    layout = _layout(folder, serve_expert, serve_tensor)
-    loaded = load_model(folder, dtype=dtype_of(dtype), layout=layout)
-    job = _Job(Generator(loaded.config, loaded.graphdef), loaded, tokenizer, asked, sampling, seed)
-    _check(job, samples, folder)
-    start = time.perf_counter()
-    if len(asked) * samples == 1 and not json:
-        count = _stream(job)
+        say(f"{config.model}: names no end-of-sequence token; sampling ends at --max-tokens alone", kind="warning")
+    most = model.max_position_embeddings if talks else MAX_TOKENS
+    sampling = config.drawing(tokenizer.eos_ids, max_tokens=most)
+    check(folder, model, tokenizer, asked, sampling)
+    layout, dtype = _layout(model, config), dtype_of(config.engine.dtype)
+    job = _Job(config, tokenizer, asked, sampling)
+    settings = _talking(config) if talks else _completing(job, model)
+    settings.of_scheduler(model, layout, dtype)  # refuses what the model cannot do
+    loaded = load_model(folder, dtype=dtype, layout=layout)
+    if talks:
+        settings = _within_memory(settings, model, layout, dtype)
     else:
-        count = _print_all(_drawn(job, samples, batch), as_json=json)
-    print(f"{count} tokens in {time.perf_counter() - start:.1f} s, compilation included", file=sys.stderr)
-
-
-def read(prompt: str | None, prompts: Path | None) -> list[str | Messages]:
-    """The prompts that are asked for.
-
-    Raises:
-        ValueError: neither or both, no such file, no prompts in it, or a row without one.
-    """
-    if (prompt is None) == (prompts is None):
-        raise ValueError("wanted either --prompt TEXT or --prompts FILE")
-    if prompts is None:
-        return [on_main(sys.stdin.read).removesuffix("\n") if prompt == "-" else prompt]
-    if prompts.suffix == ".txt" and prompts.is_file():
-        try:
-            lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except UnicodeDecodeError as problem:
-            raise ValueError(f"{prompts}: got no UTF-8 text ({problem}); save it as such") from None
-        if not lines:
-            raise ValueError(f"{prompts}: got no line with a prompt, wanted at least one")
-        return lines
-    rows = open_source(str(prompts))
-    return [_of_row(rows[number], rows.where(number)) for number in range(len(rows))]
-
-
-def _of_row(row: dict, where: str) -> str | Messages:
-    found = row.get("messages", row.get("prompt"))
-    if not isinstance(found, str | list):
-        raise ValueError(f'{where}: got {sorted(row)}, wanted "prompt", a text, or "messages", a conversation')
-    return found
-
-
-def _encoded(tokenizer: Tokenizer, prompts: Sequence[str | Messages], **how: Any) -> list[list[int]]:
-    """The prompts' tokens; of several, what is wrong with one is said with its number."""
-    tokens = []
-    for number, each in enumerate(prompts):
-        try:
-            tokens.append(encode_prompt(tokenizer, each, **how))
-        except ValueError as problem:
-            raise ValueError(f"prompt {number}: {problem}" if len(prompts) > 1 else str(problem)) from None
-    return tokens
-
-
-def _layout(folder: Path, expert: int | None, tensor: int | None) -> Layout:
-    if expert is None and tensor is None:
-        return LOCAL
-    every = Layout(mesh=make_mesh(data=jax.device_count()), lanes=lanes_of(jax.default_backend()))
-    return serving_layout(load_config(folder), every, expert=expert, tensor=tensor)
+        settings = dataclasses.replace(settings, batch_sizes=sizes_that_pay(loaded.weights, settings.max_num_seqs))
+    engine = Engine(loaded.config, loaded.graphdef, loaded.weights, settings, tokenizer=tokenizer)
+    if talks:
+        _warm_up(engine)
+        converse(engine, sampling, partial(encode_prompt, tokenizer, **how(config.asked)), config.sampling.seed)
+    else:
+        _complete(engine, job)
 
 
 class _Job(NamedTuple):
-    """What is to be completed, and with what."""
+    """What is to be completed, and how."""
 
-    generator: Generator
-    model: Model
+    config: Config
     tokenizer: Tokenizer
     prompts: Sequence[Sequence[int]]
     sampling: SamplingConfig
-    seed: int
+
+    @property
+    def samples(self) -> int:
+        return self.config.asked.samples
+
+    @property
+    def count(self) -> int:
+        """Of the completions."""
+        return len(self.prompts) * self.samples
 
 
-def _check(job: _Job, samples: int, folder: Path) -> None:
-    """Refuse what the model cannot read, before the first batch."""
-    job.generator.check(job.prompts, range(len(job.prompts) * samples), samples)
-    highest, size = max(token for tokens in job.prompts for token in tokens), job.model.config.vocab_size
-    if highest >= size:
-        raise ValueError(
-            f"{folder}: the tokenizer gives the prompt the id {highest}, wanted ids below the model's vocab_size"
-            f" {size}; take both from the same checkpoint"
-        )
+# --- what is asked for ----------------------------------------------------------------------------
 
 
-def _stream(job: _Job) -> int:
+def _talks(config: Config) -> bool:
+    """Whether it is a conversation.
+
+    Raises:
+        ValueError: it cannot be one, or not with these settings.
+    """
+    if config.asked.prompt is not None or config.asked.prompts is not None:
+        return False
+    if not sys.stdin.isatty():
+        raise ValueError("wanted either --prompt TEXT or --prompts FILE; without them, a conversation wants a terminal")
+    if distributed.process_count() > 1:
+        raise ValueError("wanted --prompt TEXT or --prompts FILE; a conversation is of one process")
+    plain = Config()
+    for group, names in _OF_PROMPTS.items():
+        for name in names:
+            got = getattr(getattr(config, group), name)
+            if got != getattr(getattr(plain, group), name):
+                raise ValueError(f"{name}: got {got} for a conversation, wanted --prompt or --prompts with it")
+    return True
+
+
+def _layout(model: ModelConfig, config: Config) -> Layout:
+    expert, tensor = config.engine.serve_expert, config.engine.serve_tensor
+    if expert is None and tensor is None:
+        return LOCAL
+    every = Layout(mesh=make_mesh(data=jax.device_count()), lanes=lanes_of(jax.default_backend()))
+    return serving_layout(model, every, expert=expert, tensor=tensor)
+
+
+def _completing(job: _Job, model: ModelConfig) -> EngineConfig:
+    """How an engine runs that has all requests from the beginning."""
+    context = model.max_position_embeddings
+    longest = max(len(tokens) + job.sampling.limit(len(tokens), context) for tokens in job.prompts)
+    slots, length = min(job.config.engine.batch, bucket(job.count, least=1)), min(bucket(longest), context)
+    steps = BATCHES.decode_steps if job.count > 1 else _STREAMED
+    of_job = {"max_num_seqs": slots, "max_model_len": length, "decode_steps": steps}
+    return dataclasses.replace(BATCHES, **of_job, **job.config.engine.drafts)
+
+
+def _talking(config: Config) -> EngineConfig:
+    """How one runs that has a request at a time, which begins as the last one did."""
+    return EngineConfig(max_num_seqs=1, block_size=BATCHES.block_size, decode_steps=_STREAMED, **config.engine.drafts)
+
+
+def _within_memory(settings: EngineConfig, model: ModelConfig, layout: Layout, dtype: jnp.dtype) -> EngineConfig:
+    """The same with a context that the cache has memory for."""
+    of_host = settings.of_scheduler(model, layout, dtype)
+    room = (of_host.num_blocks - 1) * of_host.block_size - of_host.draft_tokens
+    return dataclasses.replace(settings, max_model_len=min(of_host.max_model_len, room))
+
+
+def _warm_up(engine: Engine) -> None:
+    """Compile all that a conversation can need, so that no answer waits for it."""
+    compiled = engine.warm_up()
+    with Progress(next(compiled)[1], "compile", start=1, console=_notes()) as progress:
+        for done, _ in compiled:
+            progress.update(done)
+
+
+# --- completions ----------------------------------------------------------------------------------
+
+
+def _complete(engine: Engine, job: _Job) -> None:
+    """Draw and print all of them."""
+    start = time.perf_counter()
+    printed = _stream if job.count == 1 and not job.config.output.json else _print_all
+    tokens = printed(engine, job)
+    print(f"{tokens} tokens in {time.perf_counter() - start:.1f} s, compilation included", file=sys.stderr)
+    if engine.metrics.offered:
+        print(f"{engine.metrics.accepted} of {engine.metrics.offered} drafts were right", file=sys.stderr)
+
+
+def _updates(engine: Engine, job: _Job) -> Iterator[tuple[int, Update]]:
+    """What comes of each completion, with its number."""
+    seed, numbers = job.config.sampling.seed, {}
+    for number in range(job.count):
+        numbers[engine.add(job.prompts[number // job.samples], job.sampling, seed=seed + number)] = number
+    for update in engine.run():
+        yield numbers[update.id], update
+
+
+def _stream(engine: Engine, job: _Job) -> int:
     """Print the only completion as it comes; returns its tokens."""
-    given, tokens = 0, 0
-    of = {"seed": job.seed, "tokenizer": job.tokenizer}
-    for found in job.generator.stream(job.model.weights, job.prompts[0], job.sampling, **of):
-        _write(found.text[given:])
-        given, tokens = len(found.text), len(found.tokens)
-    _write("\n")
+    tokens = 0
+    for _, update in _updates(engine, job):
+        write(update.text)
+        tokens += len(update.tokens)
+    write("\n")
     return tokens
 
 
-def _drawn(job: _Job, samples: int, batch: int) -> Iterator[dict]:
-    """All completions in order, as --json prints them."""
-    at_once = max(1, batch // samples)
-    for first in range(0, len(job.prompts), at_once):
-        start, asked = time.perf_counter(), job.prompts[first : first + at_once]
-        seeds = range(job.seed + first * samples, job.seed + (first + len(asked)) * samples)
-        given = {"seeds": seeds, "samples": samples, "tokenizer": job.tokenizer}
-        found = job.generator(job.model.weights, asked, job.sampling, **given)
-        seconds = round(time.perf_counter() - start, 3)
-        for number, completion in enumerate(found):
-            thinking, answer = thinking_and_answer(job.tokenizer, asked[number // samples], completion.text)
-            yield {
-                "prompt": first + number // samples,
-                "sample": number % samples,
-                "text": completion.text,
-                "thinking": thinking,
-                "answer": answer,
-                "tokens": len(completion.tokens),
-                "finish_reason": "stop" if completion.finished else "length",
-                "seconds": seconds,
-            }
-
-
-def _print_all(found: Iterator[dict], *, as_json: bool) -> int:
-    """Print completions as their batches are done; returns their tokens."""
+def _print_all(engine: Engine, job: _Job) -> int:
+    """Print completions in order, each as soon as all before it are done; returns their tokens."""
     count = 0
-    for each in found:
-        count += each["tokens"]
-        if as_json:
-            print(json.dumps(each), flush=True)
-        else:
-            head = f"--- prompt {each['prompt']}, sample {each['sample']}, {each['tokens']} tokens"
-            _write(f"{head}, {each['finish_reason']} ---\n{each['text']}\n")
+    with Progress(job.count, "generate", console=_notes()) as progress:
+        for found in in_order(_drawn(engine, job, progress)):
+            count += found["tokens"]
+            with progress.aside():
+                _print(found, as_json=job.config.output.json)
     return count
 
 
-def _write(text: str) -> None:
-    """A terminal would obey what a model writes; a file or a pipe is to get it unchanged."""
-    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
+def _notes() -> Console:
+    """Standard error, where it is a terminal."""
+    return Console(stderr=True, quiet=not sys.stderr.isatty() or not distributed.is_main())
+
+
+def _drawn(engine: Engine, job: _Job, progress: Progress) -> Iterator[tuple[int, dict]]:
+    """All completions with their numbers, as they come and as --json prints them."""
+    start, first, tokens, done = time.perf_counter(), None, 0, 0
+    logprobs = _Logprobs(job.tokenizer) if job.config.output.logprobs is not None else None
+    for number, update in _updates(engine, job):
+        now = time.perf_counter()
+        tokens, done = tokens + len(update.tokens), done + update.finished
+        first = first or (now, tokens)  # what came before it was mostly compilation
+        speed = (tokens - first[1]) / (now - first[0]) if now > first[0] else 0.0
+        progress.update(done, **{"tokens/s": speed})
+        if update.finished:
+            found = _as_json(number, update.live, job) | {"seconds": round(now - start, 3)}
+            yield number, found if logprobs is None else found | {"logprobs": logprobs(update.live)}
+
+
+def in_order(found: Iterable[tuple[int, T]]) -> Iterator[T]:
+    """What comes with its number, in the order of the numbers.
+
+    >>> list(in_order([(1, "b"), (0, "a"), (2, "c")]))
+    ['a', 'b', 'c']
+    """
+    waiting: dict[int, T] = {}
+    due = 0
+    for number, each in found:
+        waiting[number] = each
+        while due in waiting:
+            yield waiting.pop(due)
+            due += 1
+
+
+def _as_json(number: int, live: Live, job: _Job) -> dict:
+    request = live.request
+    thinking, answer = thinking_and_answer(job.tokenizer, request.tokens[: request.prompt_length], live.text)
+    return {
+        "prompt": number // job.samples,
+        "sample": number % job.samples,
+        "text": live.text,
+        "thinking": thinking,
+        "answer": answer,
+        "tokens": len(request.tokens) - request.prompt_length,
+        "finish_reason": "stop" if request.stopped else "length",
+    }
+
+
+class _Logprobs:
+    """The log-probs of a completion's tokens as --json prints them."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._text = cache(lambda token: tokenizer.decode([token], skip_special=False))
+
+    def __call__(self, live: Live) -> list[dict]:
+        drawn = zip(live.request.tokens[live.request.prompt_length :], live.logprobs, strict=True)
+        best = [self._best(*each) for each in live.top] or [[] for _ in live.logprobs]
+        return [self._of(*each) | {"top": top} for each, top in zip(drawn, best, strict=True)]
+
+    def _best(self, ids: Sequence[int], logprobs: Sequence[float]) -> list[dict]:
+        return [self._of(int(token), float(value)) for token, value in zip(ids, logprobs, strict=True) if token >= 0]
+
+    def _of(self, token: int, logprob: float) -> dict:
+        return {"id": token, "text": self._text(token), "logprob": logprob}
+
+
+def _print(found: dict, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found), flush=True)
+    else:
+        head = f"--- prompt {found['prompt']}, sample {found['sample']}, {found['tokens']} tokens"
+        write(f"{head}, {found['finish_reason']} ---\n{found['text']}\n")

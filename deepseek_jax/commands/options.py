@@ -63,12 +63,13 @@ def prepared(main: Callable[..., Any], arguments: Sequence[str]) -> tuple[Callab
     given = {name: value for name, value in _given(of, arguments).items() if name in of.deciding}
     first = of.defaults(given)
     deciding = ", ".join(f"--{name.replace('_', '-')}" for name in of.deciding)
-    theirs = f"Defaults depend on {deciding}: given beside --help, they show theirs."
+    theirs = [f"Defaults depend on {deciding}: given beside --help, they show theirs."] if deciding else []
+    does = inspect.cleandoc(main.__doc__)
     if "--help-all" in arguments:
-        return _calling(main, first, f"{main.__doc__}\n\n{theirs}"), plain
+        return _calling(main, first, "\n\n".join([does, *theirs])), plain
     more = len(options_of(of.settings)) - len(of.common)
-    text = f"{main.__doc__}\n\nThese are the options that most runs need; --help-all shows {more} more. {theirs}"
-    return _calling(main, _with_common(first, of.common), text), plain
+    short = [f"These are the options that most runs need; --help-all shows {more} more.", *theirs]
+    return _calling(main, _with_common(first, of.common), f"{does}\n\n{' '.join(short)}"), plain
 
 
 def _calling(main: Callable[[Any], Any], first: Any, text: str | None) -> Callable[[Any], Any]:

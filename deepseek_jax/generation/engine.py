@@ -5,8 +5,11 @@ them asked for, and the device never waits for the host: with overlap a step is 
 ahead of it has come back. A token is a function of its sequence, its seed and its position alone.
 """
 
-from collections.abc import Iterator, Sequence
+import numbers
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -84,6 +87,8 @@ class _Flight(NamedTuple):
 class Engine:
     """Generation for one model, request by request.
 
+    One thread steps; requests may be added and cancelled, and weights loaded, from any other meanwhile.
+
     Args:
         config: the model's.
         graphdef: static part of the module, from `model.decoder.split`.
@@ -110,6 +115,8 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         closing: str = CLOSING,
     ):
+        if record.routes and config.moe is None:
+            raise ValueError("record: got routes for a model without experts, wanted none; it chooses none")
         self.config, self.settings, self.weights, self.tokenizer = config, settings, weights, tokenizer
         self.record, self.tags, self._closing = record, NO_TAGS, closing
         dtype = dtype or jax.tree.leaves(weights["embed"])[0].dtype
@@ -120,6 +127,7 @@ class Engine:
         self._lives: dict[int, Live] = {}
         self._flights: list[_Flight] = []
         self._next = 0
+        self._lock = threading.Lock()  # of all the above; not held while the device is waited for
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -136,47 +144,52 @@ class Engine:
             ValueError: a prompt that leaves no room in the context, tokens or settings that the model does not have, or
                 more than the cache can ever hold.
         """
-        context = self.scheduler.config.max_model_len
-        limit = sampling.limit(len(tokens), context)
-        wrong = [token for token in tokens if not 0 <= token < self.config.vocab_size]
+        self._check(tokens, sampling)
+        tokens = list(map(int, tokens))
+        limit = sampling.limit(len(tokens), self.scheduler.config.max_model_len)
+        params_of(sampling, seed=seed, limit=limit, vocab_size=self.config.vocab_size)
+        opened, stream = False, None
+        if sampling.thinking_budget is not None:
+            self.tags = think_tags(self.tokenizer, self._closing) if self.tags is NO_TAGS else self.tags
+            opened = opens_thought(self.tokenizer.decode(tokens[-16:], skip_special=False))
+        if self.tokenizer is not None:
+            stream = TextStream(self.tokenizer, stop=sampling.stop, least=sampling.min_new_tokens)
+        with self._lock:
+            request = Request(id=self._next, tokens=tokens, max_new_tokens=limit, salt=salt)
+            request.reuse = not sampling.prompt_logprobs
+            if self.record.routes:
+                request.payload = partial(_routes_of_block, self._lives, request.id, self.settings.block_size)
+            self.scheduler.add(request)
+            self._lives[request.id] = Live(request=request, sampling=sampling, seed=seed, opened=opened, stream=stream)
+            self._next += 1
+        return request.id
+
+    def _check(self, tokens: Sequence[int], sampling: SamplingConfig) -> None:
+        V = self.config.vocab_size
+        wrong = [of for of in tokens if not (isinstance(of, numbers.Integral) and 0 <= of < V)]
         if wrong:
-            raise ValueError(f"prompt: got token {wrong[0]}, wanted 0 to {self.config.vocab_size - 1}")
+            raise ValueError(f"prompt: got token {wrong[0]!r:.60}, wanted whole numbers from 0 to {V - 1}")
         for name in ("stop", "thinking_budget"):
             if self.tokenizer is None and getattr(sampling, name) not in ((), None):
                 raise ValueError(f"{name}: got it for an engine without a tokenizer, wanted one with the model's")
         if self.record.support:
             refuse_unreplayable(sampling)
-        params_of(sampling, seed=seed, limit=limit, vocab_size=self.config.vocab_size)
-        request = Request(id=self._next, tokens=list(tokens), max_new_tokens=limit, salt=salt)
-        request.reuse = not sampling.prompt_logprobs
-        opened, stream = False, None
-        if sampling.thinking_budget is not None:
-            self.tags = think_tags(self.tokenizer, self._closing) if self.tags is NO_TAGS else self.tags
-            opened = opens_thought(self.tokenizer.decode(list(tokens[-16:]), skip_special=False))
-        if self.tokenizer is not None:
-            stream = TextStream(self.tokenizer, stop=sampling.stop, least=sampling.min_new_tokens)
-        live = Live(request=request, sampling=sampling, seed=seed, opened=opened, stream=stream)
-        if self.record.routes:
-            size = self.scheduler.config.block_size
-            request.payload = lambda block: live.routes_of(block * size, (block + 1) * size)
-        self.scheduler.add(request)
-        self._lives[request.id] = live
-        self._next += 1
-        return request.id
 
     def cancel(self, id: int) -> bool:
-        """End a request; False where it does not live any more."""
-        self._lives.pop(id, None)
-        return self.scheduler.cancel(id)
+        """End a request, of which no update comes any more; False where it does not live."""
+        with self._lock:
+            self._lives.pop(id, None)
+            return self.scheduler.cancel(id)
 
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
     def load(self, weights: nnx.State) -> None:
-        """Draw from other weights from now on; nothing that the old ones computed is reused."""
-        self.weights = weights
-        self.scheduler.reset_prefix_cache()
+        """Draw from other weights from now on; what the old ones computed, only those requests go on from that run."""
+        with self._lock:
+            self.weights = weights
+            self.scheduler.reset_prefix_cache()
 
     def run(self) -> Iterator[Update]:
         """Steps until no request is left."""
@@ -187,18 +200,24 @@ class Engine:
 
     def step(self) -> list[Update]:
         """Schedule, run, retire."""
-        plan = self.scheduler.schedule()
-        self._reuse_routes(plan)
-        if not plan.empty:
-            self._flights.append(_Flight(plan, self.runner.run(self.weights, plan, self._lives, self.tags)))
-        lag = 1 if self.settings.overlap and not plan.empty else 0
-        return [update for _ in range(len(self._flights) - lag) for update in self._retire(self._flights.pop(0))]
+        with self._lock:
+            plan = self.scheduler.schedule()
+            self._reuse_routes(plan)
+            if not plan.empty:
+                self._flights.append(_Flight(plan, self.runner.run(self.weights, plan, self._lives, self.tags)))
+            lag = 1 if self.settings.overlap and not plan.empty else 0
+            due = [self._flights.pop(0) for _ in range(len(self._flights) - lag)]
+        updates = []
+        for flight in due:
+            found = [jax.tree.map(np.asarray, call.found) for call in flight.calls]
+            with self._lock:
+                updates += self._retire(flight, found)
+        return updates
 
-    def _retire(self, flight: _Flight) -> list[Update]:
-        """Wait for a step, and tell what came of it."""
+    def _retire(self, flight: _Flight, founds: Sequence[Extended | Decoded]) -> list[Update]:
+        """Tell what came of a step."""
         results: dict[int, Drawn] = {}
-        for call in flight.calls:
-            found = jax.tree.map(np.asarray, call.found)
+        for call, found in zip(flight.calls, founds, strict=True):
             for number, row in enumerate(call.rows):
                 if row is not None:
                     results[row.request.id] = self._noted(row, number, found)
@@ -228,3 +247,8 @@ class Engine:
     def warm_up(self) -> Iterator[tuple[int, int]]:
         """Compile every shape that can come, before any request; yields (done, of how many)."""
         yield from self.runner.warm_up(self.weights, self.tags)
+
+
+def _routes_of_block(lives: Mapping[int, Live], id: int, size: int, block: int) -> np.ndarray:
+    """What a block of a request carries when it is published. The request itself is not held: that were a cycle."""
+    return lives[id].routes_of(block * size, (block + 1) * size)

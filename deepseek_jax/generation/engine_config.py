@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.distributed import all_gather_objects
 from deepseek_jax.generation.scheduler import SchedulerConfig
 from deepseek_jax.model.cache import abstract_cache, cache_axis
 from deepseek_jax.sharding import Layout
@@ -104,9 +105,10 @@ class EngineConfig:
         cache = abstract_cache(config, shards, self.block_size, dtype, layout, drafts=self.drafts == "mtp")
         held = lambda leaf: leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
         block = sum(int(np.prod(held(leaf))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-        device = jax.devices()[0] if layout.mesh is None else layout.mesh.devices.flat[0]
+        device, *_ = jax.local_devices() if layout.mesh is None else layout.mesh.local_devices
         memory = device.memory_stats() or {}
-        free = memory.get("bytes_limit", 0) - memory.get("bytes_in_use", 0)
+        # all processes plan alike, so they have as many blocks as the one with the least memory
+        free = min(all_gather_objects(memory.get("bytes_limit", 0) - memory.get("bytes_in_use", 0)))
         room = int(free * self.memory_utilization) if free > 0 else _WITHOUT_STATISTICS
         return max(2, min(wanted, room // block))
 

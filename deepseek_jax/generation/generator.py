@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -11,7 +12,7 @@ from flax import nnx
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.generation.completion import NO_RECORD, Completion, Record
 from deepseek_jax.generation.engine import Engine
-from deepseek_jax.generation.engine_config import EngineConfig
+from deepseek_jax.generation.engine_config import EngineConfig, row_buckets
 from deepseek_jax.generation.live import Live
 from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.sharding import module_layout
@@ -22,9 +23,9 @@ BATCHES = EngineConfig(
     max_num_batched_tokens=2048,
     block_size=16,
     decode_steps=16,
-    batch_sizes=(8, 16, 32, 64, 128),
 )
 """How an engine runs that has all requests from the beginning."""
+_DEAR = 2**24  # parameters from which on a CPU's time for a row is worth a compilation
 
 
 class Generator:
@@ -101,13 +102,14 @@ class Generator:
         slots: completions drawn at a time at most.
         """
         self.check(prompts, seeds, samples)
-        self._check_record(record)
         count = len(seeds) if slots is None else min(slots, len(seeds))
         engine = self._engine(weights, prompts, sampling, count, self.settings, record=record, tokenizer=tokenizer)
         numbers = {
             engine.add(prompts[number // samples], sampling, seed=seed): number for number, seed in enumerate(seeds)
         }
         for update in engine.run():
+            if update.live.error is not None:
+                raise update.live.error
             if update.finished:
                 yield numbers[update.id], _completion(update.live, record)
 
@@ -135,6 +137,8 @@ class Generator:
         engine = self._engine(weights, [prompt], sampling, 1, settings, tokenizer=tokenizer)
         engine.add(prompt, sampling, seed=seed)
         for update in engine.run():
+            if update.live.error is not None:
+                raise update.live.error
             yield _completion(update.live, NO_RECORD)
 
     def _engine(
@@ -149,9 +153,11 @@ class Generator:
         """One for these requests: as many slots and as long tables as they can use, up to the next power of two."""
         context = settings.max_model_len or self.config.max_position_embeddings
         longest = min(max(map(len, prompts)) + sampling.max_new_tokens, context)
+        slots = min(settings.max_num_seqs, bucket(count, least=1))
         settings = dataclasses.replace(
             settings,
-            max_num_seqs=min(settings.max_num_seqs, bucket(count, least=1)),
+            max_num_seqs=slots,
+            batch_sizes=settings.batch_sizes or sizes_that_pay(weights, slots),
             max_model_len=min(bucket(longest), context),
         )
         return Engine(self.config, self.graphdef, weights, settings, dtype=self.dtype, **given)
@@ -170,9 +176,15 @@ class Generator:
                     f"fewer than the model's context of {context}; shorten it"
                 )
 
-    def _check_record(self, record: Record) -> None:
-        if record.routes and self.config.moe is None:
-            raise ValueError("record: got routes for a model without experts, wanted none; it chooses none")
+
+def sizes_that_pay(weights: nnx.State, slots: int) -> tuple[int, ...]:
+    """Numbers of rows to compile for: few where a row is cheap beside a compilation, as in a toy or on accelerators."""
+    first = jax.tree.leaves(weights)[0]
+    on_cpu = isinstance(first, jax.Array) and next(iter(first.devices())).platform == "cpu"
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(weights))
+    if on_cpu and parameters > _DEAR:
+        return tuple(size for size in row_buckets(slots) if size >= 8) or (slots,)
+    return (max(8, slots // 4),)
 
 
 def _completion(live: Live, record: Record) -> Completion:

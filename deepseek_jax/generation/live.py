@@ -1,6 +1,8 @@
 """What the host keeps of a request that runs: its settings, and by token what came of it."""
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -38,30 +40,34 @@ class Live:
     penalised: list[np.ndarray] = field(default_factory=list)
     routes: list[np.ndarray] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
+    error: NonFiniteLogitsError | None = None
 
     def note_span(self, span: Span, row: int, found: Extended) -> Drawn:
         """Keep what came of a span of the prompt, or of an earlier life."""
         if found.routes_RTLA is not None:
-            self.routes.append(found.routes_RTLA[row, : span.count])
+            self.routes.append(found.routes_RTLA[row, : span.count].copy())
         if self.sampling.prompt_logprobs:
-            inside = self.request.prompt_length - 1 - span.start
-            self.prompt_logprobs += found.logprobs_RT[row, : max(0, min(span.count, inside))].tolist()
+            end = min(span.start + span.count, self.request.prompt_length - 1)
+            values = found.logprobs_RT[row, : max(0, end - span.start)]
+            self.prompt_logprobs[span.start : end] = values.tolist()  # in the place of those of an earlier life
         return self._note(jax.tree.map(lambda a: a[row][None], found.drawn)) if span.last else Drawn(())
 
     def note_row(self, row: int, found: Decoded) -> Drawn:
         """Keep what a decode loop drew."""
         count = found.count_R[row]
+        drawn = self._note(jax.tree.map(lambda a: a[row, :count], found.drawn))
         if found.routes_RNLA is not None:
-            self.routes.append(found.routes_RNLA[row, :count])
-        return self._note(jax.tree.map(lambda a: a[row, :count], found.drawn))
+            self.routes.append(found.routes_RNLA[row, : len(drawn.tokens)].copy())
+        return drawn
 
     def _note(self, drawn: Any) -> Drawn:
-        """Keep draws, [count, ...] in every part; those after a stop text are none."""
+        """Keep draws, [count, ...] in every part; those after a stop text are none. Copies, or all rows' would stay."""
         if not np.all(np.isfinite(drawn.logprob_R)):
-            raise NonFiniteLogitsError(
+            self.error = NonFiniteLogitsError(
                 f"request {self.request.id}: the model's logits are no finite numbers; its weights are damaged, or too "
                 "large to compute with"
             )
+            return Drawn((), stopped=True)
         tokens, stopped = drawn.token_R.tolist(), bool(drawn.stopped_R.any())
         if self.stream is not None:
             before = self.stream.tokens
@@ -71,10 +77,12 @@ class Live:
                 tokens, drawn = tokens[:count], jax.tree.map(lambda a: a[:count], drawn)
         self.logprobs += drawn.logprob_R.tolist()
         if wanted := self.sampling.top_logprobs:
-            self.top += zip(drawn.top_ids_RK[:, :wanted], drawn.top_logprobs_RK[:, :wanted], strict=True)
+            best = drawn.top_ids_RK[:, :wanted].copy(), drawn.top_logprobs_RK[:, :wanted].copy()
+            self.top += zip(*best, strict=True)
         if drawn.support_RW is not None:
-            self.support.append(drawn.support_RW)
-            self.penalised.append(drawn.penalised_RW)
+            self.support.append(drawn.support_RW.copy())
+            if self.sampling.repetition_penalty != 1:
+                self.penalised.append(drawn.penalised_RW.copy())
         return Drawn(tokens, stopped)
 
     def new_text(self, *, finished: bool) -> str:
@@ -86,4 +94,7 @@ class Live:
 
     def routes_of(self, start: int, end: int) -> np.ndarray:
         """Of the tokens from `start` to `end`."""
-        return np.concatenate(self.routes)[start:end]
+        ends = list(accumulate(map(len, self.routes)))
+        first, last = bisect_right(ends, start), bisect_left(ends, end)
+        before = ends[first - 1] if first else 0
+        return np.concatenate(self.routes[first : last + 1])[start - before : end - before]

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from deepseek_jax.config import ModelConfig
@@ -20,7 +21,9 @@ from deepseek_jax.generation.thinking import NO_TAGS, ThinkTags
 from deepseek_jax.model.cache import Cache, abstract_cache, empty_cache
 from deepseek_jax.model.decoder import Decoder, Hidden, experts_of
 from deepseek_jax.model.lora import decoder_of
-from deepseek_jax.ops.logprobs import logprobs_of_logits, project
+from deepseek_jax.model.scoring import logprobs_of
+from deepseek_jax.ops.logprobs import project
+from deepseek_jax.parallel.attention import laid_pool
 from deepseek_jax.sharding import module_layout
 
 
@@ -137,7 +140,13 @@ class Programs:
             block_size: tokens of a block.
             dtype: of the cache.
         """
-        return self._first(blocks=blocks, block_size=block_size, dtype=jnp.dtype(dtype))
+        state = self._first(blocks=blocks, block_size=block_size, dtype=jnp.dtype(dtype))
+        if self.layout.mesh is None:
+            return state
+        # Through a program that changes nothing: its shardings are then written as every program writes them, and none
+        # is compiled once more for another spelling.
+        nobody = np.full(self.slots, self.slots, np.int32)
+        return self.retable(state, nobody, np.zeros((self.slots, self.table), np.int32))
 
     def _first_state(self, blocks: int, block_size: int, dtype: jnp.dtype) -> DeviceState:
         S, V = self.slots, self.config.vocab_size
@@ -204,7 +213,7 @@ class Programs:
         next_RT = jnp.where(column == spans.count_R[:, None] - 1, follows[:, None], next_RT)
         logprobs_RT = jax.lax.cond(
             want_logprobs,
-            lambda: logprobs_of_logits(model.logits(hidden.x_BTD), next_RT)[0],
+            lambda: logprobs_of(model, hidden.x_BTD, next_RT)[0],  # never the logits of all at once
             lambda: jnp.zeros(next_RT.shape, jnp.float32),
         )
         state = self._stepped(state._replace(cache=cache), drawing, drawn, spans.slots_R, position_R, draws)
@@ -275,7 +284,7 @@ class Programs:
         if self.drafts == "mtp":
             of_new = hidden.x_BTD, jnp.stack(drawn_RT, axis=1), at, count_R
             state = self._draft(model, state, *of_new, rows_R, live_R, tags, phase="decode")
-        offered = found.offered + jnp.sum(live_R) * self.draft_tokens
+        offered = found.offered + jnp.sum(live_R[:, None] & (guesses_RD >= 0))
         accepted = found.accepted + jnp.sum(jnp.maximum(count_R - 1, 0))
         return self._laid(state), found._replace(steps=found.steps + 1, offered=offered, accepted=accepted)
 
@@ -349,13 +358,15 @@ class Programs:
         return jax.tree.map(lambda a: self.layout.constrain(a, *(None,) * a.ndim), found)
 
     def _laid(self, state: DeviceState) -> DeviceState:
-        """Everything but the cache on every device, and the counts of drawn tokens cut by vocabulary."""
+        """The cache where its blocks lie, the counts of drawn tokens cut by vocabulary, all else on every device."""
         if self.layout.mesh is None:
             return state
         everywhere = lambda a: self.layout.constrain(a, *(None,) * a.ndim)
         small = jax.tree.map(everywhere, state._replace(cache=(), drawing=state.drawing._replace(counts=())))
         counts = self.layout.constrain(state.drawing.counts, None, "vocab")
-        return small._replace(cache=state.cache, drawing=small.drawing._replace(counts=counts))
+        pools = lambda pools: tuple(laid_pool(pool, self.layout) for pool in pools)
+        cache = Cache(*map(pools, state.cache))
+        return small._replace(cache=cache, drawing=small.drawing._replace(counts=counts))
 
 
 def _remember(history_SL: jax.Array, rows_R, position_R, token_R, live_R) -> jax.Array:

@@ -66,7 +66,8 @@ class Runner:
             record=record,
         )
         self._row_buckets = row_buckets(slots // self.shards, settings.batch_sizes)
-        least = max(16, module_layout(graphdef).parts("tokens"))
+        parts = module_layout(graphdef).parts("tokens")
+        least = -(-16 // parts) * parts
         tokens = of_host.max_num_batched_tokens // self.shards
         rows = slots // self.shards, least, settings.batch_sizes
         self._span_buckets = span_buckets(of_host.chunk, tokens, *rows)

@@ -80,7 +80,7 @@ def score(
     """
     real_BT = real_tokens(mask_BT) if segments_BT is None else _real_of_packed(mask_BT, segments_BT)
     hidden = model(tokens_BT, real_BT, segments_BT=segments_BT, per_row=per_row, routes_BTLA=routes_BTLA)
-    logprobs, entropy, best = _logprobs(
+    logprobs, entropy, best = logprobs_of(
         model, hidden.x_BTD, targets_BT, (support_BTW, penalised_BTW), temperature=temperature, penalty=penalty
     )
     return Scored(logprobs, entropy, *routing_of(hidden.stats), best)
@@ -104,10 +104,10 @@ def score_ahead(
     packed = {"segments_BT": segments_BT, "per_row": per_row}
     real_BT = real_tokens(mask_BT) if segments_BT is None else _real_of_packed(mask_BT, segments_BT)
     hidden = model(tokens_BT, real_BT, **packed)
-    logprobs, entropy, best = _logprobs(model, hidden.x_BTD, targets_BT)
+    logprobs, entropy, best = logprobs_of(model, hidden.x_BTD, targets_BT)
     further, stats = [], hidden.stats
     for depth, draft in enumerate(model.draft(hidden.x_BTD, targets_BT, real_BT, **packed), 1):
-        of_targets, _, _ = _logprobs(model, draft.x_BTD, ahead(targets_BT, depth))
+        of_targets, _, _ = logprobs_of(model, draft.x_BTD, ahead(targets_BT, depth))
         further.append(Ahead(of_targets, ahead_within(mask_BT, depth, segments_BT)))
         stats += draft.stats
     return Scored(logprobs, entropy, *routing_of(stats), best), tuple(further)
@@ -142,13 +142,14 @@ def _routes_a_token(config: ModelConfig) -> tuple[int, int]:
 
 
 @jax.named_scope("logits")
-def _logprobs(
+def logprobs_of(
     model: Decoder,
     x_BTD: jax.Array,
     targets_BT: jax.Array,
     bits_BTW: tuple[jax.Array | None, jax.Array | None] = (None, None),
     **sampler_settings: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`ops.logprobs.token_logprobs` of a decoder's states, on its mesh if it has one."""
     given = x_BTD, model.head_DV(), targets_BT
     if model.layout.mesh is None:
         return token_logprobs(*given, support=bits_BTW[0], penalised=bits_BTW[1], **sampler_settings)

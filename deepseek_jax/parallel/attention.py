@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.ops import indexer
 from deepseek_jax.ops import paged_attention as paged
@@ -38,6 +38,14 @@ def write(pool: Pool, new: Pool, view: CacheView, layer_idx: jax.Array | None, l
     with jax.named_scope("cache_write"):
         cuts = lambda of: (of.pool, of.entries, of.sequences, _SAME, of.pool)
         return _where_it_lies(local, layout, cuts, _Cuts.of(pool, layout))(pool, new, view, layer_idx)
+
+
+def laid_pool(pool: Pool, layout: Layout) -> Pool:
+    """A pool where its blocks lie, so that it comes out of every program alike, and none is compiled for it anew."""
+    cuts = _Cuts.of(pool, layout)
+    if cuts is None:
+        return pool
+    return jax.lax.with_sharding_constraint(pool, NamedSharding(layout.mesh, cuts.pool))
 
 
 def latent_attention(

@@ -1,9 +1,10 @@
 """Progress of a long loop: a live bar on a terminal, a plain line now and then anywhere else."""
 
+import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -64,7 +65,9 @@ class Progress:
         self._printed_step: int | None = None
         self._recent = deque([(self._began, start)], maxlen=_SPEED_STEPS + 1)
         live = self._console.is_terminal
-        self._bar = Live(get_renderable=self._line, console=self._console, refresh_per_second=4) if live else None
+        # The standard output may be a file while the bar is on the terminal of the standard error.
+        both = {"redirect_stdout": not self._console.stderr, "refresh_per_second": 4}
+        self._bar = Live(get_renderable=self._line, console=self._console, **both) if live else None
 
     def __enter__(self) -> Self:
         self._began = self._printed_at = self._clock()
@@ -102,6 +105,19 @@ class Progress:
     def note(self, text: str) -> None:
         """Prints a line of its own, above the bar where there is one."""
         self._console.print(distributed.printable(text), markup=False, highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Takes the bar away while something else is written to the terminal."""
+        if self._bar is not None:
+            self._bar.transient = True
+            self._bar.stop()
+            self._bar.transient = False
+        try:
+            yield
+        finally:
+            if self._bar is not None:
+                self._bar.start(refresh=True)
 
     def steps_per_second(self) -> float | None:
         """The speed over the last steps; None before the first."""

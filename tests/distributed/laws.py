@@ -27,8 +27,12 @@ from deepseek_jax.data.examples import Prompt
 from deepseek_jax.data.prompts import batches
 from deepseek_jax.evals.accuracy import greedy_accuracy
 from deepseek_jax.generation.completion import Completion
+from deepseek_jax.generation.engine import Engine
+from deepseek_jax.generation.engine_config import EngineConfig
 from deepseek_jax.generation.generator import Generator
-from deepseek_jax.model.decoder import Decoder, split
+from deepseek_jax.generation.sampling_config import SamplingConfig
+from deepseek_jax.model.decoder import Decoder, abstract_weights, split
+from deepseek_jax.model.scan_layers import stack_layers
 from deepseek_jax.ops import metrics as ops_metrics
 from deepseek_jax.report.metrics import MetricLog
 from deepseek_jax.rewards.combine import combine
@@ -275,3 +279,22 @@ def a_model_is_trained_and_asked(folder: Path, /) -> None:
     )
     found = [[c.tokens.tolist() for c in answers.completions], answers.scores]
     (folder / f"answers.{distributed.process_index()}.json").write_text(json.dumps(found))
+
+
+def an_engine_answers(folder: Path, /) -> None:
+    """On a mesh over all processes: each plans by itself, and all plan alike."""
+    config = dataclasses.replace(V3, vocab_size=32, num_nextn_predict_layers=1)
+    layout = Layout(mesh=make_mesh(data=2, expert=2, tensor=2), workload="serve", scan_layers=True)
+    graphdef, like = abstract_weights(config, layout=layout)
+    weights = stack_layers(
+        jax.jit(lambda: split(Decoder(config, rngs=nnx.Rngs(0)))[1])(), config, Layout(scan_layers=True)
+    )
+    weights = jax.tree.map(lambda leaf, of: laid(np.asarray(leaf), of.sharding), weights, like)
+    settings = EngineConfig(max_num_seqs=8, block_size=4, chunk=8, decode_steps=3, max_model_len=32, batch_sizes=(8,))
+    settings = dataclasses.replace(settings, drafts="mtp", draft_tokens=1)
+    engine = Engine(config, graphdef, weights, settings)
+    for number in range(12):
+        sampling = SamplingConfig(max_new_tokens=5, temperature=float(number % 2))
+        engine.add([*range(1, 4 + number), number], sampling, seed=number)
+    found = {update.id: update.live.request.tokens for update in engine.run() if update.finished}
+    (folder / f"tokens.{distributed.process_index()}.json").write_text(json.dumps(sorted(found.items())))

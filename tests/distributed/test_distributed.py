@@ -187,6 +187,14 @@ def test_two_processes_train_a_model_and_answer_as_one(tmp_path):
     assert len(answers) == 3 and answers[0] == answers[1] == answers[2]
 
 
+@pytest.mark.slow
+def test_two_processes_run_an_engine_as_one(tmp_path):
+    launch(laws.an_engine_answers, tmp_path / "one", processes=1, devices=8)
+    launch(laws.an_engine_answers, tmp_path / "two")
+    answers = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/tokens.*.json"))]
+    assert len(answers) == 3 and answers[0] == answers[1] == answers[2] and len(answers[0]) == 12
+
+
 # --- in one process ----------------------------------------------------------------------------------
 
 EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}

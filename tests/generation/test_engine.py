@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from deepseek_jax.config import IndexerConfig
+from deepseek_jax.generation.completion import NO_RECORD, Record
 from deepseek_jax.generation.engine import Engine
 from deepseek_jax.generation.engine_config import EngineConfig
 from deepseek_jax.generation.sampling_config import SamplingConfig
@@ -20,7 +21,7 @@ from tests.generation.test_generator import CONTEXT, DENSE, MOE, V
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-MTP = dataclasses.replace(MOE, num_nextn_predict_layers=1)
+MTP = dataclasses.replace(MOE, num_nextn_predict_layers=2)  # the second module waits for nothing
 SPARSE = dataclasses.replace(
     MOE,
     model_type="deepseek_v32",
@@ -46,8 +47,9 @@ def model(kind: str):
     return graphdef, weights
 
 
-def engine(kind: str, **settings) -> Engine:
-    return Engine(KINDS[kind], *model(kind), EngineConfig(**(SMALL | settings)))
+def engine(kind: str, *, record: Record = NO_RECORD, tokenizer=None, **settings) -> Engine:
+    given = {"record": record, "tokenizer": tokenizer}
+    return Engine(KINDS[kind], *model(kind), EngineConfig(**(SMALL | settings)), **given)
 
 
 def some_requests(seed: int, count: int) -> list[Asked]:
@@ -65,9 +67,9 @@ def some_requests(seed: int, count: int) -> list[Asked]:
     return found
 
 
-def alone(kind: str, asked: Sequence[Asked]) -> list[tuple[list[int], list[float]]]:
+def alone(kind: str, asked: Sequence[Asked], **settings) -> list[tuple[list[int], list[float]]]:
     """Each by itself, in the plainest way."""
-    plain = engine(kind, overlap=False, prefix_caching=False)
+    plain = engine(kind, overlap=False, prefix_caching=False, **settings)
     found = []
     for of in asked:
         plain.add(of.prompt, of.sampling, seed=of.seed)
@@ -121,8 +123,13 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", KINDS)
+# one way at least of every kind; the others take longer
+SOON = {*(("gqa", way) for way in WAYS if way != "one-step"), ("mla-moe", "plain"), ("mla-moe", "preempted")}
+SOON |= {("v3.2", "plain"), ("mla-moe", "mtp"), ("gqa", "lookup")}
+cases = lambda *of: [pytest.param(*case, marks=() if case in SOON else pytest.mark.slow) for case in of]
+
+
+@pytest.mark.parametrize("kind, way", cases(*((kind, way) for kind in KINDS for way in WAYS)))
 def test_a_request_draws_what_it_draws_alone(kind, way):
     asked, expected = wanted(kind)
     found, of = together(kind, asked, seed=1, **WAYS[way])
@@ -132,7 +139,7 @@ def test_a_request_draws_what_it_draws_alone(kind, way):
 
 
 @pytest.mark.parametrize(
-    "kind, drafts", [("mla-moe", "mtp"), ("mla-moe", "lookup"), ("v3.2", "lookup"), ("gqa", "lookup")]
+    "kind, drafts", cases(("mla-moe", "mtp"), ("mla-moe", "lookup"), ("v3.2", "lookup"), ("gqa", "lookup"))
 )
 def test_drafts_change_no_token(kind, drafts):
     """Greedy and sampled, with penalties and stops inside the drafts."""

@@ -1,5 +1,6 @@
 import io
 import re
+import sys
 
 import pytest
 from rich.cells import cell_len
@@ -139,6 +140,27 @@ def test_notes_stay_above_the_line():
     screen = Screen(40)
     screen.write(out.getvalue())
     assert [line[:8].strip() for line in screen.lines()] == ["note 1 y", "y" * 8, "note 2 y", "y" * 8, "grpo  2/"]
+
+
+def test_a_bar_on_standard_error_leaves_standard_output_alone():
+    """It may be a file."""
+    before = sys.stdout
+    with Progress(2, "grpo", console=Console(stderr=True, force_terminal=True)):
+        assert sys.stdout is before
+
+
+def test_what_is_written_aside_stays_above_the_line():
+    """By others, who know nothing of the bar."""
+    progress, clock, out = make(10, terminal=True, width=40)
+    with progress:
+        for step in (1, 2):
+            clock.now += 1
+            progress.update(step, reward=0.5)
+            with progress.aside():
+                out.write(f"text {step} " + "y" * 50 + "\r\n")
+    screen = Screen(40)
+    screen.write(out.getvalue())
+    assert [line[:8].strip() for line in screen.lines()] == ["text 1 y", "y" * 8, "text 2 y", "y" * 8, "grpo  2/"]
 
 
 @pytest.mark.parametrize(

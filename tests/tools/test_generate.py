@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.commands.generate import main
 from deepseek_jax.config import preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
-from deepseek_jax.generation.generator import Generator
+from deepseek_jax.generation.engine import Engine
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.text.tokenizer import Tokenizer
 from tests.flags import flags
@@ -34,11 +35,12 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     moe = dataclasses.replace(preset("tiny").moe, first_k_dense_replace=0)
-    config = dataclasses.replace(preset("tiny"), num_hidden_layers=1, moe=moe)
+    tokenizer = Tokenizer.characters(ALPHABET + "\n ", chat_template=TEMPLATE)
+    config = dataclasses.replace(preset("tiny"), num_hidden_layers=1, moe=moe, vocab_size=tokenizer.vocab_size)
     weights = jax.jit(lambda: split(Decoder(config, rngs=nnx.Rngs(0)))[1])()
     model = Model(config, abstract_weights(config)[0], weights)
     target = tmp_path_factory.mktemp("models") / "hf"
-    save_model(model, target, tokenizer=Tokenizer.characters(ALPHABET, chat_template=TEMPLATE).files)
+    save_model(model, target, tokenizer=tokenizer.files)
     convert_hf(open_folder(target), target.with_name("converted"))
     return target
 
@@ -72,9 +74,9 @@ def test_a_model_is_divided_over_all_devices(folder):
 
 def test_bfloat16_is_what_is_computed_in(folder, generate, monkeypatch):
     seen = []
-    begin = Generator._engine
-    noted = lambda self, *of, **more: seen.append(of[0].norm.dtype) or begin(self, *of, **more)
-    monkeypatch.setattr(Generator, "_engine", noted)
+    begin = Engine.__init__
+    new = lambda self, *of, **how: seen.append(of[2].norm.dtype) or begin(self, *of, **how)
+    monkeypatch.setattr(Engine, "__init__", new)
     for options in ((), ("--dtype", "float32"), ("--dtype", "bfloat16")):
         assert generate(folder, "--prompt", "1+2=?", "--max-tokens", 2, *options)[0] == 0
     assert [dtype.name for dtype in seen] == ["float32", "float32", "bfloat16"]
@@ -104,11 +106,11 @@ def test_json_has_a_line_a_completion(folder, generate, tmp_path, monkeypatch):
         {"prompt": [{"role": "user", "content": "3+4=?"}]},
     ]
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    written = iter(["<think>\x1b 1 and 2</think>3"] * 6)
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids, **of: next(written) if len(ids) <= 4 else "<think>\n")
-    status, text, _ = generate(
-        folder, "--prompts", tmp_path / "asked.jsonl", "--samples", 2, "--json", "--max-tokens", 4, "--batch", 4
-    )
+    written = ["<think>\x1b", " 1 and 2<", "/think>", "3"]
+    decode = lambda self, ids, **of: "".join(written[: len(ids)]) if len(ids) <= 4 else "<think>\n"
+    monkeypatch.setattr(Tokenizer, "decode", decode)
+    options = ("--samples", 2, "--json", "--max-tokens", 4, "--min-tokens", 4, "--batch", 4)
+    status, text, _ = generate(folder, "--prompts", tmp_path / "asked.jsonl", *options)
     found = [json.loads(line) for line in text.splitlines()]
     assert status == 0 and [(each["prompt"], each["sample"]) for each in found] == [
         (p, s) for p in range(3) for s in (0, 1)
@@ -116,8 +118,61 @@ def test_json_has_a_line_a_completion(folder, generate, tmp_path, monkeypatch):
     for each in found:
         assert each.keys() == {"prompt", "sample", "text", "thinking", "answer", "tokens", "finish_reason", "seconds"}
         assert (each["thinking"], each["answer"]) == ("\x1b 1 and 2", "3")
-        assert 1 <= each["tokens"] <= 4 and each["finish_reason"] == ("stop" if each["tokens"] < 4 else "length")
+        assert (each["tokens"], each["finish_reason"]) == (4, "length") and each["text"] == "".join(written)
     assert all(character.isprintable() for character in text.replace("\n", ""))
+
+
+def test_log_probs_of_every_token_and_of_the_best_ones_beside_it(folder, generate):
+    options = ("--prompt", "1+2=?", "--max-tokens", 6, "--temperature", 0, "--json", "--seed", 3)
+    (found,) = map(json.loads, generate(folder, *options, "--logprobs", 3)[1].splitlines())
+    tokenizer = Tokenizer.from_folder(folder)
+    assert len(found["logprobs"]) == found["tokens"]
+    for each in found["logprobs"]:
+        assert each.keys() == {"id", "text", "logprob", "top"} and len(each["top"]) == 3
+        assert each["top"][0] == {name: each[name] for name in ("id", "text", "logprob")}  # the best one was taken
+        values = [of["logprob"] for of in each["top"]]
+        assert values == sorted(values, reverse=True) and values[0] < 0 and sum(map(math.exp, values)) < 1
+        assert all(of["text"] == tokenizer.decode([of["id"]], skip_special=False) for of in each["top"])
+    assert tokenizer.decode([each["id"] for each in found["logprobs"]]) == found["text"]
+    none = json.loads(generate(folder, *options, "--logprobs", 0)[1])["logprobs"]
+    assert none == [each | {"top": []} for each in found["logprobs"]]
+
+
+def test_the_engines_settings_are_options(folder, generate, tmp_path):
+    """Each of them shows in what is drawn, and a file of settings says the same."""
+    fixed = ("--prompt", "1+2=?", "--max-tokens", 12, "--temperature", 0, "--json")
+    ask = lambda *more: json.loads(generate(folder, *fixed, *more)[1])
+    plain = ask()
+    assert plain["finish_reason"] == "length" and plain["tokens"] == 12
+    stopped = ask("--stop", "no such text", plain["text"][4:6])
+    assert stopped["text"] == plain["text"].partition(plain["text"][4:6])[0] and stopped["finish_reason"] == "stop"
+    ids = {text: token for token in range(9, 25) for text in [Tokenizer.from_folder(folder).decode([token])]}
+    assert ask("--logit-bias", f"{ids['7']}=100")["text"] == "7" * 12
+    assert len(set(ask("--logit-bias", f"{ids['7']}=1", f"{ids['8']}=1", "--frequency-penalty", 2)["text"])) > 4
+    assert ask("--logit-bias", "2=100")["tokens"] == 1  # <eos>
+    assert ask("--logit-bias", "2=100", "--min-tokens", 5)["tokens"] == 6
+    (opening,) = Tokenizer.from_folder(folder).encode("<think>", add_bos=False)
+    thought = ask("--logit-bias", f"{opening}=100", "--thinking-budget", 3)
+    assert thought["thinking"] == "<think>" * 3 + "\n" and thought["tokens"] == 12
+    (tmp_path / "a.toml").write_text(f"[sampling]\nlogit_bias = ['{ids['7']}=100']\n[engine]\nbatch = 2\n")
+    assert ask("--config", tmp_path / "a.toml")["text"] == "7" * 12
+
+
+def test_speculation_changes_no_token(folder, generate):
+    options = ("--prompt", "1+1+1+1+1+1+1=?", "--max-tokens", 12, "--temperature", 0.5, "--seed", 3)
+    plain = generate(folder, *options)
+    drafted = generate(folder, *options, "--speculate", "lookup", "--draft-tokens", 2)
+    assert plain[0] == drafted[0] == 0 and plain[1] == drafted[1]
+    assert re.search(r"\d+ of \d+ drafts were right", drafted[2]) and "drafts" not in plain[2]
+
+
+def test_progress_is_on_the_terminal_of_standard_error_and_standard_output_is_clean(folder, generate, monkeypatch):
+    options = ("--prompt", "1+2=?", "--samples", 6, "--max-tokens", 4, "--json", "--batch", 4)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    status, text, notes = generate(folder, *options)
+    assert status == 0 and [json.loads(line)["sample"] for line in text.splitlines()] == [0, 1, 2, 3, 4, 5]
+    assert "generate" in notes and "6/6" in notes and "tokens/s" in notes
 
 
 def test_a_prompt_comes_from_standard_input(folder, generate, monkeypatch):
@@ -147,7 +202,7 @@ def test_a_system_text_begins_the_conversation(folder, generate, tmp_path):
         ("a.jsonl", '{"prompt": 1}', 'wanted "prompt", a text'),
         ("a.jsonl", '{"prompt": "1"}\n{"prompt": "hello"}', "prompt 1: encode: got 'h', wanted text"),
         ("a.jsonl", '{"prompt": "1"}\n{"messages": [{"content": "1"}]}', "prompt 1: messages[0]['role']: got None"),
-        ("a.jsonl", '{"prompt": "1"}\n{"prompt": "' + "1" * 300 + '"}', "prompt 1: got 303 tokens, wanted 1 to 255"),
+        ("a.jsonl", '{"prompt": "1"}\n{"prompt": "' + "1" * 300 + '"}', "prompt 1: got 303 tokens, wanted at most 255"),
         ("a.txt", None, "a.txt: no such file"),
         ("a.jsonl", None, "a.jsonl: no such file"),
     ],
@@ -164,14 +219,29 @@ def test_a_mistaken_file_of_prompts_is_one_line(folder, generate, tmp_path, name
     [
         (("--prompt", "1", "--serve-tensor", "3"), "error: mesh: expert 1 x tensor 3 do not divide the 1 devices"),
         (("--prompt", "hello"), "error: encode: got 'h', wanted text"),
-        (("--prompt", "1" * 300), "error: prompt 0: got 303 tokens, wanted 1 to 255"),
+        (("--prompt", "1" * 300), "error: prompt: got 303 tokens, wanted at most 255"),
+        (
+            ("--prompt", "1" * 240, "--max-tokens", "20", "--min-tokens", "20"),
+            "error: prompt: got 243 tokens, wanted at",
+        ),
+        (("--prompt", "", "--no-chat", "--system", "x"), "error: system: got it with --no-chat"),
         (("--prompt", "1", "--top-p", "0"), "error: top_p: got 0.0"),
         ((), "error: wanted either --prompt TEXT or --prompts FILE"),
         (("--prompt", "1", "--prompts", "a.txt"), "error: wanted either --prompt TEXT or --prompts FILE"),
         (("--prompt", "1", "--samples", "0"), "error: samples: got 0, wanted at least 1"),
+        (("--prompt", "1", "--max-tokens", "0"), "error: max_tokens: got 0, wanted at least 1"),
+        (("--prompt", "1", "--min-tokens", "300"), "error: min_tokens: got 300, wanted at most max_tokens, 256"),
+        (("--prompt", "1", "--stop", ""), "error: stop: got ('',), wanted a text or a list"),
+        (("--prompt", "1", "--logprobs", "2"), "error: logprobs: got it for plain text"),
+        (("--prompt", "1", "--json", "--logprobs", "21"), "error: logprobs: got 21, wanted 0 to 20"),
+        (("--prompt", "1", "--logit-bias", "a=1"), "error: logit_bias: got 'a=1', wanted ID=BIAS"),
+        (("--prompt", "1", "--logit-bias", "999=1"), "error: logit_bias: got token 999, wanted ids below the model's"),
+        (("--prompt", "1", "--draft-tokens", "2"), "error: draft_tokens: got it without drafts, wanted --speculate"),
+        (("--prompt", "1", "--speculate", "mtp"), 'error: drafts: got "mtp" for a model without MTP modules'),
     ],
 )
-def test_mistakes_are_one_line(folder, generate, arguments, message):
+def test_mistakes_are_one_line_before_the_model_is_loaded(folder, generate, monkeypatch, arguments, message):
+    monkeypatch.setattr("deepseek_jax.commands.generate.load_model", lambda *of, **how: pytest.fail("it was loaded"))
     status, _, error = generate(folder, *arguments)
     assert status == 1 and error.startswith(message) and error.count("\n") == 1
 
