@@ -109,14 +109,16 @@ def test_a_half_written_last_line_is_dropped(tmp_path_factory: pytest.TempPathFa
     assert [row["groups"][0]["samples"][0]["completion"] for row in read_samples(folder)] == ["c", "again"]
 
 
+# Is killed while it writes, or after: no more rows than are read in no time.
 KILLED = """
-import sys
+import sys, time
 from deepseek_jax.report.samples import Sample, SampleGroup, SampleLog
 log = SampleLog(sys.argv[1], every=1)
-for step in range(1, 10**9):
+for step in range(1, 400):
     log.write(step, [SampleGroup("p", None, [Sample("c" * 5000, {}, 0.0, 0.0, 1, False)] * 4)], "grpo")
     if step == 20:
         print("written", flush=True)
+time.sleep(60)
 """
 
 
