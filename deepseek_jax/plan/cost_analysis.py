@@ -103,7 +103,7 @@ def cost_analysis(text: str, mesh_shape: Mapping[str, int], *, loop: str | None 
     Args:
         text: of `compiled.as_text()`, partitioned and scheduled.
         mesh_shape: sizes by axis, in the mesh's order; the chips are numbered row by row.
-        loop: op name of a while loop of the program itself, such as jit(_decode_loop)/while, of which one turn is wanted.
+        loop: op name of a while loop of the program itself, such as jit(_decode_loop)/while, of which a turn is wanted.
 
     Raises:
         ValueError: the program is not one for the mesh, has no such loop, or has groups of chips or an operation not
