@@ -178,13 +178,12 @@ class Generator:
 
 
 def sizes_that_pay(weights: nnx.State, slots: int) -> tuple[int, ...]:
-    """Numbers of rows to compile for: few where a row is cheap beside a compilation, as in a toy or on accelerators."""
-    first = jax.tree.leaves(weights)[0]
-    on_cpu = isinstance(first, jax.Array) and next(iter(first.devices())).platform == "cpu"
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(weights))
-    if on_cpu and parameters > _DEAR:
-        return tuple(size for size in row_buckets(slots) if size >= 8) or (slots,)
-    return (max(8, slots // 4),)
+    """Numbers of rows to compile for: many where rows cost a CPU much, two on accelerators, one for a toy."""
+    leaves = jax.tree.leaves(weights)
+    if not isinstance(leaves[0], jax.Array) or next(iter(leaves[0].devices())).platform != "cpu":
+        return (max(8, slots // 4),)
+    dear = sum(leaf.size for leaf in leaves) > _DEAR
+    return tuple(size for size in row_buckets(slots) if size >= 8 and dear) or (slots,)
 
 
 def _completion(live: Live, record: Record) -> Completion:
