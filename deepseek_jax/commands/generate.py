@@ -161,7 +161,7 @@ def _complete(engine: Engine, job: _Job) -> None:
     printed = _stream if job.count == 1 and not job.config.output.json else _print_all
     tokens = printed(engine, job)
     print(f"{tokens} tokens in {time.perf_counter() - start:.1f} s, compilation included", file=sys.stderr)
-    if engine.metrics.offered:
+    if engine.settings.drafts is not None:
         print(f"{engine.metrics.accepted} of {engine.metrics.offered} drafts were right", file=sys.stderr)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-MAX_STOP_IDS = 16
+MAX_STOP_IDS = 64  # some tokenizers have dozens of tokens that end a sequence
 MAX_STOPS = 16
 MAX_LOGIT_BIAS = 300  # OpenAI's limit
 MAX_TOP_LOGPROBS = 20  # likewise

@@ -22,7 +22,7 @@ Rows = TypeVar("Rows", bound=tuple)
 class SlotParams(NamedTuple):
     """The settings of `SamplingConfig` as numbers: of one slot, or with an axis of slots before the others.
 
-    stop_ids [16] is padded with -1, bias_ids [300] with V; limit is `max_new_tokens` or what the context leaves of it;
+    stop_ids [64] is padded with -1, bias_ids [300] with V; limit is `max_new_tokens` or what the context leaves of it;
     thinking_budget is -1 where there is none.
     """
 

@@ -275,5 +275,5 @@ def test_numbers_that_cannot_be_computed_with_are_no_completion(tmp_path):
     tensors[EMBED][7:] = 3e38
     save_file(tensors, tmp_path / "hf" / files.SINGLE)
     config, graphdef, weights = load_model(tmp_path / "hf")
-    with pytest.raises(ValueError, match="completion 0: the model's logits are no finite numbers"):
+    with pytest.raises(ValueError, match="request 0: the model's logits are no finite numbers"):
         Generator(config, graphdef)(weights, [[3, 4]], SamplingConfig(max_new_tokens=2), seeds=[0])

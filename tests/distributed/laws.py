@@ -36,7 +36,6 @@ from deepseek_jax.model.scan_layers import stack_layers
 from deepseek_jax.ops import metrics as ops_metrics
 from deepseek_jax.report.metrics import MetricLog
 from deepseek_jax.rewards.combine import combine
-from deepseek_jax.rl import rollout as rollout_module
 from deepseek_jax.rl.rollout import RolloutWorker
 from deepseek_jax.sharding import Layout, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
@@ -126,14 +125,13 @@ def they_meet_and_agree(folder: Path, /) -> None:
 def rewards_are_the_same_everywhere() -> None:
     """Each process would grade otherwise; the rewards are those of the main one."""
     found = [Completion(np.asarray([1, 2]), np.zeros(2, np.float32), True, text="a") for _ in range(4)]
-    rollout_module.complete = lambda *arguments, **options: found
 
     def grade(**columns: list) -> list[float]:
         return [distributed.process_index() + 0.1 * row for row in range(4)]
 
-    none = SimpleNamespace()
+    none, sampler = SimpleNamespace(), SimpleNamespace(each=lambda *of, **more: enumerate(found))
     reward = combine({"part": grade}, {"part": 1.0})
-    roll = RolloutWorker(generator=none, tokenizer=none, sampling=none, group_size=4, reward=reward)
+    roll = RolloutWorker(generator=sampler, tokenizer=none, sampling=none, group_size=4, reward=reward)
     rolled = roll(None, [Prompt("q", [1], {"answer": "a"})], seed=0, step=0)
     assert rolled.rewards.tolist() == [np.float32([0, 0.1, 0.2, 0.1 * 3]).tolist()]
     assert rolled.parts == {"part": [0, 0.1, 0.2, 0.1 * 3]}

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 
 from deepseek_jax.data.examples import Prompt
-from deepseek_jax.evals import accuracy
 from deepseek_jax.evals.accuracy import greedy_accuracy
 from deepseek_jax.generation.completion import Completion
 from deepseek_jax.rewards.combine import RewardError, combine
 
 
 @pytest.fixture
-def evaluate(monkeypatch):
+def evaluate():
     """Grades these answers as if a model had given them."""
 
     def run(answers, gold, **settings):
@@ -21,11 +20,9 @@ def evaluate(monkeypatch):
         made = lambda part: [
             Completion(np.zeros(1, np.int32), np.zeros(1, np.float32), True, text=next(left)) for _ in part
         ]
-        monkeypatch.setattr(
-            accuracy, "complete", lambda generator, weights, tokenizer, part, sampling, seeds: made(part)
-        )
+        generator = lambda weights, part, sampling, seeds, tokenizer: made(part)
         prompts = [Prompt("?", [1], {"answer": right}) for right in gold]
-        return greedy_accuracy(None, None, None, prompts, max_new_tokens=4, stop_ids=(0,), batch=2, **settings)
+        return greedy_accuracy(generator, None, None, prompts, max_new_tokens=4, stop_ids=(0,), batch=2, **settings)
 
     return run
 

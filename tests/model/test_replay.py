@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from deepseek_jax.config import preset
-from deepseek_jax.model.layers import Maker, MoE
+from deepseek_jax.model.layers import Maker, MoE, Step
 from deepseek_jax.model.scoring import check_routes, score
 from deepseek_jax.sharding import LOCAL, Layout
 from tests.model.test_packing import MLA, PER_ROW, alone, laid, same, scored, texts
@@ -66,6 +66,12 @@ def test_replay_in_packed_rows_equals_replay_in_rows_of_their_own():
     np.testing.assert_array_equal(one_a_row["experts"][:, 0], alone("mla")["experts"][:, 0])
 
 
+def step_of(real) -> Step:
+    """Of a layer of experts alone, which asks for no positions."""
+    nowhere = jnp.zeros((*real.shape, 0))
+    return Step("whole", jnp.zeros(real.shape, jnp.int32), nowhere, nowhere, jnp.asarray(real))
+
+
 @pytest.mark.parametrize("topk_method", ["noaux_tc", "greedy"])
 def test_a_layer_with_given_experts_equals_a_numpy_twin(topk_method):
     groups = {} if topk_method == "noaux_tc" else {"n_group": 1, "topk_group": 1, "norm_topk_prob": False}
@@ -73,7 +79,7 @@ def test_a_layer_with_given_experts_equals_a_numpy_twin(topk_method):
     config = dataclasses.replace(preset("tiny"), hidden_size=12, initializer_range=0.5, moe=moe)
     layer = MoE(12, moe, Maker(config, nnx.Rngs(0), jnp.float32))
     x, routes, real = rng.normal(size=(2, 5, 12)), drawn(2, 5), rng.random((2, 5)) < 0.7
-    out, stats = jax.jit(partial(layer, routes_BTA=routes))(jnp.asarray(x, jnp.float32), jnp.asarray(real))
+    out, stats = jax.jit(lambda x: layer(x, step_of(real), routes_BTA=routes))(jnp.asarray(x, jnp.float32))
 
     weight = lambda of: np.asarray(of[...], np.float64)
     silu = lambda z: z / (1 + np.exp(-z))
@@ -94,7 +100,7 @@ def test_a_layer_with_given_experts_equals_a_numpy_twin(topk_method):
     best = np.argsort(-scores, axis=-1)[..., :A]
     if topk_method == "greedy":
         np.testing.assert_array_equal(stats.experts_BTA, best)
-        plain, _ = layer(jnp.asarray(x, jnp.float32), jnp.asarray(real))
+        plain, _ = layer(jnp.asarray(x, jnp.float32), step_of(real))
         np.testing.assert_allclose(out[~real], plain[~real], atol=2e-5)  # padding goes where its router sends it
 
 
@@ -108,7 +114,7 @@ def test_the_weights_of_given_experts_have_the_routers_gradient():
 
     @jax.jit
     def loss(params):
-        out, _ = nnx.merge(graphdef, params, rest)(x, jnp.ones((2, 5), bool), routes_BTA=routes)
+        out, _ = nnx.merge(graphdef, params, rest)(x, step_of(np.ones((2, 5), bool)), routes_BTA=routes)
         return jnp.sum(seed * out)
 
     def moved(step):

@@ -25,6 +25,14 @@ from tests.tools.test_generate import ROOT, folder, generate, variant  # noqa: F
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_raises():
+    """As in a terminal; what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Terminal(io.StringIO):
     """Lines as if they were typed."""
 
