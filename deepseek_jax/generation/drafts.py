@@ -57,7 +57,7 @@ def by_mtp(
         next_RT: int32, the token after each.
         positions_RT: int32, of the new tokens.
         count_R: int32, how many of a row are real.
-        cache: with pools for modules.
+        cache: with a pool for the module.
         table_RM: the blocks of each row.
         count: of guesses.
         phase: for the new tokens.
@@ -66,13 +66,13 @@ def by_mtp(
     Source: arXiv 2412.19437 section 5.4.3; the state is used again as vLLM and SGLang do.
     """
     real = jnp.arange(next_RT.shape[1]) < count_R[:, None]
-    x, cache = model.draft_next(0, hidden_RTD, next_RT, positions_RT, real, cache, table_RM, phase=phase)
+    x, cache = model.draft_next(hidden_RTD, next_RT, positions_RT, real, cache, table_RM, phase=phase)
     last = jnp.maximum(count_R - 1, 0)[:, None]
     x = jnp.take_along_axis(x, last[..., None], axis=1)
     at, live = jnp.take_along_axis(positions_RT, last, axis=1), real[:, :1]
     guesses = [choose(model.logits(x)[:, 0], at[:, 0] + 2)]
     while len(guesses) < count:
         at = at + 1
-        x, cache = model.draft_next(0, x, guesses[-1][:, None], at, live, cache, table_RM, phase="decode")
+        x, cache = model.draft_next(x, guesses[-1][:, None], at, live, cache, table_RM, phase="decode")
         guesses.append(choose(model.logits(x)[:, 0], at[:, 0] + 2))
     return jnp.stack(guesses, axis=1), cache

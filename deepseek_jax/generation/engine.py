@@ -69,12 +69,11 @@ class Metrics:
     def note(self, found: Decoded) -> None:
         """Add what a decode loop did."""
         drawn, accepted = int(found.count_R.sum()), int(found.accepted)
-        self.steps, self.offered = self.steps + int(found.steps), self.offered + int(found.offered)
-        self.rows, self.drawn, self.accepted = (
-            self.rows + drawn - accepted,
-            self.drawn + drawn,
-            self.accepted + accepted,
-        )
+        self.steps += int(found.steps)
+        self.rows += drawn - accepted
+        self.drawn += drawn
+        self.offered += int(found.offered)
+        self.accepted += accepted
 
 
 class _Flight(NamedTuple):

@@ -23,7 +23,7 @@ class EngineConfig:
     Args:
         max_num_seqs: requests that run at a time, each in a slot.
         max_model_len: most tokens of a request, prompt included; None takes the model's context.
-        max_num_batched_tokens: tokens computed in a step at most.
+        max_num_batched_tokens: tokens computed in a step at most; no less than a token of every slot with its drafts.
         chunk: prompt tokens of a request in a step at most; a longer prompt takes several.
         block_size: tokens of a block of the cache.
         num_blocks: of the cache, for each part of the mesh, the null block among them. None: as many as all slots can

@@ -15,13 +15,14 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.generation.completion import Record
 from deepseek_jax.generation.drafts import by_mtp, lookup
 from deepseek_jax.generation.slot_draw import Drawn, draw
-from deepseek_jax.generation.slots import DrawState, SlotParams, empty_params, empty_state, put_rows
+from deepseek_jax.generation.slots import DrawState, SlotParams, empty_params, empty_state, put_rows, take_rows
 from deepseek_jax.generation.thinking import NO_TAGS, ThinkTags
 from deepseek_jax.model.cache import Cache, abstract_cache, cache_axis, empty_cache
 from deepseek_jax.model.decoder import Decoder, Hidden, experts_of
 from deepseek_jax.model.lora import decoder_of
 from deepseek_jax.model.scoring import logprobs_of
 from deepseek_jax.ops.logprobs import project
+from deepseek_jax.ops.pool import KVCache, LatentCache
 from deepseek_jax.parallel.attention import laid_pool
 from deepseek_jax.sharding import module_layout
 
@@ -200,7 +201,7 @@ class Programs:
         """Compute spans, and draw a token after each whose next one is not known."""
         model = decoder_of(self.graphdef, weights)
         T = spans.tokens_RT.shape[1]
-        table = jnp.take(state.table_SM, spans.slots_R, axis=0, mode="clip")
+        table = take_rows(state.table_SM, spans.slots_R)
         column = jnp.arange(T)
         at, valid = spans.start_R[:, None] + column, column < spans.count_R[:, None]
         hidden, cache = model.extend(spans.tokens_RT, at, valid, state.cache, table, phase="prefill")
@@ -260,7 +261,7 @@ class Programs:
 
     def _decode_step(self, model: Decoder, head_DV, state: DeviceState, found: Decoded, rows_R, live_R, tags):
         """One pass over the model for every live row."""
-        of_row = lambda a: jnp.take(a, rows_R, axis=0, mode="clip")
+        of_row = partial(take_rows, slots_R=rows_R)
         token_R, position_R = of_row(state.token_S), of_row(state.position_S)
         guesses_RD = of_row(state.drafts_SD)
         if self.drafts == "lookup":
@@ -306,8 +307,7 @@ class Programs:
         def choose(logits_RV, position_R):
             return self._draw(logits_RV, state, rows_R, position_R, live_R, tags)[1].token_R
 
-        table_RM = jnp.take(state.table_SM, rows_R, axis=0, mode="clip")
-        of_new = hidden_RTD, next_RT, at, count_R, state.cache, table_RM
+        of_new = hidden_RTD, next_RT, at, count_R, state.cache, take_rows(state.table_SM, rows_R)
         guesses, cache = by_mtp(model, *of_new, count=self.draft_tokens, phase=phase, choose=choose)
         rows = jnp.where(live_R, rows_R, self.slots)
         return state._replace(cache=cache, drafts_SD=state.drafts_SD.at[rows].set(guesses, mode="drop"))
@@ -365,8 +365,8 @@ class Programs:
         everywhere = lambda a: self.layout.constrain(a, *(None,) * a.ndim)
         small = jax.tree.map(everywhere, state._replace(cache=(), drawing=state.drawing._replace(counts=())))
         counts = self.layout.constrain(state.drawing.counts, None, "vocab")
-        pools = lambda pools: tuple(laid_pool(pool, self.layout) for pool in pools)
-        cache = Cache(*map(pools, state.cache))
+        is_pool = lambda of: isinstance(of, LatentCache | KVCache)
+        cache = jax.tree.map(lambda pool: laid_pool(pool, self.layout), state.cache, is_leaf=is_pool)
         return small._replace(cache=cache, drawing=small.drawing._replace(counts=counts))
 
 

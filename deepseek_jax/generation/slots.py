@@ -132,12 +132,6 @@ def empty_state(slots: int, vocab_size: int) -> DrawState:
     return DrawState(every(0, vocab_size), every(0), every(-1, WINDOW), every(BEFORE), every(0))
 
 
-def set_slot(of_slots: Rows, slot: int, row: Rows) -> None:
-    """Write a row into NumPy arrays by slot, in place."""
-    for array, value in zip(of_slots, row, strict=True):
-        array[slot] = value
-
-
 def put_rows(of_slots: Rows, slots_R: jax.Array, rows: Rows) -> Rows:
     """The same on the device: R rows into their slots; a slot outside is dropped."""
     return jax.tree.map(lambda array, row: array.at[slots_R].set(row, mode="drop"), of_slots, rows)

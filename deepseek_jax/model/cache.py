@@ -15,10 +15,10 @@ from deepseek_jax.sharding import LOCAL, Layout
 
 
 class Cache(NamedTuple):
-    """The pools of the layers, one a layer or, stacked, one a stack; and those of the MTP modules, one each, if any."""
+    """The pools of the layers, one a layer or, stacked, one a stack; and that of the MTP module that drafts, if any."""
 
     layers: tuple[Pool, ...]
-    mtp: tuple[Pool, ...] = ()
+    mtp: Pool | None = None
 
 
 def cache_axis(config: ModelConfig) -> str:
@@ -61,12 +61,11 @@ def abstract_cache(
         block_size: tokens of a block.
         dtype: of the entries.
         layout: of the model.
-        drafts: with pools for the MTP modules.
+        drafts: with a pool for the first MTP module, the one that drafts.
     """
     stacks = [(count,) for count in stack_sizes(config)] if layout.scan_layers else [()] * config.num_hidden_layers
     pool = lambda leading: _abstract_pool(config, leading, blocks, block_size, dtype, layout)
-    modules = config.num_nextn_predict_layers if drafts else 0
-    return Cache(tuple(map(pool, stacks)), tuple(pool(()) for _ in range(modules)))
+    return Cache(tuple(map(pool, stacks)), pool(()) if drafts else None)
 
 
 def _abstract_pool(config, leading, blocks, block_size, dtype, layout) -> Pool:
@@ -90,9 +89,3 @@ def stack_sizes(config: ModelConfig) -> tuple[int, ...]:
     """How many layers of one kind follow one another: dense ones, then those with experts."""
     kinds = [config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)]
     return tuple(count for count in (kinds.count(False), kinds.count(True)) if count)
-
-
-def contiguous_table(sequences: int, blocks: int, parts: int = 1) -> jax.Array:
-    """The table [sequences, blocks] of a cache in which every sequence has the next `blocks` blocks of its part."""
-    numbers = jnp.arange(sequences // parts * blocks, dtype=jnp.int32).reshape(-1, blocks)
-    return jnp.tile(numbers, (parts, 1))

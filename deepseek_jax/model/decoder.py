@@ -176,7 +176,6 @@ class Decoder(nnx.Module):
 
     def draft_next(
         self,
-        depth: int,
         hidden_BTD: jax.Array,
         next_tokens_BT: jax.Array,
         positions_BT: jax.Array,
@@ -186,17 +185,16 @@ class Decoder(nnx.Module):
         *,
         phase: Phase,
     ) -> tuple[jax.Array, Cache]:
-        """States, as the head reads them, that an MTP module makes of new tokens over its part of the cache.
+        """States, as the head reads them, that the first MTP module makes of new tokens over its part of the cache.
 
         Args:
-            depth: of the module, from 0.
-            hidden_BTD: states of the model, or of a module, at these positions.
+            hidden_BTD: states of the model, or of the module itself, at these positions.
             next_tokens_BT: int32, the token that follows each.
-            positions_BT, valid_BT, cache, table_BM, phase: as of `extend`; the cache has pools for modules.
+            positions_BT, valid_BT, cache, table_BM, phase: as of `extend`; the cache has a pool for the module.
         """
         step = self._step(phase, positions_BT, valid_BT)._replace(view=CacheView.of(table_BM, positions_BT, valid_BT))
-        x, pool, _ = self._through_module(self.mtp[depth], hidden_BTD, next_tokens_BT, step, cache.mtp[depth])
-        return x, cache._replace(mtp=(*cache.mtp[:depth], pool, *cache.mtp[depth + 1 :]))
+        x, pool, _ = self._through_module(self.mtp[0], hidden_BTD, next_tokens_BT, step, cache.mtp)
+        return x, cache._replace(mtp=pool)
 
     @jax.named_scope("logits")
     def logits(self, x_BTD: jax.Array) -> jax.Array:

@@ -70,21 +70,7 @@ def grouped_paged(
     Returns:
         In the dtype of q.
     """
-    return finish(grouped_partial(q, k, v, table_BM, seen_BT, scale, keys_at_once=keys_at_once), q.dtype)
-
-
-def grouped_partial(
-    q: Float[Array, "B T N K"],
-    k: Float[Array, "pages G s K"],
-    v: Float[Array, "pages G s H"],
-    table_BM: Int[Array, "B M"],
-    seen_BT: Int[Array, "B T"],
-    scale: float,
-    *,
-    keys_at_once: int = KEYS_AT_ONCE,
-) -> Partial:
-    """`grouped_paged` before its end, of shape [B, T, N]: for queries that see further keys elsewhere."""
-    return _over_blocks([q], [k], v, table_BM, seen_BT, scale, keys_at_once)
+    return finish(_over_blocks([q], [k], v, table_BM, seen_BT, scale, keys_at_once), q.dtype)
 
 
 def latent_paged(
@@ -110,24 +96,9 @@ def latent_paged(
     Returns:
         In the dtype of q_latent.
     """
-    partial = latent_partial(q_latent, q_rope, c, r, table_BM, seen_BT, scale, keys_at_once=keys_at_once)
-    return finish(partial, q_latent.dtype)
-
-
-def latent_partial(
-    q_latent: Float[Array, "B T N C"],
-    q_rope: Float[Array, "B T N R"],
-    c: Float[Array, "pages s C"],
-    r: Float[Array, "pages s R"],
-    table_BM: Int[Array, "B M"],
-    seen_BT: Int[Array, "B T"],
-    scale: float,
-    *,
-    keys_at_once: int = KEYS_AT_ONCE,
-) -> Partial:
-    """`latent_paged` before its end, of shape [B, T, N]: for queries that see further keys elsewhere."""
     c, r = c[:, None], r[:, None]  # one head, whose keys have two parts and whose values are the first
-    return _over_blocks([q_latent, q_rope], [c, r], c, table_BM, seen_BT, scale, keys_at_once)
+    found = _over_blocks([q_latent, q_rope], [c, r], c, table_BM, seen_BT, scale, keys_at_once)
+    return finish(found, q_latent.dtype)
 
 
 def chosen_paged(

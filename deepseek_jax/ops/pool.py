@@ -10,8 +10,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-NULL_BLOCK = 0  # what tables are filled up with; an engine gives it to nobody
-
 
 class CacheView(NamedTuple):
     """Where the tokens of a call stand in the cache. All int32.

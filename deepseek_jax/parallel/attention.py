@@ -37,7 +37,7 @@ def write(pool: Pool, new: Pool, view: CacheView, layer_idx: jax.Array | None, l
 
     with jax.named_scope("cache_write"):
         cuts = lambda of: (of.pool, of.entries, of.sequences, _SAME, of.pool)
-        return _where_it_lies(local, layout, cuts, _Cuts.of(pool, layout))(pool, new, view, layer_idx)
+        return _where_it_lies(local, pool, layout, cuts)(pool, new, view, layer_idx)
 
 
 def laid_pool(pool: Pool, layout: Layout) -> Pool:
@@ -78,7 +78,7 @@ def latent_attention(
         return _attend("latent", (q_latent, wide), (own.c, own.r), view, scale)
 
     cuts = lambda of: (of.pool, of.queries, of.queries, of.sequences, _SAME, of.queries)
-    run = _where_it_lies(local, layout, cuts, _Cuts.of(pool, layout))
+    run = _where_it_lies(local, pool, layout, cuts)
     return run(pool, q_latent_BTNC, q_rope_BTNR, view, layer_idx)
 
 
@@ -111,7 +111,7 @@ def chosen_attention(
         return paged.chosen_paged(q, own.c, own.r[..., : q_rope.shape[-1]], chosen, *at, scale)
 
     cuts = lambda of: (of.pool, of.queries, of.queries, of.sequences, of.sequences, _SAME, of.queries)
-    run = _where_it_lies(local, layout, cuts, _Cuts.of(pool, layout))
+    run = _where_it_lies(local, pool, layout, cuts)
     return run(pool, q_latent_BTNC, q_rope_BTNR, index, view, layer_idx)
 
 
@@ -138,7 +138,7 @@ def grouped_attention(
         return _attend("grouped", (q,), (own.k, own.v), view, scale)
 
     cuts = lambda of: (of.pool, of.queries, of.sequences, _SAME, of.queries)
-    return _where_it_lies(local, layout, cuts, _Cuts.of(pool, layout))(pool, q_BTNK, view, layer_idx)
+    return _where_it_lies(local, pool, layout, cuts)(pool, q_BTNK, view, layer_idx)
 
 
 def _attend(kind: Literal["latent", "grouped"], queries, pools, view: CacheView, scale: float) -> jax.Array:
@@ -201,7 +201,7 @@ def read_blocks(pool: Pool, view: CacheView, layer_idx: jax.Array | None, first:
         return jax.tree.map(lambda of: _joined(of[ids]), own)
 
     cuts = lambda of: (of.pool, of.sequences, _SAME, _SAME, of.entries)
-    return _where_it_lies(local, layout, cuts, _Cuts.of(pool, layout))(pool, view, layer_idx, first)
+    return _where_it_lies(local, pool, layout, cuts)(pool, view, layer_idx, first)
 
 
 def _joined(blocks: jax.Array) -> jax.Array:
@@ -247,8 +247,9 @@ class _Cuts(NamedTuple):
         return cls(spec(*("layer",) * stacked, *one), spec(*one), spec(*queries), spec(one[0]))
 
 
-def _where_it_lies(local: Callable, layout: Layout, given: Callable[[_Cuts], tuple], cuts: _Cuts | None) -> Callable:
+def _where_it_lies(local: Callable, pool: Pool, layout: Layout, given: Callable[[_Cuts], tuple]) -> Callable:
     """A function on each device with its own part of the arguments; `given` says how they and the result are cut."""
+    cuts = _Cuts.of(pool, layout)
     if cuts is None:
         return local
     *arguments, result = given(cuts)

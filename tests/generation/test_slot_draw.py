@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.generation.slot_draw import draw
-from deepseek_jax.generation.slots import empty_params, empty_state, params_of, put_rows, set_slot, state_of
+from deepseek_jax.generation.slots import empty_params, empty_state, params_of, put_rows, state_of
 from deepseek_jax.generation.thinking import NO_TAGS
 from deepseek_jax.ops.sampling import uniform_noise
 
@@ -31,7 +31,8 @@ class Slots:
         rows = []
         for slot, seed, (sampling, prompt, drawn) in zip(self.slots, seeds, requests, strict=True):
             row = params_of(sampling, seed=seed, limit=sampling.limit(len(prompt), 10_000), vocab_size=V)
-            set_slot(self.params, slot, row)
+            for numbers, value in zip(self.params, row, strict=True):
+                numbers[slot] = value
             budget = sampling.thinking_budget
             rows.append(state_of(prompt, drawn, opened=opened, budget=budget, vocab_size=V, tags=tags))
         stacked = jax.tree.map(lambda *of: np.stack(of), *rows)

@@ -144,7 +144,7 @@ def test_published_tags_are_one_token(name):
 
 
 @pytest.mark.parametrize("around", [("", ""), ("it.", "\n\n"), ("\n", "4")])
-def test_tags_of_several_tokens_are_found_whatever_stands_beside_them(around):  # noqa: F811
+def test_tags_of_several_tokens_are_found_whatever_stands_beside_them(around):
     tags = think_tags(byte_level(), "so")
     ids = byte_level().encode("</think>".join(around), add_bos=False)
     assert held(tags.closing, ids) == [len(around[0]) + len("</think>")]
@@ -162,6 +162,6 @@ def test_tags_are_found_where_a_tokenizer_merges_their_ends():
         assert "</think>" in tokenizer.decode(ids[:end]) and "</think>" not in tokenizer.decode(ids[: end - 1])
 
 
-def test_a_message_that_is_too_long_is_refused():  # noqa: F811
+def test_a_message_that_is_too_long_is_refused():
     with pytest.raises(ValueError, match="^message: got 88 tokens with </think>, wanted at most 64; shorten"):
         think_tags(byte_level(), "x" * 80)

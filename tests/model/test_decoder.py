@@ -29,6 +29,7 @@ from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.layers import Step
 from deepseek_jax.model.precision import convert_dtype
 from deepseek_jax.ops import rope
+from deepseek_jax.ops.pool import CacheView
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -356,6 +357,22 @@ def test_the_half_layout_is_wrong_for_deepseek():
 
 
 # --- routing -------------------------------------------------------------------------------------
+
+
+def test_padding_goes_to_no_expert():
+    """Over a cache it gets what the shared expert makes of it; the other tokens, what all of theirs do."""
+    config = dataclasses.replace(V3, num_hidden_layers=1, moe=dataclasses.replace(V3.moe, first_k_dense_replace=0))
+    graphdef, weights = random_weights(config)
+    layer = nnx.merge(graphdef, weights).layers[0].mlp
+    x, real = jax.random.normal(jax.random.key(2), (3, 5, 32)), np.random.RandomState(3).rand(3, 5) < 0.5
+    nothing, at = x[:, :, :0], jnp.zeros((3, 5), jnp.int32)
+    whole = Step("whole", at, nothing, nothing, jnp.asarray(real))
+    over_cache = whole._replace(phase="decode", view=CacheView.of(at[:, :1], at, whole.valid_BT))
+    out, wanted = (jax.jit(lambda x, step=step: layer(x, step)[0])(x) for step in (over_cache, whole))
+    shared = jax.jit(layer.shared)(x)
+    close(out[real], wanted[real], 1e-6)
+    close(out[~real], shared[~real], 1e-6)
+    assert np.abs(wanted - shared).max(axis=-1).min() > 1e-3
 
 
 def test_routing_is_float32_in_a_bfloat16_model():

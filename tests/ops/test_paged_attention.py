@@ -14,10 +14,8 @@ from deepseek_jax.ops.paged_attention import (
     attend_partial,
     finish,
     grouped_paged,
-    grouped_partial,
     join,
     latent_paged,
-    latent_partial,
 )
 from tests.ops.paged_cases import Case, make_case, oracle, seen_by
 
@@ -125,17 +123,16 @@ def test_a_chunk_joins_what_lies_in_the_cache():
     new_k, new_v = (jnp.asarray(rng.normal(size=(3, heads, chunk, 8)), jnp.float32) for _ in range(2))
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((chunk, chunk), bool)), (3, chunk, chunk))
 
+    old = jnp.arange(S * M) < seen[:, :, None]
+    in_order = lambda pool: jnp.moveaxis(pool[table], 1, 2).reshape(3, heads, S * M, 8)
+
     @jax.jit
     def in_parts():
-        return finish(
-            join(grouped_partial(q, k, v, table, seen, SCALE), attend_partial(q, new_k, new_v, causal, SCALE)),
-            jnp.float32,
-        )
+        of_cache = attend_partial(q, in_order(k), in_order(v), old, SCALE)
+        return finish(join(of_cache, attend_partial(q, new_k, new_v, causal, SCALE)), jnp.float32)
 
     @jax.jit
     def in_one():
-        old = jnp.arange(S * M) < seen[:, :, None]
-        in_order = lambda pool: jnp.moveaxis(pool[table], 1, 2).reshape(3, heads, S * M, 8)
         clean = [jnp.where(old[:, None, 0, :, None], in_order(pool), 0) for pool in (k, v)]
         both = [jnp.concatenate(pair, axis=2) for pair in zip(clean, (new_k, new_v), strict=True)]
         return attend(q, *both, jnp.concatenate([old, causal], axis=-1), SCALE)
@@ -144,12 +141,20 @@ def test_a_chunk_joins_what_lies_in_the_cache():
 
 
 def test_parts_are_joined_in_any_order():
-    """Blocks split between two tables: a part that no query sees changes nothing, not even with NaN in it."""
+    """Keys split in two: a part that no query sees changes nothing, not even with NaN in it."""
     case = latent_case(9, seen_by([0, 9, 12], 1))
-    *pools, table, seen = arrays(case)
-    partial = jax.jit(lambda blocks, seen: latent_partial(*pools, blocks, seen, SCALE))
-    first, second = partial(table, jnp.minimum(seen, 8)), partial(table[:, 2:], jnp.maximum(seen - 8, 0))
+    *queries, c, r, table, seen = arrays(case)
+    q, in_order = jnp.concatenate(queries, axis=-1), lambda pool: pool[table].reshape(len(table), 1, -1, pool.shape[-1])
+
+    @jax.jit
+    def partial(blocks, seen):
+        k = jnp.concatenate([in_order(c), in_order(r)], axis=-1)[:, :, blocks]
+        mask = jnp.arange(k.shape[2]) < seen[..., None]
+        return attend_partial(q, k, in_order(c)[:, :, blocks], mask, SCALE)
+
+    keys = jnp.arange(S * M)
+    first, second = partial(keys, jnp.minimum(seen, 8)), partial(keys[8:], jnp.maximum(seen - 8, 0))
     for parts in ((first, second), (second, first)):
         np.testing.assert_allclose(finish(join(*parts), jnp.float32), latent_oracle(case), rtol=0, atol=2e-6)
-    nothing = partial(table, jnp.zeros_like(seen))
+    nothing = partial(keys, jnp.zeros_like(seen))
     np.testing.assert_array_equal(finish(join(nothing, first), jnp.float32), finish(first, jnp.float32))

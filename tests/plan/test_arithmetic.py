@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from deepseek_jax.checkpoint.names import packed
 from deepseek_jax.checkpoint.summary import of_preset
 from deepseek_jax.config import PRESETS, GQAConfig, IndexerConfig, preset
-from deepseek_jax.model.cache import contiguous_table, empty_cache
+from deepseek_jax.model.cache import empty_cache
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.plan import model_bytes, model_flops, weights
 
@@ -221,7 +221,7 @@ def test_flops_are_those_of_the_traced_model(attention):
 
     def one_more(model):
         one, cache = tokens[:, :1], empty_cache(config, B, S, jnp.float32)
-        hidden, _ = model.extend(one, one, one == 0, cache, contiguous_table(B, 1), phase="decode")
+        hidden, _ = model.extend(one, one, one == 0, cache, jnp.arange(B)[:, None], phase="decode")
         return model.logits(hidden.x_BTD)
 
     assert model_flops.decode_flops(config, B, S).total == traced(config, one_more)

@@ -112,7 +112,7 @@ def test_the_tokens_that_belong_are_those_until_the_stop_text_is_complete(ids, s
 
 
 @given(data=st.data())
-def test_a_stop_text_of_characters_of_several_tokens(data):  # noqa: F811
+def test_a_stop_text_of_characters_of_several_tokens(data):
     """Its bytes are divided between tokens, and nothing of it is given."""
     text, stop = data.draw(st.text("a漢é字", max_size=6)), data.draw(st.sampled_from(["漢é", "字", "é"]))
     ids = byte_level().encode(text, add_bos=False)

@@ -28,7 +28,7 @@ def streamed(tokenizer, ids, cuts, *, opened, stop=()):
     stop=st.lists(st.sampled_from(["</think>", "<", "é", "k>a", "\n\n", "zzz"]), max_size=2),
     cuts=st.lists(st.integers(0, 90), max_size=8),
 )
-def test_a_stream_is_split_as_the_whole_text_before_its_stop(text, opened, stop, cuts):  # noqa: F811
+def test_a_stream_is_split_as_the_whole_text_before_its_stop(text, opened, stop, cuts):
     ids = byte_level().encode(text, add_bos=False)
     assert streamed(byte_level(), ids, cuts, opened=opened, stop=stop) == split_thinking(
         cut(text, stop)[0], opened=opened
@@ -48,7 +48,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_of_other_servers(fault):  # noqa: F811
+def test_faults_of_other_servers(fault):
     """A token a byte, so that every tag is split across pieces."""
     text, opened, wanted = FAULTS[fault]
     ids = byte_level().encode(text, add_bos=False)

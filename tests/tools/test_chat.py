@@ -20,7 +20,7 @@ from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.generation.scheduler import Scheduler
 from deepseek_jax.text.tokenizer import Tokenizer
 from tests.flags import flags
-from tests.tools.test_generate import ROOT, folder, generate, variant  # noqa: F401  (fixtures)
+from tests.tools.test_generate import ROOT, variant
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -143,7 +143,7 @@ def test_what_does_not_fit_the_context_is_one_line_and_leaves_the_turns_as_they_
     assert asked[-1] == ["1", "a", "2"]
 
 
-def test_a_conversation_with_a_model(folder, generate, monkeypatch):  # noqa: F811
+def test_a_conversation_with_a_model(folder, generate, monkeypatch):
     """The second prompt is the template's of both turns, and the blocks of the first turn, answer too, are reused."""
     asked, hits, steps = [], [], []
     add, schedule, step = Engine.add, Scheduler.schedule, Engine.step
@@ -178,7 +178,7 @@ def test_a_conversation_with_a_model(folder, generate, monkeypatch):  # noqa: F8
 
 
 @pytest.mark.parametrize("options", [("--samples", 2), ("--json",), ("--no-chat",), ("--batch", 2)])
-def test_what_a_conversation_cannot_have_is_one_line(folder, generate, monkeypatch, options):  # noqa: F811
+def test_what_a_conversation_cannot_have_is_one_line(folder, generate, monkeypatch, options):
     monkeypatch.setattr(sys, "stdin", Terminal("1\n"))
     status, text, error = generate(folder, *options)
     assert status == 1 and not text and error.count("\n") == 1
@@ -186,7 +186,7 @@ def test_what_a_conversation_cannot_have_is_one_line(folder, generate, monkeypat
 
 
 @pytest.mark.slow
-def test_in_a_terminal_of_its_own(folder, tmp_path):  # noqa: F811
+def test_in_a_terminal_of_its_own(folder, tmp_path):
     """Ctrl-C comes from the terminal, to all that run in it, and the conversation goes on; Ctrl-D ends it."""
     config = json.loads((folder / "config.json").read_text())
     long = variant(folder, tmp_path / "long", config__json=config | {"max_position_embeddings": 8192})
