@@ -1,0 +1,20 @@
+"""The benchmarks by their names; another one is one short file and its line here."""
+
+from deepseek_jax.evals.task import Task
+from deepseek_jax.evals.tasks.choice import CHOICE
+from deepseek_jax.evals.tasks.contests import CONTESTS
+from deepseek_jax.evals.tasks.functions import FUNCTIONS
+from deepseek_jax.evals.tasks.mathematics import MATHEMATICS
+
+TASKS: dict[str, Task] = {task.name: task for task in (*MATHEMATICS, *CHOICE, *FUNCTIONS, *CONTESTS)}
+
+
+def task_named(name: str) -> Task:
+    """A benchmark.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in TASKS:
+        raise ValueError(f"benchmark: got {name!r}, wanted one of {', '.join(TASKS)}")
+    return TASKS[name]
