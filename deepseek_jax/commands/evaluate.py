@@ -133,8 +133,8 @@ def _enter(config: Config, of_model: Mapping[str, Any], benchmarks: Mapping[str,
     for name in sorted(names):
         if before[name] != now.get(name):
             raise ValueError(
-                f"{path}: the samples there have {name} {before[name]!r}, not {now.get(name)!r}; give the same settings "
-                "to go on with them, or another --output"
+                f"{path}: the samples there have {name} {before[name]!r}, not {now.get(name)!r}; give the same "
+                "settings to go on with them, or another --output"
             )
     for name, told in benchmarks.items():
         if before["benchmarks"].get(name, told) != told:
