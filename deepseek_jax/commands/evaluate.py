@@ -26,6 +26,7 @@ from deepseek_jax.evals.samples import Samples
 from deepseek_jax.evals.server import ServerDrawer
 from deepseek_jax.evals.summary import summary
 from deepseek_jax.evals.task import Task
+from deepseek_jax.evals.tasks.port import PORT, for_language
 from deepseek_jax.generation.generator import BATCHES, Generator
 from deepseek_jax.model.precision import dtype_of
 from deepseek_jax.report.progress import Progress
@@ -42,6 +43,8 @@ def main(config: Config) -> None:
     asked = config.asked
     benchmarks, settings = [], {}
     for task in asked.tasks:
+        if task is PORT and config.grading.language is not None:
+            task = for_language(config.grading.language)
         benchmark, told = _benchmark(config, task)
         benchmarks.append(benchmark)
         settings[task.name] = told
