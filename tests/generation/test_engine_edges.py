@@ -177,7 +177,7 @@ def test_a_stop_text_that_is_complete_only_at_the_end_is_one():
     """Its last character is what a byte is that never became one."""
     stream = TextStream(byte_level(), stop=("a\ufffd",))
     request = Request(id=0, tokens=[1], max_new_tokens=3)
-    live = Live(request=request, sampling=SamplingConfig(), seed=0, opened=False, stream=stream)
+    live = Live(request=request, sampling=SamplingConfig(max_new_tokens=3), seed=0, opened=False, stream=stream)
     live.text += stream.feed([BYTES[ord("b")], BYTES[ord("a")], BYTES["ä".encode()[0]]])
     assert not live.stopped and not request.stopped
     assert live.new_text(finished=True) == "b" and live.stopped
