@@ -40,7 +40,7 @@ def keep_compiled() -> None:
     settings = {
         "compilation_cache_dir": str(folder),
         "compilation_cache_max_size": _MOST,
-        "persistent_cache_min_compile_time_secs": 0.0,  # there are hundreds of small ones
+        "persistent_cache_min_compile_time_secs": 0.0,  # jax would leave out what takes less than a second
     }
     for name, value in settings.items():
         if f"JAX_{name.upper()}" not in os.environ:
