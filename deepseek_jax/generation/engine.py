@@ -28,6 +28,7 @@ from deepseek_jax.generation.sampling_config import SamplingConfig, refuse_unrep
 from deepseek_jax.generation.scheduler import Scheduler
 from deepseek_jax.generation.slots import params_of
 from deepseek_jax.generation.thinking import NO_TAGS, think_tags
+from deepseek_jax.model.transposed import transposed_weights
 from deepseek_jax.sharding import module_layout
 from deepseek_jax.text.stream import TextStream
 from deepseek_jax.text.think import opens_thought
@@ -36,6 +37,7 @@ from deepseek_jax.text.tokenizer import Tokenizer
 CLOSING = "\n"
 """What a thought ends with, before `</think>`, that is out of budget."""
 _SETTINGS, _NO_RECORD = EngineConfig(), Record()
+_SEVERAL = 4  # rows from which on transposed weights are faster
 
 
 class Update(NamedTuple):
@@ -116,7 +118,8 @@ class Engine:
     ):
         if record.routes and config.moe is None:
             raise ValueError("record: got routes for a model without experts, wanted none; it chooses none")
-        self.config, self.settings, self.weights, self.tokenizer = config, settings, weights, tokenizer
+        self.config, self.settings, self.tokenizer = config, settings, tokenizer
+        self.weights = self._arranged(weights)
         self.record, self.tags, self._closing = record, NO_TAGS, closing
         dtype = dtype or jax.tree.leaves(weights["embed"])[0].dtype
         of_host = settings.of_scheduler(config, module_layout(graphdef), dtype)
@@ -186,9 +189,13 @@ class Engine:
 
     def load(self, weights: nnx.State) -> None:
         """Draw from other weights from now on; what the old ones computed, only those requests go on from that run."""
+        weights = self._arranged(weights)
         with self._lock:
             self.weights = weights
             self.scheduler.reset_prefix_cache()
+
+    def _arranged(self, weights: nnx.State) -> nnx.State:
+        return transposed_weights(weights) if self.settings.max_num_seqs >= _SEVERAL else weights
 
     def run(self) -> Iterator[Update]:
         """Steps until no request is left."""

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from deepseek_jax.ops.transposed import Transposed, times_transposed
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=("w", "a", "b"), meta_fields=("scale",))
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class LowRank:
         return self.w.ndim
 
 
-Matrix = Float[Array, "..."] | LowRank
+Matrix = Float[Array, "..."] | LowRank | Transposed
 
 
 def product(x: Float[Array, "*B D"], weight: Matrix) -> Float[Array, "*B F"]:
@@ -47,6 +49,8 @@ def product(x: Float[Array, "*B D"], weight: Matrix) -> Float[Array, "*B F"]:
     Of a LowRank, both terms are products of numbers in that dtype, added up in float32, and their sum is rounded once:
     rounded apart, a small second term would vanish beside the first. Gradients are products in the dtype of x.
     """
+    if isinstance(weight, Transposed):
+        return times_transposed(x, weight)
     if not isinstance(weight, LowRank):
         return x @ weight
     leading = "abcdefgh"[: x.ndim - 1]
