@@ -55,8 +55,9 @@ def load_model(
     In this order: the configuration and the headers of the weights, checked against each other; the layout, which
     may not divide the model; the bytes of each device.
 
-    FP8 weights are unpacked on the devices, but for `quantization` "fp8", which keeps their codes and scales. Every process reads the bytes that its own devices hold, and no more. For
-    a stacked layout the layers are joined at the end; until then the devices hold both forms.
+    FP8 weights are unpacked on the devices, but for `quantization` "fp8", which keeps their codes and scales. Every
+    process reads the bytes that its own devices hold, and no more. For a stacked layout the layers are joined
+    at the end; until then the devices hold both forms.
 
     Args:
         model: a folder with config.json and weights, or a name on the hub.

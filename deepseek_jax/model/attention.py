@@ -110,7 +110,8 @@ class LatentAttention(nnx.Module):
         # every chip of a `context` group needs all keys: 576 numbers a token, before they are spelled out by head
         new = jax.tree.map(lambda part: lay(part, "batch", None, None), new)
         spell = lambda c, r: [
-            lay(part, "batch", "tensor", None, None) for part in attention.expand(c, r, *self._key_value_weights(c.dtype))
+            lay(part, "batch", "tensor", None, None)
+            for part in attention.expand(c, r, *self._key_value_weights(c.dtype))
         ]
         k, v = spell(new.c, new.r)
         if pool is not None:

@@ -75,7 +75,7 @@ def packed_like(
         like = packing.like(value.shape)
         if layout.mesh is not None:
             put = lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
-            like = jax.tree.map(put, like, places(layout, like, axes, ".".join(map(str, path))))
+            like = jax.tree.map(put, like, places(layout, like, axes, _name(path)))
         return path, leaf.replace(like)
 
     return nnx.from_flat_state([of(path, leaf) for path, leaf in nnx.to_flat_state(abstract)])
@@ -118,13 +118,13 @@ def packed_weights(
         if isinstance(value, Packed):
             if packing.like(value.shape).codes.dtype != value.codes.dtype:
                 raise ValueError(
-                    f"quantization: got {quantization!r} for weights that are packed already, {'.'.join(map(str, path))} "
-                    f"as {value.codes.dtype}; wanted those of a model loaded without quantization"
+                    f"quantization: got {quantization!r} for weights that are packed already, {_name(path)} as "
+                    f"{value.codes.dtype}; wanted those of a model loaded without quantization"
                 )
         elif packing is not None:
             where = None
             if layout.mesh is not None:
-                where = places(layout, packing.like(value.shape), leaf.get_metadata()["axes"], ".".join(map(str, path)))
+                where = places(layout, packing.like(value.shape), leaf.get_metadata()["axes"], _name(path))
             leaf = leaf.replace(_packer(packing, where)(value))
         done.append((path, leaf))
     return nnx.from_flat_state(done)
@@ -139,8 +139,12 @@ def refuse_packed(weights: nnx.State, what: str) -> None:
     """Refuse what is packed where numbers of the weights' own are wanted, in one line that says for what."""
     for path, leaf in nnx.to_flat_state(weights):
         if isinstance(leaf.get_raw_value(), Packed):
-            name = ".".join(map(str, path))
-            raise ValueError(f"weights: got packed ones, {name} among them, wanted a model without quantization {what}")
+            wanted = f"wanted a model without quantization {what}"
+            raise ValueError(f"weights: got packed ones, {_name(path)} among them, {wanted}")
+
+
+def _name(path: Path) -> str:
+    return ".".join(map(str, path))
 
 
 def _rank(path: Path, value: Any) -> int:

@@ -20,8 +20,8 @@ from deepseek_jax.ops.packed import Packed, dense
 class LowRank:
     """Stands for the matrix w + scale a b: w [..., in, out], a [..., in, rank], b [..., rank, out].
 
-    It has w's shape; w may be packed. Columns may be several axes, in w and b alike: w [in, *out], b [rank, *out]. As a tree it also
-    holds other things of the three than arrays, such as how each lies on a mesh.
+    It has w's shape; w may be packed. Columns may be several axes, in w and b alike: w [in, *out], b [rank, *out]. As a
+    tree it also holds other things of the three than arrays, such as how each lies on a mesh.
 
     Source: arXiv 2106.09685 section 4.1.
     """

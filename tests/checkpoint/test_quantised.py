@@ -54,7 +54,10 @@ def test_an_fp8_folder_keeps_its_codes_and_scales(tmp_path, config):
     assert sum(name.endswith(names.SCALE) for name in tensors) == sum(
         value.shape[0] if value.ndim == 3 else 1 for value in packed.values()
     )
-    for key, name in {"attention.kv_a": "self_attn.kv_a_proj_with_mqa", "mlp.shared.down": "mlp.shared_experts.down_proj"}.items():
+    for key, name in {
+        "attention.kv_a": "self_attn.kv_a_proj_with_mqa",
+        "mlp.shared.down": "mlp.shared_experts.down_proj",
+    }.items():
         value = packed[f"layers.1.{key}"]
         assert np.array_equal(np.asarray(value.codes).view(np.uint8).T, stored(f"model.layers.1.{name}.weight"))
         assert np.array_equal(np.asarray(value.scale).T, tensors[f"model.layers.1.{name}.weight{names.SCALE}"])
