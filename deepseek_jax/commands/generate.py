@@ -59,7 +59,7 @@ def main(config: Config) -> None:
     job = _Job(config, tokenizer, asked, sampling)
     settings = _talking(config) if talks else _completing(job, model)
     settings.of_scheduler(model, layout, dtype)  # refuses what the model cannot do
-    loaded = load_model(folder, dtype=dtype, layout=layout)
+    loaded = load_model(folder, dtype=dtype, layout=layout, quantization=config.engine.quantization)
     if talks:
         settings = _within_memory(settings, model, layout, dtype)
     else:

@@ -29,6 +29,8 @@ from deepseek_jax.generation.sampling_config import SamplingConfig, refuse_unrep
 from deepseek_jax.generation.scheduler import Scheduler
 from deepseek_jax.generation.slots import params_of
 from deepseek_jax.generation.thinking import NO_TAGS, think_tags
+from deepseek_jax.model.packing import Quantization, packed_weights
+from deepseek_jax.model.transposed import transposed_weights
 from deepseek_jax.sharding import module_layout
 from deepseek_jax.text.stream import TextStream
 from deepseek_jax.text.think import opens_thought
@@ -37,6 +39,7 @@ from deepseek_jax.text.tokenizer import Tokenizer
 CLOSING = "\n"
 """What a thought ends with, before `</think>`, that is out of budget."""
 _SETTINGS, _NO_RECORD = EngineConfig(), Record()
+_SEVERAL = 4  # rows from which on transposed weights are faster
 
 
 class Update(NamedTuple):
@@ -107,7 +110,7 @@ class Engine:
     Args:
         config: the model's.
         graphdef: static part of the module, from `model.decoder.split`.
-        weights: of the model, plain or beside an adapter (`model.lora.with_adapter`).
+        weights: of the model, plain, packed (`model.packing`) or beside an adapter (`model.lora.with_adapter`).
         settings: how it runs.
         dtype: of the cache; None takes that of the weights.
         record: what to keep for a trainer.
@@ -132,10 +135,12 @@ class Engine:
     ):
         if record.routes and config.moe is None:
             raise ValueError("record: got routes for a model without experts, wanted none; it chooses none")
-        self.config, self.settings, self.weights, self.tokenizer = config, settings, weights, tokenizer
+        self.config, self.settings, self.tokenizer = config, settings, tokenizer
+        self.weights = self._arranged(weights)
         self.record, self.tags, self._closing = record, NO_TAGS, closing
         dtype = dtype or jax.tree.leaves(weights["embed"])[0].dtype
-        of_host = settings.of_scheduler(config, module_layout(graphdef), dtype)
+        self._layout = module_layout(graphdef)
+        of_host = settings.of_scheduler(config, self._layout, dtype)
         self.runner = Runner(config, graphdef, settings, of_host, dtype, record)
         self.scheduler = Scheduler(of_host, self.runner.smaller_bucket)
         self._closed: StepFailedError | None = None
@@ -204,11 +209,23 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
-    def load(self, weights: nnx.State) -> None:
-        """Draw from other weights from now on; what the old ones computed, only those requests go on from that run."""
+    def load(self, weights: nnx.State, *, quantization: Quantization = "none") -> None:
+        """Draw from other weights from now on; what the old ones computed, only those requests go on from that run.
+
+        Args:
+            weights: of the model.
+            quantization: to pack them in; "none" takes them as they are.
+
+        Raises:
+            ValueError: an unknown quantization, or weights that are packed in another way.
+        """
+        weights = self._arranged(packed_weights(self.config, weights, quantization, self._layout))
         with self._lock:
             self.weights = weights
             self.scheduler.reset_prefix_cache()
+
+    def _arranged(self, weights: nnx.State) -> nnx.State:
+        return transposed_weights(weights) if self.settings.max_num_seqs >= _SEVERAL else weights
 
     def run(self) -> Iterator[Update]:
         """Steps until no request is left."""
