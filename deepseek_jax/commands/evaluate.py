@@ -117,7 +117,7 @@ def _drawer(config: Config) -> tuple[Drawer, dict[str, Any]]:
     layout, dtype = layout_of(architecture, config.engine), dtype_of(config.engine.dtype)
     settings = dataclasses.replace(BATCHES, max_num_seqs=config.engine.batch, **config.engine.drafts)
     settings.of_scheduler(architecture, layout, dtype)  # refuses what the model cannot do
-    loaded = load_model(folder, dtype=dtype, layout=layout)
+    loaded = load_model(folder, dtype=dtype, layout=layout, quantization=config.engine.quantization)
     drawer = EngineDrawer(
         Generator(loaded.config, loaded.graphdef, settings=settings),
         loaded.weights,
@@ -127,7 +127,8 @@ def _drawer(config: Config) -> tuple[Drawer, dict[str, Any]]:
         system=system,
         chat=config.asked.chat,
     )
-    return drawer, {"model": fingerprint(folder), "dtype": dtype.name, "chat": config.asked.chat}
+    told = {"dtype": dtype.name, "quantization": config.engine.quantization, "chat": config.asked.chat}
+    return drawer, {"model": fingerprint(folder), **told}
 
 
 def _enter(config: Config, of_model: Mapping[str, Any], benchmarks: Mapping[str, Any]) -> None:

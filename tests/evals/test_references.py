@@ -17,6 +17,7 @@ from deepseek_jax.evals.task import Answered
 from deepseek_jax.evals.tasks import TASKS
 from deepseek_jax.rewards.sandbox import available, processors
 
+pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence")  # in programs of the data sets
 MBPP = Path(__file__).resolve().parents[3] / "shared" / "data" / "mbpp" / "mbpp.jsonl"
 # Every value that a function returns is another one, of the same type where it can be.
 OFF = """
