@@ -9,7 +9,8 @@ by position of what was drawn at temperature 1. "best": the most probable token 
 drawn with the noise that verification draws with, which is what the engine does. "rejection": the guess is drawn, and
 kept or refused as in rejection sampling; that accepts the sum of min(p, q), more than any other rule for drawn guesses.
 
-Cost: two minutes of training and five to run, most of them compiling, on two CPU cores. Expected: more than 30 % of the steps saved (see LOG.md).
+Cost: two minutes of training and five to run, most of them compiling, on two CPU cores.
+Expected: more than 30 % of the steps saved (see LOG.md).
 """
 
 import json
