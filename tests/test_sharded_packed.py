@@ -54,8 +54,8 @@ def packed_on_a_mesh_is_packed_on_one_device():
                 bits = lambda a: np.asarray(a.astype(np.float32))
                 np.testing.assert_array_equal(bits(one), bits(other), err_msg=f"{name} {key}")
         down = theirs["layers.0.mlp.down"]  # rows are cut in four: of 80 each, and 128 share a scale
-        assert down.codes.sharding.spec[0] == "tensor"
-        assert "tensor" not in down.scale.sharding.spec[:1]
+        assert "tensor" in str(down.codes.sharding.spec[0])
+        assert "tensor" not in str(down.scale.sharding.spec[:1])
 
 
 def packed_on_a_mesh_to_train_on_is_refused():

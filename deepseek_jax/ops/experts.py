@@ -75,15 +75,19 @@ def _grouped(lhs, rhs, sizes, dtype=None):
     tiled = lambda least, most: partial(tiled_matmul, tiles=of(least, most), dtype=dtype)
     flat = jax.tree.map(lambda part: part.reshape(-1, *part.shape[-2:]), rhs)
     # a GPU reads a group's weights once a tile, and computes sixteen rows in the time of one
-    ragged = partial(ragged_matmul, dtype=dtype) if not isinstance(rhs, Packed) else _packed_on_tpu(flat, dtype, tiled)
+    ragged = (
+        partial(ragged_matmul, dtype=dtype)
+        if not isinstance(rhs, Packed)
+        else _packed_on_tpu(flat, rhs.shape[-3], dtype, tiled)
+    )
     branches = {"tpu": ragged, "cpu": tiled(1, 128), "default": tiled(16, 512)}
     return jax.lax.platform_dependent(lhs, flat, sizes, **branches)
 
 
-def _packed_on_tpu(rhs, dtype, tiled):
+def _packed_on_tpu(rhs, layer, dtype, tiled):
     from deepseek_jax.ops.kernels.packed_matmul import fits, packed_matmul  # Pallas is slow to import
 
-    return partial(packed_matmul, dtype=dtype) if fits(rhs) else tiled(16, 512)
+    return partial(packed_matmul, dtype=dtype, layer=layer) if fits(rhs) else tiled(16, 512)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
 
 from deepseek_jax.checkpoint import names
 from deepseek_jax.checkpoint.adapters import new_adapter
@@ -46,8 +45,7 @@ def unpacked(weights: nnx.State) -> nnx.State:
 @pytest.mark.parametrize("config", [R1, SMALL_BLOCKS, V32])
 def test_an_fp8_folder_keeps_its_codes_and_scales(tmp_path, config):
     """Bit for bit, turned to [in, out], experts one after another; widths that blocks do not divide among them."""
-    random_folder(tmp_path / "folder", config)
-    tensors = load_file(tmp_path / "folder" / "model.safetensors")
+    tensors = random_folder(tmp_path / "folder", config)
     stored = lambda name: np.asarray(tensors[name]).view(np.uint8)
     loaded = load_model(tmp_path / "folder", quantization="fp8")
     packed = packed_of(loaded.weights)
@@ -98,8 +96,15 @@ def served(kind: str, quantization: str):
     return found
 
 
-@pytest.mark.parametrize("quantization", SCHEMES)
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = [("mla-moe", "fp8"), ("gqa", "int4")]  # each pair compiles an engine of its own
+PAIRS = [
+    pytest.param(kind, scheme, marks=() if (kind, scheme) in QUICK else pytest.mark.slow)
+    for kind in KINDS
+    for scheme in SCHEMES
+]
+
+
+@pytest.mark.parametrize(("kind", "quantization"), PAIRS)
 def test_what_is_packed_draws_what_dense_weights_of_its_codes_draw(kind, quantization):
     packed, plain, first = served(kind, quantization)
     for got, wanted in zip(packed, plain, strict=True):

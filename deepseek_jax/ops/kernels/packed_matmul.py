@@ -1,8 +1,8 @@
-"""Grouped products with packed matrices as a TPU kernel, which makes them whole in VMEM alone.
+"""Grouped products with packed matrices as a TPU kernel, which makes them whole nowhere.
 
 XLA fuses the scales of int8 into a product. Those of fp8 and int4, which change along the rows that are summed over, it
 writes to memory for every number first: 8 bytes beside the one that is read. Here a grid step reads the codes of a
-group's columns once, and makes 128 rows of them whole at a time on their way to the product.
+group's columns once, and 128 rows of them at a time meet the rows of lhs and their scales.
 
 jax's megablox, whose order of tiles this has, and tokamax's kernels do not fit: the former takes plain matrices, the
 latter, at 0.0.12, one scale along the columns or blocks that divide the matrix.
@@ -29,18 +29,20 @@ def packed_matmul(
     sizes: Int[Array, "G"],
     dtype: jnp.dtype | None = None,
     *,
+    layer: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "W N"]:
     """`ops.experts.grouped_matmul` of packed matrices [G, K, N] that `fits`, on TPU.
 
-    Each number of a matrix is its code times its scale in float32, rounded to the dtype of lhs; sums are float32. It
-    has no gradient, and XLA cannot partition it.
+    Codes are exact in the dtype of lhs, bfloat16 or float32. Sums over 128 rows are scaled in float32 and added up so;
+    nothing else is rounded. It has no gradient, and XLA cannot partition it.
 
     Args:
         lhs: rows sorted by group.
         rhs: one matrix a group.
         sizes: rows of each group.
         dtype: of the result; None is that of lhs.
+        layer: how many of the groups can have rows, one layer's of a stack; None is all. For the stated cost alone.
         interpret: run as plain JAX, on any device.
 
     Returns:
@@ -75,7 +77,11 @@ def packed_matmul(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=2 * W * K * N,
-            bytes_accessed=rhs.nbytes + nbytes(lhs) * (N // columns) + W * N * jnp.dtype(out).itemsize,
+            # of a stack of layers all codes, as of every operand: plan.hlo_bytes takes other layers' off again
+            bytes_accessed=nbytes(rhs.codes)
+            + nbytes(rhs.scale) * (layer or G) // G
+            + nbytes(lhs)
+            + W * N * jnp.dtype(out).itemsize,
             transcendentals=0,
         ),
         interpret=interpret,
@@ -104,14 +110,14 @@ def _kernel(starts, group, tile, lhs, codes, scale, out, *, block):
     if block[1] > 1:  # a column of scales for so many of the matrix: spread by a product with ones and zeros
         shape = (scales.shape[1], columns)
         column = n * columns + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        ones = (column // block[1] == jax.lax.broadcasted_iota(jnp.int32, shape, 0)).astype(jnp.float32)
+        ones = (jax.lax.div(column, block[1]) == jax.lax.broadcasted_iota(jnp.int32, shape, 0)).astype(jnp.float32)
         scales = jnp.dot(scales, ones, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     total = jnp.zeros((rows, columns), jnp.float32)
     for first in range(0, lhs.shape[1], _STEP):
         at = first // block[0]
-        whole = codes[0, first : first + _STEP].astype(jnp.float32) * scales[at : at + 1]
         part = lhs[:, first : first + _STEP]
-        total += jnp.dot(part, whole.astype(part.dtype), preferred_element_type=jnp.float32)
+        plain = codes[0, first : first + _STEP].astype(part.dtype)  # of 4 or 8 bits, exact in bfloat16
+        total += jnp.dot(part, plain, preferred_element_type=jnp.float32) * scales[at : at + 1]
     row = tile[visit] * rows + jax.lax.broadcasted_iota(jnp.int32, (rows, columns), 0)
     own = (row >= starts[group[visit]]) & (row < starts[group[visit] + 1])
     out[...] = jnp.where(own, total, out[...].astype(jnp.float32)).astype(out.dtype)
