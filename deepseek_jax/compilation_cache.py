@@ -20,7 +20,7 @@ def keep_compiled() -> None:
     """Keep what is compiled from now on, and take what was kept; where that cannot be, a warning says so.
 
     `JAX_COMPILATION_CACHE_DIR` names another folder, which has the bound that the user gives it, and
-    `JAX_COMPILATION_CACHE_MAX_SIZE` another bound; `JAX_ENABLE_COMPILATION_CACHE=0` keeps nothing. Several processes may
+    `JAX_COMPILATION_CACHE_MAX_SIZE` another bound; `JAX_ENABLE_COMPILATION_CACHE=0` keeps nothing. Several programs may
     do it at once.
 
     Source: docs.jax.dev, "Persistent compilation cache".
@@ -36,7 +36,8 @@ def keep_compiled() -> None:
             _refuse_unwritable(named)
         else:
             folder = _own(folder_of_user() / processor())
-            _mend(folder)
+            if os.environ.get("JAX_COMPILATION_CACHE_MAX_SIZE") != "-1":  # without a bound jax writes no times
+                _mend(folder)
             settings |= {"compilation_cache_dir": str(folder), "compilation_cache_max_size": _MOST}
     except (OSError, RuntimeError) as problem:
         jax.config.update("jax_enable_compilation_cache", False)
