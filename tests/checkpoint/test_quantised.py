@@ -142,6 +142,7 @@ def test_loaded_at_once_or_packed_in_memory_is_the_same(tmp_path):
                     np.testing.assert_array_equal(a.astype(jnp.float32), b.astype(jnp.float32), err_msg=key)
 
 
+@pytest.mark.slow
 def test_an_adapter_runs_beside_packed_weights(tmp_path):
     """It draws what it draws beside the dense weights that they stand for; summed into them it is refused."""
     graphdef, weights = split(Decoder(QWEN3, rngs=nnx.Rngs(0)))

@@ -10,7 +10,7 @@ from deepseek_jax.ops.packed import Packing
 from tests.ops.test_packed import drawn, in_float64
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
 @pytest.mark.parametrize("scheme", ["fp8", "int8", "int4"])
 def test_the_kernel_is_its_twin(scheme, dtype):
     """Groups without rows, and one over several tiles; rows past the last group may be NaN. Of float32 both are the
