@@ -80,7 +80,7 @@ def decode(
         raise ValueError("transformers is not installed: pip install torch==2.13.0, then pip install -e '.[oracle]'")
     config, graphdef, weights = load_model(model)
     generator = Generator(config, graphdef)
-    peer = _transformers(model)
+    peer = peer_of(model)
     rng = np.random.default_rng(0)
     print("| batch | deepseek_jax tok/s | transformers tok/s | ratio, median (min to max) |\n|---|---|---|---|")
     for batch in batches:
@@ -114,7 +114,8 @@ def _paired_rates(contestants: list[Callable], tokens: int, batch: int, rounds: 
     return rates
 
 
-def _transformers(model: Path) -> Callable[[np.ndarray, int], None]:
+def peer_of(model: Path) -> Callable[[np.ndarray, int], None]:
+    """transformers' greedy `generate` of so many tokens after prompts [B, T]."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -346,7 +347,7 @@ def _print_runs(runs: dict[str, list[Measured]], total: int, limit: int) -> None
         ratios = [r.seconds / cp.seconds for r, cp in zip(these, runs["cp -r"], strict=False)]
         rate = total / statistics.median(seconds) / 1e9
         bound = f"{limit / MIB:.0f}" if label.endswith(".py") else "-"
-        cells = [label, total, _spread(seconds), f"{rate:.2f}", _spread(ratios)]
+        cells = [label, total, spread(seconds), f"{rate:.2f}", spread(ratios)]
         print(f"| {' | '.join(map(str, cells))} | {max(r.peak for r in these) / MIB:.0f} | {bound} |", flush=True)
 
 
@@ -359,8 +360,10 @@ def _forget(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+def spread(values: list[float], digits: int = 2) -> str:
+    """Median, least and most."""
+    shown = [f"{of:.{digits}f}" for of in (statistics.median(values), min(values), max(values))]
+    return "{} ({} to {})".format(*shown)
 
 
 def timed(command: list[str | Path], folder: Path, read: Path) -> Measured:

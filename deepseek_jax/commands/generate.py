@@ -18,11 +18,11 @@ from deepseek_jax.checkpoint.hub import model_folder
 from deepseek_jax.checkpoint.model_folder import load_config
 from deepseek_jax.commands.chat import converse, write
 from deepseek_jax.commands.generate_prompts import check, encoded, how, probe, read
-from deepseek_jax.commands.generate_settings import COMMON, MAX_TOKENS, Config
+from deepseek_jax.commands.generate_settings import COMMON, MAX_TOKENS, Config, EngineOptions
 from deepseek_jax.commands.options import command
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.distributed import say
-from deepseek_jax.generation.engine import Engine, Update
+from deepseek_jax.generation.engine import Engine, Metrics, Update
 from deepseek_jax.generation.engine_config import EngineConfig
 from deepseek_jax.generation.generator import BATCHES, bucket, sizes_that_pay
 from deepseek_jax.generation.live import Live
@@ -55,7 +55,7 @@ def main(config: Config) -> None:
     most = model.max_position_embeddings if talks else MAX_TOKENS
     sampling = config.drawing(tokenizer.eos_ids, max_tokens=most)
     check(folder, model, tokenizer, asked, sampling)
-    layout, dtype = _layout(model, config), dtype_of(config.engine.dtype)
+    layout, dtype = layout_of(model, config.engine), dtype_of(config.engine.dtype)
     job = _Job(config, tokenizer, asked, sampling)
     settings = _talking(config) if talks else _completing(job, model)
     settings.of_scheduler(model, layout, dtype)  # refuses what the model cannot do
@@ -114,8 +114,9 @@ def _talks(config: Config) -> bool:
     return True
 
 
-def _layout(model: ModelConfig, config: Config) -> Layout:
-    expert, tensor = config.engine.serve_expert, config.engine.serve_tensor
+def layout_of(model: ModelConfig, engine: EngineOptions) -> Layout:
+    """How a model lies on the devices."""
+    expert, tensor = engine.serve_expert, engine.serve_tensor
     if expert is None and tensor is None:
         return LOCAL
     every = Layout(mesh=make_mesh(data=jax.device_count()), lanes=lanes_of(jax.default_backend()))
@@ -162,7 +163,13 @@ def _complete(engine: Engine, job: _Job) -> None:
     tokens = printed(engine, job)
     print(f"{tokens} tokens in {time.perf_counter() - start:.1f} s, compilation included", file=sys.stderr)
     if engine.settings.drafts is not None:
-        print(f"{engine.metrics.accepted} of {engine.metrics.offered} drafts were right", file=sys.stderr)
+        print(_of_drafts(engine.metrics), file=sys.stderr)
+
+
+def _of_drafts(of: Metrics) -> str:
+    """How well they were guessed, in a line."""
+    right = f"{of.accepted} of {of.offered} drafts were right ({of.acceptance:.1%})"
+    return f"{right}, {of.accept_length:.2f} tokens a step, {of.saved:.1%} of the steps saved"
 
 
 def _updates(engine: Engine, job: _Job) -> Iterator[tuple[int, Update]]:
@@ -240,7 +247,7 @@ def _as_json(number: int, live: Live, job: _Job) -> dict:
         "thinking": thinking,
         "answer": answer,
         "tokens": len(request.tokens) - request.prompt_length,
-        "finish_reason": "stop" if request.stopped else "length",
+        "finish_reason": "stop" if live.stopped else "length",
     }
 
 

@@ -190,6 +190,11 @@ def with_adapter(weights: nnx.State, adapter: nnx.State, lora: LoRAConfig) -> nn
     return nnx.from_flat_state(joined)
 
 
+def is_adapted(weights: nnx.State) -> bool:
+    """Whether a tree is one of `with_adapter`."""
+    return any(_SCALE in leaf.get_metadata() for _, leaf in nnx.to_flat_state(weights))
+
+
 def decoder_of(graphdef: nnx.GraphDef[M], weights: nnx.State) -> M:
     """The module of a tree of weights, plain ones or those of `with_adapter`.
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from deepseek_jax.ops.packed import Packed, dense
+from deepseek_jax.ops.transposed import Transposed, times_transposed
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("w", "a", "b"), meta_fields=("scale",))
@@ -40,7 +41,7 @@ class LowRank:
         return self.w.ndim
 
 
-Matrix = Float[Array, "..."] | LowRank | Packed
+Matrix = Float[Array, "..."] | LowRank | Packed | Transposed
 
 
 def product(x: Float[Array, "*B D"], weight: Matrix) -> Float[Array, "*B F"]:
@@ -50,6 +51,8 @@ def product(x: Float[Array, "*B D"], weight: Matrix) -> Float[Array, "*B F"]:
     rounded apart, a small second term would vanish beside the first. Gradients are products in the dtype of x. What is
     packed is made whole in that dtype.
     """
+    if isinstance(weight, Transposed):
+        return times_transposed(x, weight)
     weight = whole(weight, x.dtype)
     if not isinstance(weight, LowRank):
         return x @ weight

@@ -1,6 +1,8 @@
 """Multiple choice: did the completion choose the right option, and only that one?"""
 
 import re
+from collections.abc import Sequence
+from string import ascii_uppercase
 
 from deepseek_jax.rewards.answers import MAX_CHARS
 from deepseek_jax.rewards.notation import MAX_NESTING, canonical, nesting
@@ -75,6 +77,16 @@ def check_choice(answer: str, choices: list[str] | None, *, letters: str = "ABCD
       ValueError: the answer is not one of the row's letters, or the texts are not a list of as many strings at most.
     """
     _options("", answer, letters.upper(), choices)
+
+
+def chosen_option(answer: str, choices: Sequence[str]) -> str | None:
+    """The letter of the one option that an answer names, by letter, text or both; None where it names none or several.
+
+    Args:
+      answer: as extracted from a completion.
+      choices: the options' texts in order, at most 26.
+    """
+    return _chosen(answer, dict(zip(ascii_uppercase, map(_plain, choices), strict=False)))
 
 
 def _options(where: str, right: str, letters: str, texts: list[str] | None) -> dict[str, str]:

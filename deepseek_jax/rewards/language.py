@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections import Counter
 from functools import cache, lru_cache
 from itertools import groupby
 
@@ -93,6 +94,28 @@ def language_reward(*, language: str) -> RewardFunction:
         return [_share(thought[:_MAX_CHARS], language) for thought in thoughts]
 
     return reward
+
+
+def written_in(text: str) -> tuple[str, float] | None:
+    """The language of most of a text's words, and the share of the words that are in its script.
+
+    Returns:
+      One of `LANGUAGES` (by py3langid where several share the script) and a share in (0, 1]; None where there are
+      fewer than three words. Of a text of more than 200,000 characters the first ones count.
+    """
+    words = _words(_plain(text[:_MAX_CHARS]))
+    if len(words) < _MIN_WORDS_AT_ALL:
+        return None
+    counts = Counter(script for _, script in words)
+    script, _ = max(counts.items(), key=lambda item: (item[1], item[0]))
+    scripts = {"HAN", "KANA"} if script in ("HAN", "KANA") else {script}
+    share = sum(counts[each] for each in scripts) / len(words)
+    if script in _SHARED_SCRIPTS:
+        own = " ".join(word for word, of in words if of == script)
+        return str(_identifier().classify(own)[0]), share
+    if scripts == {"HAN", "KANA"}:
+        return ("ja" if counts["KANA"] else "zh"), share
+    return next((code for code, of in _SCRIPTS.items() if of == scripts), script.casefold()), share
 
 
 def _share(thought: str, language: str) -> float:

@@ -1,0 +1,55 @@
+"""What grading needs open while it lasts: the mathematical grader's processes, limits of programs, outer programs."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from deepseek_jax.rewards.math import MathGrader
+from deepseek_jax.rewards.pool import PoolConfig
+from deepseek_jax.rewards.sandbox import processors
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraderConfig:
+    """What graders may use.
+
+    Args:
+        repositories: of swebench: a folder of repositories, each in a folder named by its instance_id, or by its repo
+            with __ for the slash.
+        checker: of formal: a command that checks a file, its words apart; {file} stands for the file's name.
+        folders: what outer programs (compilers, the checker) see of this machine, read-only, beside their own folders.
+        language: of port: the language to port to; None takes the first whose compiler is here.
+        seconds: of a program on one test of livecodebench, codeforces and port; None takes the benchmark's own.
+        allow_unsandboxed: run programs of the model even where they cannot be isolated. Do not.
+    """
+
+    repositories: Path | None = None
+    checker: tuple[str, ...] = ()
+    folders: tuple[Path, ...] = ()
+    language: str | None = None
+    seconds: float | None = None
+    allow_unsandboxed: bool = False
+
+
+@dataclass
+class Graders:
+    """Graders that are open; use it as a context manager.
+
+    Args:
+        config: what they may use.
+    """
+
+    config: GraderConfig = GraderConfig()
+    math: MathGrader = field(init=False)
+
+    def __post_init__(self) -> None:
+        # published right answers leave the percent sign out; no process starts before the first answer that needs one
+        self.math = MathGrader(PoolConfig(workers=processors()), percent="either")
+
+    def __enter__(self) -> "Graders":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.math.close()
