@@ -13,7 +13,6 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -93,7 +92,6 @@ class Engine:
         graphdef: static part of the module, from `model.decoder.split`.
         weights: of the model, plain or beside an adapter (`model.lora.with_adapter`).
         settings: how it runs.
-        dtype: of the cache; None takes that of the weights.
         record: what to keep for a trainer.
         tokenizer: the model's, for text, stop texts and budgets of thinking; None gives tokens alone.
         closing: what a thought ends with that is out of budget.
@@ -109,7 +107,6 @@ class Engine:
         weights: nnx.State,
         settings: EngineConfig = _SETTINGS,
         *,
-        dtype: jnp.dtype | None = None,
         record: Record = _NO_RECORD,
         tokenizer: Tokenizer | None = None,
         closing: str = CLOSING,
@@ -118,9 +115,9 @@ class Engine:
             raise ValueError("record: got routes for a model without experts, wanted none; it chooses none")
         self.config, self.settings, self.weights, self.tokenizer = config, settings, weights, tokenizer
         self.record, self.tags, self._closing = record, NO_TAGS, closing
-        dtype = dtype or jax.tree.leaves(weights["embed"])[0].dtype
+        dtype = jax.tree.leaves(weights["embed"])[0].dtype
         of_host = settings.of_scheduler(config, module_layout(graphdef), dtype)
-        self.runner = Runner(config, graphdef, settings, of_host, dtype, record)
+        self.runner = Runner(config, graphdef, settings, of_host, settings.dtype_of_cache(dtype), record)
         self.scheduler = Scheduler(of_host, self.runner.smaller_bucket)
         self.metrics = Metrics()
         self._lives: dict[int, Live] = {}

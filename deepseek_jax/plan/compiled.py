@@ -39,6 +39,7 @@ from deepseek_jax.train.grpo_config import GRPOConfig
 Step = Literal["prefill", "decode", "train", "grpo", "sync"]
 TRAINED: tuple[Step, ...] = ("train", "grpo", "sync")  # that begin where weights lie to be trained
 DTYPES: Mapping[str, Any] = {"bf16": jnp.bfloat16, "f32": jnp.float32}
+CACHE_DTYPES: Mapping[str, Any] = {**DTYPES, "fp8": jnp.float8_e4m3fn, "int8": jnp.int8}
 _USED = re.compile(r"Used ([0-9.]+)([KMGT]) of")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -54,7 +55,8 @@ class Task:
         serving: the layout to sample in, for a sync, on the devices of `layout`.
         batch: sequences in all; a sync has none.
         context: tokens of each; for decode, slots of the cache.
-        dtype: what is computed in; to serve, also that of weights and cache. What is trained is float32.
+        dtype: what is computed in; to serve, also that of weights. What is trained is float32.
+        cache_dtype: of the cache, to serve; fp8 and int8 are codes.
         moments: what the optimizer's are kept in.
         micro_batches: parts of an update, one after another.
     """
@@ -66,6 +68,7 @@ class Task:
     context: int
     serving: Layout | None = None
     dtype: Literal["bf16", "f32"] = "bf16"
+    cache_dtype: Literal["bf16", "f32", "fp8", "int8"] = "bf16"
     moments: Moments = "float32"
     micro_batches: int = 1
 
@@ -240,7 +243,8 @@ def trace(task: Task) -> pod.Program:
     """The function that experiments or the engine call, traced for a task's mesh."""
     arguments = task.config, task.layout, task.batch, task.context
     if task.step in ("prefill", "decode"):
-        return {"prefill": pod.trace_prefill, "decode": pod.trace_decode}[task.step](*arguments, DTYPES[task.dtype])
+        trace_step = {"prefill": pod.trace_prefill, "decode": pod.trace_decode}[task.step]
+        return trace_step(*arguments, DTYPES[task.dtype], CACHE_DTYPES[task.cache_dtype])
     if task.step == "sync":
         return pod.trace_sync(task.config, task.layout, task.serving, DTYPES[task.dtype])
     return {"train": pod.trace_train, "grpo": pod.trace_grpo}[task.step](*arguments, task.settings)
@@ -265,9 +269,9 @@ def analytic_bytes(task: Task) -> float:
         memory = planned_memory(task)
         return task.layout.mesh.size * (memory.weights + memory.serving)
     if task.step == "prefill":
-        return model_bytes.prefill_bytes(config, task.batch, task.context, dtype, cache_dtype=dtype).total
+        return model_bytes.prefill_bytes(config, task.batch, task.context, dtype, cache_dtype=task.cache_dtype).total
     if task.step == "decode":
-        return model_bytes.decode_bytes(config, task.batch, task.context, dtype, cache_dtype=dtype).total
+        return model_bytes.decode_bytes(config, task.batch, task.context, dtype, cache_dtype=task.cache_dtype).total
     return model_bytes.train_bytes(config, task.state).total
 
 
@@ -294,8 +298,8 @@ def planned_memory(task: Task) -> Memory:
         return train_memory(task.config, task.state, sizes, task.batch, task.context, **form)
     given = task.config, task.dtype, sizes, task.batch, task.context
     if task.step == "decode":
-        return serve_memory(*given, multiple=task.layout.lanes)
-    return prefill_memory(*given)
+        return serve_memory(*given, multiple=task.layout.lanes, cache_dtype=task.cache_dtype)
+    return prefill_memory(*given, cache_dtype=task.cache_dtype)
 
 
 def _times(sums: StepCost, of_chip: Chip, task: Task) -> dict[str, float]:
