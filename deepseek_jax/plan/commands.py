@@ -50,7 +50,12 @@ def _serve(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
     if plan.dtype not in ("bf16", "f32"):
         packed = f"a program that computes from {plan.dtype} weights: generation unpacks them; bf16 is what runs"
         return None, (packed,)
-    return f"deepseek-jax generate FOLDER --prompt TEXT{_sampling(plan, plan.mesh)}", ()
+    cache = (
+        ""
+        if plan.kv_cache_dtype == "bf16"
+        else f" --kv-cache-dtype {_DTYPES.get(plan.kv_cache_dtype, plan.kv_cache_dtype)}"
+    )
+    return f"deepseek-jax generate FOLDER --prompt TEXT{cache}{_sampling(plan, plan.mesh)}", ()
 
 
 def _sampling(plan: Plan, mesh: Mapping[str, int]) -> str:
@@ -100,6 +105,8 @@ def _compile(plan: Plan, model: str, step: Step, mesh: Mapping[str, int]) -> str
         words.append(f"--mesh {_words(sizes)}")
     if plan.dtype != "bf16":
         words.append(f"--dtype {plan.dtype}")
+    if step == "decode" and plan.kv_cache_dtype != plan.dtype:
+        words.append(f"--kv-cache-dtype {plan.kv_cache_dtype}")
     if step in ("train", "grpo") and plan.moments != "float32":
         words.append(f"--moments {plan.moments}")
     return " ".join(words)

@@ -20,7 +20,7 @@ from deepseek_jax.plan.meshes import Sizes
 from deepseek_jax.rl.rollout import SampleGroups
 from deepseek_jax.sharding import Layout, make_mesh
 from tests.generation.test_engine import KINDS, SMALL, WAYS, alone, model, same, some_requests, together
-from tests.generation.test_generator import CONTEXT
+from tests.generation.test_generator import CONTEXT, V
 from tests.laws import fixture_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -86,17 +86,27 @@ def test_an_unknown_cache_is_refused():
 # --- blocks --------------------------------------------------------------------------------------
 
 
+STEM = [1 + number * 7 % (V - 1) for number in range(26)]
+PROMPTS = [
+    [*STEM[:length], *range(1, 1 + own)]
+    for length, own in ((26, 1), (26, 4), (13, 2), (26, 2), (2, 0), (25, 5), (26, 4))
+]
+
+
 def drawn(config: ModelConfig, graphdef, weights, **settings) -> list[list[int]]:
-    """What is drawn of prompts that begin alike, greedily, as some of them end while others begin."""
+    """What is drawn, greedily, after prompts that begin alike: first of one, then of all others, some of which wait."""
     given = SMALL | {"num_blocks": None} | settings
     engine = Engine(config, graphdef, weights, EngineConfig(**given))
-    asked = [of.prompt for of in some_requests(0, 16)]
-    numbers = [engine.add(prompt, GREEDY, seed=0) for prompt in asked]
-    lives = {update.id: update.live for update in engine.run() if update.finished}
-    assert all(pool.used == 0 for pool in engine.scheduler.cache.pools)
-    if engine.settings.prefix_caching and engine.settings.block_size < 4:
-        assert sum(lives[number].request.hit_tokens for number in numbers) > 0
-    return [lives[number].request.tokens for number in numbers]
+    size, reuse = engine.settings.block_size, engine.settings.prefix_caching
+    pools, lives = engine.scheduler.cache.pools, {}
+    for number, prompt in enumerate(PROMPTS):
+        assert engine.add(prompt, GREEDY, seed=0) == number
+        if number == 0:
+            lives |= {update.id: update.live for update in engine.run() if update.finished}
+            assert any(pool.match(PROMPTS[1]) for pool in pools) == (reuse and size <= len(STEM))
+    lives |= {update.id: update.live for update in engine.run() if update.finished}
+    assert all(pool.used == 0 for pool in pools)
+    return [lives[number].request.tokens for number in range(len(PROMPTS))]
 
 
 @cache
