@@ -12,6 +12,7 @@ from deepseek_jax.config import PRESETS, preset
 from deepseek_jax.plan import advice, memory, model_bytes, model_flops, planner, roofline, weights
 from deepseek_jax.plan.chart import curves, write_chart
 from deepseek_jax.plan.chips import CHIPS, GIB, chip
+from deepseek_jax.plan.commands import commands
 from deepseek_jax.plan.meshes import Sizes, meshes, weights_a_device
 from deepseek_jax.plan.model_bytes import MASTERS, StateDTypes
 from deepseek_jax.plan.planner import plan
