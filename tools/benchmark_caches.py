@@ -68,7 +68,7 @@ def main(
     config, graphdef, weights = load_model(model)
     tokenizer = Tokenizer.from_folder(model)
     found = [json.loads(line) for line in rows.read_text().splitlines()[:texts]]
-    ids = [tokenizer.encode(f"{row['question']}\n{row['answer']}")[:tokens] for row in found]
+    ids = [tokenizer.encode(f"{row['question']}\n{row['answer']}", add_bos=True)[:tokens] for row in found]
     asked = [tokenizer.chat([{"role": "user", "content": row["question"]}]) for row in found[:prompts]]
     print("| cache | bytes a token | perplexity | best token as exact | drawn as exact |\n|---|---|---|---|---|")
     exact = None

@@ -62,6 +62,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         checks = {
+            "block_size": (self.block_size >= 1, "at least 1 token"),
             "memory_utilization": (0 < self.memory_utilization <= 1, "more than 0, at most 1"),
             "cache_dtype": (self.cache_dtype in get_args(CacheDType), ", ".join(get_args(CacheDType))),
             "drafts": (self.drafts in (None, "mtp", "lookup"), '"mtp", "lookup" or None'),

@@ -220,7 +220,7 @@ class GroupedAttention(nnx.Module):
         if pool is not None:
             pool = write(pool, new, step.view, layer_idx, self.layout)
             new = pool.as_kept(new)
-        of_pool = lambda first: read_blocks(pool, step.view, layer_idx, first, new.k.dtype, self.layout)
+        of_pool = lambda first: read_blocks(pool, step.view, layer_idx, first, new.k.dtype, self.layout)[:2]
 
         def attend_rows(queries, positions_t, end):
             q, segments = queries
