@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -34,7 +33,6 @@ class Generator:
     Args:
         config: the model's.
         graphdef: static part of the module, from `model.decoder.split`.
-        dtype: of the cache; None takes that of the weights, as their activations have it.
         settings: how the engine runs; no more slots than a call has completions, and none longer than it can become.
 
     Attributes:
@@ -46,10 +44,9 @@ class Generator:
         config: ModelConfig,
         graphdef: nnx.GraphDef,
         *,
-        dtype: jnp.dtype | None = None,
         settings: EngineConfig = BATCHES,
     ):
-        self.config, self.graphdef, self.dtype = config, graphdef, dtype
+        self.config, self.graphdef = config, graphdef
         self.settings, self.layout = settings, module_layout(graphdef)
 
     def __call__(
@@ -160,7 +157,7 @@ class Generator:
             batch_sizes=settings.batch_sizes or sizes_that_pay(weights, slots),
             max_model_len=min(bucket(longest), context),
         )
-        return Engine(self.config, self.graphdef, weights, settings, dtype=self.dtype, **given)
+        return Engine(self.config, self.graphdef, weights, settings, **given)
 
     def check(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], samples: int) -> None:
         """Refuse arguments of a call that the model cannot work with; ValueError says why."""
