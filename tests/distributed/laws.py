@@ -27,6 +27,7 @@ from deepseek_jax.data.examples import Prompt
 from deepseek_jax.data.prompts import batches
 from deepseek_jax.evals.accuracy import greedy_accuracy
 from deepseek_jax.generation.completion import Completion
+from deepseek_jax.generation.engine_config import EngineConfig
 from deepseek_jax.generation.engine import Engine
 from deepseek_jax.generation.engine_config import EngineConfig
 from deepseek_jax.generation.generator import Generator
@@ -129,7 +130,8 @@ def rewards_are_the_same_everywhere() -> None:
     def grade(**columns: list) -> list[float]:
         return [distributed.process_index() + 0.1 * row for row in range(4)]
 
-    none, sampler = SimpleNamespace(), SimpleNamespace(each=lambda *of, **more: enumerate(found))
+    none = SimpleNamespace()
+    sampler = SimpleNamespace(each=lambda *of, **more: enumerate(found), settings=EngineConfig())
     reward = combine({"part": grade}, {"part": 1.0})
     roll = RolloutWorker(generator=sampler, tokenizer=none, sampling=none, group_size=4, reward=reward)
     rolled = roll(None, [Prompt("q", [1], {"answer": "a"})], seed=0, step=0)
