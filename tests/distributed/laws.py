@@ -27,7 +27,6 @@ from deepseek_jax.data.examples import Prompt
 from deepseek_jax.data.prompts import batches
 from deepseek_jax.evals.accuracy import greedy_accuracy
 from deepseek_jax.generation.completion import Completion
-from deepseek_jax.generation.engine_config import EngineConfig
 from deepseek_jax.generation.engine import Engine
 from deepseek_jax.generation.engine_config import EngineConfig
 from deepseek_jax.generation.generator import Generator
