@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.generation.completion import Record
 from deepseek_jax.generation.engine import Engine
 from deepseek_jax.generation.engine_config import EngineConfig
 from deepseek_jax.generation.generator import Generator
@@ -75,7 +74,7 @@ def test_codes_change_little(kind):
 def test_what_is_learned_from_is_sampled_with_the_exact_cache():
     generator = Generator(KINDS["gqa"], model("gqa")[0], settings=EngineConfig(cache_dtype="int8"))
     with pytest.raises(ValueError, match="cache_dtype: got 'int8' to sample what is learned from, wanted auto"):
-        RolloutWorker(generator, None, GREEDY, 2, None, record=Record())
+        RolloutWorker(generator=generator, tokenizer=None, sampling=GREEDY, group_size=2, reward=None)
 
 
 def test_an_unknown_cache_is_refused():
