@@ -20,6 +20,7 @@ KEYS = {
         "model",
         "workload",
         "dtype",
+        "kv_cache_dtype",
         "moments",
         "phases",
         "chip",
