@@ -15,7 +15,7 @@ from deepseek_jax.rewards.sandbox import Limits, Program, run_program
 _BIN = ("/usr/bin", "/bin", "/usr/local/bin")
 _SEEN = ("/usr/bin", "/bin", "/usr/local", "/usr/libexec", "/usr/include", "/usr/share", "/etc/alternatives")
 # Builds, then runs once for each input, and tells of each run its status and what it wrote. It never knows what is
-# wanted, so that a program that forges its words gains nothing. Time is a processor's, so that a busy machine fails none.
+# wanted, so that a program that forges its words gains nothing. Time is a processor's: a busy machine fails none.
 _DRIVER = """
 import json, os, resource, subprocess, sys
 os.environ.update(PATH={path!r}, HOME="/tmp", LC_ALL="C.UTF-8")

@@ -1,5 +1,6 @@
 """A benchmark's run: what is drawn, graded, kept and drawn again, with samples that a test makes up."""
 
+import dataclasses
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +19,7 @@ from deepseek_jax.evals.summary import summary
 from deepseek_jax.evals.task import Grade
 from deepseek_jax.evals.tasks import TASKS
 from deepseek_jax.report.progress import Progress
+from deepseek_jax.rewards.sandbox import processors
 
 SETTINGS = {"temperature": 0.6, "top_p": 0.95, "max_tokens": 64}
 
@@ -56,7 +58,10 @@ def ran(benchmark, drawer, folder):
     """The samples of a run in a folder."""
     folder.mkdir(exist_ok=True)
     held = Samples(folder)
-    with Graders() as graders, Progress(36, "test", start=len(held), console=Console(quiet=True)) as progress:
+    with (
+        Graders() as graders,
+        Progress(12 * benchmark.samples, "test", start=len(held), console=Console(quiet=True)) as progress,
+    ):
         run(benchmark, drawer, graders, held, progress)
     held.put_in_order(["gsm8k"])
     return held
@@ -109,8 +114,6 @@ def test_the_summary_is_what_the_samples_say(benchmark, tmp_path):
 
 def test_what_no_grader_could_judge_is_counted_apart(benchmark, tmp_path):
     """Neither right nor wrong, and said with its reason."""
-    import dataclasses
-
     grade = lambda rows, graders: [Grade(None, reason="no") if r.problem.answer == "0" else Grade(1.0) for r in rows]
     broken = benchmark._replace(task=dataclasses.replace(benchmark.task, grade=grade))
     held = ran(broken, MadeUp(), tmp_path / "out")
@@ -121,13 +124,25 @@ def test_what_no_grader_could_judge_is_counted_apart(benchmark, tmp_path):
 
 
 def test_a_grader_that_raises_ends_the_run(benchmark, tmp_path):
-    import dataclasses
-
     def grade(rows, graders):
         raise OSError("disk")
 
     with pytest.raises(OSError, match="disk"):
         ran(benchmark._replace(task=dataclasses.replace(benchmark.task, grade=grade)), MadeUp(), tmp_path / "out")
+
+
+def test_programs_are_graded_on_all_cores_at_once(benchmark, tmp_path):
+    """As many calls as there are processors meet at a barrier, while samples are still drawn."""
+    barrier = threading.Barrier(processors())
+
+    def grade(rows, graders):
+        assert len(rows) == 1
+        barrier.wait(60)
+        return [Grade(1.0)]
+
+    task = dataclasses.replace(benchmark.task, grade=grade, batch=1)
+    held = ran(benchmark._replace(task=task, samples=processors()), MadeUp(), tmp_path / "out")
+    assert len(held) == 12 * processors()
 
 
 def test_a_sample_is_a_function_of_seed_benchmark_problem_and_number(benchmark):

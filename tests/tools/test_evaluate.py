@@ -95,7 +95,8 @@ def test_a_benchmark_is_scored_and_its_samples_kept(thinker, data, evaluate, tmp
         assert {(line["number"], line["sample"]) for line in of[budget]} == cut and cut
         for line in of[budget]:
             whole = next(w for w in of[None] if (w["number"], w["sample"]) == (line["number"], line["sample"]))
-            assert line["completion"].startswith(whole["completion"][:budget] + "\n</think>")
+            head, closed, _ = line["completion"].partition("\n</think>")
+            assert closed and whole["completion"].startswith(head) and line["thinking_tokens"] == budget + 2
     points = json.loads((first / "summary.json").read_text())["gsm8k"]["thinking"]
     assert [point["budget"] for point in points] == [3, 6, None]
     assert points[0]["thinking_tokens"] < points[1]["thinking_tokens"] < points[2]["thinking_tokens"]
