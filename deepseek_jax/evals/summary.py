@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from deepseek_jax.evals.graders import Graders
-from deepseek_jax.evals.measures import by_group, bootstrap, clustered, elo, mean_of, pass_at, several, vote
+from deepseek_jax.evals.measures import bootstrap, by_group, clustered, elo, mean_of, pass_at, several, vote
 from deepseek_jax.evals.run import Benchmark
 from deepseek_jax.evals.samples import Samples
 
