@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 from deepseek_jax import __version__
+from deepseek_jax.compilation_cache import hush_loader
 from deepseek_jax.interrupt import end_at_once
 
 _PROGRAM = "deepseek-jax"
@@ -18,6 +19,7 @@ def main(command: str | None = None) -> None:
         command: the launcher of one command names it; without it the first argument does.
     """
     end_at_once()
+    hush_loader()
     if command is None:
         command = _named(sys.argv[1:2])
         sys.argv[:2] = [f"{_PROGRAM} {command}"]

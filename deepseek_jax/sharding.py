@@ -240,7 +240,7 @@ class Layout:
     def _gathered(self, leaf: Any) -> Any:
         value = leaf.get_raw_value()
         axes = leaf.get_metadata()["axes"][-value.ndim :]
-        if "expert" in axes:
+        if "expert" in axes or not isinstance(value, jax.Array):  # what is packed is served, where it lies to be used
             return leaf
         stored = self.sharding(*axes)
         used = PartitionSpec(*("tensor" if "tensor" in self.cut(axis) else None for axis in axes))

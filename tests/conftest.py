@@ -14,6 +14,9 @@ if os.environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = SOONER
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+# Nor is anything kept in the user's cache, or taken from there.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
+
 # What tests import and compile stays to the end; at Python's own thresholds the collector would walk it all the time.
 gc.set_threshold(20_000, 20, 50)
 

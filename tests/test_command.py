@@ -17,6 +17,7 @@ from tests.wheel import ROOT, child, wheel
 LAUNCHERS = {
     "tools/compile_pod.py": "compile",
     "tools/convert_hf.py": "convert",
+    "tools/evaluate.py": "evaluate",
     "tools/export_hf.py": "export",
     "tools/generate.py": "generate",
     "tools/inspect_hf.py": "inspect",
@@ -41,6 +42,7 @@ if __name__ == "__main__":
 POSITIONAL = {
     "compile": "",
     "convert": "MODEL OUT",
+    "evaluate": "[MODEL]",
     "export": "MODEL OUT",
     "generate": "MODEL",
     "inspect": "[MODEL]",

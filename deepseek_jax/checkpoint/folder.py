@@ -23,8 +23,10 @@ from deepseek_jax.checkpoint.stored_arrays import StoredArray, TensorSource, by_
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.layers import RouterBias
+from deepseek_jax.model.packing import Quantization, packed_like, packing_of
 from deepseek_jax.model.scan_layers import stack_layers
 from deepseek_jax.ops.fp8 import dequantize
+from deepseek_jax.ops.packed import Packed, Packing
 from deepseek_jax.sharding import LOCAL, Layout, module_layout
 
 
@@ -41,32 +43,43 @@ class Model(NamedTuple):
         return module_layout(self.graphdef)
 
 
-def load_model(model: str | Path, *, dtype: jnp.dtype | None = jnp.float32, layout: Layout = LOCAL) -> Model:
+def load_model(
+    model: str | Path,
+    *,
+    dtype: jnp.dtype | None = jnp.float32,
+    layout: Layout = LOCAL,
+    quantization: Quantization = "none",
+) -> Model:
     """A model from a Hugging Face folder or a converted one, layer by layer.
 
     In this order: the configuration and the headers of the weights, checked against each other; the layout, which
     may not divide the model; the bytes of each device.
 
-    FP8 weights are unpacked on the devices. Every process reads the bytes that its own devices hold, and no more. For
-    a stacked layout the layers are joined at the end; until then the devices hold both forms.
+    FP8 weights are unpacked on the devices, but for `quantization` "fp8", which keeps their codes and scales. Every
+    process reads the bytes that its own devices hold, and no more. For a stacked layout the layers are joined
+    at the end; until then the devices hold both forms.
 
     Args:
         model: a folder with config.json and weights, or a name on the hub.
         dtype: to compute in; None keeps the stored one, and bfloat16 for FP8 weights. Router biases stay float32.
         layout: how the model lies and runs; without a mesh it lies on the first device.
+        quantization: projections in fp8, int8 or int4, to be served; see `model.packing.packing_of`.
 
     Returns:
         The model. Its configuration has the MTP modules that the folder holds, and no `quantization`.
 
     Raises:
-        ValueError: damaged, missing, unknown or misshapen tensors, an unsupported configuration, or a mesh that does
-            not divide the model; that is said before any weight is read.
+        ValueError: damaged, missing, unknown or misshapen tensors, an unsupported configuration, a mesh that does not
+            divide the model, or a quantization that is unknown or on a mesh to train on; that is said before any weight
+            is read.
     """
     opened = open_folder(model)
     config = dataclasses.replace(opened.config, quantization=None)
     graphdef, _ = abstract_weights(config, layout=layout)
+    _, like = abstract_weights(opened.config, layout=_by_layer(layout))
+    like = packed_like(opened.config, like, quantization, layout)
     _check_copies(opened)
-    read = functools.partial(_read_by_layer, opened, dtype, layout)
+    read = functools.partial(_read_by_layer, opened, dtype, quantization, like)
     return Model(config, graphdef, stack_layers(read(), config, layout) if layout.scan_layers else read())
 
 
@@ -93,17 +106,22 @@ def _by_layer(layout: Layout) -> Layout:
     return dataclasses.replace(layout, scan_layers=False)
 
 
-def _read_by_layer(opened: ModelFolder, dtype: jnp.dtype | None, layout: Layout) -> nnx.State:
-    _, abstract = abstract_weights(opened.config, layout=_by_layer(layout))
-    leaves = {names.key(path): leaf for path, leaf in nnx.to_flat_state(abstract)}
-    place = {key: _placed(leaf) for key, leaf in leaves.items()}
-    arrays: dict[str, jax.Array] = {}
+def _read_by_layer(
+    opened: ModelFolder, dtype: jnp.dtype | None, quantization: Quantization, like: nnx.State
+) -> nnx.State:
+    leaves = {names.key(path): leaf for path, leaf in nnx.to_flat_state(like)}
+    place = {key: jax.tree.map(_placed, leaf.get_raw_value()) for key, leaf in leaves.items()}
+    arrays: dict[str, jax.Array | Packed] = {}
+
+    def becomes(array: StoredArray, leaf: nnx.Variable) -> _Becomes:
+        packing = packing_of(opened.config, quantization, array.path, len(array.shape))
+        return _Becomes(array.transposed, _computed_in(leaf, array, dtype), packing)
+
     with ThreadPoolExecutor(THREADS) as pool:
         for unit in by_unit([array for array in opened.arrays if array.copy_of is None]).values():
             raw = dict(zip(unit, pool.map(lambda a: _read(opened.source, a, place[_key(a)]), unit), strict=True))
-            computed_in = lambda array: _computed_in(leaves[_key(array)], array, dtype)
-            arrays |= _settled(raw, place, opened.config, computed_in)
-    return names.unflat(arrays, abstract)
+            arrays |= _settled(raw, place, opened.config, lambda array: becomes(array, leaves[_key(array)]))
+    return names.unflat(arrays, like)
 
 
 def _key(array: StoredArray) -> str:
@@ -111,8 +129,16 @@ def _key(array: StoredArray) -> str:
     return names.key(array.path[:-1] if array.path[-1] == "scale" else array.path)
 
 
-def _placed(leaf: nnx.Variable) -> Sharding:
-    return leaf.get_raw_value().sharding or SingleDeviceSharding(jax.local_devices()[0])
+def _placed(shape: jax.ShapeDtypeStruct) -> Sharding:
+    return shape.sharding or SingleDeviceSharding(jax.local_devices()[0])
+
+
+class _Becomes(NamedTuple):
+    """What a stored array becomes: turned to [in, out] if it is `transposed`, then packed, or cast to a dtype."""
+
+    transposed: bool
+    dtype: jnp.dtype
+    packing: Packing | None
 
 
 def _computed_in(leaf: nnx.Variable, array: StoredArray, dtype: jnp.dtype | None) -> jnp.dtype:
@@ -122,7 +148,7 @@ def _computed_in(leaf: nnx.Variable, array: StoredArray, dtype: jnp.dtype | None
     return stored if dtype is None else jnp.dtype(dtype)
 
 
-def _read(source: TensorSource, array: StoredArray, place: Sharding) -> jax.Array:
+def _read(source: TensorSource, array: StoredArray, place: Sharding | Packed) -> jax.Array:
     """An array as stored, in the file's orientation, on the devices that will hold the weight."""
     read: dict[str, np.ndarray] = {}
 
@@ -131,6 +157,7 @@ def _read(source: TensorSource, array: StoredArray, place: Sharding) -> jax.Arra
             read[str(index)] = read_part(source, array, index)
         return read[str(index)]
 
+    place = place.codes if isinstance(place, Packed) else place
     return jax.make_array_from_callback(array.shape, _as_filed(array, place), once)
 
 
@@ -148,35 +175,34 @@ def _as_filed(array: StoredArray, place: Sharding) -> Sharding:
 
 def _settled(
     raw: Mapping[StoredArray, jax.Array],
-    place: Mapping[str, Sharding],
+    place: Mapping[str, Sharding | Packed],
     config: ModelConfig,
-    computed_in: Callable[[StoredArray], jnp.dtype],
-) -> dict[str, jax.Array]:
+    becomes: Callable[[StoredArray], _Becomes],
+) -> dict[str, jax.Array | Packed]:
     """The weights of one unit from its stored arrays, by one compiled call."""
     scales = {_key(array): value for array, value in raw.items() if array.path[-1] == "scale"}
     weights = {array: value for array, value in raw.items() if array.path[-1] != "scale"}
-    plan = tuple((array.transposed, computed_in(array)) for array in weights)
     block = config.quantization.weight_block_size if scales else None
-    settle = _settler(plan, block, tuple(place[_key(array)] for array in weights))
+    settle = _settler(tuple(map(becomes, weights)), block, tuple(place[_key(array)] for array in weights))
     values = settle([(value, scales.get(_key(array))) for array, value in weights.items()])
     return dict(zip(map(_key, weights), values, strict=True))
 
 
 @functools.lru_cache(maxsize=64)
-def _settler(plan: tuple[tuple[bool, jnp.dtype], ...], block: tuple[int, int] | None, shardings: tuple[Sharding, ...]):
-    """Stored arrays to weights: unpacked, cast and turned to [in, out]."""
+def _settler(plan: tuple[_Becomes, ...], block: tuple[int, int] | None, places: tuple[Sharding | Packed, ...]):
+    """Stored arrays to weights."""
 
-    def settle(pairs):
-        values = []
-        for (value, scale), (transposed, dtype) in zip(pairs, plan, strict=True):
-            if scale is None:
-                value = value.astype(dtype)
-            else:
-                value = dequantize(value, scale.astype(jnp.float32), block, dtype)
-            values.append(jnp.swapaxes(value, -1, -2) if transposed else value)
-        return tuple(values)
+    def settled(value: jax.Array, scale: jax.Array | None, to: _Becomes) -> jax.Array | Packed:
+        turned = (lambda a: jnp.swapaxes(a, -1, -2)) if to.transposed else lambda a: a
+        scale = None if scale is None else scale.astype(jnp.float32)
+        if to.packing is not None and to.packing.scheme == "fp8" and scale is not None:
+            return Packed(codes=turned(value), scale=turned(scale), block=to.packing.block)  # as they are stored
+        dtype = to.dtype if to.packing is None else jnp.float32
+        value = turned(value.astype(dtype) if scale is None else dequantize(value, scale, block, dtype))
+        return value if to.packing is None else to.packing.pack(value)
 
-    return jax.jit(settle, out_shardings=shardings)
+    settle = lambda pairs: tuple(settled(*pair, to) for pair, to in zip(pairs, plan, strict=True))
+    return jax.jit(settle, out_shardings=places)
 
 
 def _check_copies(opened: ModelFolder) -> None:

@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from deepseek_jax.config import FP8Config, ModelConfig
+from deepseek_jax.model.packing import is_packable
 from deepseek_jax.ops.fp8 import blocks
 
 Path = tuple[str | int, ...]
@@ -66,8 +67,6 @@ _MTP = {
     "head": "shared_head.head.weight",
 }
 _COPIES = ("embed", "head")
-# Matrices that the published FP8 checkpoints keep in bfloat16.
-_NEVER_FP8 = ("embed", "head", "router", "project", "weights")
 SCALE = "_scale_inv"
 _NUMBERED = re.compile(r"model\.layers\.([0-9]{1,9})\.")
 
@@ -193,11 +192,6 @@ def _dtype(config: ModelConfig, path: Path, shape: tuple[int, ...]) -> str:
 def is_float32(config: ModelConfig, path: Path, rank: int) -> bool:
     """Whether published checkpoints have a weight in float32: router biases, and all vectors of V3.2."""
     return path[-2:] == ("mlp", "bias") or (rank == 1 and config.model_type == "deepseek_v32")
-
-
-def is_packable(path: Path, rank: int) -> bool:
-    """Whether published FP8 checkpoints have a weight in FP8."""
-    return rank > 1 and path[-1] not in _NEVER_FP8
 
 
 def key(path: Path) -> str:

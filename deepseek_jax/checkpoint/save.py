@@ -20,6 +20,7 @@ from deepseek_jax.checkpoint.model_folder import DTYPE_KEYS
 from deepseek_jax.checkpoint.sidecars import copy_sidecars, drop_missing_code
 from deepseek_jax.config import to_hf
 from deepseek_jax.model.decoder import abstract_weights
+from deepseek_jax.model.packing import refuse_packed
 from deepseek_jax.model.scan_layers import members
 
 
@@ -38,8 +39,9 @@ def save_model(
         tokenizer: further files by name, such as `Tokenizer.files`.
 
     Raises:
-        ValueError: the target exists, or the weights are not finite.
+        ValueError: the target exists, or the weights are packed or not finite.
     """
+    refuse_packed(model.weights, "to be written")
     files.refuse_existing(target, source)
     check_finite(model.weights, target)
     with files.shared_folder(target) as partial:

@@ -100,7 +100,7 @@ def _answer(engine: Engine, request: int, parser: ThinkParser, ctrl_c: interrupt
     while engine.has_work and not ctrl_c.came:
         for update in engine.step():
             screen.show(parser.feed(update.text))
-            if update.finished and not update.live.request.stopped:
+            if update.finished and not update.live.stopped:
                 ended = f"[cut off after {len(update.live.logprobs)} tokens]"
     if engine.cancel(request):
         ended = "[stopped]"

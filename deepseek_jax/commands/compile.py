@@ -11,6 +11,7 @@ from rich.table import Table
 
 from deepseek_jax.checkpoint.model_folder import named_config
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.packing import Quantization
 from deepseek_jax.model.transfer import serving_layout
 from deepseek_jax.plan import compiled
 from deepseek_jax.plan.compiled import DTYPES, Compiled, Step, Task
@@ -32,6 +33,7 @@ def main(
     mesh: str | None = None,
     serve_mesh: str | None = None,
     dtype: str = "bf16",
+    quantization: Quantization = "none",
     moments: Literal["float32", "bfloat16"] = "float32",
     micro_batches: int = 1,
     transport: Transport = "ragged_all_to_all",
@@ -53,6 +55,7 @@ def main(
         mesh: sizes of axes, such as expert=64,fsdp=8; by default one that suits the model and the step.
         serve_mesh: likewise expert and tensor of the mesh that a sync is for; by default as `train` chooses them.
         dtype: bf16 or f32, what is computed in; to serve, that of weights and cache. An update's weights are float32.
+        quantization: to serve from fp8, int8 or int4 weights, as `generate --quantization` does.
         moments: what the optimizer's are kept in.
         micro_batches: parts of an update, one after another.
         transport: of tokens to their experts.
@@ -73,6 +76,7 @@ def main(
     if batch is None:
         batch = 8 * len(devices) if step == "decode" else layout.parts("batch") * micro_batches
     asked = {"batch": batch, "context": context, "dtype": dtype, "moments": moments, "micro_batches": micro_batches}
+    asked["quantization"] = quantization
     task = Task(config=of_model, layout=layout, step=step, serving=serving, **asked)
     found = compiled.compile_step(task, of_chip)
     print(dumps(_as_json(found, sizes, task), indent=2)) if json else _show(found, task, topology, sizes)
@@ -127,6 +131,8 @@ def _named(sizes: Mapping[str, int]) -> str:
 
 def _as_json(found: Compiled, sizes: dict[str, int], task: Task) -> dict[str, object]:
     asked = {"step": task.step, "batch": task.batch, "context": task.context, "dtype": task.dtype, "mesh": sizes}
+    if task.quantization != "none":
+        asked["quantization"] = task.quantization
     if task.step in ("train", "grpo"):
         asked["moments"] = task.moments
     if task.serving is not None:
@@ -139,7 +145,7 @@ def _show(found: Compiled, task: Task, topology: str, sizes: dict[str, int]) -> 
     work = f"batch {task.batch}, context {task.context}"
     if task.serving is not None:
         work = f"to {_named(task.serving.mesh.shape)}"
-    console.print(f"{task.step} on {topology}: {_named(sizes)}, {work}, {task.dtype}")
+    console.print(f"{task.step} on {topology}: {_named(sizes)}, {work}, {task.stored}")
     halves = found.devices // found.chips
     table = Table("a chip" if halves == 1 else f"a device, 1/{halves} of a chip", "", "beside theory")
     row = lambda name, value, beside="": table.add_row(name, value, beside)

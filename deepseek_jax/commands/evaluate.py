@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from deepseek_jax import distributed
-from deepseek_jax.checkpoint.files import read_json
+from deepseek_jax.checkpoint.files import read_json, write_whole
 from deepseek_jax.checkpoint.fingerprint import fingerprint
 from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.checkpoint.hub import model_folder
@@ -24,15 +24,17 @@ from deepseek_jax.evals.graders import Graders
 from deepseek_jax.evals.run import Benchmark, draw, run
 from deepseek_jax.evals.samples import Samples
 from deepseek_jax.evals.server import ServerDrawer
-from deepseek_jax.evals.summary import summary
-from deepseek_jax.evals.task import Task
+from deepseek_jax.evals.summary import records, summary
+from deepseek_jax.evals.task import Answered, Task
+from deepseek_jax.evals.tasks.patches import PATCHES, prediction
+from deepseek_jax.evals.tasks.port import PORT, for_language
 from deepseek_jax.generation.generator import BATCHES, Generator
 from deepseek_jax.model.precision import dtype_of
 from deepseek_jax.report.progress import Progress
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.runs import room_needed, write_json
 
-SETTINGS, SUMMARY, CURVES = "config.json", "summary.json", "thinking.png"
+SETTINGS, SUMMARY, CURVES, PREDICTIONS = "config.json", "summary.json", "thinking.png", "predictions.jsonl"
 
 
 @command(Config, common=COMMON, deciding=(), defaults=lambda given: Config())
@@ -42,6 +44,8 @@ def main(config: Config) -> None:
     asked = config.asked
     benchmarks, settings = [], {}
     for task in asked.tasks:
+        if task is PORT and config.grading.language is not None:
+            task = for_language(config.grading.language)
         benchmark, told = _benchmark(config, task)
         benchmarks.append(benchmark)
         settings[task.name] = told
@@ -54,6 +58,9 @@ def main(config: Config) -> None:
         with Graders(config.grading) as graders:
             found = {of.task.name: _evaluated(config, of, drawer, graders, held) for of in benchmarks}
         held.put_in_order([task.name for task in asked.tasks])
+        for benchmark in benchmarks:
+            if benchmark.task is PATCHES:
+                _write_predictions(config, benchmark, held, of_model["model"])
         before = read_json(config.output / SUMMARY) if (config.output / SUMMARY).exists() else {}
         curves = {name: values["thinking"] for name, values in found.items() if "thinking" in values}
         if curves:
@@ -110,7 +117,7 @@ def _drawer(config: Config) -> tuple[Drawer, dict[str, Any]]:
     layout, dtype = layout_of(architecture, config.engine), dtype_of(config.engine.dtype)
     settings = dataclasses.replace(BATCHES, max_num_seqs=config.engine.batch, **config.engine.drafts)
     settings.of_scheduler(architecture, layout, dtype)  # refuses what the model cannot do
-    loaded = load_model(folder, dtype=dtype, layout=layout)
+    loaded = load_model(folder, dtype=dtype, layout=layout, quantization=config.engine.quantization)
     drawer = EngineDrawer(
         Generator(loaded.config, loaded.graphdef, settings=settings),
         loaded.weights,
@@ -120,7 +127,8 @@ def _drawer(config: Config) -> tuple[Drawer, dict[str, Any]]:
         system=system,
         chat=config.asked.chat,
     )
-    return drawer, {"model": fingerprint(folder), "dtype": dtype.name, "chat": config.asked.chat}
+    told = {"dtype": dtype.name, "quantization": config.engine.quantization, "chat": config.asked.chat}
+    return drawer, {"model": fingerprint(folder), **told}
 
 
 def _enter(config: Config, of_model: Mapping[str, Any], benchmarks: Mapping[str, Any]) -> None:
@@ -133,8 +141,8 @@ def _enter(config: Config, of_model: Mapping[str, Any], benchmarks: Mapping[str,
     for name in sorted(names):
         if before[name] != now.get(name):
             raise ValueError(
-                f"{path}: the samples there have {name} {before[name]!r}, not {now.get(name)!r}; give the same settings "
-                "to go on with them, or another --output"
+                f"{path}: the samples there have {name} {before[name]!r}, not {now.get(name)!r}; give the same "
+                "settings to go on with them, or another --output"
             )
     for name, told in benchmarks.items():
         if before["benchmarks"].get(name, told) != told:
@@ -163,6 +171,16 @@ def _evaluated(config: Config, benchmark: Benchmark, drawer: Drawer, graders: Gr
     if not values["mean_thinking_tokens"]:
         say(f"{name}: no sample thinks, so that no budget changes any", kind="warning")
     return values | {"thinking": curve(found)}
+
+
+def _write_predictions(config: Config, benchmark: Benchmark, held: Samples, model: str) -> None:
+    """predictions.jsonl as SWE-bench's own harness reads it: the first sample of each problem."""
+    lines = []
+    for (record, *_), problem in zip(records(benchmark, held), benchmark.problems, strict=True):
+        opened = "<think>" if record["opened"] else ""
+        row = Answered(problem, benchmark.task.style(benchmark.style), opened, record["completion"])
+        lines.append(json.dumps(prediction(row, model)) + "\n")
+    write_whole(config.output / PREDICTIONS, "".join(lines).encode())
 
 
 @contextmanager

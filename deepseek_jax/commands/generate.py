@@ -22,7 +22,7 @@ from deepseek_jax.commands.generate_settings import COMMON, MAX_TOKENS, Config, 
 from deepseek_jax.commands.options import command
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.distributed import say
-from deepseek_jax.generation.engine import Engine, Update
+from deepseek_jax.generation.engine import Engine, Metrics, Update
 from deepseek_jax.generation.engine_config import EngineConfig
 from deepseek_jax.generation.generator import BATCHES, bucket, sizes_that_pay
 from deepseek_jax.generation.live import Live
@@ -59,7 +59,7 @@ def main(config: Config) -> None:
     job = _Job(config, tokenizer, asked, sampling)
     settings = _talking(config) if talks else _completing(job, model)
     settings.of_scheduler(model, layout, dtype)  # refuses what the model cannot do
-    loaded = load_model(folder, dtype=dtype, layout=layout)
+    loaded = load_model(folder, dtype=dtype, layout=layout, quantization=config.engine.quantization)
     if talks:
         settings = _within_memory(settings, model, layout, dtype)
     else:
@@ -163,7 +163,13 @@ def _complete(engine: Engine, job: _Job) -> None:
     tokens = printed(engine, job)
     print(f"{tokens} tokens in {time.perf_counter() - start:.1f} s, compilation included", file=sys.stderr)
     if engine.settings.drafts is not None:
-        print(f"{engine.metrics.accepted} of {engine.metrics.offered} drafts were right", file=sys.stderr)
+        print(_of_drafts(engine.metrics), file=sys.stderr)
+
+
+def _of_drafts(of: Metrics) -> str:
+    """How well they were guessed, in a line."""
+    right = f"{of.accepted} of {of.offered} drafts were right ({of.acceptance:.1%})"
+    return f"{right}, {of.accept_length:.2f} tokens a step, {of.saved:.1%} of the steps saved"
 
 
 def _updates(engine: Engine, job: _Job) -> Iterator[tuple[int, Update]]:
@@ -241,7 +247,7 @@ def _as_json(number: int, live: Live, job: _Job) -> dict:
         "thinking": thinking,
         "answer": answer,
         "tokens": len(request.tokens) - request.prompt_length,
-        "finish_reason": "stop" if request.stopped else "length",
+        "finish_reason": "stop" if live.stopped else "length",
     }
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from deepseek_jax.generation.sampling_config import SamplingConfig
+from deepseek_jax.model.packing import Quantization
 from deepseek_jax.model.precision import Precision
 
 MAX_TOKENS = 256
@@ -86,6 +87,8 @@ class EngineOptions:
             "lookup" from what the text had before.
         draft_tokens: how many are guessed; None is 1 with mtp and 4 with lookup.
         dtype: of weights, activations and cache; auto is bfloat16 on accelerators and float32 on the CPU.
+        quantization: projections as they are kept and computed from: fp8 (of an FP8 folder its own), int8, or int4
+            (experts, or all in a model without; the others fp8). none unpacks an FP8 folder.
         serve_expert: divide the model over all devices: groups that whole experts are divided between, with
             serve_tensor. Where one of the two is given, the other is chosen to suit the model; what is left of the
             devices are replicas. Without both the model is on one device.
@@ -96,6 +99,7 @@ class EngineOptions:
     speculate: Literal["none", "lookup", "mtp"] = "none"
     draft_tokens: int | None = None
     dtype: Precision = "auto"
+    quantization: Quantization = "none"
     serve_expert: int | None = None
     serve_tensor: int | None = None
 
@@ -182,7 +186,7 @@ class Config:
 
 COMMON = (
     *("model", "prompt", "prompts", "system", "chat", "samples", "max_tokens", "temperature", "top_p", "stop"),
-    *("thinking_budget", "seed", "batch", "speculate", "dtype", "json"),
+    *("thinking_budget", "seed", "batch", "speculate", "dtype", "quantization", "json"),
 )
 """The options that the short help shows."""
 

@@ -10,9 +10,12 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import tyro
 
+from deepseek_jax import distributed
 from deepseek_jax.commands.settings_file import bare, options_of, read_settings, with_values
+from deepseek_jax.compilation_cache import keep_compiled
 
 HELPS = {"-h", "--help", "--help-all"}
+_KEPT = "keep what is compiled for the next start, in ~/.cache/deepseek_jax/compiled or JAX_COMPILATION_CACHE_DIR"
 
 
 class Command(NamedTuple):
@@ -67,16 +70,21 @@ def prepared(main: Callable[..., Any], arguments: Sequence[str]) -> tuple[Callab
     does = inspect.cleandoc(main.__doc__)
     if "--help-all" in arguments:
         return _calling(main, first, "\n\n".join([does, *theirs])), plain
-    more = len(options_of(of.settings)) - len(of.common)
+    more = len(options_of(of.settings)) - len(of.common) + 1  # --compilation-cache is of every command
     short = [f"These are the options that most runs need; --help-all shows {more} more.", *theirs]
-    return _calling(main, _with_common(first, of.common), f"{does}\n\n{' '.join(short)}"), plain
+    return _calling(main, _with_common(first, of.common), f"{does}\n\n{' '.join(short)}", short=True), plain
 
 
-def _calling(main: Callable[[Any], Any], first: Any, text: str | None) -> Callable[[Any], Any]:
-    def called(config: Any = first) -> Any:
+def _calling(main: Callable[[Any], Any], first: Any, text: str | None, *, short: bool = False) -> Callable[..., Any]:
+    def called(config: Any = first, compilation_cache: bool = True) -> Any:
+        # of several processes one that has a program does not wait for another that compiles it
+        if compilation_cache and distributed.process_count() == 1:
+            keep_compiled()
         return main(config)
 
+    shown = tyro.conf.Suppress if short else tyro.conf.arg(help=_KEPT)
     called.__annotations__["config"] = Annotated[type(first), tyro.conf.arg(name="")]
+    called.__annotations__["compilation_cache"] = Annotated[bool, shown]
     called.__doc__ = text
     return called
 

@@ -161,7 +161,7 @@ def _precision(configs: Sequence[ModelConfig], found: Plan) -> list[str]:
         return []
     if not any(config.quantization for config in configs):
         return []
-    return [f"FP8 checkpoints are unpacked to {found.dtype}, as the programs here do; --dtype fp8 is an estimate."]
+    return [f"FP8 checkpoints are unpacked to {found.dtype}; --dtype fp8 plans to serve them as they are stored."]
 
 
 def _memory(found: Plan) -> Table:
@@ -268,7 +268,7 @@ def _advise(model: str | None, memory: int, context: int | None, dtype: DType | 
     if not found:
         print(f"No published model fits in {format_bytes(memory)} with {length} tokens of context.")
         return
-    packed = "Weights in fp8, int8 and int4 are estimates: generation unpacks them to bf16, and no program computes so."
+    packed = "Weights in fp8, int8 and int4 are served with --quantization; products are computed in bf16 all the same."
     lines = [
         f"{100 * USABLE:.0f} % of the memory is used; the cache is bfloat16.",
         packed,

@@ -55,6 +55,8 @@ class Config:
         seed: of weights, of the rows that are held out, and of the order; the same seed gives the same run.
         model: Hugging Face or converted folder to start from, or a name on the hub; without it a small model is made
             from nothing and learns generated conversations, with numbers that suit it.
+        mtp_modules: modules for multi-token prediction that the small model has and learns too: what
+            `generate --speculate mtp` guesses with. A model to start from has its own.
         conversations: What is learnt.
         held_out: as `data`, for the loss before, in between and after.
         eval_rows: rows of `data` to hold out by chance where `held_out` names none; None takes a twentieth of them, at
@@ -69,6 +71,7 @@ class Config:
     config: Path | None = None
     seed: int = 0
     model: Path | None = None
+    mtp_modules: int = 0
     conversations: Annotated[ConversationConfig, tyro.conf.arg(name="data")] = ConversationConfig()
     held_out: tuple[str, ...] = ()
     eval_rows: int | None = None
@@ -80,6 +83,9 @@ class Config:
     def __post_init__(self) -> None:
         if self.eval_rows is not None and self.eval_rows < 0:
             raise ValueError(f"eval_rows: got {self.eval_rows}, wanted 0, for none, or more")
+        if self.mtp_modules < 0 or (self.mtp_modules and self.model is not None):
+            wanted = "0 or more" if self.model is None else "it without --model, which has its own or none"
+            raise ValueError(f"mtp_modules: got {self.mtp_modules}, wanted {wanted}")
 
 
 # The options that the short help shows, and those that defaults depend on.
@@ -172,7 +178,7 @@ def _architecture(config: Config) -> tuple[ModelConfig, Tokenizer]:
     if config.model is not None:
         return load_config(config.model), Tokenizer.from_folder(config.model)
     tokenizer = Tokenizer.characters(ALPHABET, chat_template=TEMPLATE)
-    return small_config(tokenizer), tokenizer
+    return small_config(tokenizer, config.mtp_modules), tokenizer
 
 
 def _rows(config: Config, tokenizer: Tokenizer, architecture: ModelConfig) -> Rows:
@@ -247,7 +253,7 @@ def _trainer(config: Config, architecture: ModelConfig, tokenizer: Tokenizer, ro
     if not config.sft.pack:
         layout.check_batch(config.sft.batch_size // config.sft.micro_batches, width)
     if config.model is None:
-        model = lay_out(small_model(tokenizer, config.seed), layout)
+        model = lay_out(small_model(tokenizer, config.seed, config.mtp_modules), layout)
     else:
         # what an adapter leaves as it is needs no float32
         dtype = dtype_of(config.sft.dtype if config.sft.lora_rank else "float32")

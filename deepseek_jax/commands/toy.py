@@ -79,14 +79,14 @@ QUICK: dict[str, Any] = {"cold_start_epochs": 4, "eval_questions": 64, "steps": 
 """What `--quick` changes, by the names of the options."""
 
 
-def small_config(tokenizer: Tokenizer) -> ModelConfig:
-    """The preset `tiny` with the task's vocabulary."""
+def small_config(tokenizer: Tokenizer, mtp_modules: int = 0) -> ModelConfig:
+    """The preset `tiny` with the task's vocabulary, and so many modules for multi-token prediction."""
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_ids[0]}
-    return dataclasses.replace(preset("tiny"), vocab_size=32, **ids)
+    return dataclasses.replace(preset("tiny"), vocab_size=32, num_nextn_predict_layers=mtp_modules, **ids)
 
 
-def small_model(tokenizer: Tokenizer, seed: int) -> Model:
+def small_model(tokenizer: Tokenizer, seed: int, mtp_modules: int = 0) -> Model:
     """A model of it, from random weights."""
-    architecture = small_config(tokenizer)
+    architecture = small_config(tokenizer, mtp_modules)
     graphdef, weights = split(Decoder(architecture, rngs=nnx.Rngs(seed)))
     return Model(architecture, graphdef, weights)

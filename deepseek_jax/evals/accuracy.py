@@ -1,6 +1,5 @@
 """Greedy accuracy on questions with known answers."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,6 +7,7 @@ from flax import nnx
 
 from deepseek_jax import distributed
 from deepseek_jax.data.examples import Prompt
+from deepseek_jax.evals.measures import clustered
 from deepseek_jax.generation.completion import Completion
 from deepseek_jax.generation.generator import Generator
 from deepseek_jax.generation.sampling_config import SamplingConfig
@@ -70,11 +70,10 @@ def greedy_accuracy(
             **{name: [p.columns[name] for p in prompts] for name in prompts[0].columns},
         ).parts["accuracy"]
     )
-    known = [score for score in scores if score is not None]
-    if not known:
+    mean = clustered([[score] for score in scores])
+    if mean is None:
         raise ValueError(
             f"greedy_accuracy: got None for all {len(scores)} answers, wanted a score for one at least;"
             " see the log for rewards that raised, or give prompts with right answers"
         )
-    mean = sum(known) / len(known)
-    return Accuracy(mean, math.sqrt(mean * (1 - mean) / len(known)), found, scores, len(known))
+    return Accuracy(mean.mean, mean.stderr, found, scores, mean.n)

@@ -1,4 +1,4 @@
-"""Accuracy against the length of thinking: samples whose thoughts are closed at budgets, from one run as far as possible.
+"""Accuracy against the length of thinking: thoughts are closed at budgets, and from one run comes what can.
 
 A token is a function of its seed and place. So under a budget a sample is the one without it, unless it thought longer;
 only those that did are drawn again, by the engine that closes their thoughts.

@@ -27,7 +27,7 @@ class Drawn(NamedTuple):
     """A sample.
 
     prompt: as text; it may end in `<think>`. text: of the completion. tokens: how many, and of these the thought's with
-    its tags, None where not known. finished: it ended by itself. seconds: since the sample before it.
+    its tags, None where not known. finished: it ended by itself.
     """
 
     prompt: str

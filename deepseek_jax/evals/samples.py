@@ -58,7 +58,7 @@ class Samples:
             try:
                 record = json.loads(line)
                 self._held[key_of(record)] = record
-            except (ValueError, KeyError, TypeError, RecursionError) as problem:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
                 raise ValueError(
                     f"{self.path}:{number}: not a sample ({type(problem).__name__}: {problem}); remove the line, or "
                     "choose another --output"

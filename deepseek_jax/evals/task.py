@@ -40,7 +40,8 @@ class Problem:
 class Style(NamedTuple):
     """How a prompt is written, and where a completion of it has its answer.
 
-    write: the user's text. stop: texts that end a completion. strict: the answer in the form asked for, or None. raw: the completion goes on with the prompt's own text (a function's beginning).
+    write: the user's text. stop: texts that end a completion. strict: the answer in the form asked for, or None.
+    raw: the completion goes on with the prompt's own text (a function's beginning).
     """
 
     write: Callable[[Problem], str]

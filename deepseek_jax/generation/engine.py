@@ -18,9 +18,10 @@ import numpy as np
 from flax import nnx
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.distributed import process_count
 from deepseek_jax.generation.completion import Record
 from deepseek_jax.generation.engine_config import EngineConfig
-from deepseek_jax.generation.live import Live
+from deepseek_jax.generation.live import Live, StepFailedError
 from deepseek_jax.generation.programs import Decoded, Extended
 from deepseek_jax.generation.requests import Drawn, Plan, Request, Row, Span
 from deepseek_jax.generation.runner import Call, Runner
@@ -28,6 +29,8 @@ from deepseek_jax.generation.sampling_config import SamplingConfig, refuse_unrep
 from deepseek_jax.generation.scheduler import Scheduler
 from deepseek_jax.generation.slots import params_of
 from deepseek_jax.generation.thinking import NO_TAGS, think_tags
+from deepseek_jax.model.packing import Quantization, packed_weights
+from deepseek_jax.model.transposed import transposed_weights
 from deepseek_jax.sharding import module_layout
 from deepseek_jax.text.stream import TextStream
 from deepseek_jax.text.think import opens_thought
@@ -36,6 +39,7 @@ from deepseek_jax.text.tokenizer import Tokenizer
 CLOSING = "\n"
 """What a thought ends with, before `</think>`, that is out of budget."""
 _SETTINGS, _NO_RECORD = EngineConfig(), Record()
+_SEVERAL = 4  # rows from which on transposed weights are faster
 
 
 class Update(NamedTuple):
@@ -75,6 +79,21 @@ class Metrics:
         self.offered += int(found.offered)
         self.accepted += accepted
 
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafts that were right."""
+        return self.accepted / max(1, self.offered)
+
+    @property
+    def accept_length(self) -> float:
+        """Tokens that a pass of a row drew, the one after the last right draft counted."""
+        return self.drawn / max(1, self.rows)
+
+    @property
+    def saved(self) -> float:
+        """Share of a row's passes that drafts saved; without them there is one a token."""
+        return self.accepted / max(1, self.drawn)
+
 
 class _Flight(NamedTuple):
     """A dispatched step."""
@@ -91,7 +110,7 @@ class Engine:
     Args:
         config: the model's.
         graphdef: static part of the module, from `model.decoder.split`.
-        weights: of the model, plain or beside an adapter (`model.lora.with_adapter`).
+        weights: of the model, plain, packed (`model.packing`) or beside an adapter (`model.lora.with_adapter`).
         settings: how it runs.
         dtype: of the cache; None takes that of the weights.
         record: what to keep for a trainer.
@@ -116,12 +135,15 @@ class Engine:
     ):
         if record.routes and config.moe is None:
             raise ValueError("record: got routes for a model without experts, wanted none; it chooses none")
-        self.config, self.settings, self.weights, self.tokenizer = config, settings, weights, tokenizer
+        self.config, self.settings, self.tokenizer = config, settings, tokenizer
+        self.weights = self._arranged(weights)
         self.record, self.tags, self._closing = record, NO_TAGS, closing
         dtype = dtype or jax.tree.leaves(weights["embed"])[0].dtype
-        of_host = settings.of_scheduler(config, module_layout(graphdef), dtype)
+        self._layout = module_layout(graphdef)
+        of_host = settings.of_scheduler(config, self._layout, dtype)
         self.runner = Runner(config, graphdef, settings, of_host, dtype, record)
         self.scheduler = Scheduler(of_host, self.runner.smaller_bucket)
+        self._closed: StepFailedError | None = None
         self.metrics = Metrics()
         self._lives: dict[int, Live] = {}
         self._flights: list[_Flight] = []
@@ -142,7 +164,10 @@ class Engine:
         Raises:
             ValueError: a prompt that leaves no room in the context, tokens or settings that the model does not have, or
                 more than the cache can ever hold.
+            StepFailedError: a step failed, and the engine could not begin anew.
         """
+        if self._closed is not None:
+            raise self._closed
         self._check(tokens, sampling)
         tokens = list(map(int, tokens))
         limit = sampling.limit(len(tokens), self.scheduler.config.max_model_len)
@@ -184,11 +209,23 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
-    def load(self, weights: nnx.State) -> None:
-        """Draw from other weights from now on; what the old ones computed, only those requests go on from that run."""
+    def load(self, weights: nnx.State, *, quantization: Quantization = "none") -> None:
+        """Draw from other weights from now on; what the old ones computed, only those requests go on from that run.
+
+        Args:
+            weights: of the model.
+            quantization: to pack them in; "none" takes them as they are.
+
+        Raises:
+            ValueError: an unknown quantization, or weights that are packed in another way.
+        """
+        weights = self._arranged(packed_weights(self.config, weights, quantization, self._layout))
         with self._lock:
             self.weights = weights
             self.scheduler.reset_prefix_cache()
+
+    def _arranged(self, weights: nnx.State) -> nnx.State:
+        return transposed_weights(weights) if self.settings.max_num_seqs >= _SEVERAL else weights
 
     def run(self) -> Iterator[Update]:
         """Steps until no request is left."""
@@ -198,20 +235,55 @@ class Engine:
     # --- a step -----------------------------------------------------------------------------------
 
     def step(self) -> list[Update]:
-        """Schedule, run, retire."""
+        """Schedule, run, retire.
+
+        Where the device fails at it, every request ends with the error (`Live.error`), and the engine begins anew.
+        """
         with self._lock:
             plan = self.scheduler.schedule()
             self._reuse_routes(plan)
             if not plan.empty:
-                self._flights.append(_Flight(plan, self.runner.run(self.weights, plan, self._lives, self.tags)))
+                try:
+                    calls = self.runner.run(self.weights, plan, self._lives, self.tags)
+                except jax.errors.JaxRuntimeError as problem:
+                    return self._failed(problem)
+                self._flights.append(_Flight(plan, calls))
             lag = 1 if self.settings.overlap and not plan.empty else 0
             due = [self._flights.pop(0) for _ in range(len(self._flights) - lag)]
         updates = []
         for flight in due:
-            found = [jax.tree.map(np.asarray, call.found) for call in flight.calls]
+            try:
+                found = _fetched(flight.calls)
+            except jax.errors.JaxRuntimeError as problem:
+                with self._lock:
+                    return updates + self._failed(problem)
             with self._lock:
                 updates += self._retire(flight, found)
         return updates
+
+    def _failed(self, problem: jax.errors.JaxRuntimeError) -> list[Update]:
+        """End all requests, and begin anew; an engine that cannot is closed.
+
+        Raises:
+            JaxRuntimeError: in one of several processes, since the others are in the middle of the step.
+        """
+        if process_count() > 1:
+            raise problem
+        said = " ".join(str(problem).split())[:300]
+        error = StepFailedError(
+            f"a step of the engine failed on the device: {said}; if that is for want of memory, lower max_num_seqs, "
+            "num_blocks or max_num_batched_tokens"
+        )
+        error.__cause__ = problem
+        lives, self._lives, self._flights = list(self._lives.values()), {}, []
+        self.scheduler = Scheduler(self.scheduler.config, self.runner.smaller_bucket)
+        try:
+            self.runner.renew()
+        except jax.errors.JaxRuntimeError:
+            self._closed = error
+        for live in lives:
+            live.error = error
+        return [Update(of.request.id, [], of.new_text(finished=True), True, of) for of in lives]
 
     def _retire(self, flight: _Flight, founds: Sequence[Extended | Decoded]) -> list[Update]:
         """Tell what came of a step."""
@@ -246,6 +318,11 @@ class Engine:
     def warm_up(self) -> Iterator[tuple[int, int]]:
         """Compile every shape that can come, before any request; yields (done, of how many)."""
         yield from self.runner.warm_up(self.weights, self.tags)
+
+
+def _fetched(calls: Sequence[Call]) -> list[Extended | Decoded]:
+    """What programs gave, on the host."""
+    return [jax.tree.map(np.asarray, call.found) for call in calls]
 
 
 def _routes_of_block(lives: Mapping[int, Live], id: int, size: int, block: int) -> np.ndarray:

@@ -225,7 +225,7 @@ def _completion(live: Live, record: Record) -> Completion:
     return Completion(
         np.asarray(request.tokens[request.prompt_length :], np.int32),
         np.asarray(live.logprobs, np.float32),
-        request.stopped,
+        live.stopped,
         routes=joined(live.routes, record.routes),
         support=joined(live.support, record.support),
         penalised=joined(live.penalised, record.support and penalised),

@@ -18,6 +18,10 @@ class NonFiniteLogitsError(ValueError):
     """A model's logits are no finite numbers, so that nothing can be drawn from them."""
 
 
+class StepFailedError(RuntimeError):
+    """A step of an engine failed on the device, and with it what its requests were at."""
+
+
 @dataclass(kw_only=True, eq=False)
 class Live:
     """What the host keeps of a request: its settings, and by token what came of it.
@@ -41,7 +45,12 @@ class Live:
     routes: list[np.ndarray] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
     prompt_best: list[bool] = field(default_factory=list)
-    error: NonFiniteLogitsError | None = None
+    error: NonFiniteLogitsError | StepFailedError | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Ended by a stop of its own; a stop text may be complete only with what was held back to the end."""
+        return self.request.stopped or (self.stream is not None and self.stream.stopped is not None)
 
     def note_span(self, span: Span, row: int, found: Extended) -> Drawn:
         """Keep what came of a span of the prompt, or of an earlier life."""

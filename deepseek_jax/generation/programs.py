@@ -21,7 +21,6 @@ from deepseek_jax.model.cache import Cache, abstract_cache, cache_axis, empty_ca
 from deepseek_jax.model.decoder import Decoder, Hidden, experts_of
 from deepseek_jax.model.lora import decoder_of
 from deepseek_jax.model.scoring import logprobs_of
-from deepseek_jax.ops.logprobs import project
 from deepseek_jax.ops.pool import KVCache, LatentCache
 from deepseek_jax.parallel.attention import laid_pool
 from deepseek_jax.sharding import module_layout
@@ -247,7 +246,6 @@ class Programs:
             tags: of thoughts.
         """
         model = decoder_of(self.graphdef, weights)
-        head_DV = model.head_DV()  # out of the loop: tied embeddings are transposed once, not every step
         lives = lambda state: ~jnp.take(state.done_S, rows_R, mode="fill", fill_value=True)
 
         def goes_on(carried):
@@ -256,13 +254,13 @@ class Programs:
             return (found.steps < steps) & (live > 0) & ((live > until) | (found.steps == 0))
 
         def body(carried):
-            return self._decode_step(model, head_DV, *carried, rows_R, lives(carried[0]), tags)
+            return self._decode_step(model, *carried, rows_R, lives(carried[0]), tags)
 
         first = self._laid(state), self._nothing_drawn(rows_R.shape[0])
         state, found = jax.lax.while_loop(goes_on, body, first)
         return state, self._told(found)
 
-    def _decode_step(self, model: Decoder, head_DV, state: DeviceState, found: Decoded, rows_R, live_R, tags):
+    def _decode_step(self, model: Decoder, state: DeviceState, found: Decoded, rows_R, live_R, tags):
         """One pass over the model for every live row."""
         of_row = partial(take_rows, slots_R=rows_R)
         token_R, position_R = of_row(state.token_S), of_row(state.position_S)
@@ -273,7 +271,7 @@ class Programs:
         at = position_R[:, None] + jnp.arange(fed_RT.shape[1])
         real = jnp.broadcast_to(live_R[:, None], at.shape)
         hidden, cache = model.extend(fed_RT, at, real, state.cache, of_row(state.table_SM), phase="decode")
-        logits_RTV = project(hidden.x_BTD, head_DV)
+        logits_RTV = model.logits(hidden.x_BTD)
         # each chip its part of the vocabulary for its group, then the whole vocabulary of its own sequences
         logits_RTV = self.layout.constrain(logits_RTV, "batch", None, "vocab")
         logits_RTV = self.layout.constrain(logits_RTV, "cache_batch", None, None)

@@ -72,7 +72,13 @@ class Runner:
         rows = slots // self.shards, least, settings.batch_sizes
         self._span_buckets = span_buckets(of_host.chunk, tokens, *rows)
         self._table = np.zeros((slots, table), np.int32)
-        self.state = self.programs.first_state(self.shards * of_host.num_blocks, of_host.block_size, dtype)
+        self._of_state = self.shards * of_host.num_blocks, of_host.block_size, dtype
+        self.state = self.programs.first_state(*self._of_state)
+
+    def renew(self) -> None:
+        """The state in which nobody has a slot, in the place of one that a failed program may have taken with it."""
+        self.state = None  # before there is another
+        self.state = self.programs.first_state(*self._of_state)
 
     def run(self, weights: nnx.State, plan: Plan, lives: Mapping[int, Live], tags: ThinkTags) -> list[Call]:
         """Dispatch the programs of a step.

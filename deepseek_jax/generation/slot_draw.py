@@ -113,7 +113,7 @@ def _noted(state: DrawState, before: DrawState, slots_R, token_R, tags: ThinkTag
     """The state of all slots with a token more in these, whose rows were `before`, without counts."""
     drawn_R = before.drawn + 1
     recent_RW = jnp.concatenate([before.recent[:, 1:], token_R[:, None]], axis=1)
-    thought = thought_on(before.phase, before.thought, recent_RW, drawn_R, tags)
+    thought = thought_on(before.phase, before.thought, recent_RW, tags)
     noted = put_rows(state._replace(counts=()), slots_R, DrawState((), drawn_R, recent_RW, *thought))
     return noted._replace(counts=state.counts.at[slots_R, token_R].add(1, mode="drop"))
 

@@ -15,6 +15,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.generation.completion import Completion
 from deepseek_jax.generation.generator import Generator
 from deepseek_jax.generation.sampling_config import SamplingConfig
+from deepseek_jax.model.packing import Quantization
 from deepseek_jax.model.precision import Precision, dtype_of
 from deepseek_jax.sharding import LOCAL, Layout
 from deepseek_jax.text.think import opens_thought, split_thinking
@@ -36,6 +37,7 @@ def generate(
     tokenizer: Tokenizer | None = None,
     dtype: Precision = "auto",
     layout: Layout = LOCAL,
+    quantization: Quantization = "none",
 ) -> list[Completion]:
     """Complete prompts with a model, all in one batch. `Generator` is for more than that.
 
@@ -50,6 +52,7 @@ def generate(
         tokenizer: of a model in memory.
         dtype: of weights, activations and cache, for a model that is loaded here.
         layout: how a model lies on devices that is loaded here.
+        quantization: of a model that is loaded here, as of `load_model`.
 
     Returns:
         P x samples completions, prompt by prompt.
@@ -60,7 +63,7 @@ def generate(
     if not isinstance(model, Model):
         folder = model_folder(model)
         tokenizer = tokenizer or Tokenizer.from_folder(folder)
-        model = load_model(folder, dtype=dtype_of(dtype), layout=layout)
+        model = load_model(folder, dtype=dtype_of(dtype), layout=layout, quantization=quantization)
     if tokenizer is None:
         raise ValueError("tokenizer: got none beside a model in memory, wanted its own: Tokenizer.from_folder(folder)")
     given = [prompts] if isinstance(prompts, str) else prompts

@@ -17,6 +17,8 @@ from deepseek_jax.text.tokenizer import Tokenizer
 WINDOW = 8  # tokens that a tag may have
 _SPELLINGS = 32  # ways to write a tag, with what tokens may hold beside it
 _MESSAGE = 64  # tokens of a closing message and its tag
+_BLANKS = 64  # tokens of nothing but whitespace
+_SPACES = ("", "\n", " ")
 BEFORE, THINKING, CLOSING, AFTER = range(4)
 
 
@@ -28,12 +30,14 @@ class ThinkTags(NamedTuple):
         closing: [spellings, WINDOW] likewise those of `</think>`.
         message: [64] what a thought is closed with, the tag at its end.
         length: tokens of it; 0 closes no thought.
+        blank: [64] the ids of nothing but whitespace, then -1: they may stand before an opening tag.
     """
 
     opening: np.ndarray
     closing: np.ndarray
     message: np.ndarray
     length: np.int32
+    blank: np.ndarray
 
 
 NO_TAGS = ThinkTags(
@@ -41,6 +45,7 @@ NO_TAGS = ThinkTags(
     closing=np.full((_SPELLINGS, WINDOW), -1, np.int32),
     message=np.zeros(_MESSAGE, np.int32),
     length=np.int32(0),
+    blank=np.full(_BLANKS, -1, np.int32),
 )
 """Of an engine that knows no tokenizer: nothing opens or closes a thought."""
 
@@ -62,12 +67,22 @@ def think_tags(tokenizer: Tokenizer, message: str) -> ThinkTags:
         )
     padded = np.zeros(_MESSAGE, np.int32)
     padded[: len(ids)] = ids
-    return ThinkTags(_padded(tokenizer, OPEN), _padded(tokenizer, CLOSE), padded, np.int32(len(ids)))
+    # a thought opens at the beginning, and closes after any text
+    opening, closing = _padded(tokenizer, OPEN, _SPACES), _padded(tokenizer, CLOSE, (*_SPACES, "a", "."))
+    return ThinkTags(opening, closing, padded, np.int32(len(ids)), _blank(tokenizer))
 
 
-def _padded(tokenizer: Tokenizer, tag: str) -> np.ndarray:
+def _blank(tokenizer: Tokenizer) -> np.ndarray:
+    """Tokens that runs of whitespace are made of."""
+    runs = [of * count for of in ("\n", " ", "\t", "\r\n", " \n", "\n ") for count in range(1, 17)]
+    found = {token for run in runs for token in tokenizer.encode(run, add_bos=False)}
+    blank = sorted(token for token in found if tokenizer.decode([token], skip_special=False).isspace())[:_BLANKS]
+    return np.array([*blank, *[-1] * (_BLANKS - len(blank))], np.int32)
+
+
+def _padded(tokenizer: Tokenizer, tag: str, before: Sequence[str]) -> np.ndarray:
     rows = np.full((_SPELLINGS, WINDOW), -1, np.int32)
-    for row, ids in zip(rows, sorted(set(_spellings(tokenizer, tag))), strict=False):
+    for row, ids in zip(rows, sorted(set(_spellings(tokenizer, tag, before))), strict=False):
         if len(ids) > WINDOW:
             raise ValueError(
                 f"tokenizer: got one that writes {tag} as {len(ids)} tokens, wanted at most {WINDOW}; use no budget"
@@ -76,13 +91,13 @@ def _padded(tokenizer: Tokenizer, tag: str) -> np.ndarray:
     return rows
 
 
-def _spellings(tokenizer: Tokenizer, tag: str) -> Iterator[tuple[int, ...]]:
+def _spellings(tokenizer: Tokenizer, tag: str, befores: Sequence[str]) -> Iterator[tuple[int, ...]]:
     """The fewest tokens that hold a tag, where a tokenizer may merge its ends with the text around."""
     alone = tokenizer.encode(tag, add_bos=False)
     if len(alone) == 1:  # a token of its own is never merged
         yield tuple(alone)
         return
-    for before in ("", "\n", "a", ".", " "):
+    for before in befores:
         for after in ("", "\n", "\n\n", " ", "a"):
             ids = tokenizer.encode(before + tag + after, add_bos=False)
             end = next(n for n in range(len(ids) + 1) if tag in tokenizer.decode(ids[:n], skip_special=False))
@@ -114,30 +129,34 @@ def forced(
 
 
 def thought_on(
-    phase_R: jax.Array, count_R: jax.Array, recent_RW: jax.Array, drawn_R: jax.Array, tags: ThinkTags
+    phase_R: jax.Array, count_R: jax.Array, recent_RW: jax.Array, tags: ThinkTags
 ) -> tuple[jax.Array, jax.Array]:
     """Where a thought stands after a draw.
 
     Args:
-        phase_R, count_R: as `forced` left them.
+        phase_R, count_R: as `forced` left them. Before a thought, tokens count from the first that is not blank on.
         recent_RW: int32 [R, WINDOW], the last tokens, this draw's at the end and -1 before the first.
-        drawn_R: int32, tokens drawn so far, this one counted.
         tags: the engine's.
 
     Returns:
         phase_R, count_R.
     """
+    before_R = phase_R == BEFORE
+    blank_R = jnp.any(recent_RW[:, -1:] == jnp.asarray(tags.blank), axis=-1)
+    count_R = jnp.where(before_R & (count_R == 0) & blank_R, 0, count_R + 1)
     # A tag opens a thought at a completion's beginning alone; one that comes later is the answer's.
-    opened_R = (phase_R == BEFORE) & (drawn_R <= WINDOW) & _ends_in(recent_RW, tags.opening)
-    closed_R = (phase_R == THINKING) & _ends_in(recent_RW, tags.closing)
-    closed_R |= (phase_R == CLOSING) & (count_R + 1 >= tags.length)
+    first_RG = jnp.sum(tags.opening >= 0, axis=-1) == count_R[:, None]
+    opened_R = before_R & jnp.any(_ends_in(recent_RW, tags.opening) & first_RG, axis=-1)
+    closed_R = (phase_R == THINKING) & jnp.any(_ends_in(recent_RW, tags.closing), axis=-1)
+    closed_R |= (phase_R == CLOSING) & (count_R >= tags.length)
     phase_R = jnp.where(opened_R, THINKING, jnp.where(closed_R, AFTER, phase_R))
-    return phase_R, jnp.where(opened_R | closed_R, 0, count_R + 1)
+    return phase_R, jnp.where(opened_R | closed_R, 0, count_R)
 
 
 def _ends_in(recent_RW: jax.Array, spellings: jax.Array) -> jax.Array:
+    """By row, in which of the spellings it ends."""
     equal = (spellings == -1) | (recent_RW[:, None] == spellings)
-    return jnp.any(jnp.all(equal, axis=-1) & (spellings[:, -1] != -1), axis=-1)
+    return jnp.all(equal, axis=-1) & (spellings[:, -1] != -1)
 
 
 # --- on the host, of one request ------------------------------------------------------------------
@@ -155,12 +174,13 @@ def thought_of(tokens: Sequence[int], *, opened: bool, budget: int, tags: ThinkT
     spelt = lambda rows: [tuple(row[row >= 0].tolist()) for row in np.asarray(rows) if row[-1] >= 0]
     opening, closing = spelt(tags.opening), spelt(tags.closing)
     ends_in = lambda tags, end: any(tuple(tokens[max(0, end - len(tag)) : end]) == tag for tag in tags)
-    phase, count = (THINKING if opened else BEFORE), 0
-    for end in range(1, len(tokens) + 1):
+    phase, count, blank = (THINKING if opened else BEFORE), 0, set(tags.blank[tags.blank >= 0].tolist())
+    for end, token in enumerate(tokens, 1):
         if phase == THINKING and 0 <= budget <= count and tags.length > 0:
             phase, count = CLOSING, 0
-        began = phase == BEFORE and end <= WINDOW and ends_in(opening, end)
-        closed = (phase == THINKING and ends_in(closing, end)) or (phase == CLOSING and count + 1 >= tags.length)
+        count += not (phase == BEFORE and count == 0 and token in blank)
+        began = phase == BEFORE and ends_in([tag for tag in opening if len(tag) == count], end)
+        closed = (phase == THINKING and ends_in(closing, end)) or (phase == CLOSING and count >= tags.length)
         phase = THINKING if began else AFTER if closed else phase
-        count = 0 if began or closed else count + 1
+        count = 0 if began or closed else count
     return phase, count

@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.config import GQAConfig, MLAConfig, ModelConfig
 from deepseek_jax.model.layers import Maker, Step
 from deepseek_jax.ops import attention, indexer
-from deepseek_jax.ops.low_rank import columns, product
+from deepseek_jax.ops.low_rank import columns, product, whole
 from deepseek_jax.ops.norm import layer_norm, rms_norm
 from deepseek_jax.ops.pool import KVCache, LatentCache
 from deepseek_jax.ops.rope import rotate_half, rotate_interleaved
@@ -48,12 +48,12 @@ class Indexer(nnx.Module):
 
     def keys(self, x_BTD: jax.Array, step: Step) -> jax.Array:
         """[B, T, Z], as the cache keeps them."""
-        k = layer_norm(x_BTD @ self.k, self.norm[...], self.shift[...], INDEX_EPS)
+        k = layer_norm(product(x_BTD, self.k[...]), self.norm[...], self.shift[...], INDEX_EPS)
         return self._rotate(k[:, :, None], step)[:, :, 0]
 
     def queries(self, x_BTD: jax.Array, latent_BTQ: jax.Array, step: Step) -> tuple[jax.Array, jax.Array]:
         """Queries [B, T, J, Z] and the weights of their heads [B, T, J]."""
-        q = (latent_BTQ @ self.q).reshape(*x_BTD.shape[:2], self.heads, -1)
+        q = product(latent_BTQ, self.q[...]).reshape(*x_BTD.shape[:2], self.heads, -1)
         return self._rotate(q, step), x_BTD @ self.weights
 
     @jax.named_scope("indexer")
@@ -110,7 +110,8 @@ class LatentAttention(nnx.Module):
         # every chip of a `context` group needs all keys: 576 numbers a token, before they are spelled out by head
         new = jax.tree.map(lambda part: lay(part, "batch", None, None), new)
         spell = lambda c, r: [
-            lay(part, "batch", "tensor", None, None) for part in attention.expand(c, r, *self._key_value_weights())
+            lay(part, "batch", "tensor", None, None)
+            for part in attention.expand(c, r, *self._key_value_weights(c.dtype))
         ]
         k, v = spell(new.c, new.r)
         if pool is not None:
@@ -140,7 +141,7 @@ class LatentAttention(nnx.Module):
         by_head = lambda part: lay(part, "batch", None, "tensor", None)
         pool = write(pool, jax.tree.map(by_sequence, new), step.view, layer_idx, self.layout)
         nope, rope = map(by_head, self._queries(latent, step))
-        w_k, w_v = self._key_value_weights()
+        w_k, w_v = self._key_value_weights(latent.dtype)
         q = [by_sequence(part) for part in (by_head(attention.absorb(nope, w_k)), rope)]
         place = {"layer_idx": layer_idx, "scale": self.scale, "layout": self.layout}
         if self._chooses_among(pooled_keys(pool, step.view)):
@@ -171,9 +172,9 @@ class LatentAttention(nnx.Module):
         index = None if self.indexer is None else self.indexer.keys(x, step)
         return LatentCache(rms_norm(c, self.kv_norm[...], LATENT_EPS), r, index)
 
-    def _key_value_weights(self):
+    def _key_value_weights(self, dtype):
         K = self.config.qk_nope_head_dim
-        by_head = columns(self.kv_b[...], lambda w: w.reshape(w.shape[0], self.heads, -1))
+        by_head = columns(whole(self.kv_b[...], dtype), lambda w: w.reshape(w.shape[0], self.heads, -1))
         return columns(by_head, lambda w: w[..., :K]), columns(by_head, lambda w: w[..., K:])
 
     def _output(self, out_BTNH):

@@ -22,6 +22,7 @@ from deepseek_jax.ops.logprobs import project
 from deepseek_jax.ops.norm import rms_norm
 from deepseek_jax.ops.pool import CacheView, Pool
 from deepseek_jax.ops.rope import angles
+from deepseek_jax.ops.transposed import Transposed, times_transposed
 from deepseek_jax.parallel.embedding import sharded_lookup
 from deepseek_jax.sharding import LOCAL, Layout, weight_sharding
 
@@ -199,10 +200,16 @@ class Decoder(nnx.Module):
     @jax.named_scope("logits")
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V] from states after the final norm."""
-        return project(x_BTD, self.head_DV())
+        head = Transposed(self.embed[...]) if self.config.tie_word_embeddings else self.head[...]
+        if isinstance(head, Transposed):
+            return times_transposed(x_BTD, head, jnp.float32)
+        return project(x_BTD, head)
 
     def head_DV(self) -> jax.Array:
-        return self.embed[...].T if self.config.tie_word_embeddings else self.head[...]
+        if self.config.tie_word_embeddings:
+            return self.embed[...].T
+        head = self.head[...]
+        return head.w.T if isinstance(head, Transposed) else head
 
     @jax.named_scope("embed")
     def _embedded(self, tokens_BT, step: Step) -> jax.Array:

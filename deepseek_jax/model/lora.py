@@ -23,6 +23,7 @@ from flax import nnx
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.config.model import check_whole
 from deepseek_jax.model.decoder import abstract_weights
+from deepseek_jax.model.packing import refuse_packed
 from deepseek_jax.model.scan_layers import Path, members
 from deepseek_jax.ops.low_rank import LowRank
 from deepseek_jax.sharding import LOCAL, Layout, weight_sharding
@@ -189,6 +190,11 @@ def with_adapter(weights: nnx.State, adapter: nnx.State, lora: LoRAConfig) -> nn
     return nnx.from_flat_state(joined)
 
 
+def is_adapted(weights: nnx.State) -> bool:
+    """Whether a tree is one of `with_adapter`."""
+    return any(_SCALE in leaf.get_metadata() for _, leaf in nnx.to_flat_state(weights))
+
+
 def decoder_of(graphdef: nnx.GraphDef[M], weights: nnx.State) -> M:
     """The module of a tree of weights, plain ones or those of `with_adapter`.
 
@@ -232,8 +238,9 @@ def adapted(weights: nnx.State, adapter: nnx.State, lora: LoRAConfig) -> nnx.Sta
         lora: for the scale.
 
     Raises:
-        ValueError: the adapter has a path that the weights lack.
+        ValueError: the adapter has a path that the weights lack, or the weights are packed.
     """
+    refuse_packed(weights, "to sum an adapter into; beside packed ones it runs by with_adapter")
     parts = dict(nnx.to_flat_state(adapter))
     summed = []
     for path, leaf in nnx.to_flat_state(weights):

@@ -1,10 +1,12 @@
 """Weights between their two forms: a module a layer, and one stack for all layers of a kind."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.cache import stack_sizes
@@ -20,7 +22,7 @@ def stack_layers(weights: nnx.State, config: ModelConfig, layout: Layout) -> nnx
     One weight at a time is in memory twice.
 
     Args:
-        weights: of a decoder whose layout has no `scan_layers`; they are left as they are.
+        weights: of a decoder whose layout has no `scan_layers`, packed or not; they are left as they are.
         config: its architecture.
         layout: one with `scan_layers`.
     """
@@ -32,6 +34,8 @@ def stack_layers(weights: nnx.State, config: ModelConfig, layout: Layout) -> nnx
         parts = [have.pop(of) for of in members(path, config)]
         join = _stacked if path[0] == "stacks" else _alone
         place = leaf.get_raw_value().sharding
+        if place is not None and not isinstance(parts[0], jax.Array):  # packed: each of its arrays as those of a layer
+            place = jax.tree.map(lambda part, of=path: _in_front(part.sharding, of), parts[0])
         filled.append((path, leaf.replace(jax.jit(join, out_shardings=place)(parts))))
     return nnx.from_flat_state(filled)
 
@@ -52,12 +56,17 @@ def unstack_layers(weights: nnx.State, config: ModelConfig, layout: Layout) -> n
 
 
 # Functions of the module, so that weights of one shape share what jit compiled of them.
-def _stacked(parts: list[jax.Array]) -> jax.Array:
-    return jnp.stack(parts)
+def _stacked(parts: list[Any]) -> Any:
+    return jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *parts)
 
 
-def _alone(parts: list[jax.Array]) -> jax.Array:
+def _alone(parts: list[Any]) -> Any:
     return parts[0]
+
+
+def _in_front(place: NamedSharding, path: Path) -> NamedSharding:
+    """Of layers one after another, where each lies in one place."""
+    return NamedSharding(place.mesh, PartitionSpec(*(None,) * (path[0] == "stacks"), *place.spec))
 
 
 def _apart(value: jax.Array) -> list[jax.Array]:

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deepseek_jax.ops.low_rank import LowRank, summed
+from deepseek_jax.ops.low_rank import LowRank, Matrix, summed, whole
+from deepseek_jax.ops.packed import Packed
 
 TILES = "tiles_"  # names a loop over so many tiles, for the cost analysis of a compiled program
 
@@ -21,9 +22,9 @@ def expert_mlp(
     x: Float[Array, "W D"],
     weights: Float[Array, "W A"],
     experts: Int[Array, "W A"],
-    gate: Float[Array, "*L E D M"] | LowRank,
-    up: Float[Array, "*L E D M"] | LowRank,
-    down: Float[Array, "*L E M D"] | LowRank,
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
 ) -> Float[Array, "W D"]:
     """sum_a weights[:, a] * SwiGLU_{experts[:, a]}(x), every row through all its experts.
 
@@ -32,7 +33,7 @@ def expert_mlp(
         weights: float32; applied to the experts' outputs, as in DeepSeek's code.
         experts: int32. Of a whole stack of L layers all are of one layer, l E to (l + 1) E - 1. A number past the
             last expert is nobody's: it costs nothing and adds nothing.
-        gate, up, down: the experts' matrices.
+        gate, up, down: the experts' matrices, [*L, E, D, M] twice and [*L, E, M, D].
 
     Returns:
         In the dtype of x.
@@ -50,14 +51,13 @@ def expert_mlp(
     return jnp.einsum("wad,wa->wd", out[back].reshape(W, A, -1), weights).astype(x.dtype)
 
 
-def grouped_matmul(
-    lhs: Float[Array, "W K"], rhs: Float[Array, "*L E K N"] | LowRank, sizes: Int[Array, "G"]
-) -> Float[Array, "W N"]:
+def grouped_matmul(lhs: Float[Array, "W K"], rhs: Matrix, sizes: Int[Array, "G"]) -> Float[Array, "W N"]:
     """Rows of group e times rhs[e]; the groups lie one after another and fill all W rows.
 
     Args:
         lhs: rows sorted by group.
-        rhs: one matrix a group, or those of a stack of L layers, of which one layer's groups alone have rows.
+        rhs: one matrix a group, [E, K, N], or those of a stack of L layers, [L, E, K, N], of which one layer's groups
+            alone have rows.
         sizes: rows of each of the G = L E groups. Rows past the last group cost nothing, and are undefined in the
             result.
     """
@@ -70,13 +70,24 @@ def grouped_matmul(
 
 
 def _grouped(lhs, rhs, sizes, dtype=None):
-    """grouped_matmul of a plain stack of matrices; None is the dtype of lhs."""
+    """grouped_matmul of a stack of matrices, plain or packed; None is the dtype of lhs."""
     of = partial(Tiles.of, lhs.shape[0], rhs.shape[-3])
     tiled = lambda least, most: partial(tiled_matmul, tiles=of(least, most), dtype=dtype)
-    flat = rhs.reshape(-1, *rhs.shape[-2:])
+    flat = jax.tree.map(lambda part: part.reshape(-1, *part.shape[-2:]), rhs)
     # a GPU reads a group's weights once a tile, and computes sixteen rows in the time of one
-    branches = {"tpu": partial(ragged_matmul, dtype=dtype), "cpu": tiled(1, 128), "default": tiled(16, 512)}
+    ragged = (
+        partial(ragged_matmul, dtype=dtype)
+        if not isinstance(rhs, Packed)
+        else _packed_on_tpu(flat, rhs.shape[-3], dtype, tiled)
+    )
+    branches = {"tpu": ragged, "cpu": tiled(1, 128), "default": tiled(16, 512)}
     return jax.lax.platform_dependent(lhs, flat, sizes, **branches)
+
+
+def _packed_on_tpu(rhs, layer, dtype, tiled):
+    from deepseek_jax.ops.kernels.packed_matmul import fits, packed_matmul  # Pallas is slow to import
+
+    return partial(packed_matmul, dtype=dtype, layer=layer) if fits(rhs) else tiled(16, 512)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -133,6 +144,8 @@ class Tiles(NamedTuple):
 def tiled_matmul(lhs, rhs, sizes, tiles=None, dtype=None):
     """`grouped_matmul` of one layer's matrices as a loop over tiles of rows; only tiles that hold rows are computed.
 
+    Of packed ones a tile's matrix is made whole. They have no gradient.
+
     Gradients are products in the dtype of lhs, whatever that of the result.
 
     A tile may reach past its group's end. The rows there are wrong when written and right in the end, because
@@ -146,7 +159,7 @@ def tiled_matmul(lhs, rhs, sizes, tiles=None, dtype=None):
     def body(tile, out):
         group, row, _ = locate(tile)
         rows = jax.lax.dynamic_slice_in_dim(padded, row, block)
-        product = jnp.matmul(rows, rhs[group], preferred_element_type=dtype)
+        product = jnp.matmul(rows, whole(rhs[group], lhs.dtype), preferred_element_type=dtype)
         return jax.lax.dynamic_update_slice_in_dim(out, product, row, axis=0)
 
     locate, count = _tiles(sizes, block)

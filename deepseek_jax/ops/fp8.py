@@ -44,7 +44,7 @@ def dequantize(
             f"scale: got shape {list(scale.shape)}, wanted {list(wanted)} for a weight of shape {list(weight.shape)} "
             f"in blocks of {block[0]} x {block[1]}; a transposed weight needs its scale and block transposed too"
         )
-    return (weight.astype(jnp.float32) * _spread(scale, weight.shape, block)).astype(dtype)
+    return (weight.astype(jnp.float32) * spread(scale, weight.shape, block)).astype(dtype)
 
 
 def quantize(
@@ -70,23 +70,24 @@ def quantize(
     if scale_fmt not in (None, "ue8m0"):
         raise ValueError(f"scale_fmt: got {scale_fmt!r}, wanted 'ue8m0' or None")
     x = weight.astype(jnp.float32)
-    amax = _largest_magnitudes(x, block)
+    amax = largest_magnitudes(x, block)
     # XLA turns a division by a constant into a product with its inexact reciprocal; this divisor is no constant
     scale = jnp.maximum(amax / jnp.where(amax > 0, LARGEST, 1.0), _SMALLEST_SCALE)
     if scale_fmt == "ue8m0":
         scale = _power_of_two_above(scale)
     # products pass 448 by no more than a float32 rounding, and become NaN only beyond 464
-    return (x * _spread(1 / scale, weight.shape, block)).astype(jnp.float8_e4m3fn), scale
+    return (x * spread(1 / scale, weight.shape, block)).astype(jnp.float8_e4m3fn), scale
 
 
-def _spread(scale: jax.Array, shape: tuple[int, ...], block: tuple[int, int]) -> jax.Array:
+def spread(scale: jax.Array, shape: tuple[int, ...], block: tuple[int, int]) -> jax.Array:
     """Every element's scale: a broadcast, a reshape and a slice, which XLA fuses into what uses them."""
     *stack, rows, columns = scale.shape
     tiles = jnp.broadcast_to(scale[..., :, None, :, None], (*stack, rows, block[0], columns, block[1]))
     return tiles.reshape(*stack, rows * block[0], columns * block[1])[..., : shape[-2], : shape[-1]]
 
 
-def _largest_magnitudes(x: jax.Array, block: tuple[int, int]) -> jax.Array:
+def largest_magnitudes(x: jax.Array, block: tuple[int, int]) -> jax.Array:
+    """Of each block: [*stack, row blocks, column blocks]."""
     *stack, rows, columns = blocks(x.shape, block)
     missing = (rows * block[0] - x.shape[-2], columns * block[1] - x.shape[-1])
     padded = jnp.pad(jnp.abs(x), [(0, 0)] * len(stack) + [(0, n) for n in missing])

@@ -12,14 +12,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from deepseek_jax.ops.packed import Packed, dense
+from deepseek_jax.ops.transposed import Transposed, times_transposed
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=("w", "a", "b"), meta_fields=("scale",))
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
     """Stands for the matrix w + scale a b: w [..., in, out], a [..., in, rank], b [..., rank, out].
 
-    It has w's shape. Columns may be several axes, in w and b alike: w [in, *out], b [rank, *out]. As a tree it also
-    holds other things of the three than arrays, such as how each lies on a mesh.
+    It has w's shape; w may be packed. Columns may be several axes, in w and b alike: w [in, *out], b [rank, *out]. As a
+    tree it also holds other things of the three than arrays, such as how each lies on a mesh.
 
     Source: arXiv 2106.09685 section 4.1.
     """
@@ -38,15 +41,19 @@ class LowRank:
         return self.w.ndim
 
 
-Matrix = Float[Array, "..."] | LowRank
+Matrix = Float[Array, "..."] | LowRank | Packed | Transposed
 
 
 def product(x: Float[Array, "*B D"], weight: Matrix) -> Float[Array, "*B F"]:
     """x @ weight, in the dtype of x.
 
     Of a LowRank, both terms are products of numbers in that dtype, added up in float32, and their sum is rounded once:
-    rounded apart, a small second term would vanish beside the first. Gradients are products in the dtype of x.
+    rounded apart, a small second term would vanish beside the first. Gradients are products in the dtype of x. What is
+    packed is made whole in that dtype.
     """
+    if isinstance(weight, Transposed):
+        return times_transposed(x, weight)
+    weight = whole(weight, x.dtype)
     if not isinstance(weight, LowRank):
         return x @ weight
     leading = "abcdefgh"[: x.ndim - 1]
@@ -58,6 +65,7 @@ def einsum(spec: str, x: Float[Array, "..."], weight: Matrix) -> Float[Array, ".
 
     A sum over rows goes through a and then b, one over columns through b and then a.
     """
+    weight = whole(weight, x.dtype)
     if not isinstance(weight, LowRank):
         return jnp.einsum(spec, x, weight)
     of_x, of_w, out = spec.replace("->", ",").split(",")
@@ -68,16 +76,23 @@ def einsum(spec: str, x: Float[Array, "..."], weight: Matrix) -> Float[Array, ".
     return summed(exact(spec, x, weight.w), exact(f"{between},{of_second}->{out}", low, second), weight.scale, x.dtype)
 
 
-def columns(weight: Matrix, change: Callable[[jax.Array], jax.Array]) -> Matrix:
-    """A weight with `change`, which leaves rows as they are, of its columns."""
+def whole(weight: Matrix, dtype: Any) -> Float[Array, "..."] | LowRank:
+    """A weight with what is packed of it made whole, in a dtype that others do not take on."""
+    if isinstance(weight, LowRank):
+        return LowRank(w=whole(weight.w, dtype), a=weight.a, b=weight.b, scale=weight.scale)
+    return dense(weight, dtype) if isinstance(weight, Packed) else weight
+
+
+def columns(weight: Float[Array, "..."] | LowRank, change: Callable[[jax.Array], jax.Array]) -> Matrix:
+    """A weight, of which nothing is packed, with `change` of its columns, which leaves rows as they are."""
     if not isinstance(weight, LowRank):
         return change(weight)
     return LowRank(w=change(weight.w), a=weight.a, b=change(weight.b), scale=weight.scale)
 
 
-def summed(whole: Float[Array, "*S"], low: Float[Array, "*S"], scale: float, dtype: Any) -> Float[Array, "*S"]:
-    """whole + scale low, of float32 terms, rounded once."""
-    return (whole + scale * low).astype(dtype)
+def summed(high: Float[Array, "*S"], low: Float[Array, "*S"], scale: float, dtype: Any) -> Float[Array, "*S"]:
+    """high + scale low, of float32 terms, rounded once."""
+    return (high + scale * low).astype(dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax.ops.experts import expert_mlp
 from deepseek_jax.ops.low_rank import LowRank, Matrix, apart, together
+from deepseek_jax.ops.packed import Packed
 from deepseek_jax.parallel.exchange import Entries, Exchange, fixed_exchange, ragged_exchange
 from deepseek_jax.parallel.rounds import in_rounds
 from deepseek_jax.parallel.rows import by_expert, exclusive, swiglu_groups, take_rows, window
@@ -24,9 +25,9 @@ def routed_experts(
     x_BTD: Float[Array, "B T D"],
     weights_BTA: Float[Array, "B T A"],
     experts_BTA: Int[Array, "B T A"],
-    gate_EDM: Float[Array, "*L E D M"] | LowRank,
-    up_EDM: Float[Array, "*L E D M"] | LowRank,
-    down_EMD: Float[Array, "*L E M D"] | LowRank,
+    gate_EDM: Matrix,
+    up_EDM: Matrix,
+    down_EMD: Matrix,
     *,
     mesh: Mesh | AbstractMesh,
     rows: tuple[str, ...],
@@ -48,7 +49,8 @@ def routed_experts(
         x_BTD: lies on the mesh with B over `rows` and T over `columns`, whole over `inner`; so do the next two.
         weights_BTA: of the routing; they stay where they are, and are applied in float32.
         experts_BTA: int32, 0 to E - 1; E is nobody's, costs nothing and adds nothing.
-        gate_EDM: E over `over`, D over `gathered`, M over `inner`; where it has low rank beside it, both as its axes.
+        gate_EDM: [*L, E, D, M] with E over `over`, D over `gathered`, M over `inner`; what low rank it has beside it as
+            its axes. A packed one is cut by E alone.
         up_EDM: likewise.
         down_EMD: likewise.
         mesh: with Auto axes, those named here among them.
@@ -99,13 +101,14 @@ def routed_experts(
     return spread(x_BTD, weights_BTA, experts_BTA, gate_EDM, up_EDM, down_EMD, layer)
 
 
-def _placed(weight: Matrix, leading: tuple, rows: Any, columns: Any) -> PartitionSpec | LowRank:
-    """Which axes cut a weight, and of one with low rank beside it each of the three."""
-    whole = PartitionSpec(*leading, rows, columns)
-    if not isinstance(weight, LowRank):
-        return whole
-    a, b = PartitionSpec(*leading, rows, None), PartitionSpec(*leading, None, columns)
-    return LowRank(w=whole, a=a, b=b, scale=weight.scale)
+def _placed(weight: Matrix, leading: tuple, rows: Any, columns: Any) -> Any:
+    """Which axes cut a weight, and of one that has parts each of them."""
+    if isinstance(weight, LowRank):
+        a, b = PartitionSpec(*leading, rows, None), PartitionSpec(*leading, None, columns)
+        return LowRank(w=_placed(weight.w, leading, rows, columns), a=a, b=b, scale=weight.scale)
+    if isinstance(weight, Packed) and (rows or columns):
+        raise ValueError("experts: got packed ones that a mesh cuts within, wanted a layout to serve or whole weights")
+    return jax.tree.map(lambda _: PartitionSpec(*leading, rows, columns), weight)
 
 
 def _gathered_along(weight: Matrix, axis: int, axes: tuple[str, ...]) -> Matrix:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.ops.experts import grouped_matmul
-from deepseek_jax.ops.low_rank import LowRank
+from deepseek_jax.ops.low_rank import Matrix
 
 
 @jax.custom_vjp
@@ -39,9 +39,9 @@ take_rows.defvjp(_take_forward, _take_backward)
 
 def swiglu_groups(
     rows: Float[Array, "W D"],
-    gate: Float[Array, "*L E D M"] | LowRank,
-    up: Float[Array, "*L E D M"] | LowRank,
-    down: Float[Array, "*L E M D"] | LowRank,
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
     sizes: Int[Array, "G"],
 ) -> Float[Array, "W D"]:
     """SwiGLU_e of the rows of each group e; the groups lie one after another. Of a stack, one layer's have rows.

@@ -47,10 +47,11 @@ def commands(plan: Plan, model: str) -> Commands:
 
 
 def _serve(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
-    if plan.dtype not in ("bf16", "f32"):
-        packed = f"a program that computes from {plan.dtype} weights: generation unpacks them; bf16 is what runs"
-        return None, (packed,)
-    return f"deepseek-jax generate FOLDER --prompt TEXT{_sampling(plan, plan.mesh)}", ()
+    return f"deepseek-jax generate FOLDER --prompt TEXT{_quantization(plan)}{_sampling(plan, plan.mesh)}", ()
+
+
+def _quantization(plan: Plan) -> str:
+    return "" if plan.dtype in ("bf16", "f32") else f" --quantization {plan.dtype}"
 
 
 def _sampling(plan: Plan, mesh: Mapping[str, int]) -> str:
@@ -88,7 +89,7 @@ def _words(mesh: Mapping[str, int]) -> str:
 def _compile(plan: Plan, model: str, step: Step, mesh: Mapping[str, int]) -> str | None:
     """By the compiler of the plan's chips, where it can be had without them."""
     of_chip = chip(plan.chip)
-    if not compilable(of_chip) or plan.dtype not in ("bf16", "f32"):
+    if not compilable(of_chip):
         return None
     topology = f"{of_chip.name}:{plan.slice.replace(' ', '')}"
     words = [f"deepseek-jax compile --preset {model} --topology {topology} --step {step}"]
@@ -98,8 +99,10 @@ def _compile(plan: Plan, model: str, step: Step, mesh: Mapping[str, int]) -> str
         words.append(f"--batch {math.ceil(plan.batch / parts) * parts} --context {plan.context}")
     if sizes := {axis: size for axis, size in mesh.items() if size > 1}:
         words.append(f"--mesh {_words(sizes)}")
-    if plan.dtype != "bf16":
-        words.append(f"--dtype {plan.dtype}")
+    if plan.dtype == "f32":
+        words.append("--dtype f32")
+    if quantization := _quantization(plan):
+        words.append(quantization.strip())
     if step in ("train", "grpo") and plan.moments != "float32":
         words.append(f"--moments {plan.moments}")
     return " ".join(words)

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.packing import Quantization
 from deepseek_jax.model.transfer import sampled_config, serving_sizes
+from deepseek_jax.ops.packed import nbytes
 from deepseek_jax.plan import model_bytes, model_flops, pod
 from deepseek_jax.plan.chips import Chip
 from deepseek_jax.plan.communication import comm_lower_bound, reshard_lower_bound
@@ -33,6 +35,7 @@ from deepseek_jax.plan.memory import (
 from deepseek_jax.plan.meshes import Sizes
 from deepseek_jax.plan.model_bytes import StateDTypes
 from deepseek_jax.plan.topology import GPU_OPTIONS
+from deepseek_jax.plan.weights import DType
 from deepseek_jax.sharding import Layout
 from deepseek_jax.train.grpo_config import GRPOConfig
 
@@ -55,6 +58,7 @@ class Task:
         batch: sequences in all; a sync has none.
         context: tokens of each; for decode, slots of the cache.
         dtype: what is computed in; to serve, also that of weights and cache. What is trained is float32.
+        quantization: of what is served, prefill and decode: see `model.packing`.
         moments: what the optimizer's are kept in.
         micro_batches: parts of an update, one after another.
     """
@@ -66,8 +70,14 @@ class Task:
     context: int
     serving: Layout | None = None
     dtype: Literal["bf16", "f32"] = "bf16"
+    quantization: Quantization = "none"
     moments: Moments = "float32"
     micro_batches: int = 1
+
+    @property
+    def stored(self) -> DType:
+        """What the planner calls the weights' dtype."""
+        return self.dtype if self.quantization == "none" else self.quantization
 
     @property
     def settings(self) -> GRPOConfig:
@@ -86,6 +96,9 @@ class Task:
 
     def check(self) -> None:
         """Refuse what the mesh does not divide, before anything is compiled. Raises ValueError with the numbers."""
+        if self.quantization != "none" and self.step not in ("prefill", "decode"):
+            got = f"quantization: got {self.quantization!r} to {self.step}"
+            raise ValueError(f"{got}, wanted --step prefill or decode; what is trained is not quantized")
         self.layout.check(self.config)
         if self.step == "sync":
             self.serving.check(sampled_config(self.config))
@@ -240,7 +253,8 @@ def trace(task: Task) -> pod.Program:
     """The function that experiments or the engine call, traced for a task's mesh."""
     arguments = task.config, task.layout, task.batch, task.context
     if task.step in ("prefill", "decode"):
-        return {"prefill": pod.trace_prefill, "decode": pod.trace_decode}[task.step](*arguments, DTYPES[task.dtype])
+        of_step = {"prefill": pod.trace_prefill, "decode": pod.trace_decode}[task.step]
+        return of_step(*arguments, DTYPES[task.dtype], task.quantization)
     if task.step == "sync":
         return pod.trace_sync(task.config, task.layout, task.serving, DTYPES[task.dtype])
     return {"train": pod.trace_train, "grpo": pod.trace_grpo}[task.step](*arguments, task.settings)
@@ -265,9 +279,9 @@ def analytic_bytes(task: Task) -> float:
         memory = planned_memory(task)
         return task.layout.mesh.size * (memory.weights + memory.serving)
     if task.step == "prefill":
-        return model_bytes.prefill_bytes(config, task.batch, task.context, dtype, cache_dtype=dtype).total
+        return model_bytes.prefill_bytes(config, task.batch, task.context, task.stored, cache_dtype=dtype).total
     if task.step == "decode":
-        return model_bytes.decode_bytes(config, task.batch, task.context, dtype, cache_dtype=dtype).total
+        return model_bytes.decode_bytes(config, task.batch, task.context, task.stored, cache_dtype=dtype).total
     return model_bytes.train_bytes(config, task.state).total
 
 
@@ -292,7 +306,7 @@ def planned_memory(task: Task) -> Memory:
     if task.step in TRAINED:
         form = {"kind": kind, "modules": task.step == "train", "micro_batches": task.micro_batches}
         return train_memory(task.config, task.state, sizes, task.batch, task.context, **form)
-    given = task.config, task.dtype, sizes, task.batch, task.context
+    given = task.config, task.stored, sizes, task.batch, task.context
     if task.step == "decode":
         return serve_memory(*given, multiple=task.layout.lanes)
     return prefill_memory(*given)
@@ -322,5 +336,5 @@ def _link_seconds(of: Collective, of_chip: Chip, mesh: jax.sharding.Mesh) -> flo
 
 def _on_a_chip(tree: Any) -> int:
     """Bytes of a chip's parts, tiles not padded."""
-    size = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    size = lambda leaf: nbytes(jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype))
     return sum(map(size, jax.tree.leaves(tree)))

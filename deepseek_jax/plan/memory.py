@@ -67,9 +67,10 @@ def _widest_layer(config: ModelConfig) -> tuple[int, int]:
     )
 
 
-def _largest_packed(config: ModelConfig) -> int:
-    """Numbers in the largest array that quantization packs."""
-    return max(math.prod(weight.shape) for weight in weights(config) if weight.packable)
+def _largest_packed(config: ModelConfig, sizes: Sizes) -> int:
+    """Numbers in the largest matrix of a device that a product makes whole: experts, which lie whole, go one by one."""
+    across = lambda weight: 1 if weight.kind == "routed_experts" else sizes.tensor
+    return max(math.prod(weight.shape[-2:]) // across(weight) for weight in weights(config) if weight.packable)
 
 
 def layer_activations(
@@ -261,8 +262,8 @@ def serve_memory(
     """Bytes a device of an engine with a bfloat16 cache of `batch` sequences of `context` tokens.
 
     Rows of the cache are padded to the mesh's parts. Activations are the larger of one sequence's prefill, at most
-    PREFILL_TOKENS at once on a batch shard, and of decoding the whole batch. Workspace is the largest quantized weight
-    unpacked, and the batch's logits twice in float32.
+    PREFILL_TOKENS at once on a batch shard, and of decoding the whole batch. Workspace is the largest quantized matrix
+    made whole, and the batch's logits twice in float32.
 
     Args:
         config: the architecture.
@@ -280,7 +281,7 @@ def serve_memory(
     tokens = min(PREFILL_TOKENS, context)
     prefill = _live(layer_activations(config, tokens, tokens, sizes, "serve"))
     across = sizes.expert * sizes.tensor
-    unpacked = 0 if dtype in ("bf16", "f32") else 2 * _largest_packed(config) / across
+    unpacked = 0 if dtype in ("bf16", "f32") else 2 * _largest_packed(config, sizes)
     logits = 2 * 4 * math.ceil(batch / sizes.data) * config.vocab_size / across
     return Memory(
         weights=weights_a_device(config, dtype, "serve", sizes),

@@ -98,8 +98,8 @@ def plan(
         context: tokens of a sequence.
         chips: how many; None takes the smallest slice that fits, or the largest there is.
         batch: sequences at once; None takes as many as fit.
-        dtype: of the weights to serve, of what is computed in to train. None takes bf16, what programs here compute in:
-            they unpack a published FP8 checkpoint. Plans in FP8, int8 and int4 are estimates.
+        dtype: of the weights to serve, of what is computed in to train. None takes bf16, to which
+            `load_model` unpacks an FP8 checkpoint unless it is told to keep it. Products run in bf16 with all of them.
         moments: what the optimizer's are kept in. What is trained is float32.
 
     Raises:

@@ -14,6 +14,7 @@ from deepseek_jax.generation.completion import NO_RECORD
 from deepseek_jax.generation.programs import Programs, Spans
 from deepseek_jax.generation.thinking import NO_TAGS
 from deepseek_jax.model.decoder import abstract_weights
+from deepseek_jax.model.packing import Quantization, packed_like
 from deepseek_jax.model.transfer import Transfer, sampled_config
 from deepseek_jax.rl.batch import Batch
 from deepseek_jax.rl.objective import grpo_objective
@@ -40,9 +41,16 @@ class Program(NamedTuple):
         return self.traced.lower(lowering_platforms=platforms or None)
 
 
-def trace_prefill(config: ModelConfig, layout: Layout, batch: int, context: int, dtype: jnp.dtype) -> Program:
+def trace_prefill(
+    config: ModelConfig,
+    layout: Layout,
+    batch: int,
+    context: int,
+    dtype: jnp.dtype,
+    quantization: Quantization = "none",
+) -> Program:
     """The engine's `extend`: `batch` prompts of `context` tokens into the cache, and the first token drawn."""
-    programs, weights, state = _engine(config, layout, batch, context, dtype)
+    programs, weights, state = _engine(config, layout, batch, context, dtype, quantization)
     of = partial(_everywhere, layout)
     by_row = of((batch,), jnp.int32)
     spans = Spans(by_row, of((batch, context), jnp.int32), by_row, by_row, by_row)
@@ -50,17 +58,27 @@ def trace_prefill(config: ModelConfig, layout: Layout, batch: int, context: int,
     return Program(traced, weights, cache=state.cache)
 
 
-def trace_decode(config: ModelConfig, layout: Layout, batch: int, context: int, dtype: jnp.dtype) -> Program:
+def trace_decode(
+    config: ModelConfig,
+    layout: Layout,
+    batch: int,
+    context: int,
+    dtype: jnp.dtype,
+    quantization: Quantization = "none",
+) -> Program:
     """The engine's `decode_loop` of `batch` requests of `context` tokens; its body is one token a request."""
-    programs, weights, state = _engine(config, layout, batch, context, dtype)
+    programs, weights, state = _engine(config, layout, batch, context, dtype, quantization)
     rows = _everywhere(layout, (batch,), jnp.int32)
     traced = programs.decode_loop.trace(weights, state, rows, np.int32(1), np.int32(0), NO_TAGS)
     return Program(traced, weights, cache=state.cache)
 
 
-def _engine(config: ModelConfig, layout: Layout, batch: int, context: int, dtype: jnp.dtype):
+def _engine(
+    config: ModelConfig, layout: Layout, batch: int, context: int, dtype: jnp.dtype, quantization: Quantization
+):
     """An engine's programs, the weights, and the state of as many slots, whose blocks are just enough."""
     graphdef, weights = abstract_weights(config, dtype, layout)
+    weights = packed_like(config, weights, quantization, layout)
     blocks, settings = -(-context // _BLOCK), {"length": context, "drafts": None, "draft_tokens": 0}
     programs = Programs(config, graphdef, slots=batch, table=blocks, steps=1, record=NO_RECORD, **settings)
     return programs, weights, programs.abstract_state(batch * blocks, _BLOCK, dtype)

@@ -10,14 +10,14 @@ from typing import Literal, NamedTuple, get_args
 
 from flax import nnx
 
-from deepseek_jax.checkpoint.names import is_float32, is_packable
-from deepseek_jax.config import FP8Config, ModelConfig
+from deepseek_jax.checkpoint.names import Path, is_float32
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.decoder import abstract_weights
+from deepseek_jax.model.packing import is_packable, packing_of
 from deepseek_jax.sharding import Layout
 
 DType = Literal["f32", "bf16", "fp8", "int8", "int4"]
 DTYPES: tuple[str, ...] = get_args(DType)
-GROUP = 128  # weights along the input that share an int4 scale
 
 Kind = Literal[
     "embedding",
@@ -52,21 +52,26 @@ _WITHIN: dict[str, Kind] = {
 class Weight(NamedTuple):
     """`count` arrays of one shape, [in, out] where they are matrices ([V, D] for the embedding, [E, in, out] experts).
 
-    axes: logical ones as the model gives them, which `sharding` knows. packable: an FP8 checkpoint stores it in FP8.
-    float32: a checkpoint stores it in float32 whatever the rest is in. module: it belongs to an MTP module.
+    axes: logical ones as the model gives them, which `sharding` knows. float32: a checkpoint stores it in float32
+    whatever the rest is in. module: it belongs to an MTP module.
     """
 
+    path: Path
     kind: Kind
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     count: int
-    packable: bool
     float32: bool
     module: bool
 
     @property
     def size(self) -> int:
         return self.count * math.prod(self.shape)
+
+    @property
+    def packable(self) -> bool:
+        """An FP8 checkpoint stores it in FP8."""
+        return is_packable(self.path, len(self.shape))
 
 
 @lru_cache(maxsize=256)
@@ -79,11 +84,11 @@ def weights(config: ModelConfig) -> tuple[Weight, ...]:
         count, shape = (1, leaf.get_raw_value().shape) if not stacked else _unstacked(leaf.get_raw_value().shape)
         found.append(
             Weight(
+                path=path,
                 kind=_kind(path),
                 shape=shape,
                 axes=leaf.get_metadata()["axes"][stacked:],
                 count=count,
-                packable=is_packable(path, len(shape)),
                 float32=is_float32(config, path, len(shape)),
                 module=path[0] == "mtp",
             )
@@ -174,10 +179,8 @@ def weight_bytes(config: ModelConfig, dtype: DType, *, mtp: bool = False) -> int
 
     Args:
         config: the architecture.
-        dtype: "bf16" and "f32": all in it but router biases, which are float32. "fp8": as the published checkpoints,
-            projections in e4m3 with a float32 scale a block, the rest bfloat16. "int8": the same projections with a
-            float32 scale an output. "int4": routed experts (every projection, in a model without) in 4 bits with a
-            bfloat16 scale for 128 weights, the other projections in FP8.
+        dtype: "bf16" and "f32": all in it but router biases, which are float32. "fp8", "int8", "int4": projections
+            packed as `load_model` packs them (`model.packing.packing_of`, `ops.packed`), the rest bfloat16.
         mtp: with the MTP modules' own weights. Embedding and head are the model's.
 
     >>> from deepseek_jax.config import preset
@@ -214,14 +217,7 @@ def stored_bytes(config: ModelConfig, weight: Weight, dtype: DType) -> int:
         return 4 * weight.size
     if not weight.packable or dtype in ("f32", "bf16"):
         return _rest_bytes(dtype) * weight.size
-    *stack, inputs, outputs = weight.shape
-    count = weight.count * math.prod(stack)
-    if dtype == "int8":
-        return count * (inputs * outputs + 4 * outputs)
-    if dtype == "int4" and (weight.kind == "routed_experts" or config.moe is None):
-        return count * (math.ceil(inputs * outputs / 2) + 2 * outputs * math.ceil(inputs / GROUP))
-    rows, columns = (config.quantization or FP8Config()).weight_block_size
-    return count * (inputs * outputs + 4 * math.ceil(outputs / rows) * math.ceil(inputs / columns))
+    return weight.count * packing_of(config, dtype, weight.path, len(weight.shape)).like(weight.shape).nbytes
 
 
 def _rest_bytes(dtype: DType) -> int:

@@ -3,7 +3,7 @@
 import ast
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from deepseek_jax.text.think import after_thoughts, with_opening
@@ -45,6 +45,16 @@ def extract_program(prompt: str, completion: str, names: frozenset[str] = frozen
     programs = [block.text for block in blocks if _PYTHON.match(block.label)]
     programs = programs or [block.text for block in blocks if not block.label]
     return _choose(programs, names)
+
+
+def labelled_blocks(text: str, labels: Sequence[str]) -> list[str]:
+    """The fenced blocks after a completion's thoughts that have one of these labels, in order.
+
+    Args:
+      text: a completion with the `<think>` that its prompt opened.
+      labels: in small letters; "" takes blocks without one.
+    """
+    return [block.text for block in _blocks(after_thoughts(text)) if block.label in labels]
 
 
 def _choose(programs: list[str], names: frozenset[str]) -> str | None:

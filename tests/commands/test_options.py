@@ -60,10 +60,11 @@ def test_the_short_help_shows_the_common_options_by_group_and_the_whole_one_all(
     assert status in (0, None) and seen == [{}]
     assert [option for option in options_of(Settings) if f"--{option} " in shown.out] == ["steps", "name", "lr"]
     assert "how many (default: 3)" in shown.out and "of it (default" in shown.out and "outer options" in shown.out
-    assert "--help-all shows 6 more" in " ".join(shown.out.split())
+    assert "--help-all shows 7 more" in " ".join(shown.out.split())
     assert call("-h")[2].out == shown.out
     whole = call("--help-all")[2].out
     assert [option for option in options_of(Settings) if f"--{option}" in whole] == list(options_of(Settings))
+    assert "--no-compilation-cache" in whole and "compilation-cache" not in shown.out
     assert "how many; all of them." in whole and "outer.inner options" in whole
     assert "Defaults depend on --name, --flag: given beside" in " ".join(shown.out.split())
     status, seen, shown = call("--help-all", "--name", "x")
@@ -78,6 +79,18 @@ def test_help_all_is_help_for_a_command_without_a_short_one(monkeypatch, capsys)
     with pytest.raises(SystemExit):
         run(plain)
     assert "--steps" in capsys.readouterr().out
+
+
+def test_compiled_programs_are_kept_unless_one_says_no_or_there_are_several_processes(call, monkeypatch):
+    kept: list[None] = []
+    monkeypatch.setattr("deepseek_jax.commands.options.keep_compiled", lambda: kept.append(None))
+    call("--steps", "2")
+    assert len(kept) == 1
+    call("--steps", "2", "--no-compilation-cache")
+    call("--help")
+    monkeypatch.setattr("deepseek_jax.distributed.process_count", lambda: 2)
+    call("--steps", "2")
+    assert len(kept) == 1
 
 
 def test_the_command_line_counts_before_the_file_and_the_file_before_the_defaults(call, tmp_path):

@@ -113,6 +113,8 @@ def test_an_adapter_learns_rows_of_every_form_packed_and_what_is_left_out_is_tol
         (["--model", "MODEL", "--data", "DATA", "--eval-rows", "12"], "eval_rows: got 12, wanted fewer than the 12"),
         (["--model", "MODEL", "--data", "nothing.jsonl"], "nothing.jsonl: no such file or folder"),
         (["--model", "MODEL", "--data", "DATA", "--mtp-weight", "0.1"], "mtp_weight: got 0.1 for a model without"),
+        (["--mtp-modules", "1", "--model", "MODEL", "--data", "DATA"], "mtp_modules: got 1, wanted it without --model"),
+        (["--mtp-modules", "-1"], "mtp_modules: got -1, wanted 0 or more"),
         (["--steps", "2", "--micro-batches", "5"], "micro_batches 5 does not divide the 32 rows"),
     ],
 )

@@ -15,16 +15,20 @@ from flax import nnx
 from deepseek_jax.generation.completion import Record
 from deepseek_jax.generation.engine import Engine
 from deepseek_jax.generation.engine_config import EngineConfig
-from deepseek_jax.generation.live import NonFiniteLogitsError
+from deepseek_jax.generation.live import Live, NonFiniteLogitsError, StepFailedError
 from deepseek_jax.generation.programs import Spans
+from deepseek_jax.generation.requests import Request
 from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.generation.thinking import NO_TAGS
+from deepseek_jax.model import transposed
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.scoring import score
 from deepseek_jax.ops import sampling as ops
 from deepseek_jax.sharding import Layout
+from deepseek_jax.text.stream import TextStream
 from tests.generation.test_engine import KINDS, SMALL, Asked, alone, engine, model, same, some_requests, together
 from tests.generation.test_generator import CONTEXT, V
+from tests.text.small_tokenizers import BYTES, byte_level
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -125,6 +129,59 @@ def test_drafts_are_right_as_often_as_the_module_is():
             at += 1 + right
     assert of.metrics.accepted == accepted > 20
     assert of.metrics.offered == of.metrics.rows == steps
+
+
+@pytest.mark.parametrize("where", ["admit", "extend", "decode_loop", "results"])
+def test_a_step_that_fails_on_the_device_ends_its_requests_and_not_the_engine(where, monkeypatch):
+    """Though it took the state with it, as a program may that was begun."""
+    (asked, expected), of = of_some(), engine(KIND, **SCARCE)
+    ids = [of.add(one.prompt, one.sampling, seed=one.seed) for one in asked[:8]]
+    of.step()
+
+    def fails(*given, **named):
+        jax.tree.map(lambda a: a.delete(), of.runner.state)
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    if where == "results":
+        monkeypatch.setattr("deepseek_jax.generation.engine._fetched", fails)
+    else:
+        monkeypatch.setattr(of.runner.programs, where, fails)
+    ended = {}
+    while len(ended) < len(ids):
+        ended |= {update.id: update.live for update in of.step() if update.finished}
+    monkeypatch.undo()
+    failed = [live for live in ended.values() if live.error is not None]
+    assert failed and all(isinstance(live.error, StepFailedError) for live in failed)
+    assert str(failed[0].error).startswith("a step of the engine failed on the device: RESOURCE_EXHAUSTED: Out of mem")
+    assert not of.has_work and of.step() == []
+    ours = {of.add(one.prompt, one.sampling, seed=one.seed): number for number, one in enumerate(asked)}
+    found = {update.id: update.live for update in of.run() if update.finished}
+    same([found[id] for id in ours], expected, asked)
+
+
+def test_an_engine_that_cannot_begin_anew_says_that_it_is_closed(monkeypatch):
+    of = engine(KIND, **SCARCE)
+    of.add([1, 2, 3], SamplingConfig(max_new_tokens=4), seed=0)
+
+    def fails(*given, **named):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(of.runner.programs, "extend", fails)
+    monkeypatch.setattr(of.runner.programs, "first_state", fails)
+    [update] = list(of.run())
+    assert isinstance(update.live.error, StepFailedError)
+    with pytest.raises(StepFailedError, match="RESOURCE_EXHAUSTED"):
+        of.add([1, 2, 3], SamplingConfig(max_new_tokens=4), seed=0)
+
+
+def test_a_stop_text_that_is_complete_only_at_the_end_is_one():
+    """Its last character is what a byte is that never became one."""
+    stream = TextStream(byte_level(), stop=("a\ufffd",))
+    request = Request(id=0, tokens=[1], max_new_tokens=3)
+    live = Live(request=request, sampling=SamplingConfig(max_new_tokens=3), seed=0, opened=False, stream=stream)
+    live.text += stream.feed([BYTES[ord("b")], BYTES[ord("a")], BYTES["ä".encode()[0]]])
+    assert not live.stopped and not request.stopped
+    assert live.new_text(finished=True) == "b" and live.stopped
 
 
 def test_log_probs_of_a_prompt_are_there_once():
@@ -300,3 +357,17 @@ def test_no_program_copies_a_pool(kind, stacked):
         assert pools == len(jax.tree.leaves(state.cache))
         assert aliased.count("-alias)") == len(jax.tree.leaves(state))
         assert not re.findall(rf".*\b{P},\S+ copy(?:-start)?\(.*", text)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("mla-moe", marks=pytest.mark.slow), "gqa"])
+def test_transposed_weights_draw_the_same_tokens(kind, monkeypatch):
+    """What a large model's are on a CPU, where several rows run; one place alone is not worth the copy."""
+    asked = some_requests(2, 8)
+    wanted = alone(kind, asked)
+    monkeypatch.setattr(transposed, "_WORTH", 0)
+    is_transposed = lambda of: isinstance(of, transposed.Transposed)
+    held = lambda of: any(map(is_transposed, jax.tree.leaves(of.weights, is_leaf=is_transposed)))
+    found, several = together(kind, asked, seed=1)
+    same(found, wanted, asked)
+    several.load(model(kind)[1])
+    assert held(several) and not held(engine(kind, max_num_seqs=1, batch_sizes=(1,)))

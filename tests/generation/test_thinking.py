@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_jax.generation.thinking import AFTER, CLOSING, NO_TAGS, THINKING, WINDOW, think_tags, thought_of
+from deepseek_jax.generation.thinking import AFTER, BEFORE, CLOSING, NO_TAGS, THINKING, WINDOW, think_tags, thought_of
 from deepseek_jax.text.tokenizer import Tokenizer
 from tests.generation.test_slot_draw import Slots, V, sampling
 from tests.text.small_tokenizers import byte_level
@@ -15,7 +15,8 @@ from tests.text.test_tokenizer import FOLDERS, needs_shared
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-OPENING, CLOSE, MESSAGE = [4], [5, 6], [9, 8, 7, 5, 6]
+OPENING, CLOSE, MESSAGE, BLANK = [4], [5, 6], [9, 8, 7, 5, 6], 3
+MERGED = [1, 4]  # whose first is a line's end and the tag's beginning
 
 
 def spelt(*tags):
@@ -26,10 +27,11 @@ def spelt(*tags):
 
 
 TAGS = NO_TAGS._replace(
-    opening=spelt(OPENING, [1, 4]),
+    opening=spelt(OPENING, MERGED),
     closing=spelt([0, 5, 6], CLOSE),
     message=np.pad(np.array(MESSAGE, np.int32), (0, 64 - len(MESSAGE))),
     length=np.int32(len(MESSAGE)),
+    blank=np.pad(np.array([BLANK], np.int32), (0, 63), constant_values=-1),
 )
 
 
@@ -49,7 +51,8 @@ def written(choices, budget, *, opened, tags=TAGS, **settings):
 def expected(choices, budget, opened):
     """The same by looking at the whole: the thought's beginning, its own end, and what comes first."""
     ends = lambda tag, first: [n for n in range(first + len(tag), len(choices) + 1) if choices[n - len(tag) : n] == tag]
-    opens = [0] if opened else [n for n in ends(OPENING, 0) if n <= WINDOW]
+    leads = lambda n: {*choices[: n - 1]} <= {BLANK} or [*filter(BLANK.__ne__, choices[:n])] == MERGED
+    opens = [0] if opened else [n for n in ends(OPENING, 0) if leads(n)]
     if not opens or budget is None:
         return choices
     begin = opens[0]
@@ -61,7 +64,7 @@ def expected(choices, budget, opened):
 
 
 @given(
-    choices=st.lists(st.sampled_from([0, 2, 2, 4, 5, 6, 6]), min_size=1, max_size=16),
+    choices=st.lists(st.sampled_from([BLANK, BLANK, 1, 0, 2, 4, 4, 5, 6, 6]), min_size=1, max_size=16),
     budget=st.sampled_from([None, 0, 1, 2, 3, 5, 9]),
     opened=st.booleans(),
 )
@@ -84,8 +87,21 @@ def test_the_model_may_close_in_time_and_think_no_more():
 
 
 def test_an_opening_tag_in_an_answer_opens_nothing():
-    choices = [2] * WINDOW + [4, 2, 2, 2, 2]
-    assert written(choices, 1, opened=False)[0] == choices
+    for before in ([2], [2] * WINDOW, [BLANK, 2], [2, BLANK], [4, 5, 6]):
+        choices = [*before, 4, 2, 2, 2, 2]
+        assert written(choices, 5, opened=False)[0] == choices
+
+
+def test_whitespace_before_a_thought_is_of_any_length():
+    """As `text.think.split_thinking` has it."""
+    for count in (0, 1, WINDOW, 3 * WINDOW):
+        choices = [BLANK] * count + [4, 2, 2, 2]
+        assert written(choices, 1, opened=False)[0] == [BLANK] * count + [4, 2, *MESSAGE[:2]]
+    tags = think_tags(byte_level(("Ċ", "Ċ")), "so")
+    ids = byte_level(("Ċ", "Ċ")).encode("\n\n\n \t" * 9 + "<think>a", add_bos=False)
+    assert thought_of(ids, opened=False, budget=-1, tags=tags) == (THINKING, 1)
+    ids = byte_level(("Ċ", "Ċ")).encode("\nSo<think>a", add_bos=False)
+    assert thought_of(ids, opened=False, budget=-1, tags=tags)[0] == BEFORE
 
 
 def test_what_closes_a_thought_neither_stops_nor_outlives_the_limit():

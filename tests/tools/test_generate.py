@@ -135,7 +135,8 @@ def test_speculation_changes_no_token(folder, generate):
     plain = generate(folder, *options)
     drafted = generate(folder, *options, "--speculate", "lookup", "--draft-tokens", 2)
     assert plain[0] == drafted[0] == 0 and plain[1] == drafted[1]
-    assert re.search(r"\d+ of \d+ drafts were right", drafted[2]) and "drafts" not in plain[2]
+    told = r"\d+ of \d+ drafts were right \(\d+\.\d%\), \d\.\d\d tokens a step, \d+\.\d% of the steps saved\n"
+    assert re.search(told, drafted[2]) and "drafts" not in plain[2]
 
 
 def test_progress_is_on_the_terminal_of_standard_error_and_standard_output_is_clean(folder, generate, monkeypatch):

@@ -71,7 +71,7 @@ def test_the_precision_is_the_programs(call):
     """FP8 files are unpacked to bfloat16, and a plan says so; a model that is published in it needs no word of that."""
     text = call("r1-671b", "--chip", "v5e")[1]
     assert "r1-671b, serve, bf16, 128 x v5e" in text
-    assert "FP8 checkpoints are unpacked to bf16, as the programs here do; --dtype fp8 is an estimate.\n" in text
+    assert "FP8 checkpoints are unpacked to bf16; --dtype fp8 plans to serve them as they are stored.\n" in text
     assert "unpacked" not in call("distill-qwen-7b", "--chip", "h100")[1]
     assert "unpacked" not in call("r1-671b", "--chip", "v5p", "--workload", "train")[1]
     assert "unpacked" in call("--chip", "h200")[1]
@@ -136,8 +136,8 @@ def test_a_plan_says_which_command_runs_it(call):
     assert "run by        deepseek-jax generate FOLDER --prompt TEXT\n" in text
     assert "missing" not in text and "compiled by" not in text  # there is no compiler's description of that GPU
     text = call("r1-671b", "--chip", "h200", "--dtype", "fp8")[1]
-    assert "run by        no command yet: an estimate\nmissing       a program that computes from fp8 weights" in text
-    assert "compiled by" not in text and "unpacked" not in text
+    assert "run by        deepseek-jax generate FOLDER --prompt TEXT --quantization fp8 --serve-expert " in text
+    assert " --quantization fp8\n" in text.partition("compiled by")[2] and "unpacked" not in text
     text = call("r1-671b", "--chip", "h200", "--chips", 16, "--batch", 128)[1]
     assert "run by        deepseek-jax generate FOLDER --prompt TEXT --serve-expert " in text and "missing" not in text
     assert "compiled by   deepseek-jax compile --preset r1-671b --topology h200:2x8 --step decode " in text
@@ -157,7 +157,7 @@ def test_a_plan_says_which_command_runs_it(call):
     assert " --moments bfloat16 --serve-expert " in text and text.count("--moments bfloat16") == 2
     assert f"--topology v6e:4x4 --step grpo --batch {found['batch']} " in found["commands"]["compile"]
     assert found["commands"]["missing"] == []
-    assert "generate" in call("--chip", "h100")[1] and "nothing yet" in call("--chip", "h100", "--dtype", "fp8")[1]
+    assert "generate" in call("--chip", "h100")[1] and "generate" in call("--chip", "h100", "--dtype", "fp8")[1]
 
 
 def test_the_commands_of_a_plan_parse(call, command_line, monkeypatch):

@@ -3,10 +3,15 @@
 from deepseek_jax.evals.task import Task
 from deepseek_jax.evals.tasks.choice import CHOICE
 from deepseek_jax.evals.tasks.contests import CONTESTS
+from deepseek_jax.evals.tasks.formal import FORMAL
 from deepseek_jax.evals.tasks.functions import FUNCTIONS
 from deepseek_jax.evals.tasks.mathematics import MATHEMATICS
+from deepseek_jax.evals.tasks.patches import PATCHES
+from deepseek_jax.evals.tasks.port import PORT
 
-TASKS: dict[str, Task] = {task.name: task for task in (*MATHEMATICS, *CHOICE, *FUNCTIONS, *CONTESTS)}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (*MATHEMATICS, *CHOICE, *FUNCTIONS, *CONTESTS, PATCHES, FORMAL, PORT)
+}
 
 
 def task_named(name: str) -> Task:

@@ -93,6 +93,8 @@ class Program:
       files: further contents of its folder, by plain name.
       limits: what it may use; `files` and `source` do not count as written.
       packages: installed packages that it may import, as far as they are installed here.
+      folders: further folders of this machine that it sees, read-only, under their own names: compilers, say. Whatever
+        nobody may read there it cannot read either.
 
     Raises:
       ValueError: a file's name is not a plain name, or is the script's own.
@@ -103,6 +105,7 @@ class Program:
     files: Mapping[str, str | bytes] = field(default_factory=dict)
     limits: Limits = Limits()
     packages: Sequence[str] = ()
+    folders: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name in self.files:
@@ -219,6 +222,7 @@ def _ask(programs: Sequence[Program], folders: Sequence[str], sandboxed: bool) -
     hostile programs wrote, and is plain lines and counted bytes.
     """
     packages = tuple(dict.fromkeys(name for program in programs for name in program.packages))
+    shown = dict.fromkeys(os.path.abspath(path) for program in programs for path in program.folders)
     request = {
         "sandboxed": sandboxed,
         "linked": len(programs) > 1,
@@ -227,6 +231,7 @@ def _ask(programs: Sequence[Program], folders: Sequence[str], sandboxed: bool) -
         "variables": _variables(bool(packages)),
         **_visible(),
         "packages": [place for name in packages for place in _places(name)],
+        "folders": [(os.path.realpath(path), path) for path in shown if os.path.isdir(path)],
         "cells": [_cell(*pair) for pair in zip(programs, folders, strict=True)],
     }
     command = [_interpreter(), "-I", "-S", "-c", _LAUNCH, os.path.dirname(os.path.abspath(__file__))]

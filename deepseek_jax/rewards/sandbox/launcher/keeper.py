@@ -91,7 +91,7 @@ def _open_sources(request: dict[str, Any], switch: bool) -> list[tuple[str, str,
     """
     mount(None, "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     wanted = [(path, path, kind) for path, kind in request["binds"]]
-    wanted += [(path, place, "folder") for path, place in request["packages"]]
+    wanted += [(path, place, "folder") for path, place in (*request["packages"], *request["folders"])]
     sources = [(place, kind, os.open(path, os.O_PATH)) for path, place, kind in wanted]
     if switch:
         os.setgroups([])

@@ -1,0 +1,319 @@
+"""The engine beside static batches and transformers, interleaved in one run, medians and spreads as Markdown."""
+
+if __name__ == "__main__":
+    from deepseek_jax.interrupt import end_at_once
+
+    end_at_once()
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.progress import track
+
+from deepseek_jax.checkpoint.folder import load_model
+from deepseek_jax.cli import run
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.generation.engine import Engine
+from deepseek_jax.generation.engine_config import EngineConfig
+from deepseek_jax.generation.generator import BATCHES, bucket, sizes_that_pay
+from deepseek_jax.generation.sampling_config import SamplingConfig
+from deepseek_jax.model.transposed import transposed_weights
+from deepseek_jax.plan.model_bytes import cache_bytes_per_token
+from tools.benchmark import peer_of, spread
+
+MIB = 1 << 20
+# Static batches, by a checkout of this project from before the engine: jobs on its input, seconds on its output.
+_BEFORE = """
+import json, sys, time
+from deepseek_jax.checkpoint.folder import load_model
+from deepseek_jax.generation.engine import Generator, SamplingConfig
+config, graphdef, weights = load_model(sys.argv[1])
+generator = Generator(config, graphdef)
+print("ready", flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    sampling = SamplingConfig(max_new_tokens=job["count"], temperature=job["temperature"])
+    seeds = list(range(len(job["prompts"]) * job["samples"]))
+    start = time.perf_counter()
+    generator(weights, job["prompts"], sampling, seeds=seeds, samples=job["samples"])
+    print(time.perf_counter() - start, flush=True)
+"""
+
+
+class Contestant(NamedTuple):
+    """What is to be timed, once it is compiled; `run` gives its seconds."""
+
+    compile: Callable[[], object]
+    run: Callable[[], float]
+
+
+class Load(NamedTuple):
+    """Requests: prompts, samples of each, and the new tokens of every sample, prompt by prompt."""
+
+    prompts: list[list[int]]
+    samples: int
+    lengths: list[int]
+    temperature: float
+
+
+def mixed(
+    model: Path,
+    /,
+    *,
+    before: Path | None = None,
+    transformers: bool = True,
+    lengths: Literal["even", "skewed"] = "even",
+    requests: int = 64,
+    prompt: int = 32,
+    rounds: int = 3,
+) -> None:
+    """Seconds for requests of 8 to 512 new tokens each, all there from the start, greedy, float32.
+
+    A static batch, and transformers' `generate`, draw as many tokens for all as the longest wants; the engine gives a
+    place to the next one when one ends.
+
+    Args:
+        model: Hugging Face folder.
+        before: a checkout of this project at a commit before the engine (3b74449); None leaves it out.
+        transformers: beside its `generate` too.
+        lengths: "even" between 8 and 512, or "skewed": even by their logarithm, so that most are short.
+        requests: how many.
+        prompt: tokens a prompt.
+        rounds: timed rounds, all in turn.
+    """
+    rng = np.random.default_rng(0)
+    share = np.linspace(0, 1, requests)
+    of = 8 + share * 504 if lengths == "even" else 8 * 64**share
+    new = rng.permutation(np.round(of)).astype(int).tolist()
+    config, graphdef, weights = load_model(model)
+    prompts = rng.integers(0, config.vocab_size, (requests, prompt)).tolist()
+    load = Load(prompts, 1, new, 0.0)
+    print(f"{requests} requests, {sum(new)} new tokens, {min(new)} to {max(new)}, median {statistics.median(new):g}\n")
+    _compare(config, graphdef, weights, model, load, before, transformers, rounds)
+
+
+def tail(
+    model: Path,
+    /,
+    *,
+    before: Path,
+    prompts: int = 8,
+    samples: int = 8,
+    prompt: int = 64,
+    most: int = 512,
+    rounds: int = 3,
+) -> None:
+    """Seconds of a GRPO rollout whose lengths have a long tail, temperature 1, float32, beside static batches.
+
+    Lengths are drawn from a log-normal distribution (median an eighth of the most, sigma 0.8), as those of a trained
+    model, of which a few samples think long. The law of them is an assumption, and is printed.
+
+    Args:
+        model: Hugging Face folder.
+        before: a checkout of this project at a commit before the engine (3b74449).
+        prompts: questions.
+        samples: of each.
+        prompt: tokens a question.
+        most: new tokens at most.
+        rounds: timed rounds, both in turn.
+    """
+    rng = np.random.default_rng(0)
+    new = np.clip(np.exp(rng.normal(np.log(most / 8), 0.8, prompts * samples)), 8, most).astype(int)
+    new[rng.integers(len(new))] = most
+    config, graphdef, weights = load_model(model)
+    of_prompts = rng.integers(0, config.vocab_size, (prompts, prompt)).tolist()
+    load = Load(of_prompts, samples, new.tolist(), 1.0)
+    quarters = np.percentile(new, [0, 25, 50, 75, 100]).round().astype(int).tolist()
+    print(f"{prompts} x {samples} samples, {new.sum()} new tokens; least, quartiles and most: {quarters}\n")
+    _compare(config, graphdef, weights, model, load, before, False, rounds)
+
+
+def prefix(model: Path, /, *, requests: int = 64, shared: int = 512, own: int = 16, rounds: int = 5) -> None:
+    """Seconds until all requests that begin alike have their first token, with the prefix cache and without.
+
+    Args:
+        model: Hugging Face folder.
+        requests: how many.
+        shared: tokens that their prompts have in common.
+        own: further tokens of each prompt.
+        rounds: timed rounds, both in turn.
+    """
+    config, graphdef, weights = load_model(model)
+    rng = np.random.default_rng(0)
+    begin = rng.integers(0, config.vocab_size, shared).tolist()
+    prompts = [begin + rng.integers(0, config.vocab_size, own).tolist() for _ in range(requests)]
+    load = Load(prompts, 1, [1] * requests, 0.0)
+    contestants = {
+        name: _ours(config, graphdef, weights, load, prefix_caching=caches)
+        for name, caches in (("with", True), ("without", False))
+    }
+    seconds = _timed(contestants, rounds)
+    shares = [100 * a / b for a, b in zip(seconds["with"], seconds["without"], strict=True)]
+    print("| prefill with the cache, s | without, s | share, %, median (min to max) |\n|---|---|---|")
+    print(f"| {spread(seconds['with'])} | {spread(seconds['without'])} | {spread(shares, 1)} |")
+
+
+def memory(model: Path, /, *, sequences: int = 32, context: int = 1024) -> None:
+    """Bytes of an engine's cache, by plan, in its arrays, and as the process's resident memory grows by it.
+
+    Args:
+        model: Hugging Face folder.
+        sequences: places of the engine.
+        context: tokens of each.
+    """
+    config, graphdef, weights = load_model(model)
+    weights = transposed_weights(weights)  # else each engine makes a copy of its own
+    prompts = np.random.default_rng(0).integers(0, config.vocab_size, (sequences, 32)).tolist()
+    settings = dataclasses.replace(BATCHES, max_num_seqs=sequences, max_model_len=context, batch_sizes=(sequences,))
+
+    def filled(settings: EngineConfig) -> Engine:
+        engine = Engine(config, graphdef, weights, settings)
+        for tokens in prompts:
+            engine.add(tokens, SamplingConfig(max_new_tokens=8, temperature=0.0), seed=0)
+        for _ in engine.run():
+            pass
+        return engine
+
+    small = filled(dataclasses.replace(settings, max_model_len=64))  # compiles, and takes what is no cache
+    del small
+    before = _resident()
+    engine = filled(settings)
+    grown = _resident() - before
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.runner.state.cache))
+    planned = sequences * context * cache_bytes_per_token(config, "f32")
+    print("| cache by plan, MiB | its arrays, MiB (of plan) | resident memory grew by, MiB (of plan) |\n|---|---|---|")
+    shown = [f"{of / MIB:.1f} ({of / planned:.3f})" for of in (held, grown)]
+    print(f"| {planned / MIB:.1f} | {' | '.join(shown)} |")
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _compare(config, graphdef, weights, model: Path, load: Load, before: Path | None, transformers: bool, rounds: int):
+    """Time the engine beside the others, and print a table."""
+    contestants: dict[str, Contestant] = {"engine": _ours(config, graphdef, weights, load)}
+    with _static(before, model, load) as static:
+        if static is not None:
+            contestants["static batches"] = static
+        if transformers:
+            contestants["transformers"] = _theirs(model, load)
+        seconds = _timed(contestants, rounds)
+    total = sum(load.lengths)
+    print("| | seconds, median (min to max) | tok/s | x the engine's time |\n|---|---|---|---|")
+    for name, found in seconds.items():
+        ratios = [a / b for a, b in zip(found, seconds["engine"], strict=True)]
+        print(f"| {name} | {spread(found)} | {total / statistics.median(found):.1f} | {spread(ratios)} |")
+
+
+def _timed(contestants: dict[str, Contestant], rounds: int) -> dict[str, list[float]]:
+    console = Console(stderr=True)
+    for contestant in track(contestants.values(), description="compiling", transient=True, console=console):
+        contestant.compile()
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in track(range(rounds), description="rounds", transient=True, console=console):
+        for name, contestant in contestants.items():
+            seconds[name].append(contestant.run())
+    return seconds
+
+
+def _ours(
+    config: ModelConfig, graphdef: nnx.GraphDef, weights: nnx.State, load: Load, *, prefix_caching: bool = True
+) -> Contestant:
+    """As a `Generator` runs it, with a limit of its own for every request."""
+    count = len(load.lengths)
+    slots = min(BATCHES.max_num_seqs, bucket(count, least=1))
+    settings = dataclasses.replace(
+        BATCHES,
+        max_num_seqs=slots,
+        batch_sizes=sizes_that_pay(weights, slots),
+        max_model_len=bucket(max(map(len, load.prompts)) + max(load.lengths)),
+        prefix_caching=prefix_caching,
+    )
+
+    def compile_all() -> None:
+        for _ in Engine(config, graphdef, weights, settings).warm_up():
+            pass
+
+    def once() -> float:
+        start = time.perf_counter()
+        engine = Engine(config, graphdef, weights, settings)
+        for number, length in enumerate(load.lengths):
+            sampling = SamplingConfig(max_new_tokens=length, temperature=load.temperature)
+            engine.add(load.prompts[number // load.samples], sampling, seed=number)
+        drawn = sum(len(update.tokens) for update in engine.run())
+        assert drawn == sum(load.lengths), f"drew {drawn} tokens"
+        return time.perf_counter() - start
+
+    return Contestant(compile_all, once)
+
+
+def _theirs(model: Path, load: Load) -> Contestant:
+    generate, ids = peer_of(model), np.asarray(load.prompts)
+
+    def once() -> float:
+        start = time.perf_counter()
+        generate(ids, max(load.lengths))
+        return time.perf_counter() - start
+
+    return Contestant(lambda: generate(ids, 2), once)
+
+
+@contextmanager
+def _static(checkout: Path | None, model: Path, load: Load) -> Iterator[Contestant | None]:
+    """One batch of all, in a process of its own that runs another version of this project."""
+    if checkout is None:
+        yield None
+        return
+    if not (checkout / "deepseek_jax/generation/draw.py").is_file():
+        raise ValueError(
+            f"before: {checkout}: got no deepseek_jax/generation/draw.py, wanted a checkout from before the engine; "
+            "make one with git worktree add FOLDER 3b74449"
+        )
+    environment = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
+    command = [sys.executable, "-c", _BEFORE, str(model.resolve())]
+    job = {
+        "prompts": load.prompts,
+        "samples": load.samples,
+        "count": max(load.lengths),
+        "temperature": load.temperature,
+    }
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, cwd=checkout, **pipes) as process:
+
+        def answer() -> str:
+            line = process.stdout.readline()
+            if not line:
+                raise ValueError(
+                    f"before: the process in {checkout} ended, status {process.wait()}; its error is above"
+                )
+            return line
+
+        def once() -> float:
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.flush()
+            return float(answer())
+
+        try:
+            answer()
+            yield Contestant(once, once)  # it has no other way to compile what it runs
+        finally:
+            process.stdin.close()
+
+
+if __name__ == "__main__":
+    run({"mixed": mixed, "tail": tail, "prefix": prefix, "memory": memory})
