@@ -101,6 +101,7 @@ def _texts(every: Sequence[Record]) -> dict[str, Any]:
     mixed = [float(record["in_language"] < _MIXED) for record in every if record["in_language"] is not None]
     return {
         "tokens": sum(record["tokens"] for record in every),
+        "mean_prompt_tokens": mean_of([record.get("prompt_tokens") for record in every]),
         "mean_tokens": mean_of([record["tokens"] for record in every]),
         "mean_thinking_tokens": mean_of(thinking),
         "mean_answer_tokens": mean_of(answers),

@@ -118,8 +118,8 @@ def test_rolling_log_likelihoods_are_equal(found):
 
 
 def test_the_template_is_told_and_both_write_the_same_prompts(found):
+    of = lambda who, name: [sample["arguments"] for sample in found[who, True]["samples"][name]]
     for name in ("choice_local", "writing_local"):
-        of = lambda who: [sample["arguments"] for sample in found[who, True]["samples"][name]]
-        assert of("ours") == of("theirs")
+        assert of("ours", name) == of("theirs", name)
     assert found["ours", True]["chat_template_sha"] == found["theirs", True]["chat_template_sha"]
     assert Path(FOLDER).exists()
