@@ -9,7 +9,7 @@ from typing import NamedTuple
 from deepseek_jax.checkpoint.files import refuse_existing, write_whole
 from deepseek_jax.data.sources import Row, Source, open_source
 from deepseek_jax.distributed import printable
-from deepseek_jax.evals.contamination import SHARE, Found, Overlap, overlaps
+from deepseek_jax.evals.contamination import LEAST, SHARE, Overlap, overlaps
 from deepseek_jax.evals.task import Problem, Task
 from deepseek_jax.evals.tasks import task_named
 from deepseek_jax.report.progress import Progress
@@ -22,7 +22,7 @@ class _Compared(NamedTuple):
 
     name: str
     problems: Sequence[Problem]
-    found: Found
+    found: list[Overlap]
     held: list[Overlap]
 
 
@@ -32,7 +32,7 @@ def main(
     *,
     benchmark: str,
     benchmark_data: tuple[str, ...] = (),
-    ngram: int | None = None,
+    ngram: int = LEAST,
     share: float = SHARE,
     report: Path | None = None,
     decontaminate: Path | None = None,
@@ -43,7 +43,7 @@ def main(
         data: training data: files (.jsonl, .json, .csv, .parquet), folders of such, or names on the hub.
         benchmark: names with commas, as of `evaluate`, such as math500,aime24.
         benchmark_data: NAME=FILE of each benchmark whose rows are not to be fetched from the hub.
-        ngram: words of a run, 8 to 13; None takes 13, or fewer for a benchmark of short problems.
+        ngram: words of a run, 8 to 13; longer ones miss more problems that were told in other words.
         share: a row holds a problem when runs that both have cover this share of the problem's words; 0 takes any run.
         report: a .jsonl file to write, a line an overlap of any share: row, benchmark, problem, share, shared words.
         decontaminate: a .jsonl file to write, the rows that hold no problem.
@@ -62,9 +62,9 @@ def main(
         problems = task.problems(open_source(files.get(task.name, task.hub)))
         with Progress(len(rows), task.name) as progress:
             found = overlaps(_told(rows, progress), problems, ngram=ngram)
-        compared.append(_Compared(task.name, problems, found, [of for of in found.overlaps if of.share >= share]))
+        compared.append(_Compared(task.name, problems, found, [of for of in found if of.share >= share]))
     for of in compared:
-        print(printable("\n".join(_lines(of, rows, share))))
+        print(printable("\n".join(_lines(of, rows, ngram, share))))
     if report is not None:
         write_whole(report, "".join(_records(compared, rows)).encode())
         print(printable(f"wrote {report}"))
@@ -91,12 +91,12 @@ def _told(rows: Sequence[tuple[Source, int]], progress: Progress) -> Iterator[Ro
         progress.advance(1)
 
 
-def _lines(of: _Compared, rows: Sequence[tuple[Source, int]], share: float) -> Iterator[str]:
-    held, words = of.held, of.found.ngram
+def _lines(of: _Compared, rows: Sequence[tuple[Source, int]], ngram: int, share: float) -> Iterator[str]:
+    held = of.held
     yield (
         f"{of.name}: {len({o.row for o in held})} of {len(rows)} rows hold {len({o.problem for o in held})} of "
-        f"{len(of.problems)} problems (runs of {words} words over {100 * share:g} % of a problem or more; "
-        f"{len({o.row for o in of.found.overlaps})} rows have a run at all, {of.found.phrases} common phrases aside)"
+        f"{len(of.problems)} problems (runs of {ngram} words over {100 * share:g} % of a problem or more; "
+        f"{len({o.row for o in of.found})} rows have a run at all)"
     )
     for overlap in sorted(held, key=lambda o: -o.share)[:_SHOWN]:
         source, number = rows[overlap.row]
@@ -108,7 +108,7 @@ def _lines(of: _Compared, rows: Sequence[tuple[Source, int]], share: float) -> I
 
 def _records(compared: Sequence[_Compared], rows: Sequence[tuple[Source, int]]) -> Iterator[str]:
     for of in compared:
-        for overlap in of.found.overlaps:
+        for overlap in of.found:
             source, number = rows[overlap.row]
             record = {"where": source.where(number), "row": overlap.row, "benchmark": of.name}
             record |= {"problem": of.problems[overlap.problem].id, "share": round(overlap.share, 4)}

@@ -1,7 +1,7 @@
 """Training data that holds problems of a benchmark, found by runs of words that both have.
 
-Words are compared without case, punctuation, markup and the forms of Unicode. A run that stands in many surroundings in
-the training data is a phrase of its field ("where m and n are relatively prime positive integers") and tells nothing.
+Words are compared without case, punctuation, markup and the forms of Unicode. A run alone is often a formula of its
+field ("where m and n are relatively prime positive integers"); what tells is how much of a problem runs cover.
 """
 
 import re
@@ -14,8 +14,7 @@ from deepseek_jax.evals.task import Problem
 
 LEAST, MOST = 8, 13
 SHARE = 0.5
-"""Of a problem's words, from which on a row is said to hold it: a formula of its field alone is less."""
-_COMMON = 10  # surroundings from which on a run is a phrase
+"""Of a problem's words, from which on a row is said to hold it."""
 _CJK = "\u3040-\u30ff\u3400-\u9fff"  # scripts without spaces: a character is a word
 _WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
 
@@ -35,17 +34,6 @@ class Overlap(NamedTuple):
     shared: str
 
 
-class Found(NamedTuple):
-    """What a comparison came to.
-
-    ngram: words of a run. overlaps: by row, the largest share first. phrases: runs that were set aside.
-    """
-
-    ngram: int
-    overlaps: list[Overlap]
-    phrases: int
-
-
 def words(text: str) -> list[str]:
     """The words that are compared.
 
@@ -55,58 +43,42 @@ def words(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
-def ngram_of(problems: Sequence[Problem]) -> int:
-    """Words of a run that suit a benchmark: as many as its shortest problems but 5 % have, 8 to 13.
-
-    Source: Brown et al., Language Models are Few-Shot Learners (arXiv 2005.14165), appendix C.
-    """
-    lengths = sorted(len(words(problem.question)) for problem in problems)
-    return min(MOST, max(LEAST, lengths[len(lengths) // 20]))
-
-
-def overlaps(rows: Iterable[Any], problems: Sequence[Problem], *, ngram: int | None = None) -> Found:
-    """Every pair of a row and a problem that have a run of words in common.
+def overlaps(rows: Iterable[Any], problems: Sequence[Problem], *, ngram: int = LEAST) -> list[Overlap]:
+    """Every pair of a row and a problem that have a run of words in common, by row, the largest share first.
 
     Args:
         rows: training data; all text of a row counts, the solution too.
         problems: of the benchmark; their questions count. One that is shorter than a run is sought in whole, and one of
             fewer than 8 words only where it is all of a text.
-        ngram: words of a run, 8 to 13; None takes what suits the benchmark.
+        ngram: words of a run, 8 to 13; longer ones miss more problems that were told in other words.
 
     Raises:
         ValueError: another number of words.
 
-    Source: Brown et al. (arXiv 2005.14165), appendix C. Differs: there a run in more than ten documents is set aside;
-        here one in more than ten surroundings, so that a problem which the data holds many times is still found
-        (tests/evals/test_contamination.py).
+    Source: Brown et al., Language Models are Few-Shot Learners (arXiv 2005.14165), appendix C (words and runs).
+        Differs: there a document with one run of 13 is dropped (tests/evals/test_contamination.py).
     """
-    count = ngram_of(problems) if ngram is None else ngram
-    if not LEAST <= count <= MOST:
-        raise ValueError(f"ngram: got {count}, wanted {LEAST} to {MOST} words")
+    if not LEAST <= ngram <= MOST:
+        raise ValueError(f"ngram: got {ngram}, wanted {LEAST} to {MOST} words")
     asked = [words(problem.question) for problem in problems]
-    index = _Index(asked, count)
-    around: dict[Gram, set[int]] = defaultdict(set)
-    hits: dict[int, dict[int, set[Gram]]] = {}
-    for number, row in enumerate(rows):
-        of_row: dict[int, set[Gram]] = defaultdict(set)
-        for text in texts_of(row):
-            for gram, place, said in index.within(words(text)):
-                around[gram].add(hash((tuple(said[max(0, place - count) : place]),
-                                       tuple(said[place + len(gram) : place + len(gram) + count]))))  # fmt: skip
-                for problem in index.problems[gram]:
-                    of_row[problem].add(gram)
-        if of_row:
-            hits[number] = of_row
-    phrases = {gram for gram, places in around.items() if len(places) > _COMMON}
+    index = _Index(asked, ngram)
     found = []
-    for number, of_row in hits.items():
-        for problem, grams in of_row.items():
-            if left := grams - phrases:
-                passages = _passages(asked[problem], left)
-                share = sum(end - start for start, end in passages) / len(asked[problem])
-                start, end = max(passages, key=lambda span: span[1] - span[0])
-                found.append(Overlap(number, problem, share, " ".join(asked[problem][start:end])))
-    return Found(count, sorted(found, key=lambda of: (of.row, -of.share, of.problem)), len(phrases))
+    for number, row in enumerate(rows):
+        shared: dict[int, set[Gram]] = defaultdict(set)
+        for text in texts_of(row):
+            for gram in index.within(words(text)):
+                for problem in index.problems[gram]:
+                    shared[problem].add(gram)
+        of_row = [_overlap(number, problem, asked[problem], grams) for problem, grams in shared.items()]
+        found += sorted(of_row, key=lambda of: (-of.share, of.problem))
+    return found
+
+
+def _overlap(row: int, problem: int, said: Sequence[str], grams: set[Gram]) -> Overlap:
+    passages = _passages(said, grams)
+    share = sum(end - start for start, end in passages) / len(said)
+    start, end = max(passages, key=lambda span: span[1] - span[0])
+    return Overlap(row, problem, share, " ".join(said[start:end]))
 
 
 def texts_of(value: Any) -> Iterator[str]:
@@ -122,24 +94,21 @@ def texts_of(value: Any) -> Iterator[str]:
 
 
 class _Index:
-    """The runs of a benchmark. grams: of each problem; problems: of each run; lengths: of runs, in words."""
+    """The runs of a benchmark. problems: that have a run; lengths: of runs, in words."""
 
-    def __init__(self, asked: Sequence[Sequence[str]], count: int):
-        self.grams = [set(_grams(said, min(count, len(said)))) for said in asked]
+    def __init__(self, asked: Sequence[Sequence[str]], ngram: int):
         self.problems: dict[Gram, list[int]] = defaultdict(list)
-        for problem, grams in enumerate(self.grams):
-            for gram in grams:
+        for problem, said in enumerate(asked):
+            for gram in set(_grams(said, min(ngram, len(said)))):
                 self.problems[gram].append(problem)
         self.lengths = sorted({len(gram) for gram in self.problems if len(gram) >= LEAST})
 
-    def within(self, said: Sequence[str]) -> Iterator[tuple[Gram, int, Sequence[str]]]:
-        """The runs in a text, where each begins, and the text."""
+    def within(self, said: Sequence[str]) -> Iterator[Gram]:
+        """The runs in a text."""
         for length in self.lengths:
-            for place, gram in enumerate(_grams(said, length)):
-                if gram in self.problems:
-                    yield gram, place, said
+            yield from (gram for gram in _grams(said, length) if gram in self.problems)
         if 0 < len(said) < LEAST and tuple(said) in self.problems:
-            yield tuple(said), 0, said
+            yield tuple(said)
 
 
 def _grams(said: Sequence[str], count: int) -> Iterable[Gram]:

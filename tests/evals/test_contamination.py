@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from deepseek_jax.commands.contamination import main
-from deepseek_jax.evals.contamination import ngram_of, overlaps, words
+from deepseek_jax.commands.train_data import overlapping
+from deepseek_jax.data.examples import Example
+from deepseek_jax.evals.contamination import overlaps, words
 from deepseek_jax.evals.task import Problem
 
 ASKED = (
@@ -22,7 +24,7 @@ def problems(*asked: str) -> list[Problem]:
 
 
 def found(rows, *asked: str, **settings):
-    return [(of.row, of.problem, of.share) for of in overlaps(rows, problems(*asked), **settings).overlaps]
+    return [(of.row, of.problem, of.share) for of in overlaps(rows, problems(*asked), **settings)]
 
 
 def test_a_copy_is_found_whatever_its_case_marks_and_place():
@@ -44,15 +46,13 @@ def test_the_share_is_of_the_words_that_runs_cover():
     assert found([" ".join(said[3:15])], ASKED, ngram=8) == [(0, 0, 12 / 31)]
 
 
-def test_a_phrase_is_set_aside_and_a_problem_many_times_over_is_not():
+def test_a_formula_of_the_field_is_a_small_share_and_a_copy_a_whole_one():
     asked = f"The chance that two of these seven coins show heads {PHRASE}"
-    sets = [
-        f"{'one two three four five six seven eight nine ten eleven twelve'.split()[k]} {PHRASE}" for k in range(12)
-    ]
-    assert found(sets[:10], asked) == [(k, 0, pytest.approx(22 / 32)) for k in range(10)]
-    of = overlaps(sets, problems(asked))
-    assert of.overlaps == [] and of.phrases == 10
-    assert found([asked] * 40, asked) == [(k, 0, 1.0) for k in range(40)]  # forty solutions of one problem
+    rows = [f"{number} {PHRASE}" for number in range(40)] + [f"{asked}? {number}" for number in range(40)]
+    shares = [share for _, _, share in found(rows, asked)]
+    assert shares == [22 / 32] * 40 + [1.0] * 40
+    long = f"{ASKED} {asked}"
+    assert {share for _, _, share in found(rows[:40], long)} == {22 / 63}
 
 
 def test_short_problems():
@@ -62,11 +62,7 @@ def test_short_problems():
     assert found(["EVALUATE $2+2$"], tiny) == [(0, 0, 1.0)]
 
 
-def test_the_length_of_runs_suits_the_benchmark():
-    assert ngram_of(problems(*[ASKED] * 20, "one two three")) == 13
-    assert ngram_of(problems(*[ASKED] * 19, " ".join("abcdefghij"))) == 13
-    assert ngram_of(problems(*[ASKED] * 18, *[" ".join("abcdefghij")] * 2)) == 10
-    assert ngram_of(problems("one two three")) == 8
+def test_the_length_of_runs_is_bounded():
     with pytest.raises(ValueError, match="ngram: got 7, wanted 8 to 13 words"):
         overlaps([], problems(ASKED), ngram=7)
 
@@ -110,12 +106,20 @@ def test_the_command_writes_what_is_left(tmp_path, capsys):
     ]
 
 
+def test_a_training_run_says_what_its_held_out_data_has_in_common():
+    asked = lambda *texts: [Example(text, None, None, {}, 0, row) for row, text in enumerate(texts)]
+    changed = ASKED.replace("April", "June")
+    said = overlapping(asked("What is 2 + 2?", changed, changed), asked(OTHER, ASKED))
+    assert said.startswith("held_out: 2 training questions share half the words of a held-out one or more, such as")
+    assert overlapping(asked("What is 2 + 2?", OTHER), asked(ASKED)) is None
+
+
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data beside the project")
 def test_real_pairs():
-    """GSM8K's training part has one of its test problems twice with other numbers; MATH's has none of AIME 2024."""
+    """GSM8K's training part has two of its test problems, one of them twice, with other numbers; MATH none of AIME."""
     from deepseek_jax.data.sources import open_source
     from deepseek_jax.evals.tasks import task_named
 
@@ -123,7 +127,7 @@ def test_real_pairs():
         asked = task_named(name).problems(open_source(str(SHARED / test)))
         source = open_source(str(SHARED / data))
         rows = (source[number] for number in range(len(source)))
-        return [(of.row, of.problem) for of in overlaps(rows, asked).overlaps if of.share >= 0.5]
+        return [(of.row, of.problem) for of in overlaps(rows, asked) if of.share >= 0.5]
 
-    assert held("gsm8k/train.jsonl", "gsm8k", "gsm8k/test.jsonl") == [(1314, 602), (5162, 602)]
+    assert held("gsm8k/train.jsonl", "gsm8k", "gsm8k/test.jsonl") == [(20, 632), (1314, 602), (5162, 602)]
     assert held("math_train/train.json", "aime24", "aime24/test.jsonl") == []
