@@ -66,7 +66,7 @@ def main(
     for of in compared:
         print(printable("\n".join(_lines(of, rows, ngram, share))))
     if report is not None:
-        write_whole(report, "".join(_records(compared, rows)).encode())
+        write_whole(report, "".join(_records(compared, rows)).encode("utf-8", "backslashreplace"))
         print(printable(f"wrote {report}"))
     if decontaminate is not None:
         dirty = {overlap.row for of in compared for overlap in of.held}
@@ -119,7 +119,7 @@ def _write(path: Path, rows: Sequence[tuple[Source, int]]) -> None:
     """Rows as JSON Lines, in a file that is never seen half-written."""
     draft = path.with_name(f".{path.name}.partial")
     try:
-        with draft.open("w", encoding="utf-8") as file:
+        with draft.open("w", encoding="utf-8", errors="backslashreplace") as file:
             for source, number in rows:
                 try:
                     file.write(json.dumps(source[number], ensure_ascii=False, allow_nan=False) + "\n")

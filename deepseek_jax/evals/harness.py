@@ -8,6 +8,7 @@ The library is asked for when `register` is called; importing this file does not
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -222,6 +223,7 @@ def _slots(batch_size: int | str) -> int:
     return _BATCH if text in ("auto", "1") else int(text)
 
 
+@cache
 def register() -> type:
     """Makes the model known to lm-evaluation-harness under the name deepseek_jax; its class.
 
