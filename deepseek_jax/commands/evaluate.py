@@ -32,7 +32,7 @@ from deepseek_jax.generation.generator import BATCHES, Generator
 from deepseek_jax.model.precision import dtype_of
 from deepseek_jax.report.progress import Progress
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.runs import room_needed, write_json
+from deepseek_jax.train.runs import write_json
 
 SETTINGS, SUMMARY, CURVES, PREDICTIONS = "config.json", "summary.json", "thinking.png", "predictions.jsonl"
 
@@ -52,7 +52,7 @@ def main(config: Config) -> None:
     for benchmark in benchmarks:
         benchmark.task.ready(Graders(config.grading))
     drawer, of_model = _drawer(config)
-    with room_needed(config.output), locked(config.output, advice="wait for it or stop it, or choose another --output"):
+    with locked(config.output, advice="wait for it or stop it, or choose another --output"):
         _enter(config, of_model, settings)
         held = Samples(config.output)
         with Graders(config.grading) as graders:

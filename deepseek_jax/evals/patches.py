@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 _HUNK = re.compile(r"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@.*")
 _NONE = "/dev/null"
+_MOST_HUNKS = 1_000
 
 
 @dataclass
@@ -59,6 +60,8 @@ def read_diff(text: str) -> list[FilePatch]:
             if line.startswith(("Binary files ", "GIT binary patch", "rename from ", "copy from ")):
                 raise ValueError(f"got {line[:60]!r}, wanted changes of text")
             place += 1
+    if sum(len(file.hunks) for file in found) > _MOST_HUNKS:
+        raise ValueError(f"got over {_MOST_HUNKS} hunks, wanted a change that a reader can follow")
     if not found or not any(file.hunks for file in found):
         raise ValueError("got no file with a change in it, wanted a unified diff")
     return found
@@ -135,6 +138,10 @@ def _place(lines: list[str], hunk: _Hunk, shift: int) -> int | None:
     last = len(lines) - len(hunk.old)
     for distance in range(len(lines) + 1):
         for start in dict.fromkeys((wanted + distance, wanted - distance)):
-            if 0 <= start <= last and lines[start : start + len(hunk.old)] == hunk.old:
+            if 0 <= start <= last and _stands(lines, hunk.old, start):
                 return start
     return None
+
+
+def _stands(lines: list[str], old: list[str], start: int) -> bool:
+    return not old or (lines[start] == old[0] and lines[start : start + len(old)] == old)

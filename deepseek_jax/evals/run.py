@@ -15,7 +15,6 @@ from deepseek_jax.evals.samples import Key, Samples
 from deepseek_jax.evals.task import Answered, Grade, Problem, Task
 from deepseek_jax.generation.text import seeds_for
 from deepseek_jax.report.progress import Progress
-from deepseek_jax.rewards.language import written_in
 from deepseek_jax.rewards.sandbox import processors
 
 _LOOKS = 0.5  # seconds between two running scores, each of which is worked out of all samples
@@ -92,7 +91,7 @@ class _Grading:
         self._benchmark, self._graders, self._held, self._progress = benchmark, graders, held, progress
         self._waiting: deque[tuple[Key, Wanted, Drawn, float]] = deque()
         self._pool = ThreadPoolExecutor(processors(), thread_name_prefix="grading")
-        self._started: list[Future] = []
+        self._started: deque[Future] = deque()
         self._lock, self._looked = Lock(), 0.0
         self._scores: dict[int, list[float | None]] = {}
         for key in benchmark.keys():
@@ -102,10 +101,8 @@ class _Grading:
     def add(self, key: Key, wanted: Wanted, drawn: Drawn, seconds: float) -> None:
         self._waiting.append((key, wanted, drawn, seconds))
         self._started.append(self._pool.submit(self._grade))
-        ended = [future for future in self._started if future.done()]
-        self._started = [future for future in self._started if not future.done()]
-        for future in ended:
-            future.result()
+        while self._started and self._started[0].done():
+            self._started.popleft().result()
 
     def finish(self) -> None:
         try:
@@ -146,7 +143,6 @@ class _Grading:
         return {} if found is None else {"pass@1": f"{100 * found.mean:.1f} ± {100 * found.stderr:.1f} %"}
 
     def _record(self, key: Key, wanted: Wanted, drawn: Drawn, seconds: float, grade: Grade) -> dict[str, Any]:
-        language = written_in(drawn.text)
         return {
             "benchmark": key.benchmark,
             "number": key.number,
@@ -168,7 +164,5 @@ class _Grading:
             "thinking_tokens": drawn.thinking_tokens,
             "truncated": not drawn.finished,
             "unclosed": drawn.unclosed,
-            "language": None if language is None else language[0],
-            "in_language": None if language is None else round(language[1], 4),
             "seconds": round(seconds, 6),
         }

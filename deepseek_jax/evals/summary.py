@@ -12,9 +12,12 @@ from deepseek_jax.evals.graders import Graders
 from deepseek_jax.evals.measures import bootstrap, by_group, clustered, elo, mean_of, pass_at, several, vote
 from deepseek_jax.evals.run import Benchmark
 from deepseek_jax.evals.samples import Samples
+from deepseek_jax.rewards.language import written_in
 
 _MIXED = 0.9  # share of words in one script below which a sample mixes languages
 _REASONS = 5
+# Telling languages takes long: of so many samples, so many characters of beginning, middle and end are read.
+_READ, _PIECE = 512, 400
 
 Record = Mapping[str, Any]
 
@@ -97,8 +100,10 @@ def _texts(every: Sequence[Record]) -> dict[str, Any]:
     """Lengths, what was cut off, and languages."""
     thinking = [record["thinking_tokens"] for record in every]
     answers = [None if of is None else record["tokens"] - of for of, record in zip(thinking, every, strict=True)]
-    languages = Counter(record["language"] for record in every if record["language"] is not None)
-    mixed = [float(record["in_language"] < _MIXED) for record in every if record["in_language"] is not None]
+    read = every[:: -(-len(every) // _READ)]
+    written = [found for record in read if (found := written_in(_pieces(record["completion"]))) is not None]
+    languages = Counter(language for language, _ in written)
+    mixed = [float(share < _MIXED) for _, share in written]
     return {
         "tokens": sum(record["tokens"] for record in every),
         "mean_prompt_tokens": mean_of([record.get("prompt_tokens") for record in every]),
@@ -108,9 +113,15 @@ def _texts(every: Sequence[Record]) -> dict[str, Any]:
         "truncated": mean_of([float(record["truncated"]) for record in every]),
         "unclosed": mean_of([float(record["unclosed"]) for record in every]),
         "unanswered": mean_of([float(record["answer"] is None) for record in every if record["right"] is not None]),
-        "languages": {name: count / len(every) for name, count in by_group(languages).items()},
+        "languages": {name: count / len(written) for name, count in by_group(languages).items()},
         "mixed_language": mean_of(mixed),
     }
+
+
+def _pieces(text: str) -> str:
+    middle = (len(text) - _PIECE) // 2
+    short = len(text) <= 3 * _PIECE
+    return text if short else f"{text[:_PIECE]} {text[middle : middle + _PIECE]} {text[-_PIECE:]}"
 
 
 def _costs(every: Sequence[Record]) -> dict[str, Any]:

@@ -153,6 +153,12 @@ def test_a_proof_is_right_where_the_checker_ends_with_0(graded):
     assert missing.score is None and "checker" in missing.reason
 
 
+def test_comments_that_never_close_cost_no_time():
+    """A hundred thousand openings, in one pass."""
+    for opening in ("/- ", "(* ", "-- "):
+        assert not claims(opening * 100_000, STATEMENT)
+
+
 def test_a_statement_is_claimed_up_to_its_proof():
     assert claims("theorem two :\n 1 + 1 = 2 := by /- easy -/ rfl", STATEMENT)
     assert claims("theorem two : 1 + 1 = 2 := rfl", "theorem two : 1 + 1 = 2 := by")

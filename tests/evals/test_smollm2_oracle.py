@@ -1,4 +1,4 @@
-"""A real pretrained model on real questions: our verdicts are those of transformers' greedy answers to the same prompts.
+"""A real pretrained model on real questions: our verdicts are those of transformers' greedy answers to like prompts.
 
 SMOLLM2 names the model's folder; SMOLLM2_SAMPLES a folder that `deepseek-jax evaluate --temperature 0` wrote, else one
 is made of the first rows.

@@ -18,7 +18,8 @@ _ASKED = (
 )
 # What lets a checker pass a statement that is not proved.
 _GAPS = re.compile(r"\b(?:sorry|admit|Admitted|oops|axiom|native_decide|Axiom|Parameter|unsafe|implemented_by)\b")
-_COMMENT = re.compile(r"/-.*?-/|--[^\n]*|\(\*.*?\*\)", re.DOTALL)
+_OPENS = re.compile(r"/-|\(\*|--")
+_CLOSES = {"/-": "-/", "(*": "*)", "--": "\n"}
 
 
 def _read(row: Row, number: int) -> Problem:
@@ -53,7 +54,7 @@ def _one(row: Answered, graders: Graders) -> Grade:
     if not blocks:
         return Grade(0.0)
     more, block = row.problem.more, blocks[-1]
-    if not claims(block, more["statement"]) or _GAPS.search(_COMMENT.sub(" ", block)):
+    if not claims(block, more["statement"]) or _GAPS.search(_without_comments(block)):
         return Grade(0.0)
     words = [word.replace("{file}", more["file"]) for word in graders.config.checker]
     words += [] if any("{file}" in word for word in graders.config.checker) else [more["file"]]
@@ -73,9 +74,21 @@ def _one(row: Answered, graders: Graders) -> Grade:
 
 def claims(block: str, statement: str) -> bool:
     """Whether a file holds a statement up to its proof, white space and comments aside."""
-    plain = lambda source: "".join(_COMMENT.sub(" ", source).split())
+    plain = lambda source: "".join(_without_comments(source).split())
     head = re.split(r":=\s*(?:by)?\s*(?:sorry)?\s*$|\bsorry\s*$|Proof\.?\s*$", statement.rstrip())[0]
     return plain(head) in plain(block)
+
+
+def _without_comments(source: str) -> str:
+    """In one pass; a comment that is never closed ends the file."""
+    kept, place = [], 0
+    while (opened := _OPENS.search(source, place)) is not None:
+        kept.append(source[place : opened.start()])
+        end = source.find(_CLOSES[opened[0]], opened.end())
+        if end < 0:
+            return " ".join(kept)
+        place = end + (0 if opened[0] == "--" else 2)
+    return " ".join([*kept, source[place:]])
 
 
 FORMAL = Task(

@@ -29,7 +29,8 @@ _LM_EVAL_MBPP = (
     "You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n{}\n[BEGIN]\n"
 )
 _HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-_SECONDS, _PLUS_SECONDS = 3.0, 60.0  # of all tests together; starting and waiting for a processor do not count
+# Of all tests together; waiting for a processor does not count. MBPP's slowest reference (123) takes 3 s by itself.
+_SECONDS, _MBPP_SECONDS, _PLUS_SECONDS = 3.0, 15.0, 60.0
 _PLUS = """
 def _near(got, wanted):
     if type(wanted) is float or type(got) is float:
@@ -121,6 +122,11 @@ def _grade_base(rows: Sequence[Answered], graders: Graders) -> list[Grade]:
     return _grade(rows, graders, _SECONDS)
 
 
+def _grade_mbpp(rows: Sequence[Answered], graders: Graders) -> list[Grade]:
+    """All assertions pass within 15 s."""
+    return _grade(rows, graders, _MBPP_SECONDS)
+
+
 def _grade_plus(rows: Sequence[Answered], graders: Graders) -> list[Grade]:
     """All of the many assertions pass within a minute."""
     return _grade(rows, graders, _PLUS_SECONDS)
@@ -164,7 +170,7 @@ FUNCTIONS = (
         name="mbpp",
         read=_read_mbpp,
         styles=_MBPP_STYLES,
-        grade=_grade_base,
+        grade=_grade_mbpp,
         hub="google-research-datasets/mbpp:full:test",
         source=_SOURCE,
         ready=need_sandbox,
