@@ -71,11 +71,13 @@ class Spans(NamedTuple):
 
 
 class Extended(NamedTuple):
-    """What came of spans: the draw of each row, routes [R, T, L, A], and log-probs [R, T] of each next token."""
+    """What came of spans: the draw of each row, routes [R, T, L, A], and log-probs [R, T] of each next token and of the
+    likeliest one there."""
 
     drawn: Drawn
     routes_RTLA: jax.Array | None
     logprobs_RT: jax.Array
+    best_RT: jax.Array
 
 
 class Decoded(NamedTuple):
@@ -215,16 +217,17 @@ class Programs:
         follows = jnp.where(draws, drawn.token_R, spans.next_R)
         next_RT = jnp.concatenate([spans.tokens_RT[:, 1:], spans.tokens_RT[:, :1]], axis=1)
         next_RT = jnp.where(column == spans.count_R[:, None] - 1, follows[:, None], next_RT)
-        logprobs_RT = jax.lax.cond(
+        none_RT = jnp.zeros(next_RT.shape, jnp.float32)
+        logprobs_RT, _, best_RT = jax.lax.cond(
             want_logprobs,
-            lambda: logprobs_of(model, hidden.x_BTD, next_RT)[0],  # never the logits of all at once
-            lambda: jnp.zeros(next_RT.shape, jnp.float32),
+            lambda: logprobs_of(model, hidden.x_BTD, next_RT),  # never the logits of all at once
+            lambda: (none_RT, none_RT, none_RT),
         )
         state = self._stepped(state._replace(cache=cache), drawing, drawn, spans.slots_R, position_R, draws)
         if self.drafts == "mtp":
             of_new = hidden.x_BTD, next_RT, at, spans.count_R
             state = self._draft(model, state, *of_new, spans.slots_R, draws, tags, phase="prefill")
-        return self._laid(state), self._told(Extended(drawn, self._routes(hidden), logprobs_RT))
+        return self._laid(state), self._told(Extended(drawn, self._routes(hidden), logprobs_RT, best_RT))
 
     def _decode_loop(
         self,
