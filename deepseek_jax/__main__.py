@@ -44,7 +44,7 @@ def _named(words: list[str]) -> str:
     elif words in ([], ["-h"], ["--help"], ["help"]):
         print(f"usage: {_PROGRAM} COMMAND ...\n")
         for name, line in commands().items():
-            print(f"  {name:<10}{line}")
+            print(f"  {name:<15}{line}")
         print(f"\n{_PROGRAM} COMMAND --help explains a command.")
     elif words[0] in (known := commands()):
         return words[0]

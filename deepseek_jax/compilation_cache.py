@@ -19,8 +19,9 @@ _ACCELERATORS = ("jax_plugins", "libtpu")
 def keep_compiled() -> None:
     """Keep what is compiled from now on, and take what was kept; where that cannot be, a warning says so.
 
-    `JAX_COMPILATION_CACHE_DIR` names another folder and `JAX_COMPILATION_CACHE_MAX_SIZE` another bound;
-    `JAX_ENABLE_COMPILATION_CACHE=0` keeps nothing. Several processes may do it at once.
+    `JAX_COMPILATION_CACHE_DIR` names another folder, which has the bound that the user gives it, and
+    `JAX_COMPILATION_CACHE_MAX_SIZE` another bound; `JAX_ENABLE_COMPILATION_CACHE=0` keeps nothing. Several programs may
+    do it at once.
 
     Source: docs.jax.dev, "Persistent compilation cache".
     """
@@ -29,19 +30,19 @@ def keep_compiled() -> None:
     if not jax.config.jax_enable_compilation_cache:
         return
     named = jax.config.jax_compilation_cache_dir
+    settings = {"persistent_cache_min_compile_time_secs": 0.0}  # jax would leave out what takes less than a second
     try:
-        folder = Path(named) if named else _own(folder_of_user() / processor())
-        if "://" not in str(named):
-            _mend(folder)
+        if named:
+            _refuse_unwritable(named)
+        else:
+            folder = _own(folder_of_user() / processor())
+            if os.environ.get("JAX_COMPILATION_CACHE_MAX_SIZE") != "-1":  # without a bound jax writes no times
+                _mend(folder)
+            settings |= {"compilation_cache_dir": str(folder), "compilation_cache_max_size": _MOST}
     except (OSError, RuntimeError) as problem:
         jax.config.update("jax_enable_compilation_cache", False)
         warnings.warn(f"compiled programs are not kept: {problem}", stacklevel=2)
         return
-    settings = {
-        "compilation_cache_dir": str(folder),
-        "compilation_cache_max_size": _MOST,
-        "persistent_cache_min_compile_time_secs": 0.0,  # jax would leave out what takes less than a second
-    }
     for name, value in settings.items():
         if f"JAX_{name.upper()}" not in os.environ:
             jax.config.update(f"jax_{name}", value)
@@ -97,6 +98,14 @@ def _own(folder: Path) -> Path:
     return folder
 
 
+def _refuse_unwritable(named: str) -> None:
+    """Raises OSError for a folder of this machine that cannot be made or written to."""
+    if "://" not in named:
+        os.makedirs(named, exist_ok=True)
+        if not os.access(named, os.W_OK):
+            raise OSError(f"{named}: cannot be written to; name another folder in JAX_COMPILATION_CACHE_DIR")
+
+
 def _mend(folder: Path) -> None:
     """Without what a killed process left half written, which jax would neither take nor replace.
 
@@ -106,7 +115,6 @@ def _mend(folder: Path) -> None:
     """
     from filelock import FileLock  # a tenth of a second that --help need not take
 
-    folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lockfile", timeout=_SECONDS):
         whole = {path.name.removesuffix("-atime") for path in folder.glob("*-atime")}  # written last
         for path in folder.glob("*-cache"):

@@ -15,7 +15,9 @@ from tests.checkpoint.folders import QWEN2, random_folder
 from tests.wheel import ROOT, child, wheel
 
 LAUNCHERS = {
+    "tools/compare.py": "compare",
     "tools/compile_pod.py": "compile",
+    "tools/contamination.py": "contamination",
     "tools/convert_hf.py": "convert",
     "tools/evaluate.py": "evaluate",
     "tools/export_hf.py": "export",
@@ -40,7 +42,9 @@ if __name__ == "__main__":
     main("{}")
 """
 POSITIONAL = {
+    "compare": "RUNS [RUNS ...]",
     "compile": "",
+    "contamination": "DATA [DATA ...]",
     "convert": "MODEL OUT",
     "evaluate": "[MODEL]",
     "export": "MODEL OUT",
@@ -64,7 +68,7 @@ def test_what_is_asked_of_the_command_itself_loads_nothing(tmp_path):
     assert shown.returncode == 0 and shown.stdout.startswith("usage: deepseek-jax COMMAND")
     assert ask().stdout == ask("-h").stdout == shown.stdout
     for name, line in commands().items():
-        assert f"  {name:<10}{line}\n" in shown.stdout and line.endswith(".") and len(line) < 120
+        assert f"  {name:<15}{line}\n" in shown.stdout and line.endswith(".") and len(line) < 120
     assert ask("--version").stdout == f"deepseek-jax {deepseek_jax.__version__}\n"
     refused = ask("fine-tune\x1b[2J", "--help")
     assert refused.returncode == 2 and refused.stdout == "" and refused.stderr.count("\n") == 1

@@ -109,11 +109,21 @@ def settings(monkeypatch, tmp_path) -> Iterator[dict]:
 def test_what_the_user_set_stays(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "7")
     jax.config.update("jax_compilation_cache_max_size", 7)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "jit_f-0-cache").write_text("as jax writes it where there is no bound")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "mine"))
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
     keep_compiled()
     assert list(settings().values()) == [True, str(tmp_path / "mine"), 7, 0.0]
-    assert not (tmp_path / "deepseek_jax").exists()
+    assert not (tmp_path / "deepseek_jax").exists() and len(list((tmp_path / "mine").iterdir())) == 1
+
+
+def test_a_folder_that_the_user_names_and_that_cannot_be_is_a_warning_too(settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="compiled programs are not kept: .*file"):
+        keep_compiled()
+    assert settings()["jax_enable_compilation_cache"] is False
 
 
 def test_what_is_switched_off_makes_no_folder(settings, tmp_path):

@@ -234,7 +234,8 @@ def _answers(tokenizer: Tokenizer, data: Path, rows: int, length: int) -> tuple[
     kept = []
     for line in data.read_text().splitlines()[:rows]:
         row = json.loads(line)
-        question, answer = tokenizer.encode(row["question"] + "\n"), tokenizer.encode(row["answer"])
+        texts = (row["question"] + "\n", True), (row["answer"], False)
+        question, answer = (tokenizer.encode(text, add_bos=first) for text, first in texts)
         if len(question) + len(answer) <= length:
             kept.append((question, answer))
     tokens, targets = np.zeros((len(kept), length), np.int32), np.zeros((len(kept), length), bool)

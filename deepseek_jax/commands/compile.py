@@ -34,6 +34,7 @@ def main(
     serve_mesh: str | None = None,
     dtype: str = "bf16",
     quantization: Quantization = "none",
+    kv_cache_dtype: Literal["auto", "bf16", "f32", "fp8", "int8"] = "auto",
     moments: Literal["float32", "bfloat16"] = "float32",
     micro_batches: int = 1,
     transport: Transport = "ragged_all_to_all",
@@ -54,8 +55,9 @@ def main(
         context: tokens of a sequence, and slots of the cache to decode.
         mesh: sizes of axes, such as expert=64,fsdp=8; by default one that suits the model and the step.
         serve_mesh: likewise expert and tensor of the mesh that a sync is for; by default as `train` chooses them.
-        dtype: bf16 or f32, what is computed in; to serve, that of weights and cache. An update's weights are float32.
+        dtype: bf16 or f32, what is computed in; to serve, that of the weights too. An update's weights are float32.
         quantization: to serve from fp8, int8 or int4 weights, as `generate --quantization` does.
+        kv_cache_dtype: of the cache, to serve; auto is dtype, and fp8 and int8 are codes with scales.
         moments: what the optimizer's are kept in.
         micro_batches: parts of an update, one after another.
         transport: of tokens to their experts.
@@ -77,6 +79,7 @@ def main(
         batch = 8 * len(devices) if step == "decode" else layout.parts("batch") * micro_batches
     asked = {"batch": batch, "context": context, "dtype": dtype, "moments": moments, "micro_batches": micro_batches}
     asked["quantization"] = quantization
+    asked["cache_dtype"] = dtype if kv_cache_dtype == "auto" else kv_cache_dtype
     task = Task(config=of_model, layout=layout, step=step, serving=serving, **asked)
     found = compiled.compile_step(task, of_chip)
     print(dumps(_as_json(found, sizes, task), indent=2)) if json else _show(found, task, topology, sizes)

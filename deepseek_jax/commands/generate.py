@@ -117,9 +117,10 @@ def _talks(config: Config) -> bool:
 def layout_of(model: ModelConfig, engine: EngineOptions) -> Layout:
     """How a model lies on the devices."""
     expert, tensor = engine.serve_expert, engine.serve_tensor
+    lanes = lanes_of(jax.default_backend())
     if expert is None and tensor is None:
-        return LOCAL
-    every = Layout(mesh=make_mesh(data=jax.device_count()), lanes=lanes_of(jax.default_backend()))
+        return dataclasses.replace(LOCAL, lanes=lanes)
+    every = Layout(mesh=make_mesh(data=jax.device_count()), lanes=lanes)
     return serving_layout(model, every, expert=expert, tensor=tensor)
 
 
@@ -130,12 +131,14 @@ def _completing(job: _Job, model: ModelConfig) -> EngineConfig:
     slots, length = min(job.config.engine.batch, bucket(job.count, least=1)), min(bucket(longest), context)
     steps = BATCHES.decode_steps if job.count > 1 else _STREAMED
     of_job = {"max_num_seqs": slots, "max_model_len": length, "decode_steps": steps}
-    return dataclasses.replace(BATCHES, **of_job, **job.config.engine.drafts)
+    return dataclasses.replace(BATCHES, **of_job, **job.config.engine.of_engine)
 
 
 def _talking(config: Config) -> EngineConfig:
     """How one runs that has a request at a time, which begins as the last one did."""
-    return EngineConfig(max_num_seqs=1, block_size=BATCHES.block_size, decode_steps=_STREAMED, **config.engine.drafts)
+    return EngineConfig(
+        max_num_seqs=1, block_size=BATCHES.block_size, decode_steps=_STREAMED, **config.engine.of_engine
+    )
 
 
 def _within_memory(settings: EngineConfig, model: ModelConfig, layout: Layout, dtype: jnp.dtype) -> EngineConfig:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from deepseek_jax.generation.engine_config import CacheDType
 from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.model.packing import Quantization
 from deepseek_jax.model.precision import Precision
@@ -89,6 +90,7 @@ class EngineOptions:
         dtype: of weights, activations and cache; auto is bfloat16 on accelerators and float32 on the CPU.
         quantization: projections as they are kept and computed from: fp8 (of an FP8 folder its own), int8, or int4
             (experts, or all in a model without; the others fp8). none unpacks an FP8 folder.
+        kv_cache_dtype: what the cache keeps instead: fp8 and int8 are codes with a scale a token and head.
         serve_expert: divide the model over all devices: groups that whole experts are divided between, with
             serve_tensor. Where one of the two is given, the other is chosen to suit the model; what is left of the
             devices are replicas. Without both the model is on one device.
@@ -100,15 +102,17 @@ class EngineOptions:
     draft_tokens: int | None = None
     dtype: Precision = "auto"
     quantization: Quantization = "none"
+    kv_cache_dtype: CacheDType = "auto"
     serve_expert: int | None = None
     serve_tensor: int | None = None
 
     @property
-    def drafts(self) -> dict[str, Any]:
-        """The fields of an `EngineConfig` that say who guesses, and how many."""
+    def of_engine(self) -> dict[str, Any]:
+        """The fields of an `EngineConfig` that say what the cache keeps, who guesses, and how many."""
+        kept = {"cache_dtype": self.kv_cache_dtype}
         if self.speculate == "none":
-            return {}
-        return {"drafts": self.speculate, "draft_tokens": self.draft_tokens or _DRAFT_TOKENS[self.speculate]}
+            return kept
+        return kept | {"drafts": self.speculate, "draft_tokens": self.draft_tokens or _DRAFT_TOKENS[self.speculate]}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -42,6 +42,7 @@ def main(
     context: int | None = None,
     batch: int | None = None,
     dtype: DType | None = None,
+    kv_cache_dtype: Literal["bf16", "fp8", "int8"] = "bf16",
     moments: Moments = "float32",
     json: bool = False,
     chart: Path | None = None,
@@ -57,6 +58,7 @@ def main(
         context: tokens of a sequence; by default 4096, or the model's if that is less.
         batch: sequences at once; by default as many as fit.
         dtype: of the weights to serve, to train what is computed in; by default bf16, to which FP8 files are unpacked.
+        kv_cache_dtype: of the cache to serve with; fp8 and int8 are codes with scales.
         moments: what the optimizer's are kept in; what is trained is float32.
         json: print one JSON object: a plan's figures, or a list of them under "plans", or "advice" on a memory.
         chart: PNG or HTML file for a plan's memory against the context.
@@ -64,7 +66,14 @@ def main(
     if model is None and chip is None and memory is None:
         raise ValueError("wanted a model, --chip or --memory; for example r1-671b --chip v5e, or --memory 24GB")
     if memory is not None:
-        if chip is not None or chips is not None or chart is not None or workload != "serve" or batch is not None:
+        if (
+            chip is not None
+            or chips is not None
+            or chart is not None
+            or workload != "serve"
+            or batch is not None
+            or kv_cache_dtype != "bf16"
+        ):
             raise ValueError("--memory goes with a model, --context, --dtype and --json, and with nothing else")
         return _advise(model, read_memory(memory), context, dtype, json)
     if chips is not None and chip is None:
@@ -75,6 +84,7 @@ def main(
         if not one:
             raise ValueError("--chart wants one model and one --chip")
     asked = {"workload": workload, "chips": chips, "batch": batch, "dtype": dtype, "moments": moments}
+    asked["kv_cache_dtype"] = kv_cache_dtype
     names = _PUBLISHED if model is None else (model,)
     which = CHIPS if chip is None else (chip_of(chip),)
     found = [each for name in names for each in _plans(name, which, context, asked)]

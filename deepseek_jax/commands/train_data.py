@@ -1,7 +1,8 @@
 """What a training run asks: rows of data sets, or chains of arithmetic, as prompts of its model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import grain
@@ -10,8 +11,12 @@ from deepseek_jax import distributed
 from deepseek_jax.commands.train_settings import Config
 from deepseek_jax.data.examples import Prompt
 from deepseek_jax.data.prompts import DataConfig, Example, PromptData, batches, open_prompts, prompt_batches
+from deepseek_jax.evals.contamination import SHARE, overlaps
+from deepseek_jax.evals.task import Problem
 from deepseek_jax.rewards.recipe import check_columns
 from deepseek_jax.text.tokenizer import Tokenizer
+
+_LOOKED_AT = 100_000  # training questions that are held against the held-out ones at a start, some 15 s of them
 
 
 class Asked(NamedTuple):
@@ -54,6 +59,8 @@ def read(config: Config, tokenizer: Tokenizer) -> Asked:
     if distributed.is_main():
         for line in (*data.report, said):
             print(distributed.printable(str(line)))
+        if of.held_out and (leak := overlapping(data, held_out)) is not None:
+            distributed.say(distributed.printable(leak), kind="warning")
     for examples in (held_out, data):
         _check(config, (example.columns for example in examples))
     longest = max(len(make(example).tokens) for example in data)
@@ -69,6 +76,19 @@ def held_out_of(config: Config, of: DataConfig, data: PromptData) -> tuple[list[
         return list(alone)[:count], data, f"held out: the first {min(count, len(alone))} questions of --held-out"
     held_out, rest = data.split(count, seed=config.seed)
     return held_out, rest, f"held out: {len(held_out)} of {len(data)} questions, drawn by the seed"
+
+
+def overlapping(data: Iterable[Example], held_out: Sequence[Example]) -> str | None:
+    """What is to be said of training questions that are held-out ones with a few other words; None where none are."""
+    problems = [Problem(id=str(of.row), question=of.question) for of in held_out]
+    found = overlaps((example.question for example in islice(data, _LOOKED_AT)), problems)
+    held = [of for of in found if of.share >= SHARE]
+    if not held:
+        return None
+    return (
+        f"held_out: {len({of.row for of in held})} training questions share half the words of a held-out one or more, "
+        f"such as {held[0].shared[:120]!r}; `deepseek-jax contamination` lists them, and writes the data without them"
+    )
 
 
 def _check(config: Config, rows: Iterable[Mapping[str, object]]) -> None:

@@ -27,7 +27,7 @@ class Drawn(NamedTuple):
     """A sample.
 
     prompt: as text; it may end in `<think>`. text: of the completion. tokens: how many, and of these the thought's with
-    its tags, None where not known. finished: it ended by itself.
+    its tags, None where not known. finished: it ended by itself. prompt_tokens: None where not known.
     """
 
     prompt: str
@@ -35,6 +35,7 @@ class Drawn(NamedTuple):
     tokens: int
     thinking_tokens: int | None
     finished: bool
+    prompt_tokens: int | None = None
 
     @property
     def thinks(self) -> bool:
@@ -120,7 +121,7 @@ class EngineDrawer:
     def _drawn(self, prompt: Sequence[int], completion: Completion) -> Drawn:
         told = self.tokenizer.decode(prompt, skip_special=False)
         tokens = completion.tokens.tolist()
-        drawn = Drawn(told, completion.text or "", len(tokens), 0, completion.finished)
+        drawn = Drawn(told, completion.text or "", len(tokens), 0, completion.finished, len(prompt))
         return drawn._replace(thinking_tokens=thinking_tokens(self.tokenizer, tokens) if drawn.thinks else 0)
 
 

@@ -159,6 +159,7 @@ class _Grading:
             "right": self._benchmark.problems[key.number].answer,
             "reason": grade.reason,
             "parts": dict(grade.parts),
+            "prompt_tokens": drawn.prompt_tokens,
             "tokens": drawn.tokens,
             "thinking_tokens": drawn.thinking_tokens,
             "truncated": not drawn.finished,

@@ -30,17 +30,18 @@ class Samples:
 
     Args:
         folder: of the evaluation; it is there.
+        mend: cut a half-written line off the file; else it is passed over, for another process may be writing it.
 
     Raises:
         ValueError: its file has a line that is no sample.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, mend: bool = True):
         self.path = folder / FILE
         self._lock = threading.Lock()
         self._held: dict[Key, dict[str, Any]] = {}
         if self.path.exists():
-            self._read()
+            self._read(mend)
 
     def __len__(self) -> int:
         return len(self._held)
@@ -49,10 +50,15 @@ class Samples:
         """A sample, where it is there."""
         return self._held.get(key)
 
-    def _read(self) -> None:
+    def of(self, benchmark: str) -> list[dict[str, Any]]:
+        """The samples of a benchmark without a budget of thinking, by problem and sample."""
+        keys = sorted(key for key in self._held if key.benchmark == benchmark and key.budget < 0)
+        return [self._held[key] for key in keys]
+
+    def _read(self, mend: bool) -> None:
         whole = self.path.read_bytes()
         kept = whole[: whole.rfind(b"\n") + 1]
-        if len(kept) < len(whole):
+        if mend and len(kept) < len(whole):
             os.truncate(self.path, len(kept))
         for number, line in enumerate(kept.splitlines(), 1):
             try:

@@ -91,6 +91,7 @@ class ServerDrawer:
             finish = choice.get("finish_reason")
             tokens = int(usage.get("completion_tokens") or 0)
             told = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
+            asked = usage.get("prompt_tokens")
         except (KeyError, TypeError, ValueError, AttributeError) as problem:
             raise ValueError(
                 f"{self._base}: got an answer that is none ({type(problem).__name__}: {problem})"
@@ -98,7 +99,8 @@ class ServerDrawer:
         if thought:
             # a thought whose answer never came is not closed
             text = f"{OPEN}{thought}{CLOSE if text or finish == 'stop' else ''}{text}"
-        return Drawn("", text, tokens, told if told is not None or OPEN in text else 0, finish == "stop")
+        thinking = told if told is not None or OPEN in text else 0
+        return Drawn("", text, tokens, thinking, finish == "stop", asked if type(asked) is int else None)
 
     def _first_model(self) -> str:
         answer = self._asked("/models", None)

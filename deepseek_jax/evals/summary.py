@@ -106,6 +106,7 @@ def _texts(every: Sequence[Record]) -> dict[str, Any]:
     mixed = [float(share < _MIXED) for _, share in written]
     return {
         "tokens": sum(record["tokens"] for record in every),
+        "mean_prompt_tokens": mean_of([record.get("prompt_tokens") for record in every]),
         "mean_tokens": mean_of([record["tokens"] for record in every]),
         "mean_thinking_tokens": mean_of(thinking),
         "mean_answer_tokens": mean_of(answers),

@@ -13,7 +13,6 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -112,7 +111,6 @@ class Engine:
         graphdef: static part of the module, from `model.decoder.split`.
         weights: of the model, plain, packed (`model.packing`) or beside an adapter (`model.lora.with_adapter`).
         settings: how it runs.
-        dtype: of the cache; None takes that of the weights.
         record: what to keep for a trainer.
         tokenizer: the model's, for text, stop texts and budgets of thinking; None gives tokens alone.
         closing: what a thought ends with that is out of budget.
@@ -128,7 +126,6 @@ class Engine:
         weights: nnx.State,
         settings: EngineConfig = _SETTINGS,
         *,
-        dtype: jnp.dtype | None = None,
         record: Record = _NO_RECORD,
         tokenizer: Tokenizer | None = None,
         closing: str = CLOSING,
@@ -138,10 +135,10 @@ class Engine:
         self.config, self.settings, self.tokenizer = config, settings, tokenizer
         self.weights = self._arranged(weights)
         self.record, self.tags, self._closing = record, NO_TAGS, closing
-        dtype = dtype or jax.tree.leaves(weights["embed"])[0].dtype
+        dtype = jax.tree.leaves(weights["embed"])[0].dtype
         self._layout = module_layout(graphdef)
         of_host = settings.of_scheduler(config, self._layout, dtype)
-        self.runner = Runner(config, graphdef, settings, of_host, dtype, record)
+        self.runner = Runner(config, graphdef, settings, of_host, settings.dtype_of_cache(dtype), record)
         self.scheduler = Scheduler(of_host, self.runner.smaller_bucket)
         self._closed: StepFailedError | None = None
         self.metrics = Metrics()

@@ -1,7 +1,7 @@
 """How an engine runs: how many requests at a time, on how much memory, in what steps."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from deepseek_jax.generation.scheduler import SchedulerConfig
 from deepseek_jax.model.cache import abstract_cache, cache_axis
 from deepseek_jax.sharding import Layout
 
+CacheDType = Literal["auto", "bfloat16", "fp8", "int8"]
+_DTYPES = {"bfloat16": jnp.bfloat16, "fp8": jnp.float8_e4m3fn, "int8": jnp.int8}
 _WITHOUT_STATISTICS = 2**31  # bytes of cache where a device does not say what memory it has
 
 
@@ -29,6 +31,8 @@ class EngineConfig:
         num_blocks: of the cache, for each part of the mesh, the null block among them. None: as many as all slots can
             use, within `memory_utilization`.
         memory_utilization: share of a device's free memory for the cache.
+        cache_dtype: what the cache keeps: "auto", the dtype of the weights, which is what a trainer samples with,
+            "bfloat16", or "fp8" or "int8", codes with a scale a token and head (`ops.codes`).
         prefix_caching: reuse the blocks of prompts that begin alike.
         admission: "reserve" room for a request's last token when it begins, or "preempt" the youngest when room is out.
         decode_steps: tokens of a row that the device draws before it looks at the host again.
@@ -47,6 +51,7 @@ class EngineConfig:
     block_size: int = 32
     num_blocks: int | None = None
     memory_utilization: float = 0.8
+    cache_dtype: CacheDType = "auto"
     prefix_caching: bool = True
     admission: Literal["reserve", "preempt"] = "reserve"
     decode_steps: int = 8
@@ -57,7 +62,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         checks = {
+            "block_size": (self.block_size >= 1, "at least 1 token"),
             "memory_utilization": (0 < self.memory_utilization <= 1, "more than 0, at most 1"),
+            "cache_dtype": (self.cache_dtype in get_args(CacheDType), ", ".join(get_args(CacheDType))),
             "drafts": (self.drafts in (None, "mtp", "lookup"), '"mtp", "lookup" or None'),
             "draft_tokens": (
                 self.draft_tokens >= 1 if self.drafts else self.draft_tokens == 0,
@@ -69,8 +76,12 @@ class EngineConfig:
             if not good:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted {wanted}")
 
+    def dtype_of_cache(self, of_weights: jnp.dtype) -> jnp.dtype:
+        """What the cache of a model with such weights keeps."""
+        return jnp.dtype(_DTYPES.get(self.cache_dtype, of_weights))
+
     def of_scheduler(self, config: ModelConfig, layout: Layout, dtype: jnp.dtype) -> SchedulerConfig:
-        """What the scheduler is to know.
+        """What the scheduler is to know; `dtype` is the weights'.
 
         Raises:
             ValueError: a length that the model does not have, drafts that it cannot make, slots that the mesh does not
@@ -102,7 +113,8 @@ class EngineConfig:
     def _blocks(self, config, layout, dtype, length: int, slots: int) -> int:
         wanted = 1 + slots * -(-(length + self.draft_tokens) // self.block_size)
         shards = layout.parts(cache_axis(config))
-        cache = abstract_cache(config, shards, self.block_size, dtype, layout, drafts=self.drafts == "mtp")
+        of_cache = self.dtype_of_cache(dtype)
+        cache = abstract_cache(config, shards, self.block_size, of_cache, layout, drafts=self.drafts == "mtp")
         held = lambda leaf: leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
         block = sum(int(np.prod(held(leaf))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
         device, *_ = jax.local_devices() if layout.mesh is None else layout.mesh.local_devices

@@ -2,10 +2,9 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -25,7 +24,15 @@ BATCHES = EngineConfig(
     decode_steps=16,
 )
 """How an engine runs that has all requests from the beginning."""
+_SCORED = SamplingConfig(max_new_tokens=1, temperature=0.0, prompt_logprobs=True)
 _DEAR = 2**24  # parameters from which on a CPU's time for a row is worth a compilation
+
+
+class PromptScores(NamedTuple):
+    """Of the tokens of a sequence but the first: log-probs in nats, and whether each is the likeliest there."""
+
+    logprobs: np.ndarray
+    best: np.ndarray
 
 
 class Generator:
@@ -34,7 +41,6 @@ class Generator:
     Args:
         config: the model's.
         graphdef: static part of the module, from `model.decoder.split`.
-        dtype: of the cache; None takes that of the weights, as their activations have it.
         settings: how the engine runs; no more slots than a call has completions, and none longer than it can become.
 
     Attributes:
@@ -46,10 +52,9 @@ class Generator:
         config: ModelConfig,
         graphdef: nnx.GraphDef,
         *,
-        dtype: jnp.dtype | None = None,
         settings: EngineConfig = BATCHES,
     ):
-        self.config, self.graphdef, self.dtype = config, graphdef, dtype
+        self.config, self.graphdef = config, graphdef
         self.settings, self.layout = settings, module_layout(graphdef)
 
     def __call__(
@@ -113,6 +118,30 @@ class Generator:
             if update.finished:
                 yield numbers[update.id], _completion(update.live, record)
 
+    def scores(
+        self, weights: nnx.State, sequences: Sequence[Sequence[int]], *, slots: int | None = None
+    ) -> Iterator[tuple[int, PromptScores]]:
+        """What the model says of given sequences, each with its number as soon as it is there.
+
+        Args:
+            weights: of the model.
+            sequences: token ids, each at least one and shorter than the context.
+            slots: sequences computed at a time at most.
+
+        Raises:
+            ValueError: no or empty sequences, or one that fills the context.
+        """
+        self.check(sequences, sequences, 1)
+        count = len(sequences) if slots is None else min(slots, len(sequences))
+        engine = self._engine(weights, sequences, _SCORED, count, self.settings)
+        numbers = {engine.add(tokens, _SCORED, seed=0): number for number, tokens in enumerate(sequences)}
+        for update in engine.run():
+            if update.live.error is not None:
+                raise update.live.error
+            if update.finished:
+                live = update.live
+                yield numbers[update.id], PromptScores(np.array(live.prompt_logprobs), np.array(live.prompt_best, bool))
+
     def stream(
         self,
         weights: nnx.State,
@@ -160,9 +189,9 @@ class Generator:
             batch_sizes=settings.batch_sizes or sizes_that_pay(weights, slots),
             max_model_len=min(bucket(longest), context),
         )
-        return Engine(self.config, self.graphdef, weights, settings, dtype=self.dtype, **given)
+        return Engine(self.config, self.graphdef, weights, settings, **given)
 
-    def check(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], samples: int) -> None:
+    def check(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Any], samples: int) -> None:
         """Refuse arguments of a call that the model cannot work with; ValueError says why."""
         if not prompts:
             raise ValueError("prompts: got none, wanted at least one")

@@ -71,11 +71,13 @@ class Spans(NamedTuple):
 
 
 class Extended(NamedTuple):
-    """What came of spans: the draw of each row, routes [R, T, L, A], and log-probs [R, T] of each next token."""
+    """What came of spans: the draw of each row, routes [R, T, L, A], and log-probs [R, T] of each next token and of the
+    likeliest one there."""
 
     drawn: Drawn
     routes_RTLA: jax.Array | None
     logprobs_RT: jax.Array
+    best_RT: jax.Array
 
 
 class Decoded(NamedTuple):
@@ -103,6 +105,7 @@ class Programs:
         table: blocks of a request at most.
         steps: of a decode loop at most.
         length: tokens of a request at most.
+        dtype: of the cache.
         drafts: who guesses, as in `EngineConfig`.
         draft_tokens: how many are guessed, and verified with the latest one.
         record: what to keep for a trainer.
@@ -117,16 +120,17 @@ class Programs:
         table: int,
         steps: int,
         length: int,
+        dtype: jnp.dtype,
         drafts: Literal["mtp", "lookup"] | None,
         draft_tokens: int,
         record: Record,
     ):
         self.config, self.graphdef, self.layout = config, graphdef, module_layout(graphdef)
         self.slots, self.table, self.steps, self.record = slots, table, steps, record
-        self.drafts, self.draft_tokens = drafts, draft_tokens
+        self.dtype, self.drafts, self.draft_tokens = jnp.dtype(dtype), drafts, draft_tokens
         self.history = length if drafts == "lookup" else 0
         lies = self._state_shardings()
-        self._first = jax.jit(self._first_state, static_argnames=("blocks", "block_size", "dtype"), out_shardings=lies)
+        self._first = jax.jit(self._first_state, static_argnames=("blocks", "block_size"), out_shardings=lies)
         self.admit = jax.jit(self._admit, donate_argnums=0, out_shardings=lies)
         self.retable = jax.jit(self._retable, donate_argnums=0, out_shardings=lies)
         self.extend = jax.jit(self._extend, donate_argnames="state", out_shardings=(lies, None))
@@ -136,25 +140,25 @@ class Programs:
         """Every program gives the state back with the same ones, to the letter, or the next is compiled once more."""
         if self.layout.mesh is None:
             return None
-        like = self.abstract_state(self.layout.parts(cache_axis(self.config)), 1, jnp.float32)
+        like = self.abstract_state(self.layout.parts(cache_axis(self.config)), 1)
         return jax.tree.map(lambda a: a.sharding, like)
 
-    def first_state(self, blocks: int, block_size: int, dtype: jnp.dtype) -> DeviceState:
+    def first_state(self, blocks: int, block_size: int) -> DeviceState:
         """Of slots that nobody has taken.
 
         Args:
             blocks: of each pool, over all parts of the mesh.
             block_size: tokens of a block.
-            dtype: of the cache.
         """
-        return self._first(blocks=blocks, block_size=block_size, dtype=jnp.dtype(dtype))
+        return self._first(blocks=blocks, block_size=block_size)
 
-    def _first_state(self, blocks: int, block_size: int, dtype: jnp.dtype) -> DeviceState:
+    def _first_state(self, blocks: int, block_size: int) -> DeviceState:
         S, V = self.slots, self.config.vocab_size
+        pools = self.config, blocks, block_size, self.dtype, self.layout
         every = lambda *shape: jnp.zeros((S, *shape), jnp.int32)
         return self._laid(
             DeviceState(
-                cache=empty_cache(self.config, blocks, block_size, dtype, self.layout, drafts=self.drafts == "mtp"),
+                cache=empty_cache(*pools, drafts=self.drafts == "mtp"),
                 table_SM=every(self.table),
                 token_S=every(),
                 position_S=every(),
@@ -166,14 +170,15 @@ class Programs:
             )
         )
 
-    def abstract_state(self, blocks: int, block_size: int, dtype: jnp.dtype) -> DeviceState:
+    def abstract_state(self, blocks: int, block_size: int) -> DeviceState:
         """Its shapes, and how they lie on the layout's mesh."""
-        state = jax.eval_shape(lambda: self._first_state(blocks, block_size, dtype))
+        state = jax.eval_shape(lambda: self._first_state(blocks, block_size))
         if self.layout.mesh is None:
             return state
         place = lambda a, *axes: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self.layout.sharding(*axes))
         small = jax.tree.map(lambda a: place(a, *(None,) * a.ndim), state._replace(cache=()))
-        cache = abstract_cache(self.config, blocks, block_size, dtype, self.layout, drafts=self.drafts == "mtp")
+        pools = self.config, blocks, block_size, self.dtype, self.layout
+        cache = abstract_cache(*pools, drafts=self.drafts == "mtp")
         counts = place(state.drawing.counts, None, "vocab")
         return small._replace(cache=cache, drawing=small.drawing._replace(counts=counts))
 
@@ -212,16 +217,17 @@ class Programs:
         follows = jnp.where(draws, drawn.token_R, spans.next_R)
         next_RT = jnp.concatenate([spans.tokens_RT[:, 1:], spans.tokens_RT[:, :1]], axis=1)
         next_RT = jnp.where(column == spans.count_R[:, None] - 1, follows[:, None], next_RT)
-        logprobs_RT = jax.lax.cond(
+        none_RT = jnp.zeros(next_RT.shape, jnp.float32)
+        logprobs_RT, _, best_RT = jax.lax.cond(
             want_logprobs,
-            lambda: logprobs_of(model, hidden.x_BTD, next_RT)[0],  # never the logits of all at once
-            lambda: jnp.zeros(next_RT.shape, jnp.float32),
+            lambda: logprobs_of(model, hidden.x_BTD, next_RT),  # never the logits of all at once
+            lambda: (none_RT, none_RT, none_RT),
         )
         state = self._stepped(state._replace(cache=cache), drawing, drawn, spans.slots_R, position_R, draws)
         if self.drafts == "mtp":
             of_new = hidden.x_BTD, next_RT, at, spans.count_R
             state = self._draft(model, state, *of_new, spans.slots_R, draws, tags, phase="prefill")
-        return self._laid(state), self._told(Extended(drawn, self._routes(hidden), logprobs_RT))
+        return self._laid(state), self._told(Extended(drawn, self._routes(hidden), logprobs_RT, best_RT))
 
     def _decode_loop(
         self,

@@ -61,6 +61,7 @@ class Runner:
             table=table,
             steps=of_host.decode_steps,
             length=of_host.max_model_len,
+            dtype=dtype,
             drafts=settings.drafts,
             draft_tokens=of_host.draft_tokens,
             record=record,
@@ -72,7 +73,7 @@ class Runner:
         rows = slots // self.shards, least, settings.batch_sizes
         self._span_buckets = span_buckets(of_host.chunk, tokens, *rows)
         self._table = np.zeros((slots, table), np.int32)
-        self._of_state = self.shards * of_host.num_blocks, of_host.block_size, dtype
+        self._of_state = self.shards * of_host.num_blocks, of_host.block_size
         self.state = self.programs.first_state(*self._of_state)
 
     def renew(self) -> None:

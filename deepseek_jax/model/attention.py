@@ -109,17 +109,19 @@ class LatentAttention(nnx.Module):
         q = lay(jnp.concatenate(self._queries(latent, step), axis=-1), "batch", "sequence", "tensor", None)
         # every chip of a `context` group needs all keys: 576 numbers a token, before they are spelled out by head
         new = jax.tree.map(lambda part: lay(part, "batch", None, None), new)
-        spell = lambda c, r: [
-            lay(part, "batch", "tensor", None, None)
-            for part in attention.expand(c, r, *self._key_value_weights(c.dtype))
-        ]
-        k, v = spell(new.c, new.r)
         if pool is not None:
             pool = write(pool, new, step.view, layer_idx, self.layout)
+            new = pool.as_kept(new)
+
+        def spell(entries):
+            r = entries.r[..., : self.config.qk_rope_head_dim]
+            by_head = attention.expand(entries.c, r, *self._key_value_weights(r.dtype))
+            return [lay(part, "batch", "tensor", None, None) for part in by_head]
 
         def of_pool(first):
-            entries = read_blocks(pool, step.view, layer_idx, first, self.layout)
-            return spell(entries.c, entries.r[..., : self.config.qk_rope_head_dim])
+            return spell(read_blocks(pool, step.view, layer_idx, first, new.c.dtype, self.layout))
+
+        k, v = spell(new)
 
         def attend_rows(queries, positions_t, end):
             q, index, segments = queries
@@ -217,12 +219,13 @@ class GroupedAttention(nnx.Module):
         new = jax.tree.map(lambda part: lay(part, "batch", "tensor", None, None), new)
         if pool is not None:
             pool = write(pool, new, step.view, layer_idx, self.layout)
-        of_pool = lambda first: read_blocks(pool, step.view, layer_idx, first, self.layout)
+            new = pool.as_kept(new)
+        of_pool = lambda first: read_blocks(pool, step.view, layer_idx, first, new.k.dtype, self.layout)[:2]
 
         def attend_rows(queries, positions_t, end):
             q, segments = queries
             mask = _visible(positions_t, end, q.shape[0], segments, step)
-            own = [part[:, :, :end] for part in new]
+            own = [part[:, :, :end] for part in new[:2]]
             if pool is not None:
                 return over_pool_and_new(q, own, mask, step.view, of_pool, pool, self.scale)
             return attention.attend(q, *own, mask, self.scale)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import MLAConfig, ModelConfig
+from deepseek_jax.ops.codes import SCALE, is_coded
 from deepseek_jax.ops.pool import KVCache, LatentCache, Pool
 from deepseek_jax.sharding import LOCAL, Layout
 
@@ -59,7 +60,7 @@ def abstract_cache(
         config: the model's.
         blocks: of each pool, all parts of the mesh together.
         block_size: tokens of a block.
-        dtype: of the entries.
+        dtype: of the entries; float8_e4m3fn or int8 codes (`ops.codes`), beside which the rest is bfloat16.
         layout: of the model.
         drafts: with a pool for the first MTP module, the one that drafts.
     """
@@ -69,20 +70,26 @@ def abstract_cache(
 
 
 def _abstract_pool(config, leading, blocks, block_size, dtype, layout) -> Pool:
-    a = config.attention
+    a, coded = config.attention, is_coded(dtype)
+    widened = lambda width: -(-width // layout.lanes) * layout.lanes
 
-    def array(*sizes, axes):
+    def array(*sizes, axes, dtype):
         axes = ("layer",) * len(leading) + (cache_axis(config), *axes)
         sharding = None if layout.mesh is None else layout.sharding(*axes)
         return jax.ShapeDtypeStruct((*leading, blocks, *sizes), dtype, sharding=sharding)
 
     if isinstance(a, MLAConfig):
-        latent = lambda width: array(block_size, width, axes=(None, None))
-        index = None if a.indexer is None else latent(a.indexer.index_head_dim)
-        rotated = -(-a.qk_rope_head_dim // layout.lanes) * layout.lanes
-        return LatentCache(latent(a.kv_lora_rank), latent(rotated), index)
-    by_head = lambda: array(a.num_key_value_heads, block_size, a.head_dim, axes=("kv_heads", None, None))
-    return KVCache(by_head(), by_head())
+        latent = lambda width, dtype: array(block_size, width, axes=(None, None), dtype=dtype)
+        beside = SCALE if coded else dtype
+        index = None if a.indexer is None else latent(a.indexer.index_head_dim, beside)
+        return LatentCache(latent(a.kv_lora_rank, dtype), latent(widened(a.qk_rope_head_dim + coded), beside), index)
+    heads, axes = a.num_key_value_heads, ("kv_heads", None, None)
+    by_head = lambda: array(heads, block_size, a.head_dim, axes=axes, dtype=dtype)
+    if not coded:
+        return KVCache(by_head(), by_head())
+    parts = 1 if layout.mesh is None else layout.parts("kv_heads")
+    scale = array(parts, block_size, widened(2 * heads // parts), axes=axes, dtype=SCALE)
+    return KVCache(by_head(), by_head(), scale)
 
 
 def stack_sizes(config: ModelConfig) -> tuple[int, ...]:

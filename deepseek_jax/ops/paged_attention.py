@@ -1,7 +1,8 @@
 """Attention over paged caches: a row's keys lie in blocks of a pool, which its block table names in order.
 
 The plain path: block by block with an online softmax, as many times as the row that sees most needs. What a row does
-not see costs nothing, reaches nothing and may be NaN. Has no gradient.
+not see costs nothing, reaches nothing and may be NaN. Codes of a quantised pool are spelled out in float32 as they are
+read. Has no gradient.
 
 Source: arXiv 2309.06180 (paged attention), arXiv 1805.02867 (online softmax).
 """
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
+
+from deepseek_jax.ops.pool import KVCache, LatentCache
 
 _GATHERED_AT_ONCE = 2**26  # numbers of chosen keys
 KEYS_AT_ONCE = 64  # what a CPU's cache holds of them; fewer cost more trips, more cost memory traffic
@@ -48,8 +51,7 @@ def finish(partial: Partial, dtype: DTypeLike) -> Float[Array, "... width"]:
 
 def grouped_paged(
     q: Float[Array, "B T N K"],
-    k: Float[Array, "pages G s K"],
-    v: Float[Array, "pages G s H"],
+    pool: KVCache,
     table_BM: Int[Array, "B M"],
     seen_BT: Int[Array, "B T"],
     scale: float,
@@ -60,8 +62,7 @@ def grouped_paged(
 
     Args:
         q: queries; each of the G key-value heads serves N/G consecutive ones.
-        k: pool of keys, blocks of s.
-        v: pool of values, likewise.
+        pool: keys and values, blocks of s; of numbers or of codes.
         table_BM: int32, the pool's blocks that hold a row's keys, in order; what is not seen may be any block.
         seen_BT: int32, how many keys a query sees, from the row's first; 0 gives zeros.
         scale: of the scores, which are float32, as are sums.
@@ -70,14 +71,14 @@ def grouped_paged(
     Returns:
         In the dtype of q.
     """
-    return finish(_over_blocks([q], [k], v, table_BM, seen_BT, scale, keys_at_once), q.dtype)
+    spell = lambda entries: ([entries.decoded().k], entries.decoded().v)
+    return finish(_over_blocks([q], pool, pool.v.shape[-1], spell, table_BM, seen_BT, scale, keys_at_once), q.dtype)
 
 
 def latent_paged(
     q_latent: Float[Array, "B T N C"],
     q_rope: Float[Array, "B T N R"],
-    c: Float[Array, "pages s C"],
-    r: Float[Array, "pages s R"],
+    pool: LatentCache,
     table_BM: Int[Array, "B M"],
     seen_BT: Int[Array, "B T"],
     scale: float,
@@ -88,23 +89,26 @@ def latent_paged(
 
     Args:
         q_latent: queries in the latent space.
-        q_rope: rotated queries, as wide as r.
-        c: pool of latents, blocks of s.
-        r: pool of rotated keys, likewise.
+        q_rope: rotated queries.
+        pool: latents and rotated keys, blocks of s; of numbers or of codes.
         table_BM, seen_BT, scale, keys_at_once: as of `grouped_paged`.
 
     Returns:
         In the dtype of q_latent.
     """
-    c, r = c[:, None], r[:, None]  # one head, whose keys have two parts and whose values are the first
-    found = _over_blocks([q_latent, q_rope], [c, r], c, table_BM, seen_BT, scale, keys_at_once)
+
+    def spell(entries):  # one head, whose keys have two parts and whose values are the first
+        c = entries.decoded().c
+        return [c, entries.r[..., : q_rope.shape[-1]]], c
+
+    by_head = jax.tree.map(lambda of: of[:, None], pool._replace(index=None))
+    found = _over_blocks([q_latent, q_rope], by_head, pool.c.shape[-1], spell, table_BM, seen_BT, scale, keys_at_once)
     return finish(found, q_latent.dtype)
 
 
 def chosen_paged(
     q: Float[Array, "B T N CR"],
-    c: Float[Array, "pages s C"],
-    r: Float[Array, "pages s R"],
+    pool: LatentCache,
     chosen_BTU: Int[Array, "B T U"],
     table_BM: Int[Array, "B M"],
     seen_BT: Int[Array, "B T"],
@@ -118,19 +122,20 @@ def chosen_paged(
     Args:
         q: queries, the latent part and then the rotated one.
         chosen_BTU: positions of the keys that each query reads.
-        c, r, table_BM, seen_BT, scale: as of `latent_paged`.
+        pool, table_BM, seen_BT, scale: as of `latent_paged`.
 
     Source: DeepSeek-V3.2-Exp report section 1, equation 2.
     """
-    (B, T, U), (_, s, C) = chosen_BTU.shape, c.shape
-    width = C + r.shape[-1]
+    (B, T, U), (_, s, C), width = chosen_BTU.shape, pool.c.shape, q.shape[-1]
 
     def attend_some(of):
         q, chosen, seen = of  # [B, t, ...]
         block = jnp.take_along_axis(table_BM, chosen.reshape(B, -1) // s, axis=1).reshape(chosen.shape)
         at = block, chosen % s
         alone = lambda x: x.reshape(-1, 1, U, x.shape[-1])  # each query a sequence of its own
-        keys, mask = jnp.concatenate([c[at], r[at]], axis=-1), chosen < seen[..., None]
+        entries = jax.tree.map(lambda of: of[at], pool._replace(index=None))
+        keys = jnp.concatenate([entries.decoded().c, entries.r[..., : width - C]], axis=-1)
+        mask = chosen < seen[..., None]
         part = attend_partial(
             q.reshape(-1, 1, *q.shape[2:]), alone(keys), alone(keys[..., :C]), mask.reshape(-1, 1, U), scale
         )
@@ -154,26 +159,32 @@ def attend_partial(
     return _ungrouped(_attend([_grouped(q, k.shape[1])], [k], v, mask, scale))
 
 
-def _over_blocks(queries, keys, values, table_BM, seen_BT, scale, keys_at_once) -> Partial:
-    """Joins what the blocks give. Queries [B, T, N, K] and pools [P, G, s, K] may be of several parts."""
-    B, (_, G, s, width) = len(seen_BT), values.shape
+def _over_blocks(queries, pool, width, spell, table_BM, seen_BT, scale, keys_at_once) -> Partial:
+    """Joins what the blocks give. Queries [B, T, N, K] may be of several parts; arrays of the pool are [P, G, s, K].
+
+    `spell` makes keys, of as many parts, and values of this width of the entries of a few blocks, all [B, G, S, K].
+    """
+    _, G, s, _ = jax.tree.leaves(pool)[0].shape
     blocks = max(1, keys_at_once // s)
     table_BM = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % blocks)))
     queries = [_grouped(q, G) for q in queries]
 
-    def read(pool, ids):
-        return jnp.moveaxis(pool[ids], 1, 2).reshape(B, G, blocks * s, pool.shape[-1])
-
     def add(trip, carried):
         ids = jax.lax.dynamic_slice_in_dim(table_BM, trip * blocks, blocks, axis=1)
         mask = trip * blocks * s + jnp.arange(blocks * s) < seen_BT[:, :, None]
-        part = _attend(queries, [read(pool, ids) for pool in keys], read(values, ids), mask, scale)
-        return join(carried, part)
+        keys, values = spell(jax.tree.map(lambda of: _in_order(of, ids), pool))
+        return join(carried, _attend(queries, keys, values, mask, scale))
 
     shape = queries[0].shape[:-1]
     empty = Partial(jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, width)))
     trips = jnp.minimum(-(-jnp.max(seen_BT) // (blocks * s)), table_BM.shape[1] // blocks)
     return _ungrouped(jax.lax.fori_loop(0, trips, add, empty))
+
+
+def _in_order(pool, ids_Bm):
+    """[P, G, s, K] to what blocks of every row hold, [B, G, m s, K]."""
+    blocks = jnp.moveaxis(pool[ids_Bm], 1, 2)
+    return blocks.reshape(*blocks.shape[:2], -1, pool.shape[-1])
 
 
 def _attend(queries, keys, values, mask, scale) -> Partial:

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from deepseek_jax.ops import indexer
 from deepseek_jax.ops import paged_attention as paged
@@ -74,8 +75,7 @@ def latent_attention(
 
     def local(pool, q_latent, q_rope, view, layer_idx):
         own, view = as_one_layer(pool, view, layer_idx)
-        wide = jnp.pad(q_rope, ((0, 0),) * 3 + ((0, own.r.shape[-1] - q_rope.shape[-1]),))
-        return _attend("latent", (q_latent, wide), (own.c, own.r), view, scale)
+        return _attend("latent", (q_latent, q_rope), own, view, scale)
 
     cuts = lambda of: (of.pool, of.queries, of.queries, of.sequences, _SAME, of.queries)
     run = _where_it_lies(local, pool, layout, cuts)
@@ -108,7 +108,7 @@ def chosen_attention(
         with jax.named_scope("indexer"):
             chosen = indexer.choose_paged(*index, own.index, *at, count)
         q = jnp.concatenate([q_latent, q_rope], axis=-1)
-        return paged.chosen_paged(q, own.c, own.r[..., : q_rope.shape[-1]], chosen, *at, scale)
+        return paged.chosen_paged(q, own, chosen, *at, scale)
 
     cuts = lambda of: (of.pool, of.queries, of.queries, of.sequences, of.sequences, _SAME, of.queries)
     run = _where_it_lies(local, pool, layout, cuts)
@@ -135,21 +135,21 @@ def grouped_attention(
 
     def local(pool, q, view, layer_idx):
         own, view = as_one_layer(pool, view, layer_idx)
-        return _attend("grouped", (q,), (own.k, own.v), view, scale)
+        return _attend("grouped", (q,), own, view, scale)
 
     cuts = lambda of: (of.pool, of.queries, of.sequences, _SAME, of.queries)
     return _where_it_lies(local, pool, layout, cuts)(pool, q_BTNK, view, layer_idx)
 
 
-def _attend(kind: Literal["latent", "grouped"], queries, pools, view: CacheView, scale: float) -> jax.Array:
-    """On a TPU by its kernel, where the pools lie as it reads them; elsewhere, and else, by the plain path."""
-    arguments = *queries, *pools, view.table_BM, view.seen_BT
+def _attend(kind: Literal["latent", "grouped"], queries, pool: Pool, view: CacheView, scale: float) -> jax.Array:
+    """On a TPU by its kernel, where the pool lies as it reads it; elsewhere, and else, by the plain path."""
+    arguments = *queries, pool, view.table_BM, view.seen_BT
     plain = partial(paged.latent_paged if kind == "latent" else paged.grouped_paged, scale=scale)
 
     def by_kernel(*arguments):
         from deepseek_jax.ops.kernels import paged_decode  # Pallas is slow to import
 
-        if not all(map(paged_decode.fits, pools)):
+        if not paged_decode.fits(pool):
             return plain(*arguments)
         kernel = paged_decode.latent_decode if kind == "latent" else paged_decode.grouped_decode
         return kernel(*arguments, scale=scale)
@@ -187,10 +187,14 @@ def over_pool_and_new(
 
     own = paged.attend_partial(q_BTNK, *new, mask_BTS, scale)
     trips = -(-jnp.max(before_B) // span)
-    return paged.finish(jax.lax.fori_loop(0, trips, add, own), new[1].dtype)
+    with jax.named_scope("earlier_blocks"):  # by which plan.cost_analysis knows it
+        joined = jax.lax.fori_loop(0, trips, add, own)
+    return paged.finish(joined, new[1].dtype)
 
 
-def read_blocks(pool: Pool, view: CacheView, layer_idx: jax.Array | None, first: jax.Array, layout: Layout) -> Pool:
+def read_blocks(
+    pool: Pool, view: CacheView, layer_idx: jax.Array | None, first: jax.Array, dtype: DTypeLike, layout: Layout
+) -> Pool:
     """The entries of consecutive blocks of every sequence, as entries of new tokens are: from block `first` on."""
     count = _at_once(pool)
 
@@ -198,7 +202,8 @@ def read_blocks(pool: Pool, view: CacheView, layer_idx: jax.Array | None, first:
         own, view = as_one_layer(pool, view, layer_idx)
         table = jnp.pad(view.table_BM, ((0, 0), (0, -view.table_BM.shape[1] % count)))
         ids = jax.lax.dynamic_slice_in_dim(table, first, count, axis=1)
-        return jax.tree.map(lambda of: _joined(of[ids]), own)
+        entries = jax.tree.map(lambda of: _joined(of[ids]), own)
+        return jax.tree.map(lambda of: of.astype(dtype), entries.decoded())
 
     cuts = lambda of: (of.pool, of.sequences, _SAME, _SAME, of.entries)
     return _where_it_lies(local, pool, layout, cuts)(pool, view, layer_idx, first)

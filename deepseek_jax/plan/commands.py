@@ -47,7 +47,13 @@ def commands(plan: Plan, model: str) -> Commands:
 
 
 def _serve(plan: Plan) -> tuple[str | None, tuple[str, ...]]:
-    return f"deepseek-jax generate FOLDER --prompt TEXT{_quantization(plan)}{_sampling(plan, plan.mesh)}", ()
+    cache = (
+        ""
+        if plan.kv_cache_dtype == "bf16"
+        else f" --kv-cache-dtype {_DTYPES.get(plan.kv_cache_dtype, plan.kv_cache_dtype)}"
+    )
+    how = f"{_quantization(plan)}{cache}{_sampling(plan, plan.mesh)}"
+    return f"deepseek-jax generate FOLDER --prompt TEXT{how}", ()
 
 
 def _quantization(plan: Plan) -> str:
@@ -103,6 +109,8 @@ def _compile(plan: Plan, model: str, step: Step, mesh: Mapping[str, int]) -> str
         words.append("--dtype f32")
     if quantization := _quantization(plan):
         words.append(quantization.strip())
+    if step == "decode" and plan.kv_cache_dtype != ("f32" if plan.dtype == "f32" else "bf16"):
+        words.append(f"--kv-cache-dtype {plan.kv_cache_dtype}")
     if step in ("train", "grpo") and plan.moments != "float32":
         words.append(f"--moments {plan.moments}")
     return " ".join(words)

@@ -42,6 +42,7 @@ from deepseek_jax.train.grpo_config import GRPOConfig
 Step = Literal["prefill", "decode", "train", "grpo", "sync"]
 TRAINED: tuple[Step, ...] = ("train", "grpo", "sync")  # that begin where weights lie to be trained
 DTYPES: Mapping[str, Any] = {"bf16": jnp.bfloat16, "f32": jnp.float32}
+CACHE_DTYPES: Mapping[str, Any] = {**DTYPES, "fp8": jnp.float8_e4m3fn, "int8": jnp.int8}
 _USED = re.compile(r"Used ([0-9.]+)([KMGT]) of")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -57,8 +58,9 @@ class Task:
         serving: the layout to sample in, for a sync, on the devices of `layout`.
         batch: sequences in all; a sync has none.
         context: tokens of each; for decode, slots of the cache.
-        dtype: what is computed in; to serve, also that of weights and cache. What is trained is float32.
+        dtype: what is computed in; to serve, also that of weights. What is trained is float32.
         quantization: of what is served, prefill and decode: see `model.packing`.
+        cache_dtype: of the cache, to serve; fp8 and int8 are codes.
         moments: what the optimizer's are kept in.
         micro_batches: parts of an update, one after another.
     """
@@ -71,6 +73,7 @@ class Task:
     serving: Layout | None = None
     dtype: Literal["bf16", "f32"] = "bf16"
     quantization: Quantization = "none"
+    cache_dtype: Literal["bf16", "f32", "fp8", "int8"] = "bf16"
     moments: Moments = "float32"
     micro_batches: int = 1
 
@@ -254,7 +257,7 @@ def trace(task: Task) -> pod.Program:
     arguments = task.config, task.layout, task.batch, task.context
     if task.step in ("prefill", "decode"):
         of_step = {"prefill": pod.trace_prefill, "decode": pod.trace_decode}[task.step]
-        return of_step(*arguments, DTYPES[task.dtype], task.quantization)
+        return of_step(*arguments, DTYPES[task.dtype], CACHE_DTYPES[task.cache_dtype], task.quantization)
     if task.step == "sync":
         return pod.trace_sync(task.config, task.layout, task.serving, DTYPES[task.dtype])
     return {"train": pod.trace_train, "grpo": pod.trace_grpo}[task.step](*arguments, task.settings)
@@ -274,14 +277,18 @@ def analytic_flops(task: Task) -> int:
 
 def analytic_bytes(task: Task) -> float:
     """What has to move between memory and chips, over all chips, activations left out."""
-    config, dtype = task.config, task.dtype
+    config = task.config
     if task.step == "sync":
         memory = planned_memory(task)
         return task.layout.mesh.size * (memory.weights + memory.serving)
     if task.step == "prefill":
-        return model_bytes.prefill_bytes(config, task.batch, task.context, task.stored, cache_dtype=dtype).total
+        return model_bytes.prefill_bytes(
+            config, task.batch, task.context, task.stored, cache_dtype=task.cache_dtype
+        ).total
     if task.step == "decode":
-        return model_bytes.decode_bytes(config, task.batch, task.context, task.stored, cache_dtype=dtype).total
+        return model_bytes.decode_bytes(
+            config, task.batch, task.context, task.stored, cache_dtype=task.cache_dtype
+        ).total
     return model_bytes.train_bytes(config, task.state).total
 
 
@@ -308,8 +315,8 @@ def planned_memory(task: Task) -> Memory:
         return train_memory(task.config, task.state, sizes, task.batch, task.context, **form)
     given = task.config, task.stored, sizes, task.batch, task.context
     if task.step == "decode":
-        return serve_memory(*given, multiple=task.layout.lanes)
-    return prefill_memory(*given)
+        return serve_memory(*given, multiple=task.layout.lanes, cache_dtype=task.cache_dtype)
+    return prefill_memory(*given, cache_dtype=task.cache_dtype)
 
 
 def _times(sums: StepCost, of_chip: Chip, task: Task) -> dict[str, float]:

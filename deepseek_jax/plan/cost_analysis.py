@@ -34,8 +34,9 @@ _CALLS = {
     "async-start": "calls",
     "custom-call-start": "called_computations",  # libtpu 0.0.52
 }
-# Rounds of dispatch that only skewed loads of the experts need.
-_RARE = "overflow_rounds"
+# Loops that a step may have no turn of: rounds of dispatch that only skewed loads of the experts need, and the blocks
+# that a sequence had before its new tokens, of which a fresh prompt has none.
+_RARE = ("overflow_rounds", "earlier_blocks")
 # A loop over so many tiles of the experts' rows, if the load is even.
 _TILED = re.compile(rf"{TILES}(\d+)/while$")
 
@@ -67,7 +68,7 @@ class StepCost:
         bytes_accessed: read from and written to main memory.
         collectives: sorted by bytes, largest first.
         unknown_loops: op names of loops whose trip count only the data decide, counted once.
-        skipped_loops: those of them that run only when the experts' load is skewed, not counted.
+        skipped_loops: those of them that only a skewed load of the experts or a continued prompt needs, not counted.
         unknown_kernels: op names of custom calls that do not declare their arithmetic, which is not in `flops`.
     """
 
@@ -98,7 +99,7 @@ def cost_analysis(text: str, mesh_shape: Mapping[str, int], *, loop: str | None 
     (n-1)/n of its whole send buffer (an upper bound).
 
     Loops multiply what is inside; a conditional costs what its largest branch does. A loop over tiles of the experts'
-    rows, which is what GPUs and CPUs compute them by, turns as often as an even load has it.
+    rows, which is what GPUs and CPUs compute them by, turns as often as an even load has it, and prompts are fresh.
 
     Args:
         text: of `compiled.as_text()`, partitioned and scheduled.
@@ -204,7 +205,7 @@ class _Walk:
             tiled = _TILED.search(loop.op_name)
             times = int(tiled.group(1)) if tiled else None
         if times is None:
-            rare = _RARE in loop.op_name
+            rare = any(scope in loop.op_name for scope in _RARE)
             (self.skipped if rare else self.unknown).append(loop.op_name or loop.name)
             times = 0 if rare else 1
         return times

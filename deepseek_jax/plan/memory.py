@@ -257,9 +257,16 @@ def gathered_to_train(config: ModelConfig, sizes: Sizes, number: int) -> tuple[f
 
 
 def serve_memory(
-    config: ModelConfig, dtype: DType, sizes: Sizes, batch: int, context: int, *, multiple: int = 1
+    config: ModelConfig,
+    dtype: DType,
+    sizes: Sizes,
+    batch: int,
+    context: int,
+    *,
+    multiple: int = 1,
+    cache_dtype: DType = "bf16",
 ) -> Memory:
-    """Bytes a device of an engine with a bfloat16 cache of `batch` sequences of `context` tokens.
+    """Bytes a device of an engine with a cache of `batch` sequences of `context` tokens.
 
     Rows of the cache are padded to the mesh's parts. Activations are the larger of one sequence's prefill, at most
     PREFILL_TOKENS at once on a batch shard, and of decoding the whole batch. Workspace is the largest quantized matrix
@@ -272,12 +279,14 @@ def serve_memory(
         batch: sequences.
         context: slots of each in the cache.
         multiple: the cache's last dimension is padded to it.
+        cache_dtype: of the cache.
     """
     latent = isinstance(config.attention, MLAConfig)
     shards = sizes.parts("serve", "cache_batch" if latent else "batch")
-    cut = shards if latent else shards * sizes.parts("serve", "kv_heads")
+    parts = 1 if latent else sizes.parts("serve", "kv_heads")
     rows = math.ceil(batch / shards) * shards
-    cache = rows * context * cache_bytes_per_token(config, "bf16", multiple=multiple) / cut
+    of_token = cache_bytes_per_token(config, cache_dtype, multiple=multiple, parts=parts)
+    cache = rows * context * of_token / (shards * parts)
     tokens = min(PREFILL_TOKENS, context)
     prefill = _live(layer_activations(config, tokens, tokens, sizes, "serve"))
     across = sizes.expert * sizes.tensor
@@ -291,14 +300,17 @@ def serve_memory(
     )
 
 
-def prefill_memory(config: ModelConfig, dtype: DType, sizes: Sizes, batch: int, length: int) -> Memory:
+def prefill_memory(
+    config: ModelConfig, dtype: DType, sizes: Sizes, batch: int, length: int, *, cache_dtype: DType = "bf16"
+) -> Memory:
     """Bytes a device of `batch` whole prompts that pass through the layers at once, and of the cache they leave."""
     shards = sizes.parts("serve", "batch")
     tokens = math.ceil(batch / shards) * length
-    cut = shards if isinstance(config.attention, MLAConfig) else shards * sizes.parts("serve", "kv_heads")
+    parts = 1 if isinstance(config.attention, MLAConfig) else sizes.parts("serve", "kv_heads")
+    of_token = cache_bytes_per_token(config, cache_dtype, parts=parts)
     return Memory(
         weights=weights_a_device(config, dtype, "serve", sizes),
-        cache=math.ceil(batch * length * cache_bytes_per_token(config, "bf16") / cut),
+        cache=math.ceil(batch * length * of_token / (shards * parts)),
         activations=_live(layer_activations(config, tokens, length, sizes, "serve")),
         workspace=math.ceil(2 * 4 * batch / shards * config.vocab_size / sizes.tensor),
     )

@@ -11,6 +11,7 @@ from deepseek_jax.config import GQAConfig, ModelConfig
 from deepseek_jax.plan.model_flops import check_positive, kept_keys, ranks
 from deepseek_jax.plan.weights import DType, Kind, parameters, weight_bytes, weight_bytes_by_kind
 
+_CODES = ("fp8", "int8")
 _WHOLE = {"f32": 4, "bf16": 2, "fp8": 1, "int8": 1}  # bytes of a number that needs no scale beside it
 
 
@@ -21,29 +22,38 @@ def number_bytes(dtype: DType) -> int:
     return _WHOLE[dtype]
 
 
-def cache_bytes_per_token(config: ModelConfig, dtype: DType = "bf16", *, multiple: int = 1) -> int:
+def cache_bytes_per_token(config: ModelConfig, dtype: DType = "bf16", *, multiple: int = 1, parts: int = 1) -> int:
     """What one token of one sequence takes in the cache, all layers: latents and indexer keys, or keys and values.
 
     Args:
         config: the architecture.
-        dtype: of the cache.
+        dtype: of the cache; fp8 and int8 have bfloat16 scales, rotated keys and indexer keys beside them.
         multiple: the last dimension of every array is padded to it; 128 as TPUs lay arrays out.
+        parts: of a mesh that cuts key-value heads; each pads a row of scales of its own.
 
     >>> from deepseek_jax.config import preset
     >>> [cache_bytes_per_token(preset("r1-671b"), multiple=m) for m in (1, 128)]
     [70272, 78080]
+    >>> [cache_bytes_per_token(preset("r1-671b"), "fp8", multiple=m) for m in (1, 128)]
+    [39162, 46848]
     """
-    latent, index = _cache_widths(config)
-    padded = sum(math.ceil(width / multiple) * multiple for width in (*latent, *index))
-    return config.num_hidden_layers * padded * number_bytes(dtype)
+    layer = sum(map(sum, _cache_bytes(config, dtype, multiple, parts)))
+    return config.num_hidden_layers * layer
 
 
-def _cache_widths(config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Numbers a token and layer: those that attention reads, and those that the indexer reads."""
-    a = config.attention
+def _cache_bytes(
+    config: ModelConfig, dtype: DType, multiple: int = 1, parts: int = 1
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of a token and layer, array by array: those that attention reads, and those that the indexer reads."""
+    a, size, coded = config.attention, number_bytes(dtype), dtype in _CODES
+    beside = number_bytes("bf16") if coded else size
+    array = lambda width, size: math.ceil(width / multiple) * multiple * size
     if isinstance(a, GQAConfig):
-        return (a.head_dim,) * (2 * a.num_key_value_heads), ()
-    return (a.kv_lora_rank, a.qk_rope_head_dim), () if a.indexer is None else (a.indexer.index_head_dim,)
+        heads = (array(a.head_dim, size),) * (2 * a.num_key_value_heads)
+        scales = (parts * array(2 * a.num_key_value_heads // parts, beside),) if coded else ()
+        return heads + scales, ()
+    index = () if a.indexer is None else (array(a.indexer.index_head_dim, beside),)
+    return (array(a.kv_lora_rank, size), array(a.qk_rope_head_dim + coded, beside)), index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,10 +151,10 @@ def decode_bytes(
         cache_dtype: of the cache.
     """
     check_positive(sequences=sequences, context=context)
-    latent, index = _cache_widths(config)
-    size = config.num_hidden_layers * number_bytes(cache_dtype)
+    latent, index = _cache_bytes(config, cache_dtype)
     ranked = context if ranks(config, context) else 0
-    read = sequences * size * (sum(latent) * kept_keys(config, context) + sum(index) * ranked)
+    read = sum(latent) * kept_keys(config, context) + sum(index) * ranked
+    read *= sequences * config.num_hidden_layers
     written = sequences * cache_bytes_per_token(config, cache_dtype)
     return Traffic(weights=touched_weight_bytes(config, dtype, sequences), cache_read=read, cache_written=written)
 

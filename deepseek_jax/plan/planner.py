@@ -22,7 +22,7 @@ from deepseek_jax.plan.memory import (
     train_memory,
 )
 from deepseek_jax.plan.meshes import Sizes, Workload, meshes
-from deepseek_jax.plan.model_bytes import StateDTypes
+from deepseek_jax.plan.model_bytes import StateDTypes, number_bytes
 from deepseek_jax.plan.roofline import ASSUMED, Seconds, decode_seconds, prefill_seconds, update_seconds
 from deepseek_jax.plan.weights import DType, weight_bytes
 from deepseek_jax.sharding import cut_numbers, lanes_of
@@ -46,6 +46,7 @@ class Plan:
     model: str
     workload: Workload
     dtype: DType
+    kv_cache_dtype: DType
     moments: Moments | None
     chip: str
     chips: int
@@ -85,6 +86,7 @@ def plan(
     chips: int | None = None,
     batch: int | None = None,
     dtype: DType | None = None,
+    kv_cache_dtype: DType = "bf16",
     moments: Moments = "float32",
 ) -> Plan:
     """The fastest mesh and batch on the fewest chips that hold the model, or why it does not fit.
@@ -100,6 +102,7 @@ def plan(
         batch: sequences at once; None takes as many as fit.
         dtype: of the weights to serve, of what is computed in to train. None takes bf16, to which
             `load_model` unpacks an FP8 checkpoint unless it is told to keep it. Products run in bf16 with all of them.
+        kv_cache_dtype: of the cache, to serve; fp8 and int8 are codes with scales. Samples to train on take bf16.
         moments: what the optimizer's are kept in. What is trained is float32.
 
     Raises:
@@ -116,11 +119,14 @@ def plan(
     weight_bytes(config, dtype)  # refuses an unknown one
     if workload != "serve" and dtype not in ("bf16", "f32"):
         raise ValueError(f"dtype: got {dtype!r} to train, wanted bf16; quantized weights are only served")
+    number_bytes(kv_cache_dtype)  # refuses an unknown one
+    if workload != "serve" and kv_cache_dtype != "bf16":
+        raise ValueError(f"kv_cache_dtype: got {kv_cache_dtype!r} to {workload}, wanted bf16: it is to serve alone")
     if moments not in get_args(Moments):
         raise ValueError(f"moments: got {moments!r}, wanted one of {', '.join(get_args(Moments))}")
     if chips is not None:
         chip.check(chips)
-    task = _Task(name, config, chip, workload, context, batch, dtype, moments)
+    task = _Task(name, config, chip, workload, context, batch, dtype, kv_cache_dtype, moments)
     tried = chip.slices if chips is None else (chips,)
     best = None
     for count in tried:
@@ -142,7 +148,8 @@ def memory_at(plan: Plan, config: ModelConfig, chip: Chip, batch: int, context: 
     """What a plan's mesh holds a device with another batch and context; of GRPO's phases the fullest."""
     sizes, multiple = Sizes(**plan.mesh), lanes_of(chip.kind)
     if plan.workload == "serve":
-        return serve_memory(config, plan.dtype, sizes, batch, context, multiple=multiple)
+        form = {"multiple": multiple, "cache_dtype": plan.kv_cache_dtype}
+        return serve_memory(config, plan.dtype, sizes, batch, context, **form)
     if plan.workload == "train":
         return train_memory(config, state_of(plan.dtype, plan.moments), sizes, batch, context, kind=chip.kind)
     rollout = Sizes(**plan.rollout_mesh)
@@ -161,6 +168,7 @@ class _Task(NamedTuple):
     context: int
     batch: int | None
     dtype: DType
+    kv_cache_dtype: DType
     moments: Moments
 
     @property
@@ -227,6 +235,7 @@ def _plan_of(task: _Task, chips: int, option: _Option, speed: tuple[Seconds, flo
         model=task.name,
         workload=task.workload,
         dtype=task.dtype,
+        kv_cache_dtype=task.kv_cache_dtype,
         moments=None if task.workload == "serve" else task.moments,
         chip=task.chip.name,
         chips=chips,
@@ -251,7 +260,13 @@ def _plan_of(task: _Task, chips: int, option: _Option, speed: tuple[Seconds, flo
 def _serve_options(task: _Task, devices: int) -> Iterator[_Option]:
     for sizes in meshes(task.config, "serve", devices):
         memory_of = lambda batch, sizes=sizes: serve_memory(
-            task.config, task.dtype, sizes, batch, task.context, multiple=task.multiple
+            task.config,
+            task.dtype,
+            sizes,
+            batch,
+            task.context,
+            multiple=task.multiple,
+            cache_dtype=task.kv_cache_dtype,
         )
         if task.batch is not None:
             yield _Option(sizes, None, task.batch, memory_of(task.batch))
@@ -304,7 +319,8 @@ def _speed(task: _Task, option: _Option) -> tuple[Seconds, float]:
     """Of a step, and tokens/s of all chips."""
     config, chip, batch, context = task.config, task.chip, option.batch, task.context
     if task.workload == "serve":
-        step = decode_seconds(config, task.dtype, chip, option.sizes, batch, context)
+        given = config, task.dtype, chip, option.sizes, batch, context
+        step = decode_seconds(*given, cache_dtype=task.kv_cache_dtype)
         return step, batch / step.longest
     if task.workload == "train":
         mtp = config.num_nextn_predict_layers > 0

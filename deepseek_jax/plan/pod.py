@@ -47,10 +47,11 @@ def trace_prefill(
     batch: int,
     context: int,
     dtype: jnp.dtype,
+    cache: jnp.dtype,
     quantization: Quantization = "none",
 ) -> Program:
     """The engine's `extend`: `batch` prompts of `context` tokens into the cache, and the first token drawn."""
-    programs, weights, state = _engine(config, layout, batch, context, dtype, quantization)
+    programs, weights, state = _engine(config, layout, batch, context, dtype, cache, quantization)
     of = partial(_everywhere, layout)
     by_row = of((batch,), jnp.int32)
     spans = Spans(by_row, of((batch, context), jnp.int32), by_row, by_row, by_row)
@@ -64,24 +65,31 @@ def trace_decode(
     batch: int,
     context: int,
     dtype: jnp.dtype,
+    cache: jnp.dtype,
     quantization: Quantization = "none",
 ) -> Program:
     """The engine's `decode_loop` of `batch` requests of `context` tokens; its body is one token a request."""
-    programs, weights, state = _engine(config, layout, batch, context, dtype, quantization)
+    programs, weights, state = _engine(config, layout, batch, context, dtype, cache, quantization)
     rows = _everywhere(layout, (batch,), jnp.int32)
     traced = programs.decode_loop.trace(weights, state, rows, np.int32(1), np.int32(0), NO_TAGS)
     return Program(traced, weights, cache=state.cache)
 
 
 def _engine(
-    config: ModelConfig, layout: Layout, batch: int, context: int, dtype: jnp.dtype, quantization: Quantization
+    config: ModelConfig,
+    layout: Layout,
+    batch: int,
+    context: int,
+    dtype: jnp.dtype,
+    cache: jnp.dtype,
+    quantization: Quantization,
 ):
     """An engine's programs, the weights, and the state of as many slots, whose blocks are just enough."""
     graphdef, weights = abstract_weights(config, dtype, layout)
     weights = packed_like(config, weights, quantization, layout)
-    blocks, settings = -(-context // _BLOCK), {"length": context, "drafts": None, "draft_tokens": 0}
+    blocks, settings = -(-context // _BLOCK), {"length": context, "drafts": None, "draft_tokens": 0, "dtype": cache}
     programs = Programs(config, graphdef, slots=batch, table=blocks, steps=1, record=NO_RECORD, **settings)
-    return programs, weights, programs.abstract_state(batch * blocks, _BLOCK, dtype)
+    return programs, weights, programs.abstract_state(batch * blocks, _BLOCK)
 
 
 def trace_train(config: ModelConfig, layout: Layout, batch: int, context: int, settings: GRPOConfig) -> Program:

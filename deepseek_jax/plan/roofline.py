@@ -62,7 +62,16 @@ def _seconds(chip: Chip, devices: int, flops: float, nbytes: float, collective: 
     )
 
 
-def decode_seconds(config: ModelConfig, dtype: DType, chip: Chip, sizes: Sizes, batch: int, context: int) -> Seconds:
+def decode_seconds(
+    config: ModelConfig,
+    dtype: DType,
+    chip: Chip,
+    sizes: Sizes,
+    batch: int,
+    context: int,
+    *,
+    cache_dtype: DType = "bf16",
+) -> Seconds:
     """Of one token for each sequence. A layer's collectives are: states gathered over `tensor` for the projections of
     attention and feed-forward, and their sums scattered, rows to all experts and back, and MLA's queries to where
     their sequences' cache lies and back."""
@@ -73,7 +82,7 @@ def decode_seconds(config: ModelConfig, dtype: DType, chip: Chip, sizes: Sizes, 
         group.nbytes / sizes.over(group.cut) * (touched if group.routed else 1)
         for group in weight_groups(config, dtype, "serve")
     )
-    moved = decode_bytes(config, batch, context, dtype)
+    moved = decode_bytes(config, batch, context, dtype, cache_dtype=cache_dtype)
     nbytes = weights + (moved.cache_read + moved.cache_written) / devices
     share = (sizes.tensor - 1) / sizes.tensor
     states = 4 * 2 * rows * D * share * config.num_hidden_layers

@@ -77,6 +77,11 @@ class RolloutWorker:
     def __post_init__(self) -> None:
         if self.group_size < 2:
             raise ValueError(f"group_size: got {self.group_size}, wanted at least 2: a group of one learns nothing")
+        kept = self.generator.settings.cache_dtype
+        if kept != "auto":
+            raise ValueError(
+                f"cache_dtype: got {kept!r} to sample what is learned from, wanted auto, as the trainer computes"
+            )
         if self.at_once is not None and self.at_once < 1:
             raise ValueError(f"at_once: got {self.at_once}, wanted at least 1 prompt, or None for all")
 

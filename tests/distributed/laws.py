@@ -129,7 +129,8 @@ def rewards_are_the_same_everywhere() -> None:
     def grade(**columns: list) -> list[float]:
         return [distributed.process_index() + 0.1 * row for row in range(4)]
 
-    none, sampler = SimpleNamespace(), SimpleNamespace(each=lambda *of, **more: enumerate(found))
+    none = SimpleNamespace()
+    sampler = SimpleNamespace(each=lambda *of, **more: enumerate(found), settings=EngineConfig())
     reward = combine({"part": grade}, {"part": 1.0})
     roll = RolloutWorker(generator=sampler, tokenizer=none, sampling=none, group_size=4, reward=reward)
     rolled = roll(None, [Prompt("q", [1], {"answer": "a"})], seed=0, step=0)

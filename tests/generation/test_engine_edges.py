@@ -344,7 +344,7 @@ def test_no_program_copies_a_pool(kind, stacked):
     config, P = KINDS[kind], 997  # a number of blocks that no other size is
     graphdef, weights = abstract_weights(config, layout=Layout(scan_layers=stacked))
     programs = Engine(config, graphdef, weights, EngineConfig(**SMALL)).runner.programs
-    state, tags = programs.abstract_state(P, 4, jnp.float32), NO_TAGS
+    state, tags = programs.abstract_state(P, 4), NO_TAGS
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     spans = Spans(ints(4), ints(4, 16), ints(4), ints(4), ints(4))
     for lowered in (

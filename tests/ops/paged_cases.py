@@ -2,7 +2,14 @@
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from deepseek_jax.ops.codes import SCALE
+from deepseek_jax.ops.pool import CacheView, KVCache, LatentCache, Pool
+
+CODES = [jnp.int8, jnp.float8_e4m3fn]
 
 
 class Case(NamedTuple):
@@ -12,6 +19,46 @@ class Case(NamedTuple):
     pools: list[np.ndarray]
     table_BM: np.ndarray
     seen_BT: np.ndarray
+
+
+def pool_of(case: Case, dtype, *, lanes: int = 1) -> Pool:
+    """The case's pools in a dtype, latents where they have no heads; of codes, written block by block as a cache is."""
+    a, b = (jnp.asarray(pool, jnp.float32) for pool in case.pools)
+    kind = LatentCache(a, b, None) if a.ndim == 3 else KVCache(a, b)
+    if dtype not in CODES:
+        return jax.tree.map(lambda of: of.astype(dtype), kind)
+    wide = lambda width: -(-width // lanes) * lanes
+    blocks, size = len(a), a.shape[-2]
+    if a.ndim == 3:
+        empty = LatentCache(jnp.zeros(a.shape, dtype), jnp.zeros((blocks, size, wide(b.shape[-1] + 1)), SCALE), None)
+    else:
+        scale = jnp.zeros((blocks, 1, size, wide(2 * a.shape[1])), SCALE)
+        empty = KVCache(jnp.zeros(a.shape, dtype), jnp.zeros(b.shape, dtype), scale)
+    every = jnp.broadcast_to(jnp.arange(size), (blocks, size))
+    return empty.write(kind, CacheView.of(jnp.arange(blocks)[:, None], every, every >= 0))
+
+
+def spelled(pool: Pool, case: Case) -> Case:
+    """The case with what a pool of codes means in place of its numbers, in float64."""
+    found = pool.decoded()
+    widths = [of.shape[-1] for of in case.pools]
+    return case._replace(pools=[np.asarray(of, np.float64)[..., :n] for of, n in zip(found[:2], widths, strict=True)])
+
+
+def apart(case: Case, coded: Case, largest_score: float) -> float:
+    """How far attention over numbers and over their codes may be apart.
+
+    Scores are at most d = `largest_score` apart, so weights by a factor of e^(2d), and values by what one is.
+    """
+    values = [case.pools[-1], coded.pools[-1]] if len(case.queries) == 1 else [case.pools[0], coded.pools[0]]
+    of_values = np.nanmax(np.abs(values[0] - values[1]))
+    return np.expm1(2 * largest_score) * np.nanmax(np.abs(values[0])) + of_values
+
+
+def scores_apart(case: Case, coded: Case, scale: float) -> float:
+    """The most that a query's scores of numbers and of codes may be apart: by the sum of |q| and the largest errors."""
+    errors = [np.nanmax(np.abs(a - b)) for a, b in zip(case.pools, coded.pools, strict=True)]
+    return scale * sum(np.abs(q).sum(axis=-1).max() * error for q, error in zip(case.queries, errors, strict=False))
 
 
 def seen_by(length_B, T) -> np.ndarray:

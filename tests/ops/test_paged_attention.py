@@ -17,7 +17,8 @@ from deepseek_jax.ops.paged_attention import (
     join,
     latent_paged,
 )
-from tests.ops.paged_cases import Case, make_case, oracle, seen_by
+from deepseek_jax.ops.pool import Pool
+from tests.ops.paged_cases import CODES, Case, apart, make_case, oracle, pool_of, scores_apart, seen_by, spelled
 
 SCALE = 0.3
 S, M = 4, 5  # tokens a block, blocks a row
@@ -26,10 +27,10 @@ latent_jit = jax.jit(functools.partial(latent_paged, scale=SCALE, keys_at_once=8
 grouped_jit = jax.jit(functools.partial(grouped_paged, scale=SCALE, keys_at_once=8))
 
 
-def arrays(case: Case, dtype=jnp.float32) -> list[jax.Array]:
-    """Queries and pools in a dtype, then table and lengths."""
-    numbers = [jnp.asarray(x, dtype) for x in (*case.queries, *case.pools)]
-    return [*numbers, jnp.asarray(case.table_BM), jnp.asarray(case.seen_BT)]
+def arrays(case: Case, dtype=jnp.float32, pool: Pool | None = None) -> list:
+    """Queries and pool in a dtype, then table and lengths."""
+    pool = pool_of(case, dtype) if pool is None else pool
+    return [*(jnp.asarray(q, dtype) for q in case.queries), pool, jnp.asarray(case.table_BM), jnp.asarray(case.seen_BT)]
 
 
 def latent_case(seed, seen, **options) -> Case:
@@ -86,6 +87,19 @@ def test_bfloat16_rounds_the_weights_and_the_result_only(make, exact, paged):
 
 
 @BOTH
+@pytest.mark.parametrize("dtype", CODES)
+def test_codes_are_what_they_mean(make, exact, paged, dtype):
+    """Exactly; and as near to the numbers that they stand for as the errors of scores and values allow."""
+    case = make(11, seen_by(LENGTHS, 3), shared=True)
+    pool = pool_of(case, dtype, lanes=8)
+    got, coded = paged(*arrays(case, pool=pool)), spelled(pool, case)
+    np.testing.assert_allclose(got, exact(coded), rtol=0, atol=2e-6)
+    assert not np.any(got[0])
+    bound = apart(case, coded, scores_apart(case, coded, SCALE))
+    assert 0 < np.abs(got - exact(case)).max() < bound
+
+
+@BOTH
 @pytest.mark.parametrize("keys_at_once", [1, 12, 64])
 def test_how_many_keys_at_once_changes_nothing(make, exact, paged, keys_at_once):
     """Fewer than a block, a width that does not divide the table, more than the table."""
@@ -119,7 +133,7 @@ def test_a_chunk_joins_what_lies_in_the_cache():
     rng = np.random.default_rng(8)
     before, chunk, heads = np.array([7, 0, 12], np.int32), 5, 2
     case = grouped_case(8, np.repeat(before[:, None], chunk, axis=1))
-    q, k, v, table, seen = arrays(case)
+    q, (k, v, _), table, seen = arrays(case)
     new_k, new_v = (jnp.asarray(rng.normal(size=(3, heads, chunk, 8)), jnp.float32) for _ in range(2))
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((chunk, chunk), bool)), (3, chunk, chunk))
 
@@ -143,7 +157,7 @@ def test_a_chunk_joins_what_lies_in_the_cache():
 def test_parts_are_joined_in_any_order():
     """Keys split in two: a part that no query sees changes nothing, not even with NaN in it."""
     case = latent_case(9, seen_by([0, 9, 12], 1))
-    *queries, c, r, table, seen = arrays(case)
+    *queries, (c, r, _), table, seen = arrays(case)
     q, in_order = jnp.concatenate(queries, axis=-1), lambda pool: pool[table].reshape(len(table), 1, -1, pool.shape[-1])
 
     @jax.jit

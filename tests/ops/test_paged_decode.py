@@ -20,8 +20,9 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
 from deepseek_jax.ops.kernels import paged_decode
+from deepseek_jax.ops.pool import CacheView, KVCache, LatentCache, Pool
 from deepseek_jax.plan.cost_analysis import StepCost, cost_analysis
-from tests.ops.paged_cases import Case, make_case, oracle, seen_by
+from tests.ops.paged_cases import CODES, Case, make_case, oracle, pool_of, seen_by, spelled
 
 # The kernels are not compiled as they will be used in any case.
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -50,11 +51,16 @@ def compiled(T: int, grouped: bool, dtype: str, interpret=True):
     """One program for all cases of a shape."""
     decode = paged_decode.grouped_decode if grouped else paged_decode.latent_decode
 
-    def run(case: Case):
-        numbers = [jnp.asarray(x, dtype) for x in (*case.queries, *case.pools)]
-        return decode(*numbers, case.table_BM, case.seen_BT, SCALE, interpret=interpret)
+    def run(queries, pool, table, seen):
+        return decode(*queries, pool, table, seen, SCALE, interpret=interpret)
 
-    return jax.jit(run)
+    run = jax.jit(run)
+
+    def of_case(case: Case, pool: Pool | None = None):
+        queries = [jnp.asarray(q, dtype) for q in case.queries]
+        return run(queries, pool_of(case, dtype) if pool is None else pool, case.table_BM, case.seen_BT)
+
+    return of_case
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +114,27 @@ def test_bfloat16_rounds_the_weights_and_the_result_only():
     np.testing.assert_allclose(np.asarray(got, np.float64), exact(case), rtol=0, atol=2**-8 * largest)
 
 
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [
+        (latent_case, jnp.float8_e4m3fn),
+        (grouped_case, jnp.int8),
+        pytest.param(latent_case, jnp.int8, marks=pytest.mark.slow),
+        pytest.param(grouped_case, jnp.float8_e4m3fn, marks=pytest.mark.slow),
+    ],
+)
+def test_codes_are_what_they_mean(make, dtype):
+    """Queries are bfloat16; weights by their values' scale and the result are rounded, by 2^-9 of the largest value."""
+    case = make(12, seen_by(LENGTHS, 3), shared=True)
+    case = case._replace(queries=[np.asarray(jnp.asarray(q, jnp.bfloat16), np.float64) for q in case.queries])
+    pool = pool_of(case, dtype, lanes=8)
+    coded = spelled(pool, case)
+    got = compiled(3, make is grouped_case, "bfloat16")(case, pool)
+    assert got.dtype == jnp.bfloat16 and not np.any(got[0])
+    largest = np.nanmax(np.abs(coded.pools[1 if make is grouped_case else 0]))
+    np.testing.assert_allclose(np.asarray(got, np.float64), exact(coded), rtol=0, atol=2**-8 * largest)
+
+
 def test_copies_are_of_what_is_seen_and_have_arrived_before_it_is_read():
     """On a model of a TPU that makes a copy when it is waited for, into memory of NaN, and none of a block there isn't.
 
@@ -121,8 +148,10 @@ def test_copies_are_of_what_is_seen_and_have_arrived_before_it_is_read():
 
 
 def test_what_fits_is_a_matter_of_the_width():
-    pool = lambda width: jax.ShapeDtypeStruct((9, 16, width), jnp.bfloat16)
-    assert [paged_decode.fits(pool(width)) for width in (64, 128, 192, 512)] == [False, True, False, True]
+    latents = lambda *widths: LatentCache(*(of(9, 16, width) for width in widths))
+    assert [paged_decode.fits(latents(512, r, 64)) for r in (64, 128, 192, 256)] == [False, True, False, True]
+    heads = lambda width, scales: KVCache(of(9, 8, 16, width), of(9, 8, 16, width), of(9, 1, 16, scales))
+    assert [paged_decode.fits(heads(*widths)) for widths in ((128, 128), (64, 128), (128, 16))] == [True, False, False]
 
 
 # --- compiled for TPUs ---------------------------------------------------------------------------
@@ -130,10 +159,10 @@ def test_what_fits_is_a_matter_of_the_width():
 ROWS, CONTEXT, TOKENS, LAYERS = 16, 4096, 2, 5
 
 
-def cost_of(function, topology: str, *arguments: jax.ShapeDtypeStruct, donated=()) -> StepCost:
+def cost_of(function, topology: str, *arguments, donated=()) -> StepCost:
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     placed = jax.sharding.SingleDeviceSharding(device)
-    arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed) for a in arguments]
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), arguments)
     compiled = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
     return cost_analysis(compiled.as_text(), {"chip": 1})
 
@@ -142,47 +171,61 @@ def of(*sizes: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
+def of_latents(pages: int, s: int, codes=None) -> LatentCache:
+    return LatentCache(of(pages, s, 512, dtype=codes or jnp.bfloat16), of(pages, s, 128), None)
+
+
+def of_heads(pages: int, s: int, codes=None) -> KVCache:
+    part = of(pages, 8, s, 128, dtype=codes or jnp.bfloat16)
+    return KVCache(part, part, codes and of(pages, 1, s, 128))
+
+
 def calls_move_what_the_rows_see(topology: str, s: int) -> None:
     """Pools of twice what the tables hold. R1's latents; then Llama-like heads, whose groups are not of eight."""
     T, M, pages = 3, CONTEXT // s, 2 * ROWS * CONTEXT // s
     of_rows = of(ROWS, M, dtype=jnp.int32), of(ROWS, T, dtype=jnp.int32)
-    latent = of(ROWS, T, 128, 512), of(ROWS, T, 128, 128), of(pages, s, 512), of(pages, s, 128)
-    grouped = of(ROWS, T, 32, 128), of(pages, 8, s, 128), of(pages, 8, s, 128)
-    calls = (
-        (paged_decode.latent_decode, latent, 2 * ROWS * CONTEXT * 640, 2 * ROWS * T * 128 * (640 + 512)),
-        (paged_decode.grouped_decode, grouped, 2 * ROWS * CONTEXT * 8 * 256, 2 * ROWS * T * 32 * 256),
-    )
-    for decode, arguments, keys, others in calls:
-        found = cost_of(functools.partial(decode, scale=SCALE), topology, *arguments, *of_rows)
-        assert 0.99 * keys < found.bytes_accessed < 1.02 * (keys + others)
+    latent, grouped = (of(ROWS, T, 128, 512), of(ROWS, T, 128, 64)), (of(ROWS, T, 32, 128),)
+    others = 2 * ROWS * T * 128 * (640 + 512), 2 * ROWS * T * 32 * 256
+    for codes in (None, *CODES):
+        size = 1 if codes else 2
+        of_token = size * 512 + 2 * 128, size * 8 * 256 + (2 * 128 if codes else 0)
+        calls = (
+            (paged_decode.latent_decode, latent, of_latents(pages, s, codes), of_token[0], others[0]),
+            (paged_decode.grouped_decode, grouped, of_heads(pages, s, codes), of_token[1], others[1]),
+        )
+        for decode, queries, pool, keys, rest in calls:
+            found = cost_of(functools.partial(decode, scale=SCALE), topology, *queries, pool, *of_rows)
+            keys *= ROWS * CONTEXT
+            assert 0.99 * keys < found.bytes_accessed < 1.02 * (keys + rest)
 
 
-def tokens_move_every_layer_once(topology: str, s: int) -> None:
+def tokens_move_every_layer_once(topology: str, s: int, codes=None) -> None:
     """The loops of decoding: tokens, and inside layers, each of which writes its own part of a stack and reads it."""
     M, pages = CONTEXT // s, ROWS * CONTEXT // s
 
-    def decode(q, q_rope, c, r, table, seen, tokens):
+    def decode(q, q_rope, pool, table, seen, tokens):
         def layer(carried, layer_idx):
-            latest_BC, c, r, seen = carried
+            latest_BC, pool, seen = carried
             ids = table + layer_idx * pages
-            last = jnp.take_along_axis(ids, seen // s, axis=1)[:, 0], seen[:, 0] % s
-            c, r = c.at[last].set(latest_BC), r.at[last].set(latest_BC[:, :128])
-            out = paged_decode.latent_decode(q, q_rope, c, r, ids, seen + 1, SCALE)
-            return (out[:, 0, 0], c, r, seen), None
+            new = LatentCache(latest_BC[:, None], latest_BC[:, None, :64], None)
+            pool = pool.write(new, CacheView(ids, seen + 1))
+            out = paged_decode.latent_decode(q, q_rope, pool, ids, seen + 1, SCALE)
+            return (out[:, 0, 0], pool, seen), None
 
         def token(carried, _):
             (*others, seen), _ = jax.lax.scan(layer, carried, jnp.arange(LAYERS))
             return (*others, seen + 1), None
 
-        return jax.lax.scan(token, (q[:, 0, 0], c, r, seen), length=tokens)[0]
+        return jax.lax.scan(token, (q[:, 0, 0], pool, seen), length=tokens)[0]
 
-    arguments = (of(ROWS, 1, 128, 512), of(ROWS, 1, 128, 128), of(LAYERS * pages, s, 512), of(LAYERS * pages, s, 128))
+    arguments = of(ROWS, 1, 128, 512), of(ROWS, 1, 128, 64), of_latents(LAYERS * pages, s, codes)
     of_rows = of(ROWS, M, dtype=jnp.int32), of(ROWS, 1, dtype=jnp.int32)
     few, many = (
-        cost_of(functools.partial(decode, tokens=tokens), topology, *arguments, *of_rows, donated=(2, 3))
+        cost_of(functools.partial(decode, tokens=tokens), topology, *arguments, *of_rows, donated=(2,))
         for tokens in (TOKENS, 2 * TOKENS)
     )
-    keys, others = 2 * ROWS * CONTEXT * 640, 2 * ROWS * 128 * (640 + 512)  # queries and output may stay in VMEM
+    # queries and output may stay in VMEM
+    keys, others = ROWS * CONTEXT * ((1 if codes else 2) * 512 + 2 * 128), 2 * ROWS * 128 * (640 + 512)
     moved = (many.bytes_accessed - few.bytes_accessed) / TOKENS
     assert 0.99 * LAYERS * keys < moved < 1.01 * LAYERS * (keys + others)
 
@@ -193,7 +236,9 @@ def tokens_move_every_layer_once(topology: str, s: int) -> None:
 def test_compiles_for_tpus(topology, s):
     if find_spec("libtpu") is None:
         pytest.skip("needs the TPU compiler: pip install -e '.[pod]'")
-    laws = f"laws.calls_move_what_the_rows_see({topology!r}, {s}); laws.tokens_move_every_layer_once({topology!r}, {s})"
+    at = f"{topology!r}, {s}"
+    loops = "; ".join(f"laws.tokens_move_every_layer_once({at}, {codes})" for codes in (None, "*laws.CODES[:1]"))
+    laws = f"laws.calls_move_what_the_rows_see({at}); {loops}"
     # there is no TPU to look for or to share
     no_tpu = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     root = str(Path(__file__).resolve().parents[2])

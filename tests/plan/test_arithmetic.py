@@ -18,6 +18,7 @@ from deepseek_jax.config import PRESETS, GQAConfig, IndexerConfig, preset
 from deepseek_jax.model.cache import empty_cache
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.plan import model_bytes, model_flops, weights
+from deepseek_jax.plan.compiled import CACHE_DTYPES
 
 R1, TINY = preset("r1-671b"), preset("tiny")
 GIB = 2**30
@@ -170,10 +171,22 @@ def test_the_published_cache_sizes():
 
 
 @every_model
-def test_a_cache_has_the_bytes_of_the_models(config):
-    cache = jax.eval_shape(lambda: empty_cache(config, 3, 7, jnp.bfloat16))
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "fp8", "int8"])
+def test_a_cache_has_the_bytes_of_the_models(config, dtype):
+    cache = jax.eval_shape(lambda: empty_cache(config, 3, 7, CACHE_DTYPES[dtype]))
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-    assert total == 3 * 7 * model_bytes.cache_bytes_per_token(config)
+    assert total == 3 * 7 * model_bytes.cache_bytes_per_token(config, dtype)
+
+
+def test_codes_take_a_byte_and_what_is_beside_them_two():
+    """Rotated keys and a scale; of V3.2 its indexer's keys; of grouped heads two scales each, padded on TPUs."""
+    of = model_bytes.cache_bytes_per_token
+    assert of(R1, "fp8") == of(R1, "int8") == 61 * (512 + 2 * (64 + 1))
+    assert of(R1, "fp8", multiple=128) == 61 * (512 + 2 * 128)
+    assert of(preset("v3.2-671b"), "fp8") == of(R1, "fp8") + 61 * 128 * 2
+    llama = preset("distill-llama-70b")
+    assert of(llama, "int8") == 80 * (2 * 8 * 128 + 2 * 2 * 8)
+    assert of(llama, "int8", multiple=128, parts=8) == 80 * (2 * 8 * 128 + 8 * 2 * 128)
 
 
 # --- FLOPs ---------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from deepseek_jax.config import PRESETS, preset
 from deepseek_jax.plan import advice, memory, model_bytes, model_flops, planner, roofline, weights
 from deepseek_jax.plan.chart import curves, write_chart
 from deepseek_jax.plan.chips import CHIPS, GIB, chip
+from deepseek_jax.plan.commands import commands
 from deepseek_jax.plan.meshes import Sizes, meshes, weights_a_device
 from deepseek_jax.plan.model_bytes import MASTERS, StateDTypes
 from deepseek_jax.plan.planner import plan
@@ -224,6 +225,8 @@ def test_every_model_has_a_plan_on_every_chip(name, workload):
         ({"batch": 0}, "batch: got 0, wanted at least 1"),
         ({"dtype": "fp4"}, "dtype: got 'fp4'"),
         ({"dtype": "fp8", "workload": "train"}, "quantized weights are only served"),
+        ({"kv_cache_dtype": "fp8", "workload": "grpo"}, "kv_cache_dtype: got 'fp8' to grpo, wanted bf16"),
+        ({"kv_cache_dtype": "int4"}, "dtype: got 'int4', wanted one of f32, bf16, fp8, int8"),
         ({"batch": 3, "chips": 256, "workload": "train"}, "no mesh of v5e x 256 divides context 4096 and batch 3"),
     ],
 )
@@ -231,6 +234,17 @@ def test_a_wrong_number_is_refused(change, says):
     with pytest.raises(ValueError, match=says) as refusal:
         plan("r1", R1, chip("v5e"), **change)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_cache_of_codes_leaves_room_for_more_sequences():
+    """On one mesh it is 768 / 1280 of the bytes, as TPUs lay out R1's; and the commands say so."""
+    given = dict(chips=64, batch=512, context=4096)
+    exact, codes = (plan("r1", R1, chip("v5p"), kv_cache_dtype=dtype, **given) for dtype in ("bf16", "fp8"))
+    assert codes.mesh == exact.mesh and codes.memory.cache * 1280 == exact.memory.cache * 768
+    assert codes.seconds.memory < exact.seconds.memory
+    known = commands(codes, "r1-671b")
+    assert "--prompt TEXT --kv-cache-dtype fp8 --serve-expert" in known.run
+    assert known.compile.endswith("--kv-cache-dtype fp8") and not known.missing
 
 
 def test_an_unknown_chip_is_refused():

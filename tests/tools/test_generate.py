@@ -139,6 +139,16 @@ def test_speculation_changes_no_token(folder, generate):
     assert re.search(told, drafted[2]) and "drafts" not in plain[2]
 
 
+def test_a_cache_of_codes_is_an_option(folder, generate):
+    """The first token's log-prob is of a prompt that was read as codes: near to the exact one, and not the same."""
+    options = ("--prompt", "1+1+1+1+1+1+1=?", "--max-tokens", 1, "--temperature", 0, "--json", "--logprobs", 0)
+    kinds = "auto", "int8", "fp8"
+    exact, int8, fp8 = (
+        json.loads(generate(folder, *options, "--kv-cache-dtype", kind)[1])["logprobs"][0]["logprob"] for kind in kinds
+    )
+    assert 0 < abs(int8 - exact) < 0.05 and 0 < abs(fp8 - exact) < 0.2
+
+
 def test_progress_is_on_the_terminal_of_standard_error_and_standard_output_is_clean(folder, generate, monkeypatch):
     options = ("--prompt", "1+2=?", "--samples", 6, "--max-tokens", 4, "--json", "--batch", 4)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)

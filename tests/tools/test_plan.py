@@ -20,6 +20,7 @@ KEYS = {
         "model",
         "workload",
         "dtype",
+        "kv_cache_dtype",
         "moments",
         "phases",
         "chip",
@@ -63,7 +64,7 @@ def test_one_plan_as_text(call):
     assert (status, error) == (0, "")
     assert "r1-671b, serve, fp8, 64 x v5e" in text and "chips         64 x v5e (8x8)\n" in text
     assert "fits          yes; the weights alone are 65.7 % of all memory" in text
-    assert "mesh          expert 2, tensor 32\n" in text and "Rule of thumb: 400-480 GB in 4 bits" in text
+    assert "mesh          expert 4, tensor 16\n" in text and "Rule of thumb: 400-480 GB in 4 bits" in text
     assert "tokens/s, " in text and "bound by " in text and "Speeds are rooflines at 50 % of the peak compute" in text
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from deepseek_jax.ops.packed import Packed, nbytes
@@ -27,7 +28,7 @@ def packed_matmul(
     lhs: Float[Array, "W K"],
     rhs: Packed,
     sizes: Int[Array, "G"],
-    dtype: jnp.dtype | None = None,
+    dtype: DTypeLike | None = None,
     *,
     layer: int | None = None,
     interpret: bool = False,
@@ -75,15 +76,7 @@ def packed_matmul(
         ),
         out_shape=jax.ShapeDtypeStruct((padded, N), out),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * W * K * N,
-            # of a stack of layers all codes, as of every operand: plan.hlo_bytes takes other layers' off again
-            bytes_accessed=nbytes(rhs.codes)
-            + nbytes(rhs.scale) * (layer or G) // G
-            + nbytes(lhs)
-            + W * N * jnp.dtype(out).itemsize,
-            transcendentals=0,
-        ),
+        cost_estimate=_cost(lhs, rhs, (layer or G) / G, jnp.dtype(out).itemsize),
         interpret=interpret,
         name="packed_matmul",
     )
@@ -101,6 +94,13 @@ def _columns(rhs: Packed) -> int:
     rows, columns = rhs.shape[-2:]
     most = max(_STEP, _CODES // rows)
     return max(n for n in range(_STEP, columns + 1, _STEP) if columns % n == 0 and n <= most)
+
+
+def _cost(lhs: jax.Array, rhs: Packed, share: float, itemsize: int) -> pl.CostEstimate:
+    """Of one layer's groups, a share of all; but of all codes, since `plan.hlo_bytes` takes other layers' off."""
+    (W, K), N = lhs.shape, rhs.shape[-1]
+    read = nbytes(rhs.codes) + round(nbytes(rhs.scale) * share) + nbytes(lhs)
+    return pl.CostEstimate(flops=2 * W * K * N, bytes_accessed=read + W * N * itemsize, transcendentals=0)
 
 
 def _kernel(starts, group, tile, lhs, codes, scale, out, *, block):

@@ -12,6 +12,9 @@ A tile of R1's 512 keys is 1,420 instructions by the compiler's schedule for v5e
 blocks of 16 tokens, 95 in blocks of 64. Given as operands of the kernel instead, with index maps of the table, the
 blocks take 4,400 and 830.
 
+Of a pool of codes, what is multiplied by their scales is scores and weights, [queries, keys], not codes. A product with
+rows of 0 and a 1 takes the scales, a row a token, out of their columns and lays them along the keys.
+
 Source: arXiv 2309.06180 (paged attention), arXiv 1805.02867 (online softmax).
 """
 
@@ -24,6 +27,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from deepseek_jax.ops.codes import SCALE, is_coded
+from deepseek_jax.ops.pool import KVCache, LatentCache, Pool
+
 _KEYS = 512  # of a tile at most
 _LANES = 128
 _BUFFERS = 4 * 2**20  # bytes of VMEM for keys and values, of the 16 MiB that v5e allows a kernel
@@ -34,8 +40,7 @@ _LOWEST = jnp.finfo(jnp.float32).min  # unlike -inf, may be taken from itself
 def latent_decode(
     q_latent: Float[Array, "B T N C"],
     q_rope: Float[Array, "B T N R"],
-    c: Float[Array, "pages s C"],
-    r: Float[Array, "pages s R"],
+    pool: LatentCache,
     table_BM: Int[Array, "B M"],
     seen_BT: Int[Array, "B T"],
     scale: float,
@@ -48,22 +53,24 @@ def latent_decode(
     Has no gradient. XLA cannot partition it: see `parallel.attention`.
 
     Args:
-        q_latent, q_rope: bfloat16 or float32; taken in the cache's dtype, which the weights are cast to as well.
-        c, r: pools that `fits`.
+        q_latent, q_rope: bfloat16 or float32; taken in the cache's dtype, bfloat16 where it is codes, which the weights
+            are cast to as well.
+        pool: that `fits`.
         table_BM, seen_BT, scale: as of `latent_paged`.
         interpret: run as plain JAX, on any device; or as jax's model of a TPU.
 
     Returns:
         In the queries' dtype; maximum, sum and weighted latents are float32. A query that sees nothing gets zeros.
     """
-    c, r = c[:, None], r[:, None]
-    return _decode([q_latent, q_rope], [c, r], table_BM, seen_BT, scale, interpret, name="latent_decode")
+    c, r = pool.c[:, None], pool.r[:, None]
+    wide = jnp.pad(q_rope, ((0, 0),) * 3 + ((0, r.shape[-1] - q_rope.shape[-1]),))
+    coded = _Scales(pool=1, first=r.shape[-1] - 1, of_values=0) if is_coded(c.dtype) else None
+    return _decode([q_latent, wide], [c, r], coded, table_BM, seen_BT, scale, interpret, name="latent_decode")
 
 
 def grouped_decode(
     q: Float[Array, "B T N K"],
-    k: Float[Array, "pages G s K"],
-    v: Float[Array, "pages G s K"],
+    pool: KVCache,
     table_BM: Int[Array, "B M"],
     seen_BT: Int[Array, "B T"],
     scale: float,
@@ -73,20 +80,31 @@ def grouped_decode(
     """`ops.paged_attention.grouped_paged` on TPU, likewise.
 
     Args:
-        q: bfloat16 or float32; taken in the cache's dtype, which the weights are cast to as well.
-        k, v: pools that `fits`.
+        q: bfloat16 or float32; taken in the cache's dtype, bfloat16 where it is codes, which the weights are cast to as
+            well.
+        pool: that `fits`.
         table_BM, seen_BT, scale, interpret: as of `latent_decode`.
     """
-    return _decode([q], [k, v], table_BM, seen_BT, scale, interpret, name="grouped_decode")
+    coded = None if pool.scale is None else _Scales(pool=2, first=0, of_values=pool.k.shape[1])
+    return _decode([q], jax.tree.leaves(pool), coded, table_BM, seen_BT, scale, interpret, name="grouped_decode")
 
 
-def fits(pool: jax.Array | jax.ShapeDtypeStruct) -> bool:
-    """Whether a pool [..., K] lies in a TPU's memory as the kernel reads it: K fills whole rows of 128 lanes.
+def fits(pool: Pool) -> bool:
+    """Whether a pool's arrays [..., K] lie in a TPU's memory as the kernel reads them: K fills whole rows of 128 lanes.
 
     XLA lays other widths out otherwise, and would copy the whole pool for each call. Store them wide, with zeros, or
     take the plain path.
     """
-    return pool.shape[-1] % _LANES == 0
+    read = pool._replace(index=None) if isinstance(pool, LatentCache) else pool
+    return all(of.shape[-1] % _LANES == 0 for of in jax.tree.leaves(read))
+
+
+class _Scales(NamedTuple):
+    """Where the scales of codes are: of the heads' keys in columns from `first` of a pool, of values so many later."""
+
+    pool: int
+    first: int
+    of_values: int
 
 
 class _Plan(NamedTuple):
@@ -98,6 +116,7 @@ class _Plan(NamedTuple):
         blocks: of a tile.
         values: which pool has them.
         scale: of the scores.
+        coded: where the pools are codes, their scales.
     """
 
     T: int
@@ -107,6 +126,7 @@ class _Plan(NamedTuple):
     blocks: int
     values: int
     scale: float
+    coded: _Scales | None
 
     @property
     def keys(self) -> int:
@@ -119,12 +139,12 @@ class _Plan(NamedTuple):
         return self.T * self.heads
 
 
-def _decode(queries, pools, table_BM, seen_BT, scale, interpret, *, name):
-    """Queries [B, T, N, K] in one or two parts meet as many pools [P, G, s, K]; values are the other or the first."""
+def _decode(queries, pools, coded, table_BM, seen_BT, scale, interpret, *, name):
+    """Queries [B, T, N, K] in one or two parts meet as many pools [P, G, s, K]; values are the second or the first."""
     (B, T, N, _), (_, G, s, _) = queries[0].shape, pools[0].shape
     heads = -(-(N // G) // _SUBLANES) * _SUBLANES
     blocks, values = _tile(pools, table_BM.shape[1]), 2 - len(queries)
-    plan = _Plan(T=T, G=G, s=s, heads=heads, blocks=blocks, values=values, scale=scale)
+    plan = _Plan(T=T, G=G, s=s, heads=heads, blocks=blocks, values=values, scale=scale, coded=coded)
     width, dtype = pools[values].shape[-1], queries[0].dtype
     call = pl.pallas_call(
         functools.partial(_attend_row, plan),
@@ -137,7 +157,7 @@ def _decode(queries, pools, table_BM, seen_BT, scale, interpret, *, name):
         name=name,
     )
     table_B1M = table_BM[:, None].astype(jnp.int32)
-    grouped = [_grouped(q, G, heads).astype(pools[0].dtype) for q in queries]
+    grouped = [_grouped(q, G, heads).astype(SCALE if coded else pools[0].dtype) for q in queries]
     seen = jnp.minimum(seen_BT, table_BM.shape[1] * s).reshape(-1).astype(jnp.int32)
     out = call(seen, table_B1M, table_B1M, grouped, pools)
     return _ungrouped(out, N, heads)
@@ -259,12 +279,15 @@ def _attend_tile(plan: _Plan, start, limits, queries, tile, state):
     """Adds the keys from position `start`, with a mask where a query does not see them all; limits are the queries'."""
 
     def add(mask, live):
+        scales = None if plan.coded is None else _scales(plan, tile[plan.coded.pool])
         for g in range(plan.G):
-            parts = [part[:, g].reshape(plan.keys, part.shape[-1]) for part in tile]
-            scores = [_product(q[g], part, contracted=1) for q, part in zip(queries, parts, strict=False)]
-            values = parts[plan.values]
+            parts = [part[:, g].reshape(plan.keys, part.shape[-1]) for part in tile[:2]]
+            scores = [_product(q[g], _numbers(part), contracted=1) for q, part in zip(queries, parts, strict=False)]
+            of_keys, of_values = (None, None) if scales is None else (scales[g], scales[plan.coded.of_values + g])
+            scores[0] = scores[0] if of_keys is None else scores[0] * of_keys
+            values = _numbers(parts[plan.values])
             values = values if live is None else jnp.where(live, values, 0)
-            _add(sum(scores[1:], scores[0]) * plan.scale, values, mask, [of.at[g] for of in state])
+            _add(sum(scores[1:], scores[0]) * plan.scale, values, of_values, mask, [of.at[g] for of in state])
 
     def position(shape, axis):
         return start + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
@@ -288,15 +311,34 @@ def _attend_tile(plan: _Plan, start, limits, queries, tile, state):
         add(position((plan.queries, plan.keys), 1) < limit(), position((plan.keys, 1), 0) < most)
 
 
-def _add(scores, values, mask, state):
-    """The online softmax: scores [queries, keys] and values [keys, width] join what is kept of a head."""
+def _scales(plan: _Plan, rows) -> list[jax.Array]:
+    """Those of a tile's codes by head, of keys and then of values, each [1, keys] in float32; values may have keys'."""
+    rows = rows[:, 0].reshape(plan.keys, rows.shape[-1])
+    count = plan.coded.of_values + plan.G
+    shape = (-(-count // _SUBLANES) * _SUBLANES, rows.shape[-1])
+    column, row = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1, 0))
+    taken = _product(jnp.where(column == plan.coded.first + row, 1.0, 0.0).astype(rows.dtype), rows, contracted=1)
+    return [taken[n : n + 1] for n in range(count)]
+
+
+def _numbers(part):
+    """Codes as bfloat16, which has them all."""
+    return part.astype(SCALE) if is_coded(part.dtype) else part
+
+
+def _add(scores, values, of_values, mask, state):
+    """The online softmax: scores [queries, keys] and values [keys, width] join what is kept of a head.
+
+    Values may be codes, of which `of_values` [1, keys] are the scales.
+    """
     top, total, summed = state
     scores = scores if mask is None else jnp.where(mask, scores, _LOWEST)
     new_top = jnp.maximum(top[...], jnp.max(scores, axis=1, keepdims=True))
     kept, weights = jnp.exp(top[...] - new_top), jnp.exp(scores - new_top)
-    weights = weights if mask is None else jnp.where(mask, weights, 0)
+    scaled = weights if of_values is None else weights * of_values
+    weights, scaled = (of if mask is None else jnp.where(mask, of, 0) for of in (weights, scaled))
     total[...] = kept * total[...] + jnp.sum(weights, axis=1, keepdims=True)
-    summed[...] = kept * summed[...] + _product(weights.astype(values.dtype), values, contracted=0)
+    summed[...] = kept * summed[...] + _product(scaled.astype(values.dtype), values, contracted=0)
     top[...] = new_top
 
 
