@@ -115,7 +115,7 @@ def _drawer(config: Config) -> tuple[Drawer, dict[str, Any]]:
     if not tokenizer.eos_ids:
         say(f"{config.model}: names no end-of-sequence token; sampling ends at --max-tokens alone", kind="warning")
     layout, dtype = layout_of(architecture, config.engine), dtype_of(config.engine.dtype)
-    settings = dataclasses.replace(BATCHES, max_num_seqs=config.engine.batch, **config.engine.drafts)
+    settings = dataclasses.replace(BATCHES, max_num_seqs=config.engine.batch, **config.engine.of_engine)
     settings.of_scheduler(architecture, layout, dtype)  # refuses what the model cannot do
     loaded = load_model(folder, dtype=dtype, layout=layout, quantization=config.engine.quantization)
     drawer = EngineDrawer(
@@ -128,6 +128,7 @@ def _drawer(config: Config) -> tuple[Drawer, dict[str, Any]]:
         chat=config.asked.chat,
     )
     told = {"dtype": dtype.name, "quantization": config.engine.quantization, "chat": config.asked.chat}
+    told |= {"kv_cache_dtype": config.engine.kv_cache_dtype}
     return drawer, {"model": fingerprint(folder), **told}
 
 
