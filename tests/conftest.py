@@ -2,6 +2,8 @@
 
 import gc
 import os
+import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 
 from tests.flags import SOONER
@@ -64,3 +66,25 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if jax.default_backend() != "gpu":
             pytest.skip(f"needs a GPU, got {jax.default_backend()}: run with JAX_PLATFORMS=cuda")
+
+
+@pytest.fixture
+def command_line(monkeypatch, capsys) -> Callable[..., Callable[..., tuple[int, str, str]]]:
+    """A tool's `main` as a call with the words of a command line: exit status, stdout, stderr."""
+
+    from deepseek_jax.cli import run
+
+    def of(main: Callable) -> Callable[..., tuple[int, str, str]]:
+        def call(*words: object) -> tuple[int, str, str]:
+            monkeypatch.setattr(sys, "argv", ["tool.py", *map(str, words)])
+            status = 0
+            try:
+                run(main)
+            except SystemExit as stop:
+                status = stop.code
+            printed = capsys.readouterr()
+            return status, printed.out, printed.err
+
+        return call
+
+    return of

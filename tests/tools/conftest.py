@@ -1,8 +1,6 @@
 """What the tests of command lines share."""
 
 import dataclasses
-import sys
-from collections.abc import Callable
 
 import jax
 import pytest
@@ -12,32 +10,11 @@ from deepseek_jax.checkpoint.convert import convert_hf
 from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.checkpoint.model_folder import open_folder
 from deepseek_jax.checkpoint.save import save_model
-from deepseek_jax.cli import run
 from deepseek_jax.commands.generate import main as generate_main
 from deepseek_jax.config import preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.text.tokenizer import Tokenizer
-
-
-@pytest.fixture
-def command_line(monkeypatch, capsys) -> Callable[..., Callable[..., tuple[int, str, str]]]:
-    """A tool's `main` as a call with the words of a command line: exit status, stdout, stderr."""
-
-    def of(main: Callable) -> Callable[..., tuple[int, str, str]]:
-        def call(*words: object) -> tuple[int, str, str]:
-            monkeypatch.setattr(sys, "argv", ["tool.py", *map(str, words)])
-            status = 0
-            try:
-                run(main)
-            except SystemExit as stop:
-                status = stop.code
-            printed = capsys.readouterr()
-            return status, printed.out, printed.err
-
-        return call
-
-    return of
 
 
 @pytest.fixture(scope="module")
