@@ -53,13 +53,6 @@ for line in sys.stdin:
 """
 
 
-class Contestant(NamedTuple):
-    """What is to be timed, once it is compiled; `run` gives its seconds."""
-
-    compile: Callable[[], object]
-    run: Callable[[], float]
-
-
 class Load(NamedTuple):
     """Requests: prompts, samples of each, and the new tokens of every sample, prompt by prompt."""
 
@@ -79,6 +72,7 @@ def mixed(
     requests: int = 64,
     prompt: int = 32,
     rounds: int = 3,
+    first: bool = True,
 ) -> None:
     """Seconds for requests of 8 to 512 new tokens each, all there from the start, greedy, float32.
 
@@ -93,6 +87,7 @@ def mixed(
         requests: how many.
         prompt: tokens a prompt.
         rounds: timed rounds, all in turn.
+        first: run all once before, uncounted, to compile; where a compilation cache holds that, it may be left out.
     """
     rng = np.random.default_rng(0)
     share = np.linspace(0, 1, requests)
@@ -102,7 +97,7 @@ def mixed(
     prompts = rng.integers(0, config.vocab_size, (requests, prompt)).tolist()
     load = Load(prompts, 1, new, 0.0)
     print(f"{requests} requests, {sum(new)} new tokens, {min(new)} to {max(new)}, median {statistics.median(new):g}\n")
-    _compare(config, graphdef, weights, model, load, before, transformers, rounds)
+    _compare(config, graphdef, weights, model, load, before, transformers, rounds, first)
 
 
 def tail(
@@ -115,6 +110,7 @@ def tail(
     prompt: int = 64,
     most: int = 512,
     rounds: int = 3,
+    first: bool = True,
 ) -> None:
     """Seconds of a GRPO rollout whose lengths have a long tail, temperature 1, float32, beside static batches.
 
@@ -129,6 +125,7 @@ def tail(
         prompt: tokens a question.
         most: new tokens at most.
         rounds: timed rounds, both in turn.
+        first: run all once before, uncounted, to compile; where a compilation cache holds that, it may be left out.
     """
     rng = np.random.default_rng(0)
     new = np.clip(np.exp(rng.normal(np.log(most / 8), 0.8, prompts * samples)), 8, most).astype(int)
@@ -138,10 +135,12 @@ def tail(
     load = Load(of_prompts, samples, new.tolist(), 1.0)
     quarters = np.percentile(new, [0, 25, 50, 75, 100]).round().astype(int).tolist()
     print(f"{prompts} x {samples} samples, {new.sum()} new tokens; least, quartiles and most: {quarters}\n")
-    _compare(config, graphdef, weights, model, load, before, False, rounds)
+    _compare(config, graphdef, weights, model, load, before, False, rounds, first)
 
 
-def prefix(model: Path, /, *, requests: int = 64, shared: int = 512, own: int = 16, rounds: int = 5) -> None:
+def prefix(
+    model: Path, /, *, requests: int = 64, shared: int = 512, own: int = 16, rounds: int = 5, first: bool = True
+) -> None:
     """Seconds until all requests that begin alike have their first token, with the prefix cache and without.
 
     Args:
@@ -150,6 +149,7 @@ def prefix(model: Path, /, *, requests: int = 64, shared: int = 512, own: int = 
         shared: tokens that their prompts have in common.
         own: further tokens of each prompt.
         rounds: timed rounds, both in turn.
+        first: run all once before, uncounted, to compile; where a compilation cache holds that, it may be left out.
     """
     config, graphdef, weights = load_model(model)
     rng = np.random.default_rng(0)
@@ -160,7 +160,7 @@ def prefix(model: Path, /, *, requests: int = 64, shared: int = 512, own: int = 
         name: _ours(config, graphdef, weights, load, prefix_caching=caches)
         for name, caches in (("with", True), ("without", False))
     }
-    seconds = _timed(contestants, rounds)
+    seconds = _timed(contestants, rounds, first)
     shares = [100 * a / b for a, b in zip(seconds["with"], seconds["without"], strict=True)]
     print("| prefill with the cache, s | without, s | share, %, median (min to max) |\n|---|---|---|")
     print(f"| {spread(seconds['with'])} | {spread(seconds['without'])} | {spread(shares, 1)} |")
@@ -204,15 +204,25 @@ def _resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _compare(config, graphdef, weights, model: Path, load: Load, before: Path | None, transformers: bool, rounds: int):
+def _compare(
+    config,
+    graphdef,
+    weights,
+    model: Path,
+    load: Load,
+    before: Path | None,
+    transformers: bool,
+    rounds: int,
+    first: bool,
+):
     """Time the engine beside the others, and print a table."""
-    contestants: dict[str, Contestant] = {"engine": _ours(config, graphdef, weights, load)}
+    contestants: dict[str, Callable[[], float]] = {"engine": _ours(config, graphdef, weights, load)}
     with _static(before, model, load) as static:
         if static is not None:
             contestants["static batches"] = static
         if transformers:
             contestants["transformers"] = _theirs(model, load)
-        seconds = _timed(contestants, rounds)
+        seconds = _timed(contestants, rounds, first)
     total = sum(load.lengths)
     print("| | seconds, median (min to max) | tok/s | x the engine's time |\n|---|---|---|---|")
     for name, found in seconds.items():
@@ -220,20 +230,22 @@ def _compare(config, graphdef, weights, model: Path, load: Load, before: Path | 
         print(f"| {name} | {spread(found)} | {total / statistics.median(found):.1f} | {spread(ratios)} |")
 
 
-def _timed(contestants: dict[str, Contestant], rounds: int) -> dict[str, list[float]]:
+def _timed(contestants: dict[str, Callable[[], float]], rounds: int, first: bool) -> dict[str, list[float]]:
     console = Console(stderr=True)
-    for contestant in track(contestants.values(), description="compiling", transient=True, console=console):
-        contestant.compile()
+    for contestant in track(
+        contestants.values() if first else (), description="compiling", transient=True, console=console
+    ):
+        contestant()
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in track(range(rounds), description="rounds", transient=True, console=console):
         for name, contestant in contestants.items():
-            seconds[name].append(contestant.run())
+            seconds[name].append(contestant())
     return seconds
 
 
 def _ours(
     config: ModelConfig, graphdef: nnx.GraphDef, weights: nnx.State, load: Load, *, prefix_caching: bool = True
-) -> Contestant:
+) -> Callable[[], float]:
     """As a `Generator` runs it, with a limit of its own for every request."""
     count = len(load.lengths)
     slots = min(BATCHES.max_num_seqs, bucket(count, least=1))
@@ -245,10 +257,6 @@ def _ours(
         prefix_caching=prefix_caching,
     )
 
-    def compile_all() -> None:
-        for _ in Engine(config, graphdef, weights, settings).warm_up():
-            pass
-
     def once() -> float:
         start = time.perf_counter()
         engine = Engine(config, graphdef, weights, settings)
@@ -259,10 +267,10 @@ def _ours(
         assert drawn == sum(load.lengths), f"drew {drawn} tokens"
         return time.perf_counter() - start
 
-    return Contestant(compile_all, once)
+    return once
 
 
-def _theirs(model: Path, load: Load) -> Contestant:
+def _theirs(model: Path, load: Load) -> Callable[[], float]:
     generate, ids = peer_of(model), np.asarray(load.prompts)
 
     def once() -> float:
@@ -270,11 +278,11 @@ def _theirs(model: Path, load: Load) -> Contestant:
         generate(ids, max(load.lengths))
         return time.perf_counter() - start
 
-    return Contestant(lambda: generate(ids, 2), once)
+    return once
 
 
 @contextmanager
-def _static(checkout: Path | None, model: Path, load: Load) -> Iterator[Contestant | None]:
+def _static(checkout: Path | None, model: Path, load: Load) -> Iterator[Callable[[], float] | None]:
     """One batch of all, in a process of its own that runs another version of this project."""
     if checkout is None:
         yield None
@@ -310,7 +318,7 @@ def _static(checkout: Path | None, model: Path, load: Load) -> Iterator[Contesta
 
         try:
             answer()
-            yield Contestant(once, once)  # it has no other way to compile what it runs
+            yield once
         finally:
             process.stdin.close()
 
