@@ -32,6 +32,7 @@ from deepseek_jax.ops.pool import KVCache, LatentCache, Pool
 
 _KEYS = 512  # of a tile at most
 _LANES = 128
+_CODED_BLOCK = 16  # tokens
 _BUFFERS = 4 * 2**20  # bytes of VMEM for keys and values, of the 16 MiB that v5e allows a kernel
 _SUBLANES = 8  # a group has as many heads, or a multiple: XLA then merges them with the queries without a copy
 _LOWEST = jnp.finfo(jnp.float32).min  # unlike -inf, may be taken from itself
@@ -93,10 +94,12 @@ def fits(pool: Pool) -> bool:
     """Whether a pool's arrays [..., K] lie in a TPU's memory as the kernel reads them: K fills whole rows of 128 lanes.
 
     XLA lays other widths out otherwise, and would copy the whole pool for each call. Store them wide, with zeros, or
-    take the plain path.
+    take the plain path. Codes in blocks of 64 tokens XLA lays out in other tiles to write to them, and copies the pool
+    too; in blocks of 16 it does not. What lies between has not been compiled.
     """
     read = pool._replace(index=None) if isinstance(pool, LatentCache) else pool
-    return all(of.shape[-1] % _LANES == 0 for of in jax.tree.leaves(read))
+    alike = not is_coded(pool[0].dtype) or pool[0].shape[-2] <= _CODED_BLOCK
+    return alike and all(of.shape[-1] % _LANES == 0 for of in jax.tree.leaves(read))
 
 
 class _Scales(NamedTuple):
