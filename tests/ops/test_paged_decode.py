@@ -187,7 +187,8 @@ def calls_move_what_the_rows_see(topology: str, s: int) -> None:
     T, M, pages = 3, CONTEXT // s, 2 * ROWS * CONTEXT // s
     of_rows = of(ROWS, M, dtype=jnp.int32), of(ROWS, T, dtype=jnp.int32)
     latent, grouped = (of(ROWS, T, 128, 512), of(ROWS, T, 128, 64)), (of(ROWS, T, 32, 128),)
-    others = 2 * ROWS * T * 128 * (640 + 512), 2 * ROWS * T * 32 * 256
+    # rotated queries are widened from 64 to 128
+    others = 2 * ROWS * T * 128 * (640 + 512 + 64 + 128), 2 * ROWS * T * 32 * 256
     for codes in (None, *CODES):
         size = 1 if codes else 2
         of_token = size * 512 + 2 * 128, size * 8 * 256 + (2 * 128 if codes else 0)
