@@ -42,9 +42,9 @@ if __name__ == "__main__":
     main("{}")
 """
 POSITIONAL = {
-    "compare": "RUNS [RUNS ...]",
+    "compare": "[RUNS]",
     "compile": "",
-    "contamination": "DATA [DATA ...]",
+    "contamination": "[DATA]",
     "convert": "MODEL OUT",
     "evaluate": "[MODEL]",
     "export": "MODEL OUT",

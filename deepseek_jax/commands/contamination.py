@@ -48,6 +48,8 @@ def main(
         report: a .jsonl file to write, a line an overlap of any share: row, benchmark, problem, share, shared words.
         decontaminate: a .jsonl file to write, the rows that hold no problem.
     """
+    if not data:
+        raise ValueError("data: got none, wanted files of training data, folders of such, or names on the hub")
     if not 0 <= share <= 1:
         raise ValueError(f"share: got {share}, wanted 0 to 1")
     for path in (report, decontaminate):

@@ -14,6 +14,7 @@ from typing import Any
 
 from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.checkpoint.hub import model_folder
+from deepseek_jax.compilation_cache import keep_compiled
 from deepseek_jax.generation.generator import Generator
 from deepseek_jax.generation.sampling_config import MAX_STOPS, SamplingConfig
 from deepseek_jax.generation.text import seeds_for
@@ -241,6 +242,7 @@ def register() -> type:
 def main() -> None:
     """lm-evaluation-harness' own command line, with this model in it."""
     register()
+    keep_compiled()  # every call has an engine of its own, with the same programs
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()
