@@ -75,9 +75,17 @@ def think_tags(tokenizer: Tokenizer, message: str) -> ThinkTags:
 def _blank(tokenizer: Tokenizer) -> np.ndarray:
     """Tokens that runs of whitespace are made of."""
     runs = [of * count for of in ("\n", " ", "\t", "\r\n", " \n", "\n ") for count in range(1, 17)]
-    found = {token for run in runs for token in tokenizer.encode(run, add_bos=False)}
+    found = {token for run in runs for token in _written(tokenizer, run)}
     blank = sorted(token for token in found if tokenizer.decode([token], skip_special=False).isspace())[:_BLANKS]
     return np.array([*blank, *[-1] * (_BLANKS - len(blank))], np.int32)
+
+
+def _written(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Its tokens; none where a small vocabulary cannot write it, which then no completion holds either."""
+    try:
+        return tokenizer.encode(text, add_bos=False)
+    except ValueError:
+        return []
 
 
 def _padded(tokenizer: Tokenizer, tag: str, before: Sequence[str]) -> np.ndarray:

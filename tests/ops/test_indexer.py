@@ -16,6 +16,7 @@ from deepseek_jax.ops.attention import (
 )
 from deepseek_jax.ops.indexer import choose_paged, chosen_mask, index_scores, select_keys
 from deepseek_jax.ops.paged_attention import chosen_paged
+from deepseek_jax.ops.pool import LatentCache
 
 SCALE = 0.37
 sizes = st.sampled_from([1, 2, 5])
@@ -134,7 +135,7 @@ def over_chosen(q_nope, q_rope, c, k_rope, w_k, w_v, chosen, visible):
     """Chosen keys between the projections of absorbed attention; each row's cache is a block."""
     table, seen = jnp.arange(c.shape[0])[:, None], visible.sum(axis=-1)
     q = jnp.concatenate([absorb(q_nope, w_k), q_rope], axis=-1)
-    return project_values(chosen_paged(q, c, k_rope, chosen, table, seen, SCALE), w_v)
+    return project_values(chosen_paged(q, LatentCache(c, k_rope, None), chosen, table, seen, SCALE), w_v)
 
 
 @pytest.mark.parametrize("masked", [attend_expanded, attend_absorbed])

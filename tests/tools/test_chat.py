@@ -67,7 +67,7 @@ class Scripted:
             signal.raise_signal(signal.SIGINT)
             text = "!"
         request = SimpleNamespace(stopped=True)
-        live = SimpleNamespace(request=request, logprobs=[])
+        live = SimpleNamespace(request=request, logprobs=[], stopped=True)
         return [SimpleNamespace(text=text, finished=not self.left, live=live)]
 
 
