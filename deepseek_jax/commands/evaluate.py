@@ -79,6 +79,8 @@ def _check(config: Config) -> None:
         raise ValueError("model: got none, wanted MODEL, or the address of a server by --server URL")
     if config.serving.server is not None and config.asked.budgets:
         raise ValueError("thinking_budgets: got some with --server, wanted a MODEL here: a server closes no thought")
+    if config.serving.server is None:
+        load_config(model_folder(config.model, weights=False))  # a mistyped one is told before any data is fetched
     if distributed.process_count() > 1:
         raise ValueError("evaluate: got several processes, wanted one; it uses all devices by --serve-tensor")
 

@@ -133,15 +133,21 @@ def test_the_curve_has_the_shortest_thoughts_first():
         (("MODEL", "--benchmark", "gsm8k", "--data", "ROWS"), "rows.jsonl:2: no field 'answer'"),
     ],
 )
-def test_mistakes_are_one_line(words, wanted, evaluate, tmp_path, monkeypatch):
+def test_mistakes_are_one_line(words, wanted, thinker, evaluate, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("deepseek_jax.data.sources.HubTable", lambda *of: (_ for _ in ()).throw(ValueError("offline")))
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "?", "answer": "1"}\n{"question": "?"}\n')
-    words = [{"MODEL": tmp_path / "no-model", "ROWS": rows}.get(word, word) for word in words]
+    words = [{"MODEL": thinker, "ROWS": rows}.get(word, word) for word in words]
     status, out, err = evaluate(*words, "--output", tmp_path / "out")
     assert status == 1 and wanted in err and err.count("\n") == 1, err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mistyped_model_is_told_before_any_data_is_fetched(evaluate, tmp_path, monkeypatch):
+    monkeypatch.setattr("deepseek_jax.commands.evaluate.open_source", lambda name: pytest.fail("data was asked for"))
+    status, out, err = evaluate(tmp_path / "none", "--benchmark", "gsm8k", "--output", tmp_path / "out")
+    assert status == 1 and out == "" and err.startswith(f"error: {tmp_path / 'none'}: no such folder")
 
 
 @pytest.mark.slow
