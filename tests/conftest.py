@@ -2,11 +2,15 @@
 
 import gc
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 from tests.flags import SOONER
+
+MAKER = Path(__file__).resolve().parents[1].parent / "shared" / "bin" / "make_smollm2"
 
 # Set before anything imports jax. One device: tests that need eight ask for them in a process of their own.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -88,3 +92,15 @@ def command_line(monkeypatch, capsys) -> Callable[..., Callable[..., tuple[int, 
         return call
 
     return of
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct: the folder that SMOLLM2 names, or one made for this run."""
+    if "SMOLLM2" in os.environ:
+        return Path(os.environ["SMOLLM2"])
+    if not MAKER.exists():
+        pytest.skip("needs SmolLM2: name its folder in SMOLLM2 (no shared maker beside the project)")
+    made = tmp_path_factory.mktemp("smollm2") / "model"
+    subprocess.run([sys.executable, MAKER, made], check=True, capture_output=True)
+    return made

@@ -14,7 +14,6 @@ from deepseek_jax.data.sources import open_source
 from deepseek_jax.evals.graders import Graders
 from deepseek_jax.evals.task import Answered
 from deepseek_jax.evals.tasks import TASKS
-from tests.generation.test_smollm2_oracle import folder  # noqa: F401  (a fixture)
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 FILES = {"gsm8k": "gsm8k/test.jsonl", "svamp": "svamp/test.jsonl"}
@@ -27,14 +26,14 @@ pytestmark = [
 ]
 
 
-def samples(folder, name, tmp_path, command_line):  # noqa: F811
+def samples(smollm2, name, tmp_path, command_line):
     """What evaluate found, by problem."""
     written = os.environ.get("SMOLLM2_SAMPLES")
     if written is None:
         from deepseek_jax.commands.evaluate import main
 
         options = ("--benchmark", name, "--data", REAL / FILES[name], "--limit", ROWS, "--temperature", 0)
-        status, _, err = command_line(main)(folder, *options, "--max-tokens", TOKENS, "--output", tmp_path / "out")
+        status, _, err = command_line(main)(smollm2, *options, "--max-tokens", TOKENS, "--output", tmp_path / "out")
         assert status == 0, err
         written = tmp_path / "out"
     lines = map(json.loads, (Path(written) / "samples.jsonl").read_text().splitlines())
@@ -42,13 +41,13 @@ def samples(folder, name, tmp_path, command_line):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_verdicts_are_those_of_transformers(name, folder, tmp_path, command_line):  # noqa: F811
+def test_verdicts_are_those_of_transformers(name, smollm2, tmp_path, command_line):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    ours = samples(folder, name, tmp_path, command_line)
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = samples(smollm2, name, tmp_path, command_line)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     problems = TASKS[name].problems(open_source(str(REAL / FILES[name])), len(ours))
     style = TASKS[name].style("deepseek")
     texts = []

@@ -1,8 +1,5 @@
 """A real pretrained model: our greedy continuation is transformers', token for token."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,6 @@ from deepseek_jax.generation.generator import Generator
 from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.text.tokenizer import Tokenizer
 
-MAKER = Path(__file__).resolve().parents[2].parent / "shared" / "bin" / "make_smollm2"
 QUESTIONS = (
     "What is 17 plus 25?",
     "Name three planets.",
@@ -22,26 +18,14 @@ QUESTIONS = (
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """SmolLM2-135M-Instruct: the folder that SMOLLM2 names, or one made for this run."""
-    if "SMOLLM2" in os.environ:
-        return Path(os.environ["SMOLLM2"])
-    if not MAKER.exists():
-        pytest.skip("needs SmolLM2: name its folder in SMOLLM2 (no shared maker beside the project)")
-    made = tmp_path_factory.mktemp("smollm2") / "model"
-    subprocess.run([sys.executable, MAKER, made], check=True, capture_output=True)
-    return made
-
-
 @pytest.mark.oracle
-def test_greedy_continuations_equal_transformers_token_for_token(folder: Path):
+def test_greedy_continuations_equal_transformers_token_for_token(smollm2: Path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer, peer_tokenizer = Tokenizer.from_folder(folder), AutoTokenizer.from_pretrained(folder)
-    config, graphdef, weights = load_model(folder)
-    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer, peer_tokenizer = Tokenizer.from_folder(smollm2), AutoTokenizer.from_pretrained(smollm2)
+    config, graphdef, weights = load_model(smollm2)
+    peer = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     peer.generation_config.eos_token_id = None  # 64 tokens, whatever they are
 
     prompts = [tokenizer.chat([{"role": "user", "content": question}]) for question in QUESTIONS]

@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from deepseek_jax.data.sources import Row
@@ -105,7 +106,8 @@ def _wrapped(solution: str, entry: str) -> str:
     return f"{ast.unparse(wrapped)}\n_reference = _make()\n"
 
 
-def _grade(rows: Sequence[Answered], graders: Graders, seconds: float) -> list[Grade]:
+def _grade(rows: Sequence[Answered], graders: Graders, *, seconds: float) -> list[Grade]:
+    """All assertions pass within so many seconds."""
     limits = Limits(seconds=seconds)
     reward = CodeReward(assert_limits=limits, workers=1, allow_unsandboxed=graders.config.allow_unsandboxed)
     grades = []
@@ -115,21 +117,6 @@ def _grade(rows: Sequence[Answered], graders: Graders, seconds: float) -> list[G
             completion = fenced(row.problem.more.get("prefix", "") + completion)
         grades.append(code_grade(reward, row.prompt, completion, row.problem.tests))
     return grades
-
-
-def _grade_base(rows: Sequence[Answered], graders: Graders) -> list[Grade]:
-    """All assertions pass within 3 s."""
-    return _grade(rows, graders, _SECONDS)
-
-
-def _grade_mbpp(rows: Sequence[Answered], graders: Graders) -> list[Grade]:
-    """All assertions pass within 15 s."""
-    return _grade(rows, graders, _MBPP_SECONDS)
-
-
-def _grade_plus(rows: Sequence[Answered], graders: Graders) -> list[Grade]:
-    """All of the many assertions pass within a minute."""
-    return _grade(rows, graders, _PLUS_SECONDS)
 
 
 _HUMANEVAL_STYLES = {
@@ -150,7 +137,7 @@ FUNCTIONS = (
         name="humaneval",
         read=_read_humaneval,
         styles=_HUMANEVAL_STYLES,
-        grade=_grade_base,
+        grade=partial(_grade, seconds=_SECONDS),
         hub="openai/openai_humaneval::test",
         source=_SOURCE,
         ready=need_sandbox,
@@ -160,7 +147,7 @@ FUNCTIONS = (
         name="humaneval_plus",
         read=_read_humaneval_plus,
         styles=_HUMANEVAL_STYLES,
-        grade=_grade_plus,
+        grade=partial(_grade, seconds=_PLUS_SECONDS),
         hub="evalplus/humanevalplus::test",
         source=_SOURCE,
         ready=need_sandbox,
@@ -170,7 +157,7 @@ FUNCTIONS = (
         name="mbpp",
         read=_read_mbpp,
         styles=_MBPP_STYLES,
-        grade=_grade_mbpp,
+        grade=partial(_grade, seconds=_MBPP_SECONDS),
         hub="google-research-datasets/mbpp:full:test",
         source=_SOURCE,
         ready=need_sandbox,
@@ -180,7 +167,7 @@ FUNCTIONS = (
         name="mbpp_plus",
         read=_read_mbpp_plus,
         styles=_MBPP_STYLES,
-        grade=_grade_plus,
+        grade=partial(_grade, seconds=_PLUS_SECONDS),
         hub="evalplus/mbppplus::test",
         source=_SOURCE,
         ready=need_sandbox,
