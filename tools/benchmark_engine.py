@@ -12,12 +12,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.console import Console
@@ -31,6 +33,8 @@ from deepseek_jax.generation.engine_config import EngineConfig
 from deepseek_jax.generation.generator import BATCHES, bucket, sizes_that_pay
 from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.model.transposed import transposed_weights
+from deepseek_jax.ops.low_rank import product
+from deepseek_jax.ops.transposed import Transposed
 from deepseek_jax.plan.model_bytes import cache_bytes_per_token
 from tools.benchmark import peer_of, spread
 
@@ -199,6 +203,47 @@ def memory(model: Path, /, *, sequences: int = 32, context: int = 1024) -> None:
     print(f"| {planned / MIB:.1f} | {' | '.join(shown)} |")
 
 
+def products(
+    *,
+    shapes: tuple[tuple[int, int], ...] = ((576, 1536), (1536, 576)),
+    rows: tuple[int, ...] = (1, 8, 32, 64, 256),
+    rounds: int = 5,
+) -> None:
+    """GFLOP/s of rows times weights, as a program states it and with transposed weights (`ops.transposed`), float32.
+
+    Args:
+        shapes: inputs and outputs of the weights, of which there are so many that no cache of the processor holds them.
+        rows: that are multiplied.
+        rounds: timed rounds, both in turn.
+    """
+    print("| weights | rows | x @ w | transposed | ratio, median (min to max) |\n|---|---|---|---|---|")
+    for inputs, outputs in shapes:
+        plain = [jax.random.normal(jax.random.key(n), (inputs, outputs)) for n in range(30)]
+        turned = [Transposed(jax.block_until_ready(weight.T)) for weight in plain]
+        for count in rows:
+            x = jax.random.normal(jax.random.key(0), (count, inputs))
+            sides = {"plain": partial(_seconds, x, plain), "turned": partial(_seconds, x, turned)}
+            found = _timed(sides, rounds, True)
+            rate = lambda of, n=count * inputs * outputs * len(plain): 2e-9 * n / statistics.median(of)
+            ratios = [a / b for a, b in zip(found["plain"], found["turned"], strict=True)]
+            cells = f"{rate(found['plain']):.0f} | {rate(found['turned']):.0f} | {spread(ratios)}"
+            print(f"| {inputs} x {outputs} | {count} | {cells} |", flush=True)
+
+
+@jax.jit
+def _chained(x: jax.Array, weights: Sequence[jax.Array | Transposed]) -> jax.Array:
+    """Products one after another, each of which waits for the one before."""
+    for weight in weights:
+        x = x * 0.5 + jnp.sum(product(x, weight)) * 1e-9
+    return x
+
+
+def _seconds(x: jax.Array, weights: Sequence[jax.Array | Transposed]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(_chained(x, weights))
+    return time.perf_counter() - start
+
+
 def _resident() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
@@ -324,4 +369,4 @@ def _static(checkout: Path | None, model: Path, load: Load) -> Iterator[Callable
 
 
 if __name__ == "__main__":
-    run({"mixed": mixed, "tail": tail, "prefix": prefix, "memory": memory})
+    run({"mixed": mixed, "tail": tail, "prefix": prefix, "memory": memory, "products": products})
