@@ -60,6 +60,7 @@ function retry(place) {
 function stop() {
   state.running?.abort();
   state.running = null;
+  working(false);
 }
 
 async function answer() {

@@ -1,7 +1,7 @@
 // What the browser keeps: the conversation and the settings; the API key until the tab is closed.
 
 const PLACE = "deepseek_jax.chat";
-export const DEFAULTS = { system: "", temperature: "0.6", top_p: "0.95", max_tokens: "", seed: "", thinking: "", theme: "" };
+export const DEFAULTS = { system: "", temperature: "", top_p: "", max_tokens: "", seed: "", thinking: "", theme: "" };
 
 /** The conversation and settings of the last time; anything else than these is left aside. */
 export function load() {

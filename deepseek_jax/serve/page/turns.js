@@ -60,8 +60,8 @@ export class AnswerTurn {
     this.text.classList.toggle("waiting", thinking);
     if (growing) return;
     const failed = turn.failed ? [element("span", "failed", turn.failed)] : [];
-    const copy = button("Copy", () => navigator.clipboard.writeText(turn.content));
-    this.more.replaceChildren(...failed, button("Retry", this.retry), copy, figures(turn));
+    const copy = turn.content ? [button("Copy", () => navigator.clipboard.writeText(turn.content))] : [];
+    this.more.replaceChildren(...failed, button("Retry", this.retry), ...copy, figures(turn));
   }
 }
 
