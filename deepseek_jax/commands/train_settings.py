@@ -259,9 +259,10 @@ def stated(config: Config) -> list[str]:
     ]
     if given:
         lines[1] += f" (tokens by default: half of the model's context, at most {LONGEST})"
-        lines.append(
-            f"  format {config.rewards.format}, {'a chat' if config.base.chat else 'plain text'}: {config.prompt!r}"
-        )
+        asked = repr(config.prompt)
+        if config.questions.tasks and config.base.prompt is None:
+            asked = f"as {', '.join(config.questions.tasks)} asks"
+        lines.append(f"  format {config.rewards.format}, {'a chat' if config.base.chat else 'plain text'}: {asked}")
     return lines
 
 

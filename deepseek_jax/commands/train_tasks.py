@@ -31,7 +31,7 @@ def check_tasks(config: Config, graders: Graders) -> None:
             "format: got 'tags' with accuracy 'task', wanted what benchmarks ask for: --format boxed, or none of it: "
             "--weight-format 0"
         )
-    for task in {*_tasks(of.tasks, of.data, "--tasks"), *_held_out_tasks(config)}:
+    for task in (*_tasks(of.tasks, of.data, "--tasks"), *_held_out_tasks(config)):
         task.ready(graders)
 
 

@@ -1,22 +1,26 @@
 """Rows of benchmarks in training: asked, graded and held out as their Task says."""
 
+import dataclasses
 import json
 import sys
 
 import pytest
+from flax import nnx
 
+from deepseek_jax.checkpoint.folder import Model
 from deepseek_jax.checkpoint.save import save_model
 from deepseek_jax.cli import run
 from deepseek_jax.commands import train
 from deepseek_jax.commands.settings_file import with_values
-from deepseek_jax.commands.toy import small_model
 from deepseek_jax.commands.train_data import read
 from deepseek_jax.commands.train_settings import Config
 from deepseek_jax.commands.train_tasks import check_tasks
+from deepseek_jax.config import preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.evals.graders import Graders
 from deepseek_jax.evals.rewarding import task_reward
 from deepseek_jax.evals.tasks import TASKS
+from deepseek_jax.model.decoder import Decoder, split
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.text.tokenizer import Tokenizer
 
@@ -47,20 +51,20 @@ def settings(tmp_path, **changes) -> Config:
         "accuracy": "task",
         "weight_format": 0.0,
         "chat": False,
-        "prompts_per_step": 36,
+        "prompts_per_step": 18,
     }
     return with_values(Config(), given | changes)
 
 
 def test_every_row_is_asked_and_rewarded_by_its_own_task(tmp_path):
     config = settings(tmp_path, eval_questions=3)
-    asked = read(config, Tokenizer.characters(LETTERS))
+    asked = read(config, Tokenizer.characters(LETTERS, chat_template=TEMPLATE))
     prompts = [*next(asked.prompts), *asked.held_out]
     seen = {prompt.columns["task"] for prompt in prompts}
     assert seen == {"gsm8k", "mbpp", "mmlu"}
     for prompt in prompts:
         task, row = TASKS[prompt.columns["task"]], prompt.columns["row"]
-        assert prompt.text == task.style("deepseek").write(task.read(row, 0))
+        assert prompt.text.removeprefix("<bos>") == task.style("deepseek").write(task.read(row, 0))
     right = {
         "gsm8k": lambda row: rf"\boxed{{{row['answer'].split()[-1]}}}",
         "mbpp": lambda row: f"```python\n{row['code']}\n```",
@@ -80,7 +84,7 @@ def test_every_row_is_asked_and_rewarded_by_its_own_task(tmp_path):
 def test_held_out_rows_have_a_task_of_their_own(tmp_path):
     others = rows_file(tmp_path / "held.jsonl", [{"question": "A or B?", "choices": ["x", "y"], "answer": 1}])
     config = settings(tmp_path, held_out=(others,), held_out_tasks=("mmlu",))
-    (prompt,) = read(config, Tokenizer.characters(LETTERS)).held_out
+    (prompt,) = read(config, Tokenizer.characters(LETTERS, chat_template=TEMPLATE)).held_out
     assert prompt.columns["task"] == "mmlu" and "y" in prompt.text
 
 
@@ -104,7 +108,7 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path, changes, message
 def test_a_row_of_another_benchmark_is_refused_by_its_place(tmp_path):
     config = settings(tmp_path, tasks=("mbpp",), data=(rows_file(tmp_path / "rows.jsonl", GSM8K),))
     with pytest.raises(ValueError, match=r"rows.jsonl.*: .*; mbpp wants ") as told:
-        read(config, Tokenizer.characters(LETTERS))
+        read(config, Tokenizer.characters(LETTERS, chat_template=TEMPLATE))
     assert "\n" not in str(told.value)
 
 
@@ -112,7 +116,9 @@ def test_a_run_trains_on_and_is_evaluated_by_the_task(tmp_path, monkeypatch):
     """The whole command, with a model that has nothing learnt: its figures are those of the Task."""
     tokenizer = Tokenizer.characters(LETTERS + "".join(set(ALPHABET) - set(LETTERS)), chat_template=TEMPLATE)
     folder = tmp_path / "model"
-    save_model(small_model(tokenizer, 0), folder, tokenizer=tokenizer.files)
+    config = dataclasses.replace(preset("tiny"), num_hidden_layers=1, vocab_size=128, num_nextn_predict_layers=0)
+    graphdef, weights = split(Decoder(config, rngs=nnx.Rngs(0)))
+    save_model(Model(config, graphdef, weights), folder, tokenizer=tokenizer.files)
     data = rows_file(tmp_path / "rows.jsonl", GSM8K)
     given = ["--model", str(folder), "--data", data, "--tasks", "gsm8k", "--accuracy", "task", "--weight-format", "0"]
     sizes = ["--steps", "1", "--prompts-per-step", "2", "--group-size", "2", "--max-new-tokens", "4"]
