@@ -92,8 +92,8 @@ def mixed(
         requests: how many.
         prompt: tokens a prompt.
         rounds: timed rounds, all in turn.
-        first: who runs once before, uncounted, to compile: "all", the "engine", or "none" where a compilation cache holds
-            that; to load from it counts then.
+        first: who runs once before, uncounted, to compile: "all", the "engine", or "none" where a compilation cache
+            holds that; to load from it counts then.
     """
     rng = np.random.default_rng(0)
     share = np.linspace(0, 1, requests)
@@ -131,8 +131,8 @@ def tail(
         prompt: tokens a question.
         most: new tokens at most.
         rounds: timed rounds, both in turn.
-        first: who runs once before, uncounted, to compile: "all", the "engine", or "none" where a compilation cache holds
-            that; to load from it counts then.
+        first: who runs once before, uncounted, to compile: "all", the "engine", or "none" where a compilation cache
+            holds that; to load from it counts then.
     """
     rng = np.random.default_rng(0)
     new = np.clip(np.exp(rng.normal(np.log(most / 8), 0.8, prompts * samples)), 8, most).astype(int)
