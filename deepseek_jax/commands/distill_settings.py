@@ -163,6 +163,8 @@ class Config:
 
     def of_sft(self, rows: Sequence[str], most: int) -> sft_settings.Config:
         """What fine-tuning on rows is set to; `most` tokens a row fit student and teacher."""
+        if self.max_length is not None and self.max_length > most:
+            raise ValueError(f"max_length: got {self.max_length}, wanted at most {most}, the context that models have")
         longest = self.max_length or min(most, 32_768)
         conversations = ConversationConfig(data=tuple(rows), chat=self.asked.chat, max_length=longest)
         same = ("output", "seed", "eval_rows", "sft", "logging", "mesh", "save_dtype")
