@@ -148,7 +148,8 @@ def _drawn(
 
 
 def _record(key: Key, drawn: Drawn) -> dict[str, Any]:
-    opened = f"{OPEN}\n" if opens_thought(drawn.prompt) else ""  # by the template, so that it is no part of the text
+    # what the template opened is no part of the text
+    opened = drawn.prompt[drawn.prompt.rindex(OPEN) :] if opens_thought(drawn.prompt) else ""
     return {
         **{"benchmark": key.benchmark, "number": key.number, "sample": key.sample},
         **{"completion": opened + drawn.text, "tokens": drawn.tokens, "finished": drawn.finished},

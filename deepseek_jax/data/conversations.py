@@ -138,7 +138,7 @@ def _messages(value: Any) -> tuple[dict[str, str], ...]:
     if isinstance(value, str):  # CSV has no lists
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise NoConversation("messages that are text, and no JSON") from None
     if not isinstance(value, list | tuple) or not value:
         raise NoConversation("no messages in the column of messages")

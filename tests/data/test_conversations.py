@@ -114,6 +114,10 @@ BAD = {
     "nothing in column 'completion'": {"prompt": "ab", "completion": None},
     "no messages in the column of messages": {"messages": []},
     "messages that are text, and no JSON": {"messages": "ab"},
+    "messages that are text, and no JSON to any depth": (
+        {"messages": "[" * 100_000},
+        "messages that are text, and no JSON",
+    ),
     "a message that is no object": {"messages": ["ab"]},
     "a NoneType where a message's text should be": {"messages": [{"role": "user", "content": None}]},
     "a message with a part that is no text": {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
