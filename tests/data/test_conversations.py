@@ -176,7 +176,7 @@ def test_long_rows_are_cut_only_where_that_is_asked_for_and_it_is_said(tmp_path)
 
 def test_a_system_text_that_a_template_leaves_out_is_said_and_marked_turns_are_read_alone(tmp_path):
     mute = tokenizer(OPENS.replace("in messages %}", "in messages if m.role != 'system' %}"))
-    rows = [{"system": "s", "prompt": "ab", "completion": "cd"}, {"prompt": "a", "completion": "b"}]
+    rows = [{"system": "sss", "prompt": "ab", "completion": "cd"}, {"prompt": "a", "completion": "b"}]
     found = open_rows(ConversationConfig(data=(write(tmp_path / "a.jsonl", rows),)), mute, max_length=50)
     assert found.notes == (
         "1 texts of users or systems that the chat template leaves out: answers are learnt without them",
