@@ -104,7 +104,9 @@ def test_a_teachers_text_is_sampled_kept_and_learnt_by_a_student_of_another_kind
     assert status == 0 and summary(out)["steps"] == 3
 
 
-@pytest.mark.parametrize(("student", "teacher"), [("llama", "mla"), ("mla", "qwen2")])
+@pytest.mark.parametrize(
+    ("student", "teacher"), [("llama", "mla"), pytest.param("mla", "qwen2", marks=pytest.mark.slow)]
+)
 def test_a_teachers_logits_are_learnt_at_its_own_text(folders, data, call, tmp_path, student, teacher):
     out = tmp_path / "run"
     given = ("--teacher", folders[teacher], "--student", folders[student], "--data", data, "--output", out)
