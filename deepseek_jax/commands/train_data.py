@@ -52,7 +52,7 @@ def generated(config: Config, tokenizer: Tokenizer) -> Asked:
 
 def read(config: Config, tokenizer: Tokenizer) -> Asked:
     """Questions of data sets."""
-    of = config.questions.config(need_answer=config.rewards.accuracy != "code")
+    of = config.questions.config(need_answer=config.rewards.accuracy not in ("code", "puzzle"))
     make = partial(make_prompt, config, tokenizer)
     data = open_prompts(of, count_tokens=lambda example: len(make(example).tokens))
     held_out, data, said = held_out_of(config, of, data)

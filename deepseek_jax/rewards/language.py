@@ -5,6 +5,7 @@ import unicodedata
 from collections import Counter
 from functools import cache, lru_cache
 from itertools import groupby
+from typing import Any
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
@@ -51,7 +52,7 @@ _SCRIPT_NAMES = {
 _SHARED_SCRIPTS = frozenset("LATIN CYRILLIC ARABIC DEVANAGARI BENGALI".split())
 
 
-def language_reward(*, language: str) -> RewardFunction:
+def language_reward(*, language: str | None) -> RewardFunction:
     """Makes the reward of language consistency: the share of words of the thought that are in the language.
 
     The thought is what stands in the think tags, or before `</think>` where the prompt opened them. Code, LaTeX,
@@ -66,34 +67,47 @@ def language_reward(*, language: str) -> RewardFunction:
     and the mean that is logged would leave out whoever does not think.
 
     Args:
-      language: one of `LANGUAGES`, for example "en" or "zh".
+      language: one of `LANGUAGES`, for example "en" or "zh"; None takes that of each row's column `language`.
 
     Returns:
-      A reward function from 0.0 to 1.0, never None, the same for the same text at all times. Of a thought of more than
-      200,000 characters the first ones count.
+      A reward function from 0.0 to 1.0, None only where a row's own language is; the same for the same text at all
+      times. Of a thought of more than 200,000 characters the first ones count.
 
     Raises:
-      ValueError: an unknown language.
+      ValueError: an unknown language, or a row's, or no such column.
 
     Source: DeepSeek-R1 paper, section 2.3.2 (language consistency); adbar/py3langid.
     Differs: the paper does not say how words are attributed.
     """
-    if language not in _SCRIPTS:
-        raise ValueError(
-            f"language_reward: language: got {language!r}, wanted one of {', '.join(LANGUAGES)}; use its two letters"
-        )
+    if language is not None:
+        _check_known(language)
 
     def reward(
-        prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: object
+        prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
     ) -> list[float | None]:
         check_strings("language_reward", prompts, completions)
+        if language is None and "language" not in columns:
+            raise ValueError("language_reward: got no column 'language', wanted each row's; or name one language")
+        wanted = columns["language"] if language is None else [language] * len(completions)
+        for each in {of for of in wanted if of is not None}:
+            _check_known(each)
         thoughts = [
             split_thinking(completion, opened=opens_thought(prompt))[0]
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-        return [_share(thought[:_MAX_CHARS], language) for thought in thoughts]
+        return [
+            None if of is None else _share(thought[:_MAX_CHARS], of)
+            for thought, of in zip(thoughts, wanted, strict=True)
+        ]
 
     return reward
+
+
+def _check_known(language: Any) -> None:
+    if language not in LANGUAGES:
+        raise ValueError(
+            f"language_reward: language: got {language!r}, wanted one of {', '.join(LANGUAGES)}; use its two letters"
+        )
 
 
 def written_in(text: str) -> tuple[str, float] | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from deepseek_jax import distributed
+from deepseek_jax.data.puzzles import check_row
 from deepseek_jax.rewards.accuracy import accuracy_reward
 from deepseek_jax.rewards.choice import check_choice, choice_reward
 from deepseek_jax.rewards.code import CodeReward
@@ -17,6 +18,7 @@ from deepseek_jax.rewards.lengths import length_penalty, repetition_penalty_rewa
 from deepseek_jax.rewards.math import MathGrader, math_reward
 from deepseek_jax.rewards.own import own_rewards
 from deepseek_jax.rewards.protocol import RewardFunction, check_answers
+from deepseek_jax.rewards.puzzles import puzzle_reward
 from deepseek_jax.rewards.sandbox import available
 from deepseek_jax.rewards.structure import structure_reward
 from deepseek_jax.rewards.tests_column import parse_tests
@@ -29,7 +31,7 @@ class RewardConfig:
     Args:
         accuracy: how answers are compared: "exact" as numbers and text, "math" by computer algebra as well, in
             processes that can be killed, "choice" as letters of multiple choice, "code" by running the program against
-            the hidden tests of the column `tests`.
+            the hidden tests of the column `tests`, "puzzle" by the rule of the row's family (`data.puzzles`).
         percent: for "math": 10% is a tenth and never ten ("strict"), or right beside 10 as well ("either"), as for
             published benchmarks.
         tolerance: for "code": by how much a printed decimal fraction may miss the wanted one, absolutely or in
@@ -43,7 +45,7 @@ class RewardConfig:
         weight_format: weight of the reward for that form (R1-Zero: as of the right answer).
         weight_soft_format: of its cosine form, which rewards parts of it (the design documents: 0.3).
         weight_language: of the share of the thought's words in `language` (the design documents: 0.2).
-        language: two letters.
+        language: two letters, or "row" for those of each row's column `language`.
         weight_structure: of the reasoning-structure score, which can be gamed (R1: 0).
         weight_repetition: of the penalty for repeated words, from -1 to 0.
         weight_overlong: of DAPO's penalty for the last `overlong_cache` tokens before the limit, from -1 to 0.
@@ -56,7 +58,7 @@ class RewardConfig:
         allow_unsandboxed: run programs of the model even where they cannot be isolated. Do not.
     """
 
-    accuracy: Literal["exact", "math", "choice", "code"] = "math"
+    accuracy: Literal["exact", "math", "choice", "code", "puzzle"] = "math"
     percent: Literal["strict", "either"] = "strict"
     tolerance: float = 1e-6
     reference_column: str | None = None
@@ -128,7 +130,7 @@ def rewards(config: RewardConfig, *, max_new_tokens: int) -> Iterator[Rewards]:
         if config.weight_soft_format:
             functions["soft_format"] = soft_format_reward
         if config.weight_language:
-            functions["language"] = language_reward(language=config.language)
+            functions["language"] = language_reward(language=None if config.language == "row" else config.language)
         if config.weight_structure:
             functions["structure"] = structure_reward
         if config.weight_repetition:
@@ -175,6 +177,9 @@ def check_columns(config: RewardConfig, columns: Mapping[str, object]) -> None:
     wanted = columns[name]
     if config.accuracy == "code":
         wanted = parse_tests(wanted)
+    elif config.accuracy == "puzzle":
+        if wanted is not None:
+            check_row(columns)
     else:
         check_answers("accuracy", [wanted], 1)
     if config.accuracy == "choice" and wanted is not None:
@@ -195,4 +200,4 @@ def _accuracy(config: RewardConfig, grader: MathGrader, *, counted: bool) -> Rew
             reference=config.reference_column,
             allow_unsandboxed=config.allow_unsandboxed,
         )
-    return accuracy_reward
+    return puzzle_reward if config.accuracy == "puzzle" else accuracy_reward
