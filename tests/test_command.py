@@ -28,6 +28,9 @@ LAUNCHERS = {
     "tools/plan.py": "plan",
     "experiments/r1_zero.py": "train",
     "experiments/sft.py": "sft",
+    "experiments/r1.py": "r1",
+    "experiments/rejection.py": "rejection",
+    "tools/report.py": "report",
 }
 LAUNCHER = """
 
@@ -53,6 +56,8 @@ POSITIONAL = {
     "logits": "MODEL TOKENS LOGITS",
     "merge": "MODEL ADAPTER OUT",
     "plan": "[MODEL]",
+    "rejection": "[MODEL]",
+    "report": "RUN",
 }
 
 
