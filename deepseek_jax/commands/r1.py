@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deepseek_jax import distributed
+from deepseek_jax.checkpoint.files import read_json
 from deepseek_jax.checkpoint.hub import model_folder
 from deepseek_jax.commands import evaluate, rejection, sft, train_settings
 from deepseek_jax.commands.options import command
@@ -15,7 +16,7 @@ from deepseek_jax.commands.r1_stages import EVALUATION, Maker
 from deepseek_jax.commands.report import write_run_report
 from deepseek_jax.commands.settings_file import converted, options_of
 from deepseek_jax.evals.tasks import task_named
-from deepseek_jax.train.runs import held_folder, room_needed
+from deepseek_jax.train.runs import SUMMARY, held_folder, room_needed
 from deepseek_jax.train.stages import Stage, run_stages
 
 PUZZLES = "puzzles"
@@ -120,7 +121,10 @@ def main(config: Config) -> None:
         return
     with room_needed(config.output), held_folder(config.output):
         run_stages(config.output, found)
-        distributed.on_main(lambda: write_run_report(config.output))
+        report = distributed.on_main(lambda: str(write_run_report(config.output)))
+    for of in distributed.on_main(lambda: read_json(config.output / SUMMARY))["stages"]:
+        _say(f"{of['name']:<12}{100 * of['accuracy']:5.1f} ± {100 * of['stderr']:.1f} %   {of['seconds']:.0f} s")
+    _say(f"report: {report}")
 
 
 def stages(config: Config, options: Mapping[str, Mapping[str, Any]]) -> list[Stage]:
