@@ -18,8 +18,8 @@ _NO_WORDS = re.compile(
     r"|\\begin\s{0,9}\{(\w{1,20}\*?)\}.{0,500}?\\end\s{0,9}\{\1\}|\\[A-Za-z]+|https?://\S+",
     re.DOTALL,
 )
-# Names with digits or underscores in them are code too.
-_NAME = re.compile(r"\w+")
+# Names with digits or underscores in them are code too; a number beside a letter of a script without spaces is none.
+_NAME = re.compile(r"[^\W\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+")
 _SENTENCE = re.compile(r"[.!?。！？…:;\n]+")
 _MIN_WORDS = 6
 _MIN_WORDS_AT_ALL = 3
@@ -96,7 +96,7 @@ def language_reward(*, language: str | None) -> RewardFunction:
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         return [
-            None if of is None else _share(thought[:_MAX_CHARS], of)
+            None if of is None else language_share(thought, of) or 0.0
             for thought, of in zip(thoughts, wanted, strict=True)
         ]
 
@@ -132,14 +132,21 @@ def written_in(text: str) -> tuple[str, float] | None:
     return next((code for code, of in _SCRIPTS.items() if of == scripts), script.casefold()), share
 
 
-def _share(thought: str, language: str) -> float:
-    sentences = [_words(sentence) for sentence in _SENTENCE.split(_plain(thought))]
+def language_share(text: str, language: str, *, sure_from: int = 0) -> float | None:
+    """The share of a text's words that are in a language, as `language_reward` tells them; None where it has none.
+
+    Args:
+      text: a thought.
+      language: one of `LANGUAGES`.
+      sure_from: of a text of fewer words the script alone decides: py3langid errs on short ones.
+    """
+    sentences = [_words(sentence) for sentence in _SENTENCE.split(_plain(text[:_MAX_CHARS]))]
     total = sum(map(len, sentences))
     if not total:
-        return 0.0
+        return None
     scripts = _SCRIPTS[language]
     fitting = [_fitting(words, scripts, language) for words in sentences]
-    if not scripts & _SHARED_SCRIPTS:
+    if not scripts & _SHARED_SCRIPTS or total < sure_from:
         return sum(map(len, fitting)) / total
     return sum(len(words) for words in _passages(fitting) if _is_in(words, language)) / total
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from deepseek_jax.rewards.format import boxed_format_reward, format_reward
-from deepseek_jax.rewards.language import LANGUAGES, language_reward, written_in
+from deepseek_jax.rewards.language import LANGUAGES, language_share, written_in
 from deepseek_jax.rl.semantics import agreement, clashing_claims, comes_to, false_equations, loops
 from deepseek_jax.text.think import split_thinking
 
@@ -22,6 +22,7 @@ REASONS = (
 """Why samples are left out, in the order in which it is looked at."""
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
 _RUN = 3  # words of a shingle
+_SURE_FROM = 20  # words: of the 74 English thoughts in tests/rl/thoughts.jsonl, 4 shorter ones pass for other languages
 
 Embed = Callable[[list[str]], Sequence[Sequence[float]]]
 
@@ -179,10 +180,9 @@ def _of_sense(of: Sampled, config: FilterConfig, embed: Embed | None) -> str | N
 
 def _of_looks(of: Sampled, config: FilterConfig) -> str | None:
     """Language, length and readability."""
-    if of.language is not None and of.thought.strip():
-        (share,) = language_reward(language=of.language)([of.prompt], [of.completion], [[]])
-        if share is not None and share < config.min_language:
-            return "other language"
+    share = None if of.language is None else language_share(of.thought, of.language, sure_from=_SURE_FROM)
+    if share is not None and share < config.min_language:
+        return "other language"
     if of.tokens < config.min_tokens:
         return "too short"
     if config.max_tokens_kept is not None and of.tokens > config.max_tokens_kept:
