@@ -57,11 +57,21 @@ class Config:
     grading: GraderConfig = GraderConfig()
 
     def __post_init__(self) -> None:
-        self.sampling  # noqa: B018  refuses what `evaluate` would
+        if "," in self.asked.benchmark:
+            self.check()
+        _ = self.sampling  # refuses what `evaluate` would
         if self.asked.thinking_budgets is not None:
             raise ValueError("thinking_budgets: got some, wanted none: samples are to be imitated as they are drawn")
         if self.filters.embedding is not None:
             own_rewards([self.filters.embedding])
+
+    def check(self) -> None:
+        """Refuse no benchmark, or several."""
+        if not self.asked.benchmark or "," in self.asked.benchmark:
+            raise ValueError(
+                f"benchmark: got {self.asked.benchmark or 'none'!r}, wanted one name, such as --benchmark gsm8k, whose "
+                "form the rows of --data have"
+            )
 
     @property
     def sampling(self) -> evaluate.Config:
@@ -99,12 +109,8 @@ class Found(NamedTuple):
 @command(Config, common=COMMON, deciding=(), defaults=lambda given: Config())
 def main(config: Config) -> None:
     """Draw --samples of every question of --data with MODEL, and keep those that pass every filter."""
-    (task, *others) = config.asked.tasks if config.asked.benchmark else (None,)
-    if task is None or others:
-        raise ValueError(
-            f"benchmark: got {config.asked.benchmark or 'none'!r}, wanted one name, such as --benchmark gsm8k, whose "
-            "form the rows of --data have"
-        )
+    config.check()
+    (task,) = config.asked.tasks
     embed = _embedding(config.filters)
     evaluate.main(config.sampling)
     with locked(config.output, advice="wait for it or stop it, or choose another --output"):

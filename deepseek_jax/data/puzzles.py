@@ -185,7 +185,7 @@ def comparison(rng: np.random.Generator, level: int, language: Language) -> Puzz
     """The larger of two chains, by its value; the level is divided between them."""
     while True:
         (one, first, left), (other, second, right) = (
-            _chained(*_walk(rng, part)) for part in (max(level - level // 2, 1), max(level // 2, 1))
+            _chained(*_walk(rng, part)) for part in (level - level // 2, level // 2)
         )
         if left != right:
             break
