@@ -133,6 +133,8 @@ class Maker(NamedTuple):
     ) -> Stage:
         """GRPO by rules and, for general talk that joins late, by a scorer, FILE.py:function; then the accuracy."""
         options = {"seed": self.seed, **self.options[name], "reward": () if scorer is None else (scorer,)}
+        if late is None:
+            options = {key: of for key, of in options.items() if not key.startswith("late_")}
         names = {"ask": "data", "held_out": "held_out", **({"late": "late_data"} if late is not None else {})}
         valid = with_values(train_settings.Config(), options | {option: (of,) for of, option in names.items()})
         settings = _plain(valid) | {"scorer": [of.digest for of in own_rewards(options["reward"])]}
