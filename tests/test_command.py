@@ -26,6 +26,7 @@ LAUNCHERS = {
     "tools/logits.py": "logits",
     "tools/merge_lora.py": "merge",
     "tools/plan.py": "plan",
+    "experiments/distill.py": "distill",
     "experiments/r1_zero.py": "train",
     "experiments/sft.py": "sft",
     "experiments/r1.py": "r1",
