@@ -9,7 +9,7 @@ from typing import Any, Literal
 from deepseek_jax import distributed
 from deepseek_jax.checkpoint.files import read_json
 from deepseek_jax.checkpoint.hub import model_folder
-from deepseek_jax.commands import evaluate, rejection, sft, train_settings
+from deepseek_jax.commands import distill, evaluate, rejection, sft, train_settings
 from deepseek_jax.commands.options import command
 from deepseek_jax.commands.r1_presets import KINDNESS, PRESETS, PUZZLES_ONLY
 from deepseek_jax.commands.r1_stages import EVALUATION, Maker
@@ -104,6 +104,7 @@ _COMMANDS = {
     **dict.fromkeys(("base", "cold_start", "sft"), sft.Config),
     **dict.fromkeys(("rl_1", "rl_2"), train_settings.Config),
     "rejection": rejection.Config,
+    "distill": distill.Config,
     EVALUATION: evaluate.Config,
 }
 

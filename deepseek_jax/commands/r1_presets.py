@@ -80,7 +80,8 @@ LAPTOP: dict[str, Options] = {
     "mixture": {"general_share": 0.25},
     "sft": _SMALL_SFT | {"epochs": 4.0, "lr": 1e-3},
     "rl_2": _SMALL_RL | {"steps": 40, "temperature": 0.7, "late_step": 10, "late_weight": 0.25},
-    "distill": {},
+    "distill": {"epochs": 1.0, "batch_size": 64, "lr": 3e-4, "warmup": 5, "bias_gamma": 1e-3, "max_new_tokens": 64}
+    | {"eval_rows": 32, "eval_every": 10_000, "save_every": 50},
     "evaluation": {"samples": 1, "temperature": 0.0, "top_p": 1.0, "max_tokens": 64, "batch": 64},
 }
 PUZZLES_ONLY = {"accuracy", "language", "prompt", "difficulty_column", "thought_language"}

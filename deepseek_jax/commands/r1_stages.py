@@ -11,7 +11,7 @@ import numpy as np
 from deepseek_jax import distributed
 from deepseek_jax.checkpoint.files import read_json, write_whole
 from deepseek_jax.checkpoint.save import save_model
-from deepseek_jax.commands import evaluate, rejection, sft, train, train_settings
+from deepseek_jax.commands import distill, evaluate, rejection, sft, train, train_settings
 from deepseek_jax.commands.settings_file import values_of, with_values
 from deepseek_jax.commands.toy import small_model
 from deepseek_jax.data.puzzle_text import demonstrations, facts, general, general_prompts, puzzle_tokenizer
@@ -27,7 +27,17 @@ Given = tuple[str, str] | Path
 EVALUATION = "evaluation"
 # Names of a stage's files, and what its outcome does not depend on.
 _LEFT_OUT = {"output", "config", "model", "data", "late_data", "held_out", "reward", "quick", "wandb_project"}
-_LEFT_OUT |= {"wandb_offline", "save_dtype", "remat", "profile_steps", "eval_every", "save_every", "samples_every"}
+_LEFT_OUT |= {
+    "student",
+    "teacher",
+    "wandb_offline",
+    "save_dtype",
+    "remat",
+    "profile_steps",
+    "eval_every",
+    "save_every",
+    "samples_every",
+}
 _LEFT_OUT |= {"at_once", "serve_expert", "serve_tensor", "serve_unrolled", "batch", *(f"mesh_{axis}" for axis in AXES)}
 
 
@@ -151,8 +161,6 @@ class Maker(NamedTuple):
 
     def distill(self, name: str, *, model: str | Path, teachers: Sequence[Given], ask: Given) -> Stage:
         """On-policy distillation from one or several teachers, then the accuracy."""
-        from deepseek_jax.commands import distill
-
         base = with_values(distill.Config(), {"seed": self.seed, "loss": "reverse-kl", **self.options[name]})
 
         def does(folder: Path, model: Path | None, data: Mapping[str, Path]) -> Done:

@@ -28,6 +28,7 @@ TINY = {
         "eval_questions": 4,
         "late_step": 1,
     },
+    "distill": {"steps": 2, "batch_size": 2, "max_new_tokens": 8, "eval_rows": 2, "warmup": 0},
     "evaluation": {"max_tokens": 8},
 }
 SETS = [f"{stage}.{name}={value}" for stage, values in TINY.items() for name, value in values.items()]
@@ -114,6 +115,21 @@ def test_what_is_done_is_not_run_again_and_a_changed_number_is_refused(finished,
     assert main(monkeypatch, r1, "--output", str(finished), "--set", *SETS, "rl_1.lr=0.5") == 1
     assert "rl_1/stage.json: the stage there has lr 0.0001, not 0.5" in capsys.readouterr().err
     assert times(finished) == before
+
+
+@pytest.mark.slow
+def test_the_last_stage_may_be_distillation_of_what_is_there(finished, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "distilled"
+    shutil.copytree(finished, copy)
+    assert main(monkeypatch, r1, "--output", str(copy), "--last-stage", "distill", "--set", *SETS) == 0
+    told = capsys.readouterr().out
+    assert "stage sft: done before" in told and "stage distill: done in" in told
+    mark = json.loads((copy / "distill" / "stage.json").read_text())
+    assert set(mark["inputs"]) == {"model", "data ask", "data held_out", "data teacher 0"}
+    assert (
+        mark["inputs"]["data teacher 0"]
+        == json.loads((copy / "rl_1" / "stage.json").read_text())["outputs"]["digests"]["model"]
+    )
 
 
 @pytest.mark.slow
