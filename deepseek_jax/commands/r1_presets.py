@@ -51,7 +51,7 @@ PAPER: dict[str, Options] = {
 }
 
 _SMALL_SFT: Options = {"batch_size": 32, "lr": 2e-3, "warmup": 20, "bias_gamma": 1e-3, "eval_rows": 32}
-_SMALL_SFT |= {"loss_mean": "examples", "eval_every": 10_000, "save_every": 200}
+_SMALL_SFT |= {"pack": True, "loss_mean": "examples", "eval_every": 10_000, "save_every": 200}
 _SMALL_RL: Options = {
     "prompts_per_step": 32,
     "group_size": 16,

@@ -173,6 +173,7 @@ def _transcripts(run: Path, held: Sequence[Mark]) -> list[dict[str, Any]]:
     return [
         row | {"stage": f"{mark['name']}: {row['stage']}"}
         for mark in held
+        if (run / mark["folder"] / "metrics.jsonl").exists()  # other stages' samples have another form
         for row in read_samples(run / mark["folder"], steps=3)
     ]
 
