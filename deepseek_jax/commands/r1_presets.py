@@ -31,7 +31,6 @@ _PAPER_RL: Options = {
     "temperature": 1.0,
     "max_new_tokens": 32_768,
     "reference_every": 25,
-    "accuracy": "math",
     "weight_accuracy": 1.0,
     "weight_format": 1.0,
     "weight_language": 1.0,
@@ -58,9 +57,7 @@ _SMALL_RL: Options = {
     "max_new_tokens": 64,
     "lr": 1e-4,
     "beta": 0.001,
-    "accuracy": "puzzle",
     "language": "row",
-    "prompt": "{question}",
     "weight_accuracy": 1.0,
     "weight_format": 0.3,
     "weight_language": 0.2,
@@ -84,6 +81,6 @@ LAPTOP: dict[str, Options] = {
     | {"eval_rows": 32, "eval_every": 10_000, "save_every": 50},
     "evaluation": {"samples": 1, "temperature": 0.0, "top_p": 1.0, "max_tokens": 64, "batch": 64},
 }
-PUZZLES_ONLY = {"accuracy", "language", "prompt", "difficulty_column", "thought_language"}
+PUZZLES_ONLY = {"language", "difficulty_column", "thought_language"}
 """Options of the laptop's stages that other questions do not want."""
 PRESETS = {"laptop": LAPTOP, "paper": PAPER}

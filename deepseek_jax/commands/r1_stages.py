@@ -17,6 +17,7 @@ from deepseek_jax.commands.toy import small_model
 from deepseek_jax.data.puzzle_text import demonstrations, facts, general, general_prompts, puzzle_tokenizer
 from deepseek_jax.data.puzzles import draw
 from deepseek_jax.data.sources import open_source
+from deepseek_jax.evals.tasks import task_named
 from deepseek_jax.rewards.own import own_rewards
 from deepseek_jax.sharding import AXES
 from deepseek_jax.train.runs import SUMMARY
@@ -142,7 +143,8 @@ class Maker(NamedTuple):
         self, name: str, *, model: str | Path, ask: Given, late: Given | None = None, scorer: str | None = None
     ) -> Stage:
         """GRPO by rules and, for general talk that joins late, by a scorer, FILE.py:function; then the accuracy."""
-        options = {"seed": self.seed, **self.options[name], "reward": () if scorer is None else (scorer,)}
+        graded = {"accuracy": "task", "tasks": (self.benchmark,), "format": task_named(self.benchmark).form}
+        options = {"seed": self.seed, **graded, **self.options[name], "reward": () if scorer is None else (scorer,)}
         if late is None:
             options = {key: of for key, of in options.items() if not key.startswith("late_")}
         names = {"ask": "data", "held_out": "held_out", **({"late": "late_data"} if late is not None else {})}

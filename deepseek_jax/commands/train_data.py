@@ -53,7 +53,7 @@ def generated(config: Config, tokenizer: Tokenizer) -> Asked:
 
 def read(config: Config, tokenizer: Tokenizer) -> Asked:
     """Questions of data sets."""
-    of = config.questions.config(need_answer=config.rewards.accuracy not in ("code", "puzzle", "task"))
+    of = config.questions.config(need_answer=config.rewards.accuracy not in ("code", "task"))
     as_prompt = partial(make_prompt, config, tokenizer)
     make = make_held_out = as_prompt
     if config.questions.tasks:

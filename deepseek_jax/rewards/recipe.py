@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from deepseek_jax import distributed
-from deepseek_jax.data.puzzles import check_row
 from deepseek_jax.rewards.accuracy import accuracy_reward
 from deepseek_jax.rewards.choice import check_choice, choice_reward
 from deepseek_jax.rewards.code import CodeReward
@@ -18,7 +17,6 @@ from deepseek_jax.rewards.lengths import length_penalty, repetition_penalty_rewa
 from deepseek_jax.rewards.math import MathGrader, math_reward
 from deepseek_jax.rewards.own import own_rewards
 from deepseek_jax.rewards.protocol import RewardFunction, check_answers
-from deepseek_jax.rewards.puzzles import puzzle_reward
 from deepseek_jax.rewards.sandbox import available
 from deepseek_jax.rewards.structure import structure_reward
 from deepseek_jax.rewards.tests_column import parse_tests
@@ -31,8 +29,7 @@ class RewardConfig:
     Args:
         accuracy: how answers are compared: "exact" as numbers and text, "math" by computer algebra as well, in
             processes that can be killed, "choice" as letters of multiple choice, "code" by running the program against
-            the hidden tests of the column `tests`, "puzzle" by the rule of the row's family (`data.puzzles`), "task" as
-            the benchmark that a row is of does (`--tasks`).
+            the hidden tests of the column `tests`, "task" as the benchmark that a row is of does (`--tasks`).
         percent: for "math": 10% is a tenth and never ten ("strict"), or right beside 10 as well ("either"), as for
             published benchmarks.
         tolerance: for "code": by how much a printed decimal fraction may miss the wanted one, absolutely or in
@@ -59,7 +56,7 @@ class RewardConfig:
         allow_unsandboxed: run programs of the model even where they cannot be isolated. Do not.
     """
 
-    accuracy: Literal["exact", "math", "choice", "code", "puzzle", "task"] = "math"
+    accuracy: Literal["exact", "math", "choice", "code", "task"] = "math"
     percent: Literal["strict", "either"] = "strict"
     tolerance: float = 1e-6
     reference_column: str | None = None
@@ -185,9 +182,6 @@ def check_columns(config: RewardConfig, columns: Mapping[str, object]) -> None:
     wanted = columns[name]
     if config.accuracy == "code":
         wanted = parse_tests(wanted)
-    elif config.accuracy == "puzzle":
-        if wanted is not None:
-            check_row(columns)
     else:
         check_answers("accuracy", [wanted], 1)
     if config.accuracy == "choice" and wanted is not None:
@@ -212,4 +206,4 @@ def _accuracy(
             reference=config.reference_column,
             allow_unsandboxed=config.allow_unsandboxed,
         )
-    return puzzle_reward if config.accuracy == "puzzle" else accuracy_reward
+    return accuracy_reward

@@ -9,8 +9,9 @@ import pytest
 
 from deepseek_jax.data.puzzle_text import demonstrations, facts, general, general_prompts, puzzle_tokenizer, unwritable
 from deepseek_jax.data.puzzles import FAMILIES, LARGEST, check_row, completion, draw, is_right, part_of, thought
+from deepseek_jax.evals.graders import Graders
+from deepseek_jax.evals.rewarding import task_reward
 from deepseek_jax.rewards.language import language_reward
-from deepseek_jax.rewards.puzzles import puzzle_reward
 from deepseek_jax.text.answers import extract_answer
 
 LEVELS = (1, 2, 3, 4)
@@ -141,8 +142,11 @@ def test_rewards_are_of_the_rows_own_rule_and_language(drawn):
     rows = [p.row() for p in drawn["train"][:40]] + general_prompts()[:2]
     texts = [completion(p) for p in drawn["train"][:40]] + ["<think>x</think><answer>Hello.</answer>"] * 2
     columns = {name: [row[name] for row in rows] for name in ("answer", "numbers", "target", "language")}
-    assert puzzle_reward([""] * 42, texts, [[]] * 42, **columns) == [1.0] * 40 + [None] * 2
-    assert puzzle_reward([""] * 42, ["<answer>-1</answer>"] * 42, [[]] * 42, **columns) == [0.0] * 40 + [None] * 2
+    columns |= {"task": ["puzzles"] * 40 + [None] * 2, "row": rows}
+    with Graders() as graders:
+        reward = task_reward(graders)
+        assert reward([""] * 42, texts, [[]] * 42, **columns) == [1.0] * 40 + [None] * 2
+        assert reward([""] * 42, ["<answer>-1</answer>"] * 42, [[]] * 42, **columns) == [0.0] * 40 + [None] * 2
     assert language_reward(language=None)([""] * 42, texts, [[]] * 42, **columns)[:40] == [1.0] * 40
     with pytest.raises(ValueError, match="no column 'language'"):
         language_reward(language=None)([""], ["x"], [[]])

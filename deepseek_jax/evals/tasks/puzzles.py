@@ -47,6 +47,7 @@ PUZZLES = Task(
     hub="questions/held_out.jsonl of a run of r1",
     source="data/puzzles.py",
     needs="question and answer, and of a countdown numbers and target",
+    form="tags",
     same=lambda pairs, graders: [one.strip() == other.strip() for one, other in pairs],
     batch=256,
 )
