@@ -29,8 +29,8 @@ def check_tasks(config: Config, graders: Graders) -> None:
     trained = _tasks(of.tasks, of.data, "--tasks")
     for form in {task.form for task in trained if config.rewards.weight_format} - {config.rewards.format}:
         raise ValueError(
-            f"format: got {config.rewards.format!r} with accuracy 'task', wanted what benchmarks ask for: --format {form}"
-            ", or none of it: --weight-format 0"
+            f"format: got {config.rewards.format!r} with accuracy 'task', wanted what benchmarks ask for: --format "
+            f"{form}, or none of it: --weight-format 0"
         )
     for task in (*trained, *_held_out_tasks(config)):
         task.ready(graders)
