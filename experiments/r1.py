@@ -8,8 +8,9 @@ every stage it is scored on held-out puzzles, harder than every demonstration. W
 and `--cold-start` the same stages train a checkpoint; `--preset paper` has R1's numbers, `--set` any other.
 
 Cost: five models of half a million parameters, one after the other; not timed whole yet (LOG.md). Expected: accuracy
-rises from base to cold start to RL-1, and the last model is not below it; not shown yet. A killed run goes on when the same command is given again; what is done is not done
-again. report.html and summary.json tell of all stages; `tools/report.py RUN` writes them anew.
+rises from base to cold start to RL-1, and the last model is not below it; not shown yet. A killed run goes on when the
+same command is given again; what is done is not done again. report.html and summary.json tell of all stages;
+`tools/report.py RUN` writes them anew.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Rules about thoughts: each with its precision and recall on labelled samples, and what they must not fall for.
 
 `thoughts.jsonl` was written by hand by who wrote the rules, faults that no rule can see among them: the figures say how
-the rules do on clear cases, and not how often such cases occur. `python tests/rl/test_semantics.py` prints the table.
+the rules do on clear cases, and not how often such cases occur. `python -m tests.rl.test_semantics` prints the table.
 """
 
 import json
