@@ -22,7 +22,7 @@ LARGEST = 60
 MODULI = (3, 4, 5)
 _HELD_OUT = 8  # of so many questions one is held out
 _LONGEST = 100  # characters of an answer that is read
-_TRIES = 400
+_IN_VAIN = 5_000  # draws that find nothing new, after which there is nothing
 _THOUGHT = {"en": ("first ", " then ", " so "), "zh": ("先", "再", "所以")}
 
 
@@ -146,12 +146,13 @@ def _cell(
     rng: np.random.Generator, family: str, level: int, language: Language, count: int, part: Part
 ) -> Iterator[Puzzle]:
     found: dict[str, Puzzle] = {}
-    for _ in range(_TRIES * (count + 10)):
-        if len(found) == count:
-            break
+    in_vain = 0
+    while len(found) < count and in_vain < _IN_VAIN:
         puzzle = FAMILIES[family](rng, level, language)
-        if part_of(puzzle) == part:
-            found.setdefault(puzzle.question, puzzle)
+        new = part_of(puzzle) == part and puzzle.question not in found
+        in_vain = 0 if new else in_vain + 1
+        if new:
+            found[puzzle.question] = puzzle
     if len(found) < count:
         raise ValueError(
             f"puzzles: got {count} wanted of {family}, level {level}, {language}, and found {len(found)} different "
