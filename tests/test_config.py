@@ -198,3 +198,21 @@ def test_numbers_that_contradict_each_other_are_refused(name, changes, says):
 def test_an_unknown_preset_is_refused():
     with pytest.raises(ValueError, match="preset: got 'r2', wanted one of r1-671b, v3.2-671b, v2-lite"):
         preset("r2")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("distill-qwen-1.5b", {"attention": {"qk_norm": True}}, "attention.qk_norm: got True, which config.json"),
+        ("distill-qwen-1.5b", {"model_type": "llama"}, "attention.qkv_bias: got True"),
+        ("distill-llama-8b", {"attention": {"qkv_bias": True}}, "attention.qkv_bias: got True"),
+    ],
+)
+def test_what_a_file_has_no_word_for_is_not_written(name, changes, message):
+    changes = {
+        part: dataclasses.replace(preset(name).attention, **value) if part == "attention" else value
+        for part, value in changes.items()
+    }
+    with pytest.raises(ValueError, match=message) as told:
+        to_hf(dataclasses.replace(preset(name), **changes))
+    assert "\n" not in str(told.value)

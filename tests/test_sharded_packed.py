@@ -22,11 +22,14 @@ from tests.laws import fixture_of
 from tests.test_sharded_steps import GQA, MLA, SPARSE
 
 WIDE = {"moe": dataclasses.replace(MLA.moe, moe_intermediate_size=144), "hidden_size": 256, "intermediate_size": 320}
+GROUPED = dataclasses.replace(
+    GQA, model_type="qwen3", attention=dataclasses.replace(GQA.attention, qkv_bias=False), initializer_range=0.3
+)  # as a folder can say it
 MODELS = {
     "mla": (dataclasses.replace(MLA, **WIDE, num_nextn_predict_layers=0, initializer_range=0.3), "fp8"),
     "sparse": (dataclasses.replace(SPARSE, **WIDE, initializer_range=0.3), "int4"),
-    "gqa": (dataclasses.replace(GQA, hidden_size=256, intermediate_size=320, initializer_range=0.3), "int4"),
-    "gqa in columns": (dataclasses.replace(GQA, initializer_range=0.3), "int8"),
+    "gqa": (dataclasses.replace(GROUPED, hidden_size=256, intermediate_size=320), "int4"),
+    "gqa in columns": (GROUPED, "int8"),
 }
 
 

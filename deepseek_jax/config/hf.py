@@ -1,6 +1,7 @@
 """Hugging Face's config.json, read and written: every key is used, known to be harmless, or refused."""
 
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from deepseek_jax.config.keys import Reader
@@ -207,7 +208,11 @@ _NO_RANK = "transformers would take 1536 for it; write null if queries have no l
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json as the hub has it, for a model that was not loaded from one. `from_hf(to_hf(c)) == c`."""
+    """config.json as the hub has it, for a model that was not loaded from one. `from_hf(to_hf(c)) == c`.
+
+    Raises:
+        ValueError: a setting that config.json has no word for, such as biases of a Llama's queries.
+    """
     eos = config.eos_token_id
     values: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[config.model_type]],
@@ -240,7 +245,22 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         values |= {**vars(m), "moe_layer_freq": 1, "scoring_func": "sigmoid" if sigmoid else "softmax"}
     if config.quantization is not None:
         values |= {"quantization_config": write_quantization(config.quantization)}
+    _check_read_back(config, from_hf(values))
     return values
+
+
+def _check_read_back(config: Any, found: Any, where: str = "") -> None:
+    """Refuse what would be another model when it is read."""
+    if config == found:
+        return
+    if not (is_dataclass(config) and type(config) is type(found)):
+        raise ValueError(
+            f"{where}: got {shown(config)}, which config.json of this model_type has no word for and would be read as "
+            f"{shown(found)}; choose that, or another model_type"
+        )
+    for field in fields(config):
+        name = f"{where}.{field.name}" if where else field.name
+        _check_read_back(getattr(config, field.name), getattr(found, field.name), name)
 
 
 def write_quantization(quantization: FP8Config) -> dict[str, Any]:

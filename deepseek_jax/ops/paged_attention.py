@@ -198,7 +198,8 @@ def _attend(queries, keys, values, mask, scale) -> Partial:
     top = jnp.max(jnp.where(seen, scores, -jnp.inf), axis=-1)
     weights = jnp.where(seen, jnp.exp(scores - top[..., None]), 0.0)
     values = jnp.where(jnp.any(mask, axis=1)[:, None, :, None], values, 0)
-    of_values = weights.astype(values.dtype)
+    # a cache that is narrower than the computation rounds what it keeps, and nothing else
+    of_values = weights.astype(jnp.promote_types(queries[0].dtype, values.dtype))
     summed = jnp.einsum("bgtns,bgsh->bgtnh", of_values, values, preferred_element_type=jnp.float32)
     return Partial(top, jnp.sum(weights, axis=-1), summed)
 
