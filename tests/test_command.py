@@ -29,6 +29,9 @@ LAUNCHERS = {
     "experiments/distill.py": "distill",
     "experiments/r1_zero.py": "train",
     "experiments/sft.py": "sft",
+    "experiments/r1.py": "r1",
+    "experiments/rejection.py": "rejection",
+    "tools/report.py": "report",
 }
 LAUNCHER = """
 
@@ -54,6 +57,8 @@ POSITIONAL = {
     "logits": "MODEL TOKENS LOGITS",
     "merge": "MODEL ADAPTER OUT",
     "plan": "[MODEL]",
+    "rejection": "[MODEL]",
+    "report": "RUN",
 }
 
 
