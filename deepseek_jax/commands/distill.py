@@ -15,7 +15,7 @@ from deepseek_jax.checkpoint.fingerprint import fingerprint
 from deepseek_jax.checkpoint.folder import Model, load_model
 from deepseek_jax.checkpoint.hub import model_folder
 from deepseek_jax.checkpoint.model_folder import load_config
-from deepseek_jax.commands.distill_samples import questions, teach
+from deepseek_jax.commands.distill_samples import prompts_of, questions, teach
 from deepseek_jax.commands.distill_settings import (
     COMMON,
     DECIDING,
@@ -32,7 +32,7 @@ from deepseek_jax.commands.sft_settings import Config as SFTRunConfig
 from deepseek_jax.commands.train_setup import make_sampler
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.examples import Prompt
-from deepseek_jax.data.prompts import PromptBatches, batches, open_prompts
+from deepseek_jax.data.prompts import PromptBatches, batches
 from deepseek_jax.generation.text import encode_prompt
 from deepseek_jax.model.precision import dtype_of
 from deepseek_jax.report.metrics import MetricLog, read_metrics
@@ -45,6 +45,7 @@ from deepseek_jax.train.runs import RunSettings, held_folder, room_needed, write
 from deepseek_jax.train.sft import SFTTrainer
 from deepseek_jax.train.step import Objective
 
+_UNKNOWN = 2**31  # steps, while rows are not there to be counted: more than any run has
 _TITLES = {
     "sequence": "Distillation by a teacher's text",
     "forward-kl": "Distillation by a teacher's logits",
@@ -103,6 +104,7 @@ def _note(text: str) -> None:
 def on_text(config: Config, student: _Read, teachers: Sequence[_Read], start: float) -> None:
     """Learn what a teacher wrote, or its distribution at every token of that."""
     if config.draws:
+        _check_unsampled(config)
         taught = teach(config)
         rows, known, counts = [str(taught.rows)], [taught.teacher], taught.counts
     else:
@@ -121,6 +123,13 @@ def on_text(config: Config, student: _Read, teachers: Sequence[_Read], start: fl
         summary={"objective": config.loss.loss, "taught_by": known, **counts},
     )
     learn(of_sft, run, start)
+
+
+def _check_unsampled(config: Config) -> None:
+    """Refuse, before a teacher writes for hours, a folder that training could not go on in."""
+    settings = run_settings(config, (), _UNKNOWN)
+    known = {name: value for name, value in settings.values.items() if name != "taught_by"}
+    check_run(config.of_sft((), config.max_length or 2), settings._replace(values=known))
 
 
 def _objective(config: Config, teachers: Sequence[_Read], student: Model) -> tuple[Objective, tuple[Any, ...]]:
@@ -189,7 +198,7 @@ def _on_policy_trainer(
 
 def _prompts(config: Config, tokenizer: Tokenizer) -> tuple[PromptBatches, int, int]:
     """Endless batches of prompts, how many prompts there are, and the tokens of the longest."""
-    data = open_prompts(config.asked.config())
+    data = prompts_of(config)
     how = {"system": config.asked.system, "chat": config.asked.chat}
     tokens = [encode_prompt(tokenizer, asked, **how) for asked in questions(config, data)]
     prompts = [Prompt("", of, {}) for of in tokens]

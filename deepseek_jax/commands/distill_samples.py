@@ -45,7 +45,7 @@ def teach(config: Config) -> Taught:
     if distributed.process_count() > 1:
         raise ValueError("teacher: got several processes, wanted one to draw its text, or --teacher-samples FILE")
     by = config.taught_by
-    data = open_prompts(config.asked.config())
+    data = prompts_of(config)
     asked = questions(config, data)
     server = None if by.server is None else _server(config)
     folder = None if server is not None else model_folder(by.teacher[0])
@@ -63,6 +63,15 @@ def teach(config: Config) -> Taught:
             held.append([record])
         held.put_in_order([_NAME])
     return Taught(config.output / ROWS, teacher, _write_rows(config, asked, [held.get(key) for key in keys]))
+
+
+def prompts_of(config: Config) -> PromptData:
+    """The data that is asked, with what is left out of it said."""
+    data = open_prompts(config.asked.config())
+    if distributed.is_main():
+        for dropped in data.report:
+            print(distributed.printable(str(dropped)))
+    return data
 
 
 def questions(config: Config, data: PromptData) -> list[str | Messages]:

@@ -61,7 +61,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"question": f"{n}+{n + 1}=?"}) + "\n" for n in range(16)))
+    asked = [f"{n}+{n + 1}=?" for n in range(16)]
+    path.write_text("".join(json.dumps({"question": text}) + "\n" for text in [*asked, asked[0]]))
     return path
 
 
@@ -96,15 +97,25 @@ def test_a_teachers_text_is_sampled_kept_and_learnt_by_a_student_of_another_kind
     assert found["teacher_samples"] == 32 and sum(found["samples_left_out"].values()) == 32 - len(rows) > 0
     assert found["rows"] + found["held_out_rows"] + sum(found["rows_left_out"].values()) == len(rows)
     assert f"the teacher's samples: {len(rows)} of 32 to learn from; left out: " in told
+    assert "dropped 1 of 17 rows" in told
     assert found["objective"] == "sequence" and changed(folders["qwen2"], out / "model")
     load_model(out / "model")
     status, _, err = call(*given)
     assert status == 1 and "holds a finished run of 2 steps; raise --steps" in err
     status, _, err = call(*given, "--steps", 3)  # which draws nothing anew, and goes on
     assert status == 0 and summary(out)["steps"] == 3
+    (out / "samples.jsonl").unlink()
+    status, _, err = call(*given, "--lr", 0.5)  # refused before anything is drawn
+    assert status == 1 and "the run there has lr 0.01, not 0.5" in err and not (out / "samples.jsonl").exists()
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    status, _, err = call(*given, "--output", tmp_path / "mine")
+    assert status == 1 and "model: exists already and was not written by this run" in err
+    assert not (tmp_path / "mine" / "samples.jsonl").exists()
 
 
-@pytest.mark.parametrize(("student", "teacher"), [("llama", "mla"), ("mla", "qwen2")])
+@pytest.mark.parametrize(
+    ("student", "teacher"), [("llama", "mla"), pytest.param("mla", "qwen2", marks=pytest.mark.slow)]
+)
 def test_a_teachers_logits_are_learnt_at_its_own_text(folders, data, call, tmp_path, student, teacher):
     out = tmp_path / "run"
     given = ("--teacher", folders[teacher], "--student", folders[student], "--data", data, "--output", out)

@@ -31,7 +31,7 @@ def of_torch(loss) -> tuple[float, np.ndarray]:
     student = torch.tensor(STUDENT, requires_grad=True)
     value = loss(student)
     value.backward()
-    return float(value), student.grad.numpy()
+    return value.item(), student.grad.numpy()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
