@@ -88,7 +88,7 @@ def thought(puzzle: Puzzle, language: Language | None = None) -> str:
     """The steps in words of a language, the question's own by default.
 
     >>> thought(chain(np.random.default_rng(0), 2, "en"))
-    'first 8+6=14 then 14-3=11'
+    'first 8-6=2 then 2+3=5'
     """
     first, then, so = _THOUGHT[language or puzzle.language]
     last = so if puzzle.concludes else then
