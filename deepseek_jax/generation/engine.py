@@ -61,6 +61,8 @@ class Metrics:
         drawn: tokens that those drew.
         offered: drafts that were verified.
         accepted: drafts that were right.
+        prompted: tokens of requests that got a slot.
+        reused: those of them that were in the prefix cache.
     """
 
     steps: int = 0
@@ -68,6 +70,8 @@ class Metrics:
     drawn: int = 0
     offered: int = 0
     accepted: int = 0
+    prompted: int = 0
+    reused: int = 0
 
     def note(self, found: Decoded) -> None:
         """Add what a decode loop did."""
@@ -77,6 +81,11 @@ class Metrics:
         self.drawn += drawn
         self.offered += int(found.offered)
         self.accepted += accepted
+
+    def note_admitted(self, plan: Plan) -> None:
+        """Add what requests found in the prefix cache."""
+        self.prompted += sum(len(at.request.tokens) for at in plan.admitted)
+        self.reused += sum(at.hits for at in plan.admitted)
 
     @property
     def acceptance(self) -> float:
@@ -238,6 +247,7 @@ class Engine:
         """
         with self._lock:
             plan = self.scheduler.schedule()
+            self.metrics.note_admitted(plan)
             self._reuse_routes(plan)
             if not plan.empty:
                 try:

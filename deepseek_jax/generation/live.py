@@ -28,7 +28,7 @@ class Live:
 
     opened: the prompt ended in `<think>`. text: the completion's so far, before any stop text; stream makes it, told is
     how much of it updates have had. routes: of the tokens that were fed, prompt and completion. prompt_logprobs: of the
-    prompt's tokens but the first; prompt_best: whether each of these is the likeliest.
+    prompt's tokens but the first; prompt_likeliest: of the likeliest token in the place of each of these.
     """
 
     request: Request
@@ -44,7 +44,7 @@ class Live:
     penalised: list[np.ndarray] = field(default_factory=list)
     routes: list[np.ndarray] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
-    prompt_best: list[bool] = field(default_factory=list)
+    prompt_likeliest: list[float] = field(default_factory=list)
     error: NonFiniteLogitsError | StepFailedError | None = None
 
     @property
@@ -60,7 +60,7 @@ class Live:
             end = min(span.start + span.count, self.request.prompt_length - 1)
             values = found.logprobs_RT[row, : max(0, end - span.start)]
             self.prompt_logprobs[span.start : end] = values.tolist()  # in the place of those of an earlier life
-            self.prompt_best[span.start : end] = (values == found.best_RT[row, : values.size]).tolist()
+            self.prompt_likeliest[span.start : end] = found.best_RT[row, : values.size].tolist()
         return self._note(jax.tree.map(lambda a: a[row][None], found.drawn)) if span.last else Drawn(())
 
     def note_row(self, row: int, found: Decoded) -> Drawn:
