@@ -2,10 +2,9 @@
 
 import json
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import asynccontextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -60,7 +59,7 @@ def application(served: Served) -> ASGIApp:
 def log(about: Mapping[str, Any]) -> None:
     """A line of JSON on standard error: when, what, how long, how many tokens. Never a prompt or an answer."""
     told = {name: printable(value)[:200] if isinstance(value, str) else value for name, value in about.items()}
-    line = {"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **told}
+    line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **told}
     print(json.dumps(line), file=sys.stderr, flush=True)
 
 

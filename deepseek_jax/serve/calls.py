@@ -52,9 +52,7 @@ class Served:
         if asked is None or asked in self.settings.names:
             return asked or self.settings.names[0]
         names = ", ".join(self.settings.names)
-        raise ApiError(
-            404, f"model: got {asked!r:.80}, wanted one of {names}", param="model", code="model_not_found"
-        )
+        raise ApiError(404, f"model: got {asked!r:.80}, wanted one of {names}", param="model", code="model_not_found")
 
     async def begin(self, wanted: Sequence[Wanted], scope: Mapping[str, Any]) -> "Call":
         """A call whose prompts the engine has taken.

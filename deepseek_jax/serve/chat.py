@@ -15,7 +15,8 @@ from deepseek_jax.serve.errors import ApiError
 from deepseek_jax.serve.prompts import Prompt
 from deepseek_jax.serve.replies import JsonReply, event_stream
 from deepseek_jax.serve.sampling import sampling_of, thinks
-from deepseek_jax.serve.schemas import ChatBody, Message
+from deepseek_jax.serve.schemas import ChatBody, Message, ResponseFormat
+from deepseek_jax.serve.structured import Grammar
 
 router = APIRouter()
 
@@ -53,8 +54,6 @@ async def _wanted(served: Served, body: ChatBody) -> tuple[Prompt, list[Wanted]]
         raise ApiError(400, "max_tokens: got another number than max_completion_tokens, wanted one of them")
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs: got some without logprobs, wanted logprobs: true", param="top_logprobs")
-    if body.response_format is not None and body.response_format.type != "text":
-        raise ApiError(400, "response_format: only text is known here", param="response_format")
     wish = thinks(body)
     sampling = sampling_of(
         body,
@@ -69,8 +68,24 @@ async def _wanted(served: Served, body: ChatBody) -> tuple[Prompt, list[Wanted]]
         prompt = await served.prompts.run(served.prompts.chat, messages, wish.wanted)
     except ValueError as problem:
         raise ApiError(400, str(problem), param="messages") from None
-    seed = first_seed(body.seed)
-    return prompt, [Wanted(prompt.tokens, sampling, seed + number) for number in range(body.n or 1)]
+    seed, grammar = first_seed(body.seed), await _grammar(served, body.response_format)
+    again = lambda: None if grammar is None else grammar.copy()
+    return prompt, [Wanted(prompt.tokens, sampling, seed + at, grammar=again()) for at in range(body.n or 1)]
+
+
+async def _grammar(served: Served, wanted: ResponseFormat | None) -> Grammar | None:
+    """What an answer has to keep to."""
+    if wanted is None or wanted.type == "text":
+        return None
+    schema = None
+    if wanted.type == "json_schema":
+        schema = wanted.json_schema and wanted.json_schema.json_schema
+        if schema is None:
+            raise ApiError(400, "response_format.json_schema.schema: got none, wanted one", param="response_format")
+    try:
+        return await served.prompts.run(served.prompts.grammars.of_schema, schema)
+    except ValueError as problem:
+        raise ApiError(400, str(problem), param="response_format") from None
 
 
 def _as_turn(index: int, message: Message) -> dict[str, Any]:
@@ -123,9 +138,9 @@ async def _events(asked: _Asked, idle: float) -> AsyncIterator[dict[str, Any] | 
     head = asked.common | {"object": "chat.completion.chunk"}
     with_usage = asked.body.stream_options is not None and asked.body.stream_options.include_usage
     head |= {"usage": None} if with_usage else {}
-    chunk = lambda number, delta, **more: head | {
-        "choices": [{"index": number, "delta": delta, "logprobs": None, "finish_reason": None, **more}]
-    }
+    chunk = lambda number, delta, **more: (
+        head | {"choices": [{"index": number, "delta": delta, "logprobs": None, "finish_reason": None, **more}]}
+    )
     for number in range(len(asked.choices)):
         yield chunk(number, {"role": "assistant", "content": ""})
     async for parts in asked.call.parts(idle):

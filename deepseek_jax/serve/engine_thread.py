@@ -1,4 +1,4 @@
-"""The one thread that owns an engine: orders come by a queue between its steps, updates go to boxes in the event loop."""
+"""The one thread that owns an engine: orders come by a queue between its steps, updates go to the event loop."""
 
 import asyncio
 import queue
@@ -12,17 +12,19 @@ from deepseek_jax.generation.live import StepFailedError
 from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.serve.errors import ApiError
 from deepseek_jax.serve.streams import Box
+from deepseek_jax.serve.structured import Grammar
 
 RETRY_SECONDS = 5.0
 
 
 class Wanted(NamedTuple):
-    """One completion."""
+    """One completion; a grammar is its own alone."""
 
     tokens: Sequence[int]
     sampling: SamplingConfig
     seed: int
     salt: str = ""
+    grammar: Grammar | None = None
 
 
 class EngineThread:
@@ -78,7 +80,7 @@ class EngineThread:
         if self.live + len(wanted) > self._most:
             raise ApiError(
                 503,
-                f"the server has {self.live} completions waiting and running, at most {self._most} can; try again later",
+                f"the server has {self.live} completions waiting and running, at most {self._most} can; try later",
                 code="overloaded",
                 retry_after=RETRY_SECONDS,
             )
@@ -111,7 +113,8 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            for self.warmed in self.engine.warm_up():
+            for warmed in self.engine.warm_up():
+                self.warmed = warmed
                 if self._ends:
                     return
             self.compiled, self.ready = self.engine.runner.compiled, True
@@ -139,7 +142,8 @@ class EngineThread:
         added: list[int] = []
         try:
             for number, each in enumerate(wanted):
-                id = self.engine.add(each.tokens, each.sampling, seed=each.seed, salt=each.salt)
+                more = {"salt": each.salt, "constraint": each.grammar}
+                id = self.engine.add(each.tokens, each.sampling, seed=each.seed, **more)
                 added.append(id)
                 self._ids[id] = box, number
         except ValueError as problem:
@@ -184,4 +188,3 @@ def status_of(problem: BaseException) -> ApiError:
     if isinstance(problem, StepFailedError):
         return ApiError(500, "a step of the engine failed on the device; try again", retry_after=RETRY_SECONDS)
     return ApiError(500, f"the completion failed: {problem}")
-

@@ -80,7 +80,9 @@ class Guard:
         same = [hmac.compare_digest(key.strip(), known) for known in self._keys]
         if scheme.lower() != b"bearer" or not any(same):
             self._rates.count(f"wrong {address}")
-            raise ApiError(401, "authorization: got no key that is known, wanted Bearer and a key", code="invalid_api_key")
+            raise ApiError(
+                401, "authorization: got no key that is known, wanted Bearer and a key", code="invalid_api_key"
+            )
         return f"key {same.index(True)}"
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:

@@ -36,9 +36,7 @@ class Metrics:
         self._first = times("vllm:time_to_first_token_seconds", "From a call to its first token.", _TTFT)
         self._between = times("vllm:inter_token_latency_seconds", "Between tokens, a step's mean.", _BETWEEN)
         self._whole = times("vllm:e2e_request_latency_seconds", "From a call to its last token.", _WHOLE)
-        self._answers = Counter(
-            "deepseek_jax:http_responses", "Answers.", (*_LABELS, "route", "status"), **made
-        )
+        self._answers = Counter("deepseek_jax:http_responses", "Answers.", (*_LABELS, "route", "status"), **made)
 
     def call(self) -> "Watch":
         """A call begins."""

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
+from deepseek_jax.serve.structured import Grammars
 from deepseek_jax.text.confined import own_process
 from deepseek_jax.text.think import OPEN, opens_thought
 from deepseek_jax.text.tokenizer import Tokenizer
@@ -30,10 +31,11 @@ class Prompts:
 
     Args:
         tokenizer: the model's.
+        vocab_size: the model's.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int):
+        self.tokenizer, self.grammars = tokenizer, Grammars(tokenizer, vocab_size)
         self._untrusted = Untrusted(tokenizer)
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="text", initializer=own_process)
         source = tokenizer.chat_template or ""

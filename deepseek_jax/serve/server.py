@@ -54,7 +54,7 @@ class Process:
     def __init__(self, engine: Engine, settings: ServeConfig):
         thread = EngineThread(engine, max_waiting=settings.max_waiting, on_death=self._died)
         metrics = Metrics(thread, settings.names[0])
-        self.served = Served(thread, Prompts(engine.tokenizer), settings, metrics)
+        self.served = Served(thread, Prompts(engine.tokenizer, engine.config.vocab_size), settings, metrics)
         self._server: _Server | None = None
         self._interrupted = False
 
