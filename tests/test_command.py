@@ -26,6 +26,7 @@ LAUNCHERS = {
     "tools/logits.py": "logits",
     "tools/merge_lora.py": "merge",
     "tools/plan.py": "plan",
+    "tools/serve.py": "serve",
     "experiments/r1_zero.py": "train",
     "experiments/sft.py": "sft",
 }
@@ -53,6 +54,7 @@ POSITIONAL = {
     "logits": "MODEL TOKENS LOGITS",
     "merge": "MODEL ADAPTER OUT",
     "plan": "[MODEL]",
+    "serve": "[MODEL]",
 }
 
 

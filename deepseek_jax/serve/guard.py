@@ -185,17 +185,11 @@ class _Rates:
 
     Args:
         limit: such as "60/minute"; None is no limit.
-
-    Raises:
-        ValueError: a limit that is none.
     """
 
     def __init__(self, limit: str | None):
         self._limiter = strategies.MovingWindowRateLimiter(storage.MemoryStorage())
-        try:
-            self._limit = None if limit is None else limits.parse(limit)
-        except ValueError:
-            raise ValueError(f'rate_limit: got {limit!r}, wanted one such as "60/minute" or "1000/hour"') from None
+        self._limit = None if limit is None else limits.parse(limit)
 
     def count(self, who: str) -> None:
         """One more call.

@@ -1,8 +1,11 @@
 """How a server behaves: who may ask, how much, how long."""
 
+import re
 from dataclasses import dataclass
 
 from deepseek_jax.generation.sampling_config import SamplingConfig
+
+_RATE = re.compile(r"[1-9][0-9]{0,8}/(second|minute|hour|day)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,8 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         SamplingConfig(max_new_tokens=1, temperature=self.temperature, top_p=self.top_p)
+        if self.rate_limit is not None and not _RATE.fullmatch(self.rate_limit):
+            raise ValueError(f'rate_limit: got {self.rate_limit!r}, wanted one such as "60/minute" or "1000/hour"')
         checks = {
             "names": (bool(self.names) and all(self.names), "at least one name"),
             "api_keys": (all(len(key) >= 8 for key in self.api_keys), "keys of at least 8 characters"),

@@ -50,9 +50,7 @@ class Untrusted:
         spelt = sum(len(self._control.findall(piece)) for piece in (first, *pieces))
         # the BOS may be one more; a tokenizer that rewrites texts could make others of them
         if sum(token in self._ids for token in tokens) > spelt + 1:
-            raise ValueError(
-                "messages: got a text that the tokenizer makes control tokens of, wanted it without them"
-            )
+            raise ValueError("messages: got a text that the tokenizer makes control tokens of, wanted it without them")
         return tokens
 
     def _safe(self, index: int, message: Mapping[str, Any]) -> dict[str, Any]:
