@@ -37,15 +37,13 @@ def application(served: Served) -> ASGIApp:
         served.prompts.close()
 
     # no pages of documentation: they would fetch scripts from elsewhere
-    app = FastAPI(title="deepseek_jax", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    given = {"docs_url": None, "redoc_url": None, "redirect_slashes": False, "lifespan": lifespan}
+    app = FastAPI(title="deepseek_jax", version=__version__, **given)
     app.state.served = served
     for part in (router, chat.router, completions.router, reasoning.router, chat_page.router):
         app.include_router(part)
-    app.add_exception_handler(ApiError, lambda request, error: refused(error))
-    app.add_exception_handler(RequestValidationError, lambda request, error: refused(_invalid(error)))
-    app.add_exception_handler(HTTPException, lambda request, error: refused(_of_http(request, error)))
-    failed = ApiError(500, "the server made a mistake; its log says which")
-    app.add_exception_handler(Exception, lambda request, error: refused(failed))
+    for kind in (ApiError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, _answer_to)
     known = {route.path for route in app.routes}
 
     def answered(about: Mapping[str, Any]) -> None:
@@ -103,6 +101,17 @@ async def model(name: str, request: Request) -> Response:
 def _model(served: Served, name: str) -> dict[str, Any]:
     about = {"id": name, "object": "model", "created": served.created, "owned_by": "deepseek_jax"}
     return about | {"root": served.settings.names[0], "max_model_len": served.context}
+
+
+async def _answer_to(request: Request, error: Exception) -> Response:
+    """What a client is told of an exception."""
+    if isinstance(error, RequestValidationError):
+        error = _invalid(error)
+    elif isinstance(error, HTTPException):
+        error = _of_http(request, error)
+    elif not isinstance(error, ApiError):
+        error = ApiError(500, "the server made a mistake; its log says which")
+    return refused(error)
 
 
 def _invalid(error: RequestValidationError) -> ApiError:

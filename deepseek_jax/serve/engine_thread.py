@@ -187,4 +187,6 @@ def status_of(problem: BaseException) -> ApiError:
         return problem
     if isinstance(problem, StepFailedError):
         return ApiError(500, "a step of the engine failed on the device; try again", retry_after=RETRY_SECONDS)
-    return ApiError(500, f"the completion failed: {problem}")
+    if isinstance(problem, ValueError):  # of the completion itself: its grammar, its logits
+        return ApiError(500, f"the completion failed: {problem}")
+    return ApiError(500, "the engine failed; the server's log says why")

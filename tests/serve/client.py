@@ -144,7 +144,7 @@ class Client:
     """Asks an ASGI application."""
 
     def __init__(self, app, served: Served):
-        self._app, self.served = app, served
+        self.app, self.served = app, served
         self.deaths: list[BaseException] = []
 
     async def ask(
@@ -214,7 +214,7 @@ class Client:
 
         if drop_after == 0:
             asyncio.get_running_loop().call_later(0.05, gone.set)
-        await asyncio.wait_for(self._app(scope, receive, send), 60)
+        await asyncio.wait_for(self.app(scope, receive, send), 60)
         return reply
 
     async def chat(self, text: str = "1", **body: Any) -> Reply:

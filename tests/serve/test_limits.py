@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 
 import pytest
 
@@ -147,46 +146,33 @@ def test_a_body_that_is_too_large_is_refused_however_it_comes(way):
 
 
 def test_a_body_that_does_not_come_is_not_waited_for():
-    class Never(list):
-        def pop(self, at):
-            raise AssertionError("the second piece never comes")
-
     async def ask(client):
-        began = time.monotonic()
-        scope_only = client.ask("/v1/chat/completions", pieces=[b"{", b"}"], headers={})
-        reply = await scope_only
-        assert reply.status == 400
-
-        async def stuck():
-            await asyncio.Event().wait()
-
         sent = []
+
+        async def never():
+            await asyncio.Event().wait()
 
         async def send(message):
             sent.append(message)
 
         headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "client": ("a", 1)}
-        await client._app(scope, stuck, send)
-        return sent[0]["status"], time.monotonic() - began
+        await asyncio.wait_for(client.app(scope, never, send), 10)
+        return sent[0]["status"]
 
-    status, seconds = run(ask, engine(), body_seconds=0.1)
-    assert status == 408 and seconds < 5
+    assert run(ask, engine(), body_seconds=0.1) == 408
 
 
 # --- clients that go, or are slow -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("drop_after", [0, 5])
+@pytest.mark.parametrize("stream, drop_after", [(False, 0), (True, 0), (True, 5)])
 def test_a_client_that_goes_is_cancelled_within_a_step(stream, drop_after):
     """sglang#36333: a decode went on for nobody."""
     of = engine(LONG, seconds=0.002)
     body = CHAT | {"stream": stream, "n": 2}
 
     async def ask(client):
-        if drop_after and not stream:
-            return
         await client.ask("/v1/chat/completions", body, drop_after=drop_after)
         await client.until(lambda: not of.lives)
         steps, cancelled = of.steps, sorted(of.cancelled)
