@@ -44,7 +44,7 @@ def application(served: Served) -> ASGIApp:
         app.include_router(part)
     for kind in (ApiError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_to)
-    known = {route.path for route in app.routes}
+    known = {"/", "/openapi.json", *app.openapi()["paths"]}
 
     def answered(about: Mapping[str, Any]) -> None:
         route = about["path"] if about["path"] in known else "other"

@@ -71,7 +71,7 @@ class Served:
         try:
             await call.box.accepted
         except BaseException as problem:
-            call.end()
+            self.engine.release(call.box)
             if isinstance(problem, ValueError):
                 raise of_field(problem, NAMES) from None
             if isinstance(problem, Exception):
