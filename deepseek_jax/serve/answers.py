@@ -1,6 +1,7 @@
 """One completion as it comes: thought and answer apart, their tokens counted, log-probs in OpenAI's forms."""
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 from deepseek_jax.generation.live import Live
@@ -135,10 +136,8 @@ async def text_logprobs(
         texts, values = of_prompt + texts, [None, *map(finite, live.prompt_logprobs)] + values
         known = zip(of_prompt[1:], live.prompt_logprobs, live.prompt_likeliest, strict=True)
         tops = [None, *(_of_prompt(*each) for each in known), *tops]
-    offsets = []
-    for text in texts:
-        offsets.append(offset)
-        offset += len(text)
+    lengths = await prompts.run(prompts.lengths, [*live.request.tokens[:echo], *tokens[start:]])
+    offsets = [offset + before for before in accumulate([0, *lengths[:-1]])][: len(texts)]
     return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
 

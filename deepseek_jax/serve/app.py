@@ -31,6 +31,7 @@ def application(served: Served) -> ASGIApp:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):
+        served.prompts.warm_up()
         served.engine.start()
         yield
         served.engine.close()

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -43,10 +44,18 @@ class Prompts:
         if not source and tokenizer.chat_encoding is not None:
             self._switches = ["thinking"]
         self._text = lru_cache(maxsize=_KEPT_TEXTS)(lambda token: tokenizer.decode([token], skip_special=False))
+        self._length = lru_cache(maxsize=_KEPT_TEXTS)(lambda token: len(tokenizer.decode([token])))
 
     async def run(self, call: Callable[..., T], *given: Any) -> T:
         """A call of the tokenizer, in a thread for such."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, call, *given)
+
+    def warm_up(self) -> None:
+        """Start the processes of the threads, so that no call waits for that."""
+        together = threading.Barrier(_THREADS)  # each thread takes one of these
+        wait = lambda: (together.wait(timeout=60), self.tokenizer.encode("", add_bos=True))
+        for started in [self._pool.submit(wait) for _ in range(_THREADS)]:
+            started.result()
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -69,6 +78,10 @@ class Prompts:
     def spelled(self, tokens: Sequence[int]) -> list[str]:
         """The text of each token by itself."""
         return [self._text(token) for token in tokens]
+
+    def lengths(self, tokens: Sequence[int]) -> list[int]:
+        """Characters that each token has in a text, from which special ones are left out."""
+        return [self._length(token) for token in tokens]
 
     def _seen(self, tokens: list[int]) -> Prompt:
         return Prompt(tokens, opens_thought(self.tokenizer.decode(tokens[-16:], skip_special=False)))

@@ -3,8 +3,10 @@
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,8 +35,17 @@ OPENING = TEMPLATE.replace("<｜Assistant｜>{% endif %}", "<｜Assistant｜><th
 """As R1's, which opens the thought."""
 
 
+@cache
 def tokenizer(template: str = TEMPLATE) -> Tokenizer:
     return Tokenizer.characters(ALPHABET, chat_template=template)
+
+
+@cache
+def prompts_of(tokenizer: Tokenizer) -> Prompts:
+    """With its processes, which take longer to start than most tests."""
+    found = Prompts(tokenizer, tokenizer.vocab_size)
+    found.warm_up()
+    return found
 
 
 class Scripted:
@@ -157,6 +168,7 @@ class Client:
         pieces: list[bytes] | None = None,
         headers: dict[str, str] | list[tuple[str, str]] = (),
         drop_after: int | None = None,
+        drop_when: Callable[[], Any] | None = None,
         pause: float = 0.0,
         stalls: bool = False,
         host: str = "127.0.0.1",
@@ -165,7 +177,7 @@ class Client:
 
         Args:
             raw: the body's bytes in the place of JSON; pieces: likewise, as they come.
-            drop_after: messages of the answer after which the client goes away; 0 before there is any.
+            drop_after: messages of the answer after which the client goes away; drop_when: or when this is true.
             pause: seconds that the client takes for each.
             stalls: it takes none at all.
         """
@@ -212,9 +224,14 @@ class Client:
             if drop_after is not None and len(reply.chunks) >= drop_after:
                 gone.set()
 
-        if drop_after == 0:
-            asyncio.get_running_loop().call_later(0.05, gone.set)
+        async def drop():
+            await self.until(drop_when)
+            gone.set()
+
+        dropping = asyncio.ensure_future(drop()) if drop_when else None
         await asyncio.wait_for(self.app(scope, receive, send), 60)
+        if dropping is not None:
+            await dropping
         return reply
 
     async def chat(self, text: str = "1", **body: Any) -> Reply:
@@ -235,8 +252,7 @@ async def serving(engine, **settings):
     deaths: list[BaseException] = []
     config = ServeConfig(**{"names": ("tiny", "other"), "rate_limit": None, **settings})
     thread = EngineThread(engine, max_waiting=config.max_waiting, on_death=deaths.append)
-    prompts = Prompts(engine.tokenizer, engine.config.vocab_size)
-    served = Served(thread, prompts, config, Metrics(thread, config.names[0]))
+    served = Served(thread, prompts_of(engine.tokenizer), config, Metrics(thread, config.names[0]))
     client = Client(application(served), served)
     client.deaths = deaths
     thread.start()
@@ -245,7 +261,6 @@ async def serving(engine, **settings):
         yield client
     finally:
         thread.close()
-        prompts.close()
 
 
 def run(call, engine, **settings):

@@ -89,7 +89,7 @@ def test_a_full_queue_says_so_and_takes_calls_again_when_there_is_room():
     of = engine(LONG, slots=2, seconds=0.001)
 
     async def ask(client):
-        running = [asyncio.ensure_future(client.chat(stream=True, pause=0)) for _ in range(3)]
+        running = [asyncio.ensure_future(client.chat(stream=True)) for _ in range(3)]
         await client.until(lambda: client.served.engine.live == 3)
         full = await client.chat()
         two = await client.chat(n=2)
@@ -173,7 +173,8 @@ def test_a_client_that_goes_is_cancelled_within_a_step(stream, drop_after):
     body = CHAT | {"stream": stream, "n": 2}
 
     async def ask(client):
-        await client.ask("/v1/chat/completions", body, drop_after=drop_after)
+        when = (lambda: of.lives) if drop_after == 0 else None
+        await client.ask("/v1/chat/completions", body, drop_after=drop_after or None, drop_when=when)
         await client.until(lambda: not of.lives)
         steps, cancelled = of.steps, sorted(of.cancelled)
         await asyncio.sleep(0.05)

@@ -1,6 +1,7 @@
 """Strangers' texts: harmless ones are encoded as ever, and no spelling becomes a control token."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -53,6 +54,6 @@ def test_a_tokenizer_that_makes_control_tokens_of_other_texts_is_noticed():
     for token in described["added_tokens"]:
         token["normalized"] = True
     files = {**TOKENIZER.files, "tokenizer.json": json.dumps(described).encode()}
-    odd = Untrusted(Tokenizer._from_files("odd", files, {}))
+    odd = Untrusted(Tokenizer._from_files(Path("odd"), files, {}))
     with pytest.raises(ValueError, match="makes control tokens of"):
         odd.chat(ask("\uff1cthink>\uff1cthink>"))
