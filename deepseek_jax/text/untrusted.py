@@ -41,8 +41,6 @@ class Untrusted:
         """
         safe = [self._safe(index, message) for index, message in enumerate(messages)]
         text = self.tokenizer.render(safe, add_generation_prompt=True, **variables)
-        if BREAK not in text:
-            return self.tokenizer.encode(text, add_bos=True)
         first, *pieces = text.split(BREAK)
         tokens = self.tokenizer.encode(first, add_bos=True)
         for piece in pieces:
