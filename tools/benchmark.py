@@ -27,7 +27,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from rich.console import Console
 from rich.progress import track
 
@@ -39,10 +38,7 @@ from deepseek_jax.config import MLAConfig, ModelConfig, preset, to_hf
 from deepseek_jax.generation.generator import Generator
 from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.model.decoder import abstract_weights
-from deepseek_jax.model.packing import Quantization
 from deepseek_jax.ops.experts import expert_mlp
-from deepseek_jax.plan.weights import weight_bytes
-from deepseek_jax.text.tokenizer import Tokenizer
 
 TOOLS = Path(__file__).resolve().parent
 BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
@@ -187,70 +183,6 @@ def _expert_layer(count: int, rows: int, width: int, inner: int, k: int) -> dict
     for call in calls.values():
         call()
     return calls
-
-
-def quantised(
-    model: Path,
-    /,
-    *,
-    data: Path = Path("test.jsonl"),
-    rows: int = 100,
-    length: int = 256,
-    batch: int = 4,
-    formats: tuple[Quantization, ...] = ("none", "fp8", "int8", "int4"),
-) -> None:
-    """What packing costs in quality: perplexity of given answers, and how often the likeliest token stays the same.
-
-    Answers follow their questions, each token after those of the text before it; computed in float32 with all formats.
-
-    Args:
-        model: Hugging Face folder.
-        data: rows of question and answer as GSM8K has them, .jsonl.
-        rows: of the file, from its beginning; those of more tokens than `length` are left out.
-        length: tokens of a row at most.
-        batch: rows at a time.
-        formats: of the projections, compared with the first.
-    """
-    tokens, targets = _answers(Tokenizer.from_folder(model), data, rows, length)
-    first, held = None, tokens.shape[0] // batch * batch
-    print(f"{held} rows, {int(targets[:held].sum())} tokens of answers\n")
-    print("| weights | GB in bf16 or packed | perplexity | x the first's | same greedy token |\n|---|---|---|---|---|")
-    for quantization in formats:
-        config, graphdef, weights = load_model(model, quantization=quantization)
-        run = jax.jit(lambda weights, tokens, graphdef=graphdef: _scored(graphdef, weights, tokens))
-        parts = [run(weights, tokens[at : at + batch]) for at in range(0, held, batch)]
-        logprobs, best = (np.concatenate([np.asarray(part[of]) for part in parts]) for of in (0, 1))
-        counted = targets[:held, 1:]
-        perplexity = math.exp(-float(logprobs[counted].astype(np.float64).mean()))
-        first = first or (perplexity, best)
-        same = float((best == first[1])[counted].mean())
-        gigabytes = weight_bytes(config, "bf16" if quantization == "none" else quantization) / 1e9
-        cells = f"{gigabytes:.3f} | {perplexity:.3f} | {perplexity / first[0]:.3f} | {100 * same:.2f} %"
-        print(f"| {quantization} | {cells} |", flush=True)
-
-
-def _answers(tokenizer: Tokenizer, data: Path, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [rows, length], padded on the right, and which of them are an answer's."""
-    kept = []
-    for line in data.read_text().splitlines()[:rows]:
-        row = json.loads(line)
-        texts = (row["question"] + "\n", True), (row["answer"], False)
-        question, answer = (tokenizer.encode(text, add_bos=first) for text, first in texts)
-        if len(question) + len(answer) <= length:
-            kept.append((question, answer))
-    tokens, targets = np.zeros((len(kept), length), np.int32), np.zeros((len(kept), length), bool)
-    for number, (question, answer) in enumerate(kept):
-        end = len(question) + len(answer)
-        tokens[number, :end], targets[number, len(question) : end] = [*question, *answer], True
-    return tokens, targets
-
-
-def _scored(graphdef, weights, tokens):
-    """Of every token but the first: its log-prob, and which was the likeliest."""
-    module = nnx.merge(graphdef, weights)
-    logits = module.logits(module(tokens[:, :-1]).x_BTD)
-    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1)
 
 
 class Measured(NamedTuple):
@@ -555,4 +487,4 @@ def _seconds(function: Callable) -> float:
 
 
 if __name__ == "__main__":
-    run({"decode": decode, "experts": experts, "convert": convert, "quantised": quantised})
+    run({"decode": decode, "experts": experts, "convert": convert})

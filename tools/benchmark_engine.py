@@ -39,6 +39,7 @@ from deepseek_jax.plan.model_bytes import cache_bytes_per_token
 from tools.benchmark import peer_of, spread
 
 MIB = 1 << 20
+First = Literal["all", "engine", "none"]
 # Static batches, by a checkout of this project from before the engine: jobs on its input, seconds on its output.
 _BEFORE = """
 import json, sys, time
@@ -76,7 +77,7 @@ def mixed(
     requests: int = 64,
     prompt: int = 32,
     rounds: int = 3,
-    first: bool = True,
+    first: First = "all",
 ) -> None:
     """Seconds for requests of 8 to 512 new tokens each, all there from the start, greedy, float32.
 
@@ -91,7 +92,8 @@ def mixed(
         requests: how many.
         prompt: tokens a prompt.
         rounds: timed rounds, all in turn.
-        first: run all once before, uncounted, to compile; where a compilation cache holds that, it may be left out.
+        first: who runs once before, uncounted, to compile: "all", the "engine", or "none" where a compilation cache
+            holds that; to load from it counts then.
     """
     rng = np.random.default_rng(0)
     share = np.linspace(0, 1, requests)
@@ -114,7 +116,7 @@ def tail(
     prompt: int = 64,
     most: int = 512,
     rounds: int = 3,
-    first: bool = True,
+    first: First = "all",
 ) -> None:
     """Seconds of a GRPO rollout whose lengths have a long tail, temperature 1, float32, beside static batches.
 
@@ -129,7 +131,8 @@ def tail(
         prompt: tokens a question.
         most: new tokens at most.
         rounds: timed rounds, both in turn.
-        first: run all once before, uncounted, to compile; where a compilation cache holds that, it may be left out.
+        first: who runs once before, uncounted, to compile: "all", the "engine", or "none" where a compilation cache
+            holds that; to load from it counts then.
     """
     rng = np.random.default_rng(0)
     new = np.clip(np.exp(rng.normal(np.log(most / 8), 0.8, prompts * samples)), 8, most).astype(int)
@@ -153,7 +156,7 @@ def prefix(
         shared: tokens that their prompts have in common.
         own: further tokens of each prompt.
         rounds: timed rounds, both in turn.
-        first: run all once before, uncounted, to compile; where a compilation cache holds that, it may be left out.
+        first: run both once before, uncounted, to compile.
     """
     config, graphdef, weights = load_model(model)
     rng = np.random.default_rng(0)
@@ -164,7 +167,7 @@ def prefix(
         name: _ours(config, graphdef, weights, load, prefix_caching=caches)
         for name, caches in (("with", True), ("without", False))
     }
-    seconds = _timed(contestants, rounds, first)
+    seconds = _timed(contestants, rounds, "all" if first else "none")
     shares = [100 * a / b for a, b in zip(seconds["with"], seconds["without"], strict=True)]
     print("| prefill with the cache, s | without, s | share, %, median (min to max) |\n|---|---|---|")
     print(f"| {spread(seconds['with'])} | {spread(seconds['without'])} | {spread(shares, 1)} |")
@@ -223,7 +226,7 @@ def products(
         for count in rows:
             x = jax.random.normal(jax.random.key(0), (count, inputs))
             sides = {"plain": partial(_seconds, x, plain), "turned": partial(_seconds, x, turned)}
-            found = _timed(sides, rounds, True)
+            found = _timed(sides, rounds, "all")
             flops = 2 * count * inputs * outputs * len(plain)
             speeds = [f"{flops / statistics.median(of) / 1e9:.0f}" for of in found.values()]
             ratios = [a / b for a, b in zip(found["plain"], found["turned"], strict=True)]
@@ -258,7 +261,7 @@ def _compare(
     before: Path | None,
     transformers: bool,
     rounds: int,
-    first: bool,
+    first: First,
 ):
     """Time the engine beside the others, and print a table."""
     contestants: dict[str, Callable[[], float]] = {"engine": _ours(config, graphdef, weights, load)}
@@ -275,11 +278,10 @@ def _compare(
         print(f"| {name} | {spread(found)} | {total / statistics.median(found):.1f} | {spread(ratios)} |")
 
 
-def _timed(contestants: dict[str, Callable[[], float]], rounds: int, first: bool) -> dict[str, list[float]]:
+def _timed(contestants: dict[str, Callable[[], float]], rounds: int, first: First) -> dict[str, list[float]]:
     console = Console(stderr=True)
-    for contestant in track(
-        contestants.values() if first else (), description="compiling", transient=True, console=console
-    ):
+    compiling = [of for name, of in contestants.items() if first in ("all", name)]
+    for contestant in track(compiling, description="compiling", transient=True, console=console):
         contestant()
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in track(range(rounds), description="rounds", transient=True, console=console):

@@ -26,7 +26,10 @@ from deepseek_jax.commands.train_settings import (
     stated,
 )
 from deepseek_jax.commands.train_setup import Setup, example_width, prepare
+from deepseek_jax.commands.train_tasks import check_tasks
 from deepseek_jax.data.prompts import batches
+from deepseek_jax.evals.graders import GraderConfig, Graders
+from deepseek_jax.evals.rewarding import task_reward
 from deepseek_jax.model.precision import dtype_of
 from deepseek_jax.report.metrics import MetricLog
 from deepseek_jax.rewards.recipe import rewards
@@ -46,8 +49,12 @@ def main(config: Config) -> None:
         config = with_values(config, {"model": model_folder(config.base.model)})
     with room_needed(config.output), held_folder(config.output):
         base = distributed.on_main(lambda: check(config))
-        with rewards(config.rewards, max_new_tokens=config.grpo.max_new_tokens) as graded:
-            stages(config, prepare(config, graded), base, start)
+        limits = GraderConfig(allow_unsandboxed=config.rewards.allow_unsandboxed)
+        with Graders(limits) as graders:  # starts nothing before a benchmark's row is graded
+            check_tasks(config, graders)
+            given = {"max_new_tokens": config.grpo.max_new_tokens, "by_task": task_reward(graders)}
+            with rewards(config.rewards, **given) as graded:
+                stages(config, prepare(config, graded), base, start)
 
 
 def stages(config: Config, setup: Setup, base: str | None, start: float) -> None:

@@ -9,6 +9,7 @@ import grain
 
 from deepseek_jax import distributed
 from deepseek_jax.commands.train_settings import Config
+from deepseek_jax.commands.train_tasks import task_rows
 from deepseek_jax.data.examples import Prompt
 from deepseek_jax.data.prompts import DataConfig, Example, PromptData, batches, open_prompts, prompt_batches
 from deepseek_jax.evals.contamination import SHARE, overlaps
@@ -52,8 +53,13 @@ def generated(config: Config, tokenizer: Tokenizer) -> Asked:
 
 def read(config: Config, tokenizer: Tokenizer) -> Asked:
     """Questions of data sets."""
-    of = config.questions.config(need_answer=config.rewards.accuracy != "code")
-    make = partial(make_prompt, config, tokenizer)
+    of = config.questions.config(need_answer=config.rewards.accuracy not in ("code", "task"))
+    as_prompt = partial(make_prompt, config, tokenizer)
+    make = make_held_out = as_prompt
+    if config.questions.tasks:
+        asking, asking_held_out = task_rows(config)
+        make = lambda example: as_prompt(asking(example))
+        make_held_out = lambda example: as_prompt(asking_held_out(example))
     data = open_prompts(of, count_tokens=lambda example: len(make(example).tokens))
     held_out, data, said = held_out_of(config, of, data)
     if distributed.is_main():
@@ -65,7 +71,7 @@ def read(config: Config, tokenizer: Tokenizer) -> Asked:
         _check(config, (example.columns for example in examples))
     longest = max(len(make(example).tokens) for example in data)
     drawn = prompt_batches(data, size=config.grpo.prompts_per_step, seed=config.seed, make=make)
-    return Asked(drawn, longest, [make(example) for example in held_out], [])
+    return Asked(drawn, longest, [make_held_out(example) for example in held_out], [])
 
 
 def held_out_of(config: Config, of: DataConfig, data: PromptData) -> tuple[list[Example], PromptData, str]:
@@ -106,6 +112,8 @@ def ask(config: Config, tokenizer: Tokenizer, text: str) -> list[int]:
 def make_prompt(config: Config, tokenizer: Tokenizer, example: Example) -> Prompt:
     """What the model is asked of a row, as tokens and as the text that rewards see."""
     # not str.format, to which the braces of \boxed{} would be fields
-    text = config.prompt.replace("{question}", example.question) if config.base.model else example.question
+    text = example.question
+    if config.base.prompt is not None or (config.base.model and not config.questions.tasks):  # tasks say how to answer
+        text = config.prompt.replace("{question}", text)
     tokens = tokenizer.chat(list(example.messages)) if example.messages else ask(config, tokenizer, text)
     return Prompt(tokenizer.decode(tokens, skip_special=False), tokens, example.columns)

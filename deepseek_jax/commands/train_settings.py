@@ -77,12 +77,15 @@ class DataOptions:
         eval_questions: held-out questions for the accuracies before and after.
         question_columns: of `data`: what is asked. Without it the columns are found by the names in use: question,
             Body and Question, problem, prompt, messages.
+        tasks: the benchmarks that the rows are of, for --accuracy task: one for each of `data`, in order, or one for
+            all. A row is asked and graded as `evaluate` does it. Names are those of `evaluate`.
         answer_column: of `data`, with dots for what is inside a column. Without it: answer, ground_truth,
             reward_model.ground_truth, solution, ...
         tests_column: of `data`: the hidden tests for --accuracy code. Without it: tests, test_list, ...
         without_answer: what to do where a row has no final answer: refuse the data, or drop such rows and say how many.
         held_out: as `data`, to evaluate on; without it rows of `data` are drawn for that by the seed, at most a tenth
             of them.
+        held_out_tasks: as `tasks`, of `held_out`; without it that one of `tasks`.
         held_out_question_columns: of `held_out`, where its names are others.
         held_out_answer_column: of `held_out`, where its name is another.
         held_out_tests_column: of `held_out`, where its name is another.
@@ -97,10 +100,12 @@ class DataOptions:
     data: tuple[str, ...] = ()
     eval_questions: int = 512
     question_columns: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     answer_column: str | None = None
     tests_column: str | None = None
     without_answer: Literal["refuse", "drop"] = "refuse"
     held_out: tuple[str, ...] = ()
+    held_out_tasks: tuple[str, ...] = ()
     held_out_question_columns: tuple[str, ...] = ()
     held_out_answer_column: str | None = None
     held_out_tests_column: str | None = None
@@ -254,9 +259,10 @@ def stated(config: Config) -> list[str]:
     ]
     if given:
         lines[1] += f" (tokens by default: half of the model's context, at most {LONGEST})"
-        lines.append(
-            f"  format {config.rewards.format}, {'a chat' if config.base.chat else 'plain text'}: {config.prompt!r}"
-        )
+        asked = repr(config.prompt)
+        if config.questions.tasks and config.base.prompt is None:
+            asked = f"as {', '.join(config.questions.tasks)} asks"
+        lines.append(f"  format {config.rewards.format}, {'a chat' if config.base.chat else 'plain text'}: {asked}")
     return lines
 
 

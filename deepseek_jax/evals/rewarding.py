@@ -9,8 +9,11 @@ from deepseek_jax.evals.task import Answered, Grade
 from deepseek_jax.evals.tasks import task_named
 from deepseek_jax.rewards.protocol import RewardFunction, RowsFailed, check_strings
 
+STYLE = "deepseek"
+"""In which training asks rows of benchmarks."""
 
-def task_reward(graders: Graders, *, style: str = "deepseek") -> RewardFunction:
+
+def task_reward(graders: Graders, *, style: str = STYLE) -> RewardFunction:
     """Makes the reward whose rows say which Task they are of.
 
     Args:

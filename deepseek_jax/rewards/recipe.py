@@ -29,7 +29,7 @@ class RewardConfig:
     Args:
         accuracy: how answers are compared: "exact" as numbers and text, "math" by computer algebra as well, in
             processes that can be killed, "choice" as letters of multiple choice, "code" by running the program against
-            the hidden tests of the column `tests`.
+            the hidden tests of the column `tests`, "task" as the benchmark that a row is of does (`--tasks`).
         percent: for "math": 10% is a tenth and never ten ("strict"), or right beside 10 as well ("either"), as for
             published benchmarks.
         tolerance: for "code": by how much a printed decimal fraction may miss the wanted one, absolutely or in
@@ -56,7 +56,7 @@ class RewardConfig:
         allow_unsandboxed: run programs of the model even where they cannot be isolated. Do not.
     """
 
-    accuracy: Literal["exact", "math", "choice", "code"] = "math"
+    accuracy: Literal["exact", "math", "choice", "code", "task"] = "math"
     percent: Literal["strict", "either"] = "strict"
     tolerance: float = 1e-6
     reference_column: str | None = None
@@ -103,12 +103,13 @@ class Rewards(NamedTuple):
 
 
 @contextmanager
-def rewards(config: RewardConfig, *, max_new_tokens: int) -> Iterator[Rewards]:
+def rewards(config: RewardConfig, *, max_new_tokens: int, by_task: RewardFunction | None = None) -> Iterator[Rewards]:
     """The rewards that have a weight, summed up; graders' processes end with the block. All processes call it alike.
 
     Args:
         config: which.
         max_new_tokens: the sampler's limit, which the penalty for overlong answers leads up to.
+        by_task: the accuracy "task", `evals.rewarding.task_reward`.
 
     Raises:
         ValueError: no reward has a weight, an unknown language, a cache that is longer than the limit, choices that are
@@ -119,10 +120,12 @@ def rewards(config: RewardConfig, *, max_new_tokens: int) -> Iterator[Rewards]:
         reason = distributed.on_main(available)
         if reason is not None:
             raise ValueError(f"accuracy: got 'code', but {reason}; or run programs unprotected: --allow-unsandboxed")
+    if config.accuracy == "task" and by_task is None:
+        raise ValueError("accuracy: got 'task' without by_task, wanted the benchmarks' reward function")
     with MathGrader(percent=config.percent) as grader:  # starts no process before the first answer that needs one
         functions: dict[str, RewardFunction] = {}
         if config.weight_accuracy:
-            functions["accuracy"] = _accuracy(config, grader, counted=True)
+            functions["accuracy"] = _accuracy(config, grader, by_task, counted=True)
         if config.weight_format:
             functions["format"] = boxed_format_reward if config.format == "boxed" else format_reward
         if config.weight_soft_format:
@@ -145,7 +148,9 @@ def rewards(config: RewardConfig, *, max_new_tokens: int) -> Iterator[Rewards]:
             raise ValueError("weight_accuracy: got 0, and no other reward has a weight; wanted one at least")
         take_metrics = grader.take_metrics if config.accuracy == "math" else dict
         alone = combine(
-            {"accuracy": _accuracy(config, grader, counted=False)}, {"accuracy": 1.0}, on_error=config.reward_error
+            {"accuracy": _accuracy(config, grader, by_task, counted=False)},
+            {"accuracy": 1.0},
+            on_error=config.reward_error,
         )
         yield Rewards(combine(functions, weights, on_error=config.reward_error), alone, take_metrics)
 
@@ -161,6 +166,8 @@ def check_columns(config: RewardConfig, columns: Mapping[str, object]) -> None:
         ValueError: the column `answer` (for "code": `tests`) is missing or is not what the accuracy reads, or there is
             nothing in it and no other reward has a weight.
     """
+    if config.accuracy == "task":
+        return  # a Task has read the row
     name = "tests" if config.accuracy == "code" else "answer"
     if name not in columns:
         raise ValueError(
@@ -184,7 +191,11 @@ def check_columns(config: RewardConfig, columns: Mapping[str, object]) -> None:
         raise ValueError(f"{name}: got none, wanted some where accuracy is the only reward; leave the row out")
 
 
-def _accuracy(config: RewardConfig, grader: MathGrader, *, counted: bool) -> RewardFunction:
+def _accuracy(
+    config: RewardConfig, grader: MathGrader, by_task: RewardFunction | None, *, counted: bool
+) -> RewardFunction:
+    if config.accuracy == "task" and by_task is not None:
+        return by_task
     if config.accuracy == "math":
         return math_reward(grader, counted=counted)
     if config.accuracy == "choice":

@@ -93,6 +93,8 @@ def test_what_is_not_there_or_ambiguous_is_refused_by_an_option_that_exists(tmp_
         ({"text": "q", "test_list": ["assert f() == 1"]}, {"question_columns": ("text",)}),
         ({"prompt": "q", "verification_info": {"language": "python", "test_cases": ["assert f() == 1"]}}, {}),
         ({"prompt": "q", "checks": {"it": ["assert f() == 1"]}}, {"tests_column": "checks.it"}),
+        ({"problem": "q", "tests": ["assert f() == 1"], "solution": "def f():\n    return 1\n"}, {}),  # no final answer
+        ({"problem": "q", "tests": ["assert f() == 1"], "answer": ["not", "one"]}, {}),
     ],
 )
 def test_hidden_tests_come_as_the_column_of_code_rewards(tmp_path, row, settings):

@@ -1,4 +1,4 @@
-"""What a quantised cache costs in quality: log-probs and best tokens of texts that are read through it in pieces."""
+"""What quantised weights, and quantised caches, cost in quality: perplexity and the likeliest tokens of given texts."""
 
 if __name__ == "__main__":
     from deepseek_jax.interrupt import end_at_once
@@ -22,6 +22,8 @@ from deepseek_jax.generation.engine_config import EngineConfig
 from deepseek_jax.generation.generator import BATCHES, Generator
 from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.model.cache import empty_cache
+from deepseek_jax.model.packing import Quantization
+from deepseek_jax.plan.weights import weight_bytes
 from deepseek_jax.text.tokenizer import Tokenizer
 
 KINDS = ("auto", "bfloat16", "int8", "fp8")
@@ -39,7 +41,71 @@ class _Read(NamedTuple):
         return math.exp(self.nats.mean())
 
 
-def main(
+def weights(
+    model: Path,
+    /,
+    *,
+    data: Path = Path("test.jsonl"),
+    rows: int = 100,
+    length: int = 256,
+    batch: int = 4,
+    formats: tuple[Quantization, ...] = ("none", "fp8", "int8", "int4"),
+) -> None:
+    """What packing costs in quality: perplexity of given answers, and how often the likeliest token stays the same.
+
+    Answers follow their questions, each token after those of the text before it; computed in float32 with all formats.
+
+    Args:
+        model: Hugging Face folder.
+        data: rows of question and answer as GSM8K has them, .jsonl.
+        rows: of the file, from its beginning; those of more tokens than `length` are left out.
+        length: tokens of a row at most.
+        batch: rows at a time.
+        formats: of the projections, compared with the first.
+    """
+    tokens, targets = _answers(Tokenizer.from_folder(model), data, rows, length)
+    first, held = None, tokens.shape[0] // batch * batch
+    print(f"{held} rows, {int(targets[:held].sum())} tokens of answers\n")
+    print("| weights | GB in bf16 or packed | perplexity | x the first's | same greedy token |\n|---|---|---|---|---|")
+    for quantization in formats:
+        config, graphdef, packed = load_model(model, quantization=quantization)
+        run = jax.jit(lambda weights, tokens, graphdef=graphdef: _scored(graphdef, weights, tokens))
+        parts = [run(packed, tokens[at : at + batch]) for at in range(0, held, batch)]
+        logprobs, best = (np.concatenate([np.asarray(part[of]) for part in parts]) for of in (0, 1))
+        counted = targets[:held, 1:]
+        perplexity = math.exp(-float(logprobs[counted].astype(np.float64).mean()))
+        first = first or (perplexity, best)
+        same = float((best == first[1])[counted].mean())
+        gigabytes = weight_bytes(config, "bf16" if quantization == "none" else quantization) / 1e9
+        cells = f"{gigabytes:.3f} | {perplexity:.3f} | {perplexity / first[0]:.3f} | {100 * same:.2f} %"
+        print(f"| {quantization} | {cells} |", flush=True)
+
+
+def _answers(tokenizer: Tokenizer, data: Path, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [rows, length], padded on the right, and which of them are an answer's."""
+    kept = []
+    for line in data.read_text().splitlines()[:rows]:
+        row = json.loads(line)
+        texts = (row["question"] + "\n", True), (row["answer"], False)
+        question, answer = (tokenizer.encode(text, add_bos=first) for text, first in texts)
+        if len(question) + len(answer) <= length:
+            kept.append((question, answer))
+    tokens, targets = np.zeros((len(kept), length), np.int32), np.zeros((len(kept), length), bool)
+    for number, (question, answer) in enumerate(kept):
+        end = len(question) + len(answer)
+        tokens[number, :end], targets[number, len(question) : end] = [*question, *answer], True
+    return tokens, targets
+
+
+def _scored(graphdef, weights, tokens):
+    """Of every token but the first: its log-prob, and which was the likeliest."""
+    module = nnx.merge(graphdef, weights)
+    logits = module.logits(module(tokens[:, :-1]).x_BTD)
+    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1)
+
+
+def caches(
     model: Path,
     rows: Path,
     /,
@@ -137,4 +203,4 @@ def _continued(generator: Generator, weights, asked, drawn: int) -> list[np.ndar
 
 
 if __name__ == "__main__":
-    run(main)
+    run({"weights": weights, "caches": caches})
