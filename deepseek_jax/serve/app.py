@@ -45,14 +45,15 @@ def application(served: Served) -> ASGIApp:
         app.include_router(part)
     for kind in (ApiError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_to)
-    known = {"/", "/openapi.json", *app.openapi()["paths"]}
+    described = app.openapi()["paths"]
+    known, posted = {"/", "/openapi.json", *described}, {path for path, of in described.items() if "post" in of}
 
     def answered(about: Mapping[str, Any]) -> None:
         route = about["path"] if about["path"] in known else "other"
         served.metrics.answered(route, about["status"] or 0)
         log(about)
 
-    return Guard(app, served.settings, answered)
+    return Guard(app, served.settings, posted, answered)
 
 
 def log(about: Mapping[str, Any]) -> None:
@@ -77,6 +78,12 @@ async def ready(request: Request) -> Response:
         state = "ending" if served.drains else f"compiling, {done} of {count} programs are done"
         raise ApiError(503, f"the server is {state}", retry_after=5)
     return JsonReply({"status": "ready"})
+
+
+@router.get("/version", responses={200: {"description": "Of the server."}})
+async def version() -> Response:
+    """The server's version."""
+    return JsonReply({"version": __version__})
 
 
 @router.get("/metrics", responses={200: {"description": "In Prometheus' format.", "content": {"text/plain": {}}}})

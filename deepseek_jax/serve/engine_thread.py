@@ -94,6 +94,11 @@ class EngineThread:
         if self._boxes.pop(box, None) is not None and box.left:
             self._inbox.put(partial(self._cancel, box))
 
+    def give_up(self, problem: BaseException) -> None:
+        """End every call with an error."""
+        for box in list(self._boxes):
+            box.fail(problem)
+
     def close(self) -> None:
         """End the thread after its step, and wait for that, but for no compilation."""
         self._ends = True
@@ -125,7 +130,7 @@ class EngineThread:
         except BaseException as problem:  # whatever it is, nobody may wait for an answer that cannot come
             self.problem, self.ready = problem, False
             self._on_death(problem)
-            self._later(self._fail_all)
+            self._later(self.give_up, problem)
 
     def _take(self) -> None:
         """Do what was ordered; without work, wait for an order."""
@@ -175,10 +180,6 @@ class EngineThread:
             self._loop.call_soon_threadsafe(call, *given)
         except RuntimeError:
             self._ends = True
-
-    def _fail_all(self) -> None:
-        for box in list(self._boxes):
-            box.fail(self.problem)
 
 
 def status_of(problem: BaseException) -> ApiError:

@@ -7,7 +7,7 @@ import re
 import secrets
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import limits
@@ -18,7 +18,7 @@ from deepseek_jax.serve.errors import ApiError
 from deepseek_jax.serve.replies import refused
 from deepseek_jax.serve.settings import ServeConfig
 
-OPEN_PATHS = ("/health", "/ready", "/")
+OPEN_PATHS = ("/health", "/ready", "/version", "/")
 OPEN_FOLDER = "/page/"
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
@@ -32,11 +32,18 @@ class Guard:
     Args:
         app: that application.
         settings: of the server.
+        takes_body: paths that a body may be posted to; of others none is read.
         answered: told of every answer: its path, status, seconds and the notes that routes made.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServeConfig, answered: Callable[[Mapping[str, Any]], None]):
-        self._app, self._settings, self._answered = app, settings, answered
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: ServeConfig,
+        takes_body: Collection[str],
+        answered: Callable[[Mapping[str, Any]], None],
+    ):
+        self._app, self._settings, self._takes_body, self._answered = app, settings, takes_body, answered
         self._rates = _Rates(settings.rate_limit)
         self._keys = [key.encode() for key in settings.api_keys]
 
@@ -87,7 +94,7 @@ class Guard:
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """All of it, which may be parsed."""
-        if scope["method"] not in ("POST", "PUT", "PATCH"):
+        if scope["method"] != "POST" or scope["path"] not in self._takes_body:
             return b""
         try:
             async with asyncio.timeout(self._settings.body_seconds):

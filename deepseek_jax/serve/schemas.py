@@ -18,6 +18,7 @@ _TOKEN = 2**31 - 1
 Text = Annotated[str, Field(max_length=_MAX_TEXT)]
 Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=-(2**62), le=2**62)]  # bounds that a double has, as JSON's readers do
 Token = Annotated[int, Field(ge=0, le=_TOKEN)]
 Ignored = Annotated[Any, Field(default=None, description="Taken, and without effect.")]
 
@@ -63,7 +64,7 @@ class Sampling(Body):
 
     model: Annotated[str, Field(max_length=256)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Seed | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
@@ -154,7 +155,7 @@ class ReasoningBody(Body):
     top_p: Annotated[Number, Field(gt=0, le=1)] = 0.95
     enforce_thinking: bool = True
     samples: Annotated[int, Field(ge=1, le=MAX_N)] = 1
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Seed | None = None
     model: Annotated[str, Field(max_length=256)] | None = None
 
 

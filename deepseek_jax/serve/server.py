@@ -12,14 +12,16 @@ import uvicorn
 
 from deepseek_jax.distributed import say
 from deepseek_jax.generation.engine import Engine
+from deepseek_jax.interrupt import end
 from deepseek_jax.serve.app import application
 from deepseek_jax.serve.calls import Served
 from deepseek_jax.serve.engine_thread import EngineThread
+from deepseek_jax.serve.errors import ApiError
 from deepseek_jax.serve.metrics import Metrics
 from deepseek_jax.serve.prompts import Prompts
 from deepseek_jax.serve.settings import ServeConfig
 
-_LAST_SECONDS = 10.0  # for clients to hear of the engine's death, before the process ends without them
+_LAST_SECONDS = 5.0  # for clients to hear of an end, before the process ends without them
 
 
 class _Server(uvicorn.Server):
@@ -80,7 +82,7 @@ class Process:
             log_level="warning",
             server_header=False,
             timeout_keep_alive=75,
-            timeout_graceful_shutdown=max(1, round(settings.grace_seconds)),
+            timeout_graceful_shutdown=round(settings.grace_seconds + _LAST_SECONDS),
             h11_max_incomplete_event_size=1 << 16,
             ws="none",
             proxy_headers=False,
@@ -88,18 +90,25 @@ class Process:
         self._server = _Server(config)
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._drain)
-        loop.add_signal_handler(signal.SIGINT, self._interrupt)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as under nohup
+            loop.add_signal_handler(signal.SIGINT, self._interrupt)
         await self._server.serve(sockets=[listener])
 
     def _drain(self) -> None:
-        """Take no more calls, and end when what runs is done."""
-        self.served.drains = True
-        self._server.should_exit = True
+        """Take no more calls, and end when what runs is done; what is not done in time is told so."""
+        self._end_after(self.served.settings.grace_seconds)
 
     def _interrupt(self) -> None:
+        if self._interrupted:
+            end(program=True)
         self._interrupted = True
-        self._drain()
-        self._server.force_exit = True
+        self._end_after(0.0)
+
+    def _end_after(self, seconds: float) -> None:
+        self.served.drains = True
+        self._server.should_exit = True
+        ends = ApiError(503, "the server is ending; ask another one", retry_after=5)
+        asyncio.get_running_loop().call_later(seconds, self.served.engine.give_up, ends)
 
     def _died(self, problem: BaseException) -> None:
         """In the engine's thread: a server without an engine ends, whatever its clients do."""

@@ -27,7 +27,7 @@ class Untrusted:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         added = json.loads(tokenizer.files["tokenizer.json"]).get("added_tokens") or []
-        texts = {str(token["content"]): token["id"] for token in added} | dict.fromkeys(tokenizer.special)
+        texts = dict.fromkeys(tokenizer.special) | {str(token["content"]): token["id"] for token in added}
         texts = {text: id for text, id in texts.items() if len(text) > 1 and not text.isspace()}
         self._ids = {id for id in texts.values() if id is not None}
         self._control = _any_of(texts)

@@ -121,9 +121,12 @@ def test_lm_eval_reads_the_same_scores_as_from_the_engine(server, model_folder, 
     asked = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
     found = outer.loglikelihood(asked)
     assert issubclass(register(), EngineModel)
-    inner = register()(str(model_folder)).loglikelihood(asked)
+    own = register()(str(model_folder))
+    encode = lambda text: own.tokenizer.encode(text, add_bos=False)  # as lm-eval sends them
+    inner = own._loglikelihood_tokens([(None, encode(context), encode(text)) for context, text in pairs])
     for (outer_value, outer_best), (inner_value, inner_best) in zip(found, inner, strict=True):
         assert outer_value == pytest.approx(inner_value, abs=1e-4) and outer_best == inner_best
     stops = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}
     written = [Instance("generate_until", {}, (text, stops), number) for number, (text, _) in enumerate(pairs)]
-    assert outer.generate_until(written) == register()(str(model_folder)).generate_until(written)
+    texts = LocalCompletionsAPI(base_url=url, **given, max_length=192, batch_size=1, tokenized_requests=False)
+    assert texts.generate_until(written) == own.generate_until(written)

@@ -35,6 +35,14 @@ main("serve")
 """
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_raises():
+    """As in a terminal; what a shell starts in the background ignores it, and so would its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Server:
     """A process that serves; what it says on stderr is in `said`."""
 
@@ -119,13 +127,13 @@ def test_ctrl_c_ends_it_at_once(model_folder, when):
         if when == "ready":
             server.wait_until_ready()
             answer = server.ask("POST", "/v1/chat/completions", CHAT | {"max_tokens": 120})
-            assert answer.read(10)
+            assert answer.status == 200
         else:
             server.until(lambda: any("ready when" in line for line in server.said))
             assert server.ask("GET", "/ready").status == 503
         server.child.send_signal(signal.SIGINT)
         assert server.end(20) == 130
-    assert not any("Traceback" in line for line in server.said)
+    assert not any("Traceback" in line for line in server.said), "".join(server.said)
 
 
 def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(model_folder, command_line, monkeypatch):
