@@ -18,7 +18,7 @@ _TOKEN = 2**31 - 1
 Text = Annotated[str, Field(max_length=_MAX_TEXT)]
 Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=-(2**62), le=2**62)]  # bounds that a double has, as JSON's readers do
+Seed = Annotated[int, Field(ge=-(2**53 - 1), le=2**53 - 1)]  # what JSON's readers all have, to the last digit
 Token = Annotated[int, Field(ge=0, le=_TOKEN)]
 Ignored = Annotated[Any, Field(default=None, description="Taken, and without effect.")]
 
