@@ -116,14 +116,15 @@ def test_lm_eval_reads_the_same_scores_as_from_the_engine(server, model_folder, 
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     url = f"http://127.0.0.1:{server.port}/v1/completions"
     given = {"model": "tiny", "tokenizer": str(model_folder), "tokenizer_backend": "huggingface"}
-    outer = LocalCompletionsAPI(base_url=url, **given, max_length=192, batch_size=2, num_concurrent=2)
+    outer = LocalCompletionsAPI(base_url=url, **given, max_length=192, batch_size=2)
     pairs = [("1+1=", "2"), ("17+25=", "42"), ("A robe", " takes 2"), ("x", "yz")]
     asked = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
     found = outer.loglikelihood(asked)
     assert issubclass(register(), EngineModel)
     own = register()(str(model_folder))
-    encode = lambda text: own.tokenizer.encode(text, add_bos=False)  # as lm-eval sends them
-    inner = own._loglikelihood_tokens([(None, encode(context), encode(text)) for context, text in pairs])
+    inner = own._loglikelihood_tokens(
+        [(None, *outer._encode_pair(*pair)) for pair in pairs]
+    )  # the tokens that it sends
     for (outer_value, outer_best), (inner_value, inner_best) in zip(found, inner, strict=True):
         assert outer_value == pytest.approx(inner_value, abs=1e-4) and outer_best == inner_best
     stops = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}

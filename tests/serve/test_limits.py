@@ -297,3 +297,16 @@ def test_a_wrong_setting_is_one_line():
     for name, value in dict(names=(), api_keys=("short",), max_body=1, max_depth=0, call_seconds=0).items():
         with pytest.raises(ValueError, match=f"^{name}: got [^\n]*, wanted [^\n]*$"):
             ServeConfig(**({"names": ("m",)} | {name: value}))
+
+
+def test_the_page_and_its_files_come_under_a_policy_and_without_a_key():
+    async def ask(client):
+        return [await client.ask(path) for path in ("/", "/page/chat.js", "/page/page.css", "/version")]
+
+    page, script, style, version = run(ask, engine(), api_keys=KEYS)
+    assert [reply.status for reply in (page, script, style, version)] == [200] * 4
+    assert page.headers["content-type"].startswith("text/html") and b"<html" in page.body
+    assert script.headers["content-type"].startswith("text/javascript")
+    for reply in (page, script, style):
+        assert "default-src 'none'; script-src 'self'" in reply.headers["content-security-policy"]
+    assert version.json.keys() == {"version"}
