@@ -27,6 +27,7 @@ LAUNCHERS = {
     "tools/merge_lora.py": "merge",
     "tools/plan.py": "plan",
     "experiments/distill.py": "distill",
+    "tools/serve.py": "serve",
     "experiments/r1_zero.py": "train",
     "experiments/sft.py": "sft",
     "experiments/r1.py": "r1",
@@ -59,6 +60,7 @@ POSITIONAL = {
     "plan": "[MODEL]",
     "rejection": "[MODEL]",
     "report": "RUN",
+    "serve": "[MODEL]",
 }
 
 
