@@ -115,6 +115,7 @@ def test_a_row_of_another_benchmark_is_refused_by_its_place(tmp_path):
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_and_is_evaluated_by_the_task(tmp_path, monkeypatch):
     """The whole command, with a model that has nothing learnt: its figures are those of the Task."""
     tokenizer = Tokenizer.characters(LETTERS + "".join(set(ALPHABET) - set(LETTERS)), chat_template=TEMPLATE)

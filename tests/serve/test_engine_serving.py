@@ -27,6 +27,7 @@ def parts_of(events: list) -> tuple[str, str]:
     return tuple("".join(delta.get(name) or "" for delta in deltas) for name in ("reasoning", "content"))
 
 
+@pytest.mark.slow
 def test_streams_are_neither_mixed_up_nor_lost_while_others_go(make_engine):
     """sglang-jax#1092: 10 to 18 % of streams failed in a race. A third goes midway here, some read slowly."""
     alone, of = make_engine(), make_engine(num_blocks=100, admission="preempt")

@@ -95,6 +95,7 @@ class Server:
         return status
 
 
+@pytest.mark.slow
 def test_a_sigterm_lets_answers_finish_and_ends_with_0(model_folder):
     with Server(model_folder, *FEW) as server:
         server.wait_until_ready()

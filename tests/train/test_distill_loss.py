@@ -193,5 +193,6 @@ def a_step_on_a_mesh_is_that_of_one_device():
 found = fixture_of([a_step_on_a_mesh_is_that_of_one_device])
 
 
+@pytest.mark.slow
 def test_eight_devices_give_what_one_does(found):
     assert found == {"a_step_on_a_mesh_is_that_of_one_device": ""}
