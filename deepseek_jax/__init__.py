@@ -53,9 +53,13 @@ if TYPE_CHECKING:  # the one list: type checkers read it, and so does `_homes`
     from deepseek_jax.text.think import split_thinking as split_thinking
     from deepseek_jax.text.tokenizer import Tokenizer as Tokenizer
     from deepseek_jax.text.turns import chat_tokens as chat_tokens
+    from deepseek_jax.train.distill_loss import DistillConfig as DistillConfig
+    from deepseek_jax.train.distill_loss import make_distill_objective as make_distill_objective
     from deepseek_jax.train.grpo import GRPOTrainer as GRPOTrainer
     from deepseek_jax.train.grpo_config import GRPOConfig as GRPOConfig
     from deepseek_jax.train.grpo_stage import run_grpo as run_grpo
+    from deepseek_jax.train.on_policy import OnPolicyTrainer as OnPolicyTrainer
+    from deepseek_jax.train.on_policy import run_on_policy as run_on_policy
     from deepseek_jax.train.sft import SFTTrainer as SFTTrainer
     from deepseek_jax.train.sft import run_sft as run_sft
     from deepseek_jax.train.sft_config import SFTConfig as SFTConfig

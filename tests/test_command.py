@@ -26,8 +26,13 @@ LAUNCHERS = {
     "tools/logits.py": "logits",
     "tools/merge_lora.py": "merge",
     "tools/plan.py": "plan",
+    "experiments/distill.py": "distill",
+    "tools/serve.py": "serve",
     "experiments/r1_zero.py": "train",
     "experiments/sft.py": "sft",
+    "experiments/r1.py": "r1",
+    "experiments/rejection.py": "rejection",
+    "tools/report.py": "report",
 }
 LAUNCHER = """
 
@@ -53,6 +58,9 @@ POSITIONAL = {
     "logits": "MODEL TOKENS LOGITS",
     "merge": "MODEL ADAPTER OUT",
     "plan": "[MODEL]",
+    "rejection": "[MODEL]",
+    "report": "RUN",
+    "serve": "[MODEL]",
 }
 
 

@@ -375,7 +375,9 @@ def adapted_step(kind: str, layout: Layout):
     config, (graphdef, weights) = CONFIGS[kind], laid(kind, layout)
     of, batch = objectives(kind)["grpo"]
     step = make_adapter_step(graphdef, of, optax.sgd(1.0), StepConfig(balance_alpha=0.01), LORA)
-    state, metrics = step(init_state(adapter_of(kind, layout), optax.sgd(1.0), layout), layout.put(batch), weights)
+    state, metrics = step(
+        init_state(adapter_of(kind, layout), optax.sgd(1.0), layout), layout.put(batch), frozen=weights
+    )
     found = {}
     for path, leaf in nnx.to_flat_state(state.weights):
         values = np.asarray(leaf[...])

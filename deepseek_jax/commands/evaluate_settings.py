@@ -19,7 +19,8 @@ class BenchmarkOptions:
 
     Args:
         benchmark: a name or several with commas: gsm8k, math500, aime24, aime25, amc23, svamp, cmath, humaneval,
-            humaneval_plus, mbpp, mbpp_plus, livecodebench, gpqa, mmlu, mmlu_pro, codeforces, swebench, formal, port.
+            humaneval_plus, mbpp, mbpp_plus, livecodebench, gpqa, mmlu, mmlu_pro, codeforces, swebench, formal, port,
+            puzzles.
         data: a file of rows (.jsonl, .json, .csv, .parquet), a folder of such, or a name on the hub; for several
             benchmarks NAME=FILE each. Without it the data set's own name on the hub.
         samples: of each problem.

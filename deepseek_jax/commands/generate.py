@@ -61,7 +61,7 @@ def main(config: Config) -> None:
     settings.of_scheduler(model, layout, dtype)  # refuses what the model cannot do
     loaded = load_model(folder, dtype=dtype, layout=layout, quantization=config.engine.quantization)
     if talks:
-        settings = _within_memory(settings, model, layout, dtype)
+        settings = within_memory(settings, model, layout, dtype)
     else:
         settings = dataclasses.replace(settings, batch_sizes=sizes_that_pay(loaded.weights, settings.max_num_seqs))
     engine = Engine(loaded.config, loaded.graphdef, loaded.weights, settings, tokenizer=tokenizer)
@@ -141,8 +141,8 @@ def _talking(config: Config) -> EngineConfig:
     )
 
 
-def _within_memory(settings: EngineConfig, model: ModelConfig, layout: Layout, dtype: jnp.dtype) -> EngineConfig:
-    """The same with a context that the cache has memory for."""
+def within_memory(settings: EngineConfig, model: ModelConfig, layout: Layout, dtype: jnp.dtype) -> EngineConfig:
+    """The same settings with a context that the cache has memory for."""
     of_host = settings.of_scheduler(model, layout, dtype)
     room = (of_host.num_blocks - 1) * of_host.block_size - of_host.draft_tokens
     return dataclasses.replace(settings, max_model_len=min(of_host.max_model_len, room))

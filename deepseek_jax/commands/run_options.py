@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from deepseek_jax import distributed
 from deepseek_jax.checkpoint.files import write_whole
 from deepseek_jax.checkpoint.model_folder import named_dtype
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.precision import Precision
+from deepseek_jax.model.transfer import serving_layout
 from deepseek_jax.report.metrics import WandbConfig
 from deepseek_jax.sharding import AXES, Layout, Remat, lanes_of, make_mesh
 from deepseek_jax.train.runs import RunSettings, enter_folder
@@ -69,6 +71,11 @@ class SamplingMeshOptions(MeshOptions):
     serve_expert: int | None = None
     serve_tensor: int | None = None
     serve_unrolled: bool = False
+
+    def serving(self, architecture: ModelConfig, layout: Layout) -> Layout:
+        """The layout that a model is sampled in on the devices of `layout`."""
+        given = {"expert": self.serve_expert, "tensor": self.serve_tensor, "unrolled": self.serve_unrolled}
+        return serving_layout(architecture, layout, **given)
 
 
 @dataclass(frozen=True, kw_only=True)

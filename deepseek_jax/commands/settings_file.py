@@ -90,7 +90,7 @@ def read_settings(path: Path, settings: type) -> dict[str, Any]:
         if name in found:
             raise ValueError(f"{path}: {table}{key}: is there twice; leave one out")
         try:
-            found[name] = _converted(value, option.wanted)
+            found[name] = converted(value, option.wanted)
         except TypeError as wanted:
             raise ValueError(f"{path}: {table}{key}: got {value!r:.80}, wanted {wanted}") from None
     return found
@@ -139,17 +139,17 @@ def _yaml(text: str) -> Any:
     return {} if values is None else values
 
 
-def _converted(value: Any, wanted: Any) -> Any:
-    """The value as an option of that type holds it. TypeError says what is wanted."""
+def converted(value: Any, wanted: Any) -> Any:
+    """The value of a file as an option of that type holds it. TypeError says what is wanted."""
     kind = get_origin(wanted)
     if kind in (Union, UnionType):
         (inner,) = (choice for choice in get_args(wanted) if choice is not NoneType)
-        return None if value in (None, NONE) else _converted(value, inner)
+        return None if value in (None, NONE) else converted(value, inner)
     if kind is Literal:
         if value in get_args(wanted):
             return value
     elif kind is tuple and isinstance(value, list):
-        return tuple(_converted(each, get_args(wanted)[0]) for each in value)
+        return tuple(converted(each, get_args(wanted)[0]) for each in value)
     elif wanted is float and type(value) in (int, float):
         return float(value)
     elif wanted is Path and isinstance(value, str):

@@ -82,7 +82,8 @@ QUICK: dict[str, Any] = {"cold_start_epochs": 4, "eval_questions": 64, "steps": 
 def small_config(tokenizer: Tokenizer, mtp_modules: int = 0) -> ModelConfig:
     """The preset `tiny` with the task's vocabulary, and so many modules for multi-token prediction."""
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_ids[0]}
-    return dataclasses.replace(preset("tiny"), vocab_size=32, num_nextn_predict_layers=mtp_modules, **ids)
+    rows = -(-tokenizer.vocab_size // 32) * 32
+    return dataclasses.replace(preset("tiny"), vocab_size=rows, num_nextn_predict_layers=mtp_modules, **ids)
 
 
 def small_model(tokenizer: Tokenizer, seed: int, mtp_modules: int = 0) -> Model:

@@ -83,6 +83,10 @@ class DataOptions:
             reward_model.ground_truth, solution, ...
         tests_column: of `data`: the hidden tests for --accuracy code. Without it: tests, test_list, ...
         without_answer: what to do where a row has no final answer: refuse the data, or drop such rows and say how many.
+        late_data: as `data`, but with no answers: questions that join late, to which accuracy does not apply (R1's
+            second stage: general ones in the last 400 of 1,700 updates).
+        late_step: steps before they do.
+        late_weight: their share of the questions from then on, relative to that of each of `data`, which is 1.
         held_out: as `data`, to evaluate on; without it rows of `data` are drawn for that by the seed, at most a tenth
             of them.
         held_out_tasks: as `tasks`, of `held_out`; without it that one of `tasks`.
@@ -104,6 +108,9 @@ class DataOptions:
     answer_column: str | None = None
     tests_column: str | None = None
     without_answer: Literal["refuse", "drop"] = "refuse"
+    late_data: tuple[str, ...] = ()
+    late_step: int = 0
+    late_weight: float = 1.0
     held_out: tuple[str, ...] = ()
     held_out_tasks: tuple[str, ...] = ()
     held_out_question_columns: tuple[str, ...] = ()
@@ -125,9 +132,17 @@ class DataOptions:
         given = [name for name, value in vars(self).items() if value != plain[name] and name not in _OF_ALL]
         if given and not self.data:
             raise ValueError(f"{given[0]}: got a setting for data, but no --data; give both, or neither")
+        if (late := [name for name in given if name.startswith("late_")]) and not self.late_data:
+            raise ValueError(f"{late[0]}: got it without --late-data, whose it is; give both")
+        _ = self._late  # refuses steps and weights that cannot be
         of_held_out = [name for name in given if name.startswith("held_out_")]
         if of_held_out and not self.held_out:
             raise ValueError(f"{of_held_out[0]}: got a setting for held-out data, but no --held-out; give both")
+
+    @property
+    def _late(self) -> list[SourceConfig]:
+        joins = {"first_step": self.late_step, "weight": self.late_weight}
+        return [SourceConfig(name=name, need_answer=False, **joins) for name in self.late_data]
 
     def config(self, *, need_answer: bool) -> DataConfig:
         """As the data's own settings. Where programs are graded by hidden tests, no answers are needed."""
@@ -144,7 +159,7 @@ class DataOptions:
             "tests_column": self.held_out_tests_column or self.tests_column,
         }
         return DataConfig(
-            sources=tuple(source(name=name, pass_rates=self.pass_rates) for name in self.data),
+            sources=(*(source(name=name, pass_rates=self.pass_rates) for name in self.data), *self._late),
             held_out=tuple(source(name=name, **of_held_out) for name in self.held_out),
             without_answer=self.without_answer,
             difficulty_column=self.difficulty_column,
@@ -302,7 +317,7 @@ def settings(config: Config) -> dict[str, Any]:
 
 def whole(config: Config) -> Config:
     """The same with the whole paths of files, which hold from any folder."""
-    values = whole_paths(values_of(config), lists=("data", "held_out"), single=("pass_rates", "model"))
+    values = whole_paths(values_of(config), lists=("data", "late_data", "held_out"), single=("pass_rates", "model"))
     values["reward"] = tuple(own.text for own in own_rewards(config.rewards.reward))
     return with_values(config, values)
 

@@ -7,6 +7,7 @@ import grain
 from flax import nnx
 
 from deepseek_jax.checkpoint.folder import Model, lay_out, load_model
+from deepseek_jax.commands.run_options import SamplingMeshOptions
 from deepseek_jax.commands.toy import small_model
 from deepseek_jax.commands.train_data import asked
 from deepseek_jax.commands.train_settings import Config
@@ -16,7 +17,7 @@ from deepseek_jax.data.examples import Prompt
 from deepseek_jax.generation.generator import Generator, bucket
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.precision import dtype_of
-from deepseek_jax.model.transfer import Transfer, sampled_config, serving_layout
+from deepseek_jax.model.transfer import Transfer, sampled_config
 from deepseek_jax.rewards.recipe import Rewards
 from deepseek_jax.sharding import Layout
 from deepseek_jax.text.tokenizer import Tokenizer
@@ -61,19 +62,14 @@ def prepare(config: Config, graded: Rewards) -> Setup:
     layout.check_batch(config.grpo.prompts_per_step * config.grpo.group_size // parts, width)
     if examples:
         layout.check_batch(config.toy.cold_start_batch // config.grpo.micro_batches, example_width(examples))
-    generator = make_sampler(config, model.config, layout)
+    generator = make_sampler(config.mesh, model.config, layout)
     to_sampler = Transfer(generator.config, layout, generator.layout, dtype_of(config.grpo.dtype))
     return Setup(layout, model, tokenizer, generator, to_sampler, prompts, width, held_out, examples, graded)
 
 
-def make_sampler(config: Config, architecture: ModelConfig, layout: Layout) -> Generator:
+def make_sampler(mesh: SamplingMeshOptions, architecture: ModelConfig, layout: Layout) -> Generator:
     """The generator, in a layout of its own on the devices of training."""
-    given = {
-        "expert": config.mesh.serve_expert,
-        "tensor": config.mesh.serve_tensor,
-        "unrolled": config.mesh.serve_unrolled,
-    }
-    serving = serving_layout(architecture, layout, **given)
+    serving = mesh.serving(architecture, layout)
     sampled = sampled_config(architecture)
     return Generator(sampled, abstract_weights(sampled, layout=serving)[0])
 

@@ -26,12 +26,13 @@ def check_tasks(config: Config, graders: Graders) -> None:
         raise ValueError(f"tasks: got {got}, wanted both --tasks NAME and --accuracy task, or neither")
     if not of.tasks:
         return
-    if config.rewards.weight_format and config.rewards.format == "tags":
+    trained = _tasks(of.tasks, of.data, "--tasks")
+    for form in {task.form for task in trained if config.rewards.weight_format} - {config.rewards.format}:
         raise ValueError(
-            "format: got 'tags' with accuracy 'task', wanted what benchmarks ask for: --format boxed, or none of it: "
-            "--weight-format 0"
+            f"format: got {config.rewards.format!r} with accuracy 'task', wanted what benchmarks ask for: --format "
+            f"{form}, or none of it: --weight-format 0"
         )
-    for task in (*_tasks(of.tasks, of.data, "--tasks"), *_held_out_tasks(config)):
+    for task in (*trained, *_held_out_tasks(config)):
         task.ready(graders)
 
 
@@ -49,14 +50,19 @@ class TaskRows:
         self._rows = [open_source(name) for name in sources]
 
     def __call__(self, example: Example) -> Example:
-        """The question with the Task's instructions, and the columns that `evals.rewarding.task_reward` needs."""
+        """The question with the Task's instructions, and the columns that `evals.rewarding.task_reward` needs.
+
+        A row of a source beyond those with a Task, of `late_data`, is of none.
+        """
+        if example.source >= len(self._rows):
+            return example._replace(columns={**example.columns, "task": None, "row": {}})
         task, rows = self._tasks[example.source], self._rows[example.source]
         row = dict(rows[example.row])
         try:
             problem = task.read(row, example.row)
         except ValueError as problem:
             raise ValueError(f"{rows.where(example.row)}: {problem}; {task.name} wants {task.needs}") from None
-        columns = {"task": task.name, "row": row, "answer": problem.answer}
+        columns = {**example.columns, "task": task.name, "row": row, "answer": problem.answer}
         return example._replace(question=task.style(STYLE).write(problem), messages=None, columns=columns)
 
 

@@ -67,7 +67,8 @@ class ConversationConfig:
         """A conversation as this model is to learn it."""
         if self.chat:
             switches = {} if self.thinking is None else {"thinking": self.thinking}
-            return chat_tokens(tokenizer, conversation.messages, history=conversation.history, **switches)
+            kept = {"history": conversation.history, "unlearnt": conversation.unlearnt}
+            return chat_tokens(tokenizer, conversation.messages, **kept, **switches)
         if conversation.as_texts is None:
             raise NoConversation("more than a prompt and its completion, which want a chat template")
         return text_tokens(tokenizer, *conversation.as_texts)
@@ -213,6 +214,11 @@ class _Reading:
             self.note(
                 "assistant turns that are read and not learnt: the chat template drops their thoughts or text",
                 found.unlearnt,
+            )
+        if found.missing:
+            self.note(
+                "texts of users or systems that the chat template leaves out: answers are learnt without them",
+                found.missing,
             )
 
     def note(self, text: str, count: int = 1) -> None:

@@ -1,6 +1,7 @@
 """Where samples come from: the engine, or (in `evals.server`) a server; both give each as soon as it is there."""
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -9,15 +10,16 @@ from flax import nnx
 from deepseek_jax.generation.completion import Completion
 from deepseek_jax.generation.generator import Generator
 from deepseek_jax.generation.sampling_config import SamplingConfig
-from deepseek_jax.generation.text import encode_prompt
+from deepseek_jax.generation.text import Messages, encode_prompt
 from deepseek_jax.text.think import CLOSE, OPEN, opens_thought
 from deepseek_jax.text.tokenizer import Tokenizer
 
 
 class Wanted(NamedTuple):
-    """A sample to draw: the user's text, its seed, texts that end it, and how many tokens it may think."""
+    """A sample to draw: the user's text or a conversation, its seed, texts that end it, and how many tokens it may
+    think."""
 
-    text: str
+    text: str | Messages
     seed: int
     stop: tuple[str, ...] = ()
     budget: int | None = None
@@ -113,10 +115,11 @@ class EngineDrawer:
             for place, completion in found:
                 yield numbers[place], self._drawn(prompts[place], completion)
 
-    def _tokens(self, text: str) -> list[int]:
-        if text not in self._encoded:
-            self._encoded[text] = encode_prompt(self.tokenizer, text, **self._how)
-        return self._encoded[text]
+    def _tokens(self, text: str | Messages) -> list[int]:
+        key = text if isinstance(text, str) else json.dumps(text)
+        if key not in self._encoded:
+            self._encoded[key] = encode_prompt(self.tokenizer, text, **self._how)
+        return self._encoded[key]
 
     def _drawn(self, prompt: Sequence[int], completion: Completion) -> Drawn:
         told = self.tokenizer.decode(prompt, skip_special=False)

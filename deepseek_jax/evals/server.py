@@ -80,7 +80,8 @@ class ServerDrawer:
 
     def _draw(self, wanted: Wanted) -> Drawn:
         messages = [{"role": "system", "content": self._system}] if self._system is not None else []
-        body = self._settings | {"messages": [*messages, {"role": "user", "content": wanted.text}], "seed": wanted.seed}
+        asked = [{"role": "user", "content": wanted.text}] if isinstance(wanted.text, str) else wanted.text
+        body = self._settings | {"messages": [*messages, *asked], "seed": wanted.seed}
         if wanted.stop:
             body["stop"] = list(wanted.stop)
         answer = self._asked("/chat/completions", body)

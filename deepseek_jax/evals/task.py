@@ -102,6 +102,7 @@ class Task:
         hub: where the data is to be had, as `data.sources.open_source` names it.
         source: what prompts and grades follow.
         needs: fields of a row, for messages.
+        form: of a completion that its prompts ask for, by the names of `train --format`.
         published: settings of R1's figures.
         same: whether two answers are one, for the vote among samples; None: there is no vote.
         batch: completions graded in one call at most.
@@ -116,6 +117,7 @@ class Task:
     hub: str
     source: str
     needs: str
+    form: Literal["boxed", "tags"] = "boxed"
     published: Published = Published()
     same: Callable[[Sequence[tuple[str, str]], Graders], list[bool]] | None = None
     batch: int = 1

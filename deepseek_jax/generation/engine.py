@@ -19,6 +19,7 @@ from flax import nnx
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.distributed import process_count
 from deepseek_jax.generation.completion import Record
+from deepseek_jax.generation.constraint import Constraint
 from deepseek_jax.generation.engine_config import EngineConfig
 from deepseek_jax.generation.live import Live, StepFailedError
 from deepseek_jax.generation.programs import Decoded, Extended
@@ -61,6 +62,8 @@ class Metrics:
         drawn: tokens that those drew.
         offered: drafts that were verified.
         accepted: drafts that were right.
+        prompted: tokens of requests that got a slot.
+        reused: those of them that were in the prefix cache.
     """
 
     steps: int = 0
@@ -68,6 +71,8 @@ class Metrics:
     drawn: int = 0
     offered: int = 0
     accepted: int = 0
+    prompted: int = 0
+    reused: int = 0
 
     def note(self, found: Decoded) -> None:
         """Add what a decode loop did."""
@@ -77,6 +82,11 @@ class Metrics:
         self.drawn += drawn
         self.offered += int(found.offered)
         self.accepted += accepted
+
+    def note_admitted(self, plan: Plan) -> None:
+        """Add what requests found in the prefix cache."""
+        self.prompted += sum(len(at.request.tokens) for at in plan.admitted)
+        self.reused += sum(at.hits for at in plan.admitted)
 
     @property
     def acceptance(self) -> float:
@@ -149,7 +159,15 @@ class Engine:
 
     # --- requests ---------------------------------------------------------------------------------
 
-    def add(self, tokens: Sequence[int], sampling: SamplingConfig, *, seed: int, salt: str = "") -> int:
+    def add(
+        self,
+        tokens: Sequence[int],
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        salt: str = "",
+        constraint: Constraint | None = None,
+    ) -> int:
         """Queue a request; its number.
 
         Args:
@@ -157,6 +175,8 @@ class Engine:
             sampling: how to draw. A completion also ends where the context does.
             seed: of its noise.
             salt: requests of different salts share no blocks.
+            constraint: a grammar that the completion keeps to, after the thought that its prompt opens. A step then
+                takes one token of every row that runs, so that others wait for the host too.
 
         Raises:
             ValueError: a prompt that leaves no room in the context, tokens or settings that the model does not have, or
@@ -166,11 +186,14 @@ class Engine:
         if self._closed is not None:
             raise self._closed
         self._check(tokens, sampling)
+        if constraint is not None:
+            self._check_constrained(sampling)
         tokens = list(map(int, tokens))
         limit = sampling.limit(len(tokens), self.scheduler.config.max_model_len)
         params_of(sampling, seed=seed, limit=limit, vocab_size=self.config.vocab_size)
         opened, stream = False, None
-        if sampling.thinking_budget is not None:
+        allowed = None if constraint is None else constraint.mask()
+        if sampling.thinking_budget is not None or constraint is not None:
             self.tags = think_tags(self.tokenizer, self._closing) if self.tags is NO_TAGS else self.tags
             opened = opens_thought(self.tokenizer.decode(tokens[-16:], skip_special=False))
         if self.tokenizer is not None:
@@ -178,10 +201,13 @@ class Engine:
         with self._lock:
             request = Request(id=self._next, tokens=tokens, max_new_tokens=limit, salt=salt)
             request.reuse = not sampling.prompt_logprobs
+            request.stepwise = constraint is not None and not opened
             if self.record.routes:
                 request.payload = partial(_routes_of_block, self._lives, request.id, self.settings.block_size)
             self.scheduler.add(request)
-            self._lives[request.id] = Live(request=request, sampling=sampling, seed=seed, opened=opened, stream=stream)
+            live = Live(request=request, sampling=sampling, seed=seed, opened=opened, stream=stream)
+            live.constraint, live.allowed = constraint, allowed
+            self._lives[request.id] = live
             self._next += 1
         return request.id
 
@@ -195,6 +221,14 @@ class Engine:
                 raise ValueError(f"{name}: got it for an engine without a tokenizer, wanted one with the model's")
         if self.record.support:
             refuse_unreplayable(sampling)
+
+    def _check_constrained(self, sampling: SamplingConfig) -> None:
+        if self.tokenizer is None:
+            raise ValueError("constraint: got one for an engine without a tokenizer, wanted one with the model's")
+        if self.record.support:
+            raise ValueError("record: got support beside a constraint, wanted none; a trainer does not know it")
+        if sampling.min_new_tokens:
+            raise ValueError("min_new_tokens: got some beside a constraint, wanted 0; a grammar says when it may end")
 
     def cancel(self, id: int) -> bool:
         """End a request, of which no update comes any more; False where it does not live."""
@@ -238,6 +272,7 @@ class Engine:
         """
         with self._lock:
             plan = self.scheduler.schedule()
+            self.metrics.note_admitted(plan)
             self._reuse_routes(plan)
             if not plan.empty:
                 try:

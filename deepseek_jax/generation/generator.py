@@ -140,7 +140,8 @@ class Generator:
                 raise update.live.error
             if update.finished:
                 live = update.live
-                yield numbers[update.id], PromptScores(np.array(live.prompt_logprobs), np.array(live.prompt_best, bool))
+                values = np.array(live.prompt_logprobs)
+                yield numbers[update.id], PromptScores(values, values == np.array(live.prompt_likeliest))
 
     def stream(
         self,

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from deepseek_jax.generation.constraint import Constraint, ConstraintError
 from deepseek_jax.generation.programs import Decoded, Extended
 from deepseek_jax.generation.requests import Drawn, Request, Span
 from deepseek_jax.generation.sampling_config import SamplingConfig
@@ -28,7 +29,8 @@ class Live:
 
     opened: the prompt ended in `<think>`. text: the completion's so far, before any stop text; stream makes it, told is
     how much of it updates have had. routes: of the tokens that were fed, prompt and completion. prompt_logprobs: of the
-    prompt's tokens but the first; prompt_best: whether each of these is the likeliest.
+    prompt's tokens but the first; allowed: what the constraint lets come next, allowed_changed: the device does not
+    know it yet. prompt_likeliest: of the likeliest token in the place of each of these.
     """
 
     request: Request
@@ -44,8 +46,11 @@ class Live:
     penalised: list[np.ndarray] = field(default_factory=list)
     routes: list[np.ndarray] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
-    prompt_best: list[bool] = field(default_factory=list)
-    error: NonFiniteLogitsError | StepFailedError | None = None
+    prompt_likeliest: list[float] = field(default_factory=list)
+    error: NonFiniteLogitsError | StepFailedError | ConstraintError | None = None
+    constraint: Constraint | None = None
+    allowed: np.ndarray | None = None
+    allowed_changed: bool = False
 
     @property
     def stopped(self) -> bool:
@@ -60,7 +65,7 @@ class Live:
             end = min(span.start + span.count, self.request.prompt_length - 1)
             values = found.logprobs_RT[row, : max(0, end - span.start)]
             self.prompt_logprobs[span.start : end] = values.tolist()  # in the place of those of an earlier life
-            self.prompt_best[span.start : end] = (values == found.best_RT[row, : values.size]).tolist()
+            self.prompt_likeliest[span.start : end] = found.best_RT[row, : values.size].tolist()
         return self._note(jax.tree.map(lambda a: a[row][None], found.drawn)) if span.last else Drawn(())
 
     def note_row(self, row: int, found: Decoded) -> Drawn:
@@ -87,6 +92,7 @@ class Live:
                 stopped, count = True, self.stream.tokens - before
                 tokens, drawn = tokens[:count], jax.tree.map(lambda a: a[:count], drawn)
         self.logprobs += drawn.logprob_R.tolist()
+        stopped |= self._constrained([t for t, of in zip(tokens, drawn.constrained_R, strict=True) if of], stopped)
         if wanted := self.sampling.top_logprobs:
             best = drawn.top_ids_RK[:, :wanted].copy(), drawn.top_logprobs_RK[:, :wanted].copy()
             self.top += zip(*best, strict=True)
@@ -95,6 +101,18 @@ class Live:
             if self.sampling.repetition_penalty != 1:
                 self.penalised.append(drawn.penalised_RW.copy())
         return Drawn(tokens, stopped)
+
+    def _constrained(self, tokens: list[int], stopped: bool) -> bool:
+        """Go on in the grammar; whether that ends the request, with an error."""
+        if not tokens or stopped:
+            return False
+        self.request.stepwise = True
+        try:
+            self.constraint.accept(tokens)
+            self.allowed, self.allowed_changed = self.constraint.mask(), True
+        except ConstraintError as problem:
+            self.error = problem
+        return self.error is not None
 
     def new_text(self, *, finished: bool) -> str:
         """What there is of the text since the last time; at its end all of it."""

@@ -15,7 +15,15 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.generation.completion import Record
 from deepseek_jax.generation.drafts import by_mtp, lookup
 from deepseek_jax.generation.slot_draw import Drawn, draw
-from deepseek_jax.generation.slots import DrawState, SlotParams, empty_params, empty_state, put_rows, take_rows
+from deepseek_jax.generation.slots import (
+    DrawState,
+    SlotParams,
+    empty_params,
+    empty_state,
+    put_rows,
+    take_rows,
+    waits_for_grammar,
+)
 from deepseek_jax.generation.thinking import NO_TAGS, ThinkTags
 from deepseek_jax.model.cache import Cache, abstract_cache, cache_axis, empty_cache
 from deepseek_jax.model.decoder import Decoder, Hidden, experts_of
@@ -133,6 +141,7 @@ class Programs:
         self._first = jax.jit(self._first_state, static_argnames=("blocks", "block_size"), out_shardings=lies)
         self.admit = jax.jit(self._admit, donate_argnums=0, out_shardings=lies)
         self.retable = jax.jit(self._retable, donate_argnums=0, out_shardings=lies)
+        self.constrain = jax.jit(self._constrain, donate_argnums=0, out_shardings=lies)
         self.extend = jax.jit(self._extend, donate_argnames="state", out_shardings=(lies, None))
         self.decode_loop = jax.jit(self._decode_loop, donate_argnames="state", out_shardings=(lies, None))
 
@@ -199,6 +208,13 @@ class Programs:
         """Longer tables of requests that got further blocks."""
         return self._laid(state._replace(table_SM=state.table_SM.at[slots_R].set(table_RM, mode="drop")))
 
+    def _constrain(self, state: DeviceState, slots_R: jax.Array, allowed_RW: jax.Array) -> DeviceState:
+        """What grammars let come next."""
+        put = lambda old, rows: old.at[slots_R].set(rows, mode="drop")
+        drawing = state.drawing
+        drawing = drawing._replace(allowed=put(drawing.allowed, allowed_RW), ready=put(drawing.ready, True))
+        return self._laid(state._replace(drawing=drawing))
+
     def _extend(
         self, weights: nnx.State, state: DeviceState, spans: Spans, tags: ThinkTags, want_logprobs: jax.Array
     ) -> tuple[DeviceState, Extended]:
@@ -244,12 +260,13 @@ class Programs:
             weights: of the model.
             state: of the slots.
             rows_R: int32, the slots that run; out of range for rows of padding.
-            steps: int32, at most so many; `self.steps` is the bound.
+            steps: int32, at most so many; `self.steps` is the bound. A row that waits for its grammar draws none.
             until: int32, or until no more than so many rows live.
             tags: of thoughts.
         """
         model = decoder_of(self.graphdef, weights)
-        lives = lambda state: ~jnp.take(state.done_S, rows_R, mode="fill", fill_value=True)
+        idle_S = lambda state: state.done_S | waits_for_grammar(state.params, state.drawing)
+        lives = lambda state: ~jnp.take(idle_S(state), rows_R, mode="fill", fill_value=True)
 
         def goes_on(carried):
             state, found = carried
@@ -285,7 +302,8 @@ class Programs:
             found = self._noted(found, drawn, alive_R, self._routes(hidden), t)
             drawn_RT.append(drawn.token_R)
             if t < self.draft_tokens:
-                alive_R = alive_R & ~drawn.done_R & (guesses_RD[:, t] == drawn.token_R)
+                goes_on_R = ~drawn.done_R & ~of_row(waits_for_grammar(state.params, state.drawing))
+                alive_R = alive_R & goes_on_R & (guesses_RD[:, t] == drawn.token_R)
         count_R = found.count_R - before
         if self.drafts == "mtp":
             of_new = hidden.x_BTD, jnp.stack(drawn_RT, axis=1), at, count_R

@@ -15,6 +15,7 @@ class Request:
         max_new_tokens: 0 computes the prompt and draws nothing.
         salt: requests of different salts share no blocks: of another adapter or tenant, or with another payload.
         reuse: take published blocks in place of computing the prompt; False where every token's logits are wanted.
+        stepwise: the host has to see each token of it before the next one is drawn.
         payload: what a block of this request carries when it is published, by its index among the request's blocks.
 
         priority: its number in the order of arrival.
@@ -37,6 +38,7 @@ class Request:
     max_new_tokens: int
     salt: str = ""
     reuse: bool = True
+    stepwise: bool = False
     payload: Callable[[int], object] | None = None
     prompt_length: int = field(init=False)
     priority: int = field(default=-1, init=False)

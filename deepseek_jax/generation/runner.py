@@ -113,6 +113,21 @@ class Runner:
             slots[: len(grown)] = [at.request.slot for at in grown]
             tables = self._table[np.minimum(slots, self.programs.slots - 1)]
             self.state = self.programs.retable(self.state, slots, tables)
+        self._constrain([lives[row.request.id] for row in plan.rows if row.request.id in lives])
+
+    def _constrain(self, running: Sequence[Live]) -> None:
+        """What the grammars of rows let come next, where that has changed."""
+        changed = [live for live in running if live.allowed_changed]
+        for at in range(0, len(changed), self.programs.slots):
+            rows = changed[at : at + self.programs.slots]
+            size = next(n for n in self._admission_buckets if n >= len(rows))
+            slots = np.full(size, self.programs.slots, np.int32)
+            slots[: len(rows)] = [live.request.slot for live in rows]
+            allowed = np.zeros((size, rows[0].allowed.size), np.uint32)
+            allowed[: len(rows)] = [live.allowed for live in rows]
+            self.state = self.programs.constrain(self.state, slots, allowed)
+        for live in changed:
+            live.allowed_changed = False
 
     def _admission(self, admitted: Sequence[Admitted], lives: Mapping[int, Live], tags: ThinkTags) -> Admission:
         rows = [self._admitted(at, lives[at.request.id], tags) for at in admitted]
@@ -126,8 +141,10 @@ class Runner:
         of_thought = {"opened": live.opened, "budget": live.sampling.thinking_budget, "tags": tags}
         history = np.zeros(self.programs.history, np.int32)
         history[: len(request.tokens)] = request.tokens[: history.size]
-        params = params_of(live.sampling, seed=live.seed, limit=request.max_new_tokens, vocab_size=V)
-        drawing = state_of(prompt, drawn, vocab_size=V, **of_thought)
+        limits = {"limit": request.max_new_tokens, "constrained": live.constraint is not None}
+        params = params_of(live.sampling, seed=live.seed, vocab_size=V, **limits)
+        drawing = state_of(prompt, drawn, vocab_size=V, allowed=live.allowed, **of_thought)
+        live.allowed_changed = False
         return Admission(np.int32(at.slot), self._table[at.slot], history, params, drawing)
 
     @property
@@ -184,7 +201,7 @@ class Runner:
         S, M = self.programs.slots, self._table.shape[1]
         spans = [(rows * self.shards, width) for rows, width in self._span_buckets]
         rows = [size * self.shards for size in self._row_buckets]
-        of_all = len(spans) + len(rows) + len(self._admission_buckets) + 1
+        of_all = len(spans) + len(rows) + 2 * len(self._admission_buckets) + 1
         nobody = lambda size: np.full(size, S, np.int32)
         done = 0
         for size in self._admission_buckets:
@@ -193,6 +210,8 @@ class Runner:
             zeros = lambda width, size=size: np.zeros((size, width), np.int32)
             blank = Admission(nobody(size), zeros(M), zeros(self.programs.history), params, drawing)
             self.state = self.programs.admit(self.state, blank)
+            yield (done := done + 1), of_all
+            self.state = self.programs.constrain(self.state, nobody(size), drawing.allowed)
             yield (done := done + 1), of_all
         self.state = self.programs.retable(self.state, nobody(S), np.zeros((S, M), np.int32))
         yield (done := done + 1), of_all
@@ -210,7 +229,8 @@ class Runner:
     def compiled(self) -> int:
         """Programs compiled so far, each for its shapes; after a warm-up it stays what it is."""
         of = self.programs
-        return sum(f._cache_size() for f in (of.admit, of.retable, of.extend, of.decode_loop))
+        every = of.admit, of.retable, of.constrain, of.extend, of.decode_loop
+        return sum(program._cache_size() for program in every)
 
 
 def _filled(rows: list, size: int) -> list:

@@ -159,7 +159,8 @@ class Scheduler:
         steps = until = 0
         if rows:
             needed = max(request.limit - request.known for request in rows)
-            steps = 1 if spans or awaiting else min(config.decode_steps, needed)
+            one = spans or awaiting or any(request.stepwise for request in rows)
+            steps = 1 if one else min(config.decode_steps, needed)
             until = len(rows) - 1 if self.waiting else self.smaller_bucket(len(rows))
         plan = Plan(
             spans=tuple(spans),

@@ -6,6 +6,7 @@ position alone: what the rows around it ask for changes no bit of it.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,9 +14,9 @@ import jax.numpy as jnp
 
 from deepseek_jax.generation.sampling_config import MAX_TOP_LOGPROBS
 from deepseek_jax.generation.slots import IN_PROMPT, DrawState, SlotParams, put_rows, take_rows
-from deepseek_jax.generation.thinking import ThinkTags, forced, thought_on
+from deepseek_jax.generation.thinking import AFTER, ThinkTags, forced, thought_on
 from deepseek_jax.ops import sampling as ops
-from deepseek_jax.ops.logprobs import scores_of_logits, to_bits, within
+from deepseek_jax.ops.logprobs import has_bits, scores_of_logits, to_bits, within
 
 
 class Drawn(NamedTuple):
@@ -28,6 +29,7 @@ class Drawn(NamedTuple):
             within it, bias and penalties included.
         forced_R: the model did not choose the token, a budget of thinking did; its support is the vocabulary,
             as that of a best token is.
+        constrained_R: a grammar said what it may be.
         stopped_R: it is a stop id, and as many tokens as were asked for stand before it.
         done_R: stopped, or the limit of new tokens is reached.
         top_ids_RK: int32 [R, 20], as many best tokens as the row asked for, then -1.
@@ -39,6 +41,7 @@ class Drawn(NamedTuple):
     token_R: jax.Array
     logprob_R: jax.Array
     forced_R: jax.Array
+    constrained_R: jax.Array
     stopped_R: jax.Array
     done_R: jax.Array
     top_ids_RK: jax.Array
@@ -75,19 +78,17 @@ def draw(
         The state with the tokens noted, and what was drawn.
     """
     of_row = take_rows(params, rows_R)
-    before = take_rows(state._replace(counts=()), rows_R)
+    before = take_rows(state._replace(counts=(), allowed=()), rows_R)
     phase_R, thought_R, forced_R = forced(before.phase, before.thought, of_row.thinking_budget, tags)
-    shaped_RV = _shaped(logits_RV, of_row, state.counts, rows_R, live_R)
+    constrained_R = live_R & of_row.constrained & (phase_R == AFTER)
+    shaped_RV = _shaped(logits_RV, of_row, state, rows_R, live_R, constrained_R)
     chosen_R, kept_RV = _choose(shaped_RV, of_row, before.drawn, position_R, live_R, record_support)
     is_forced_R = live_R & (forced_R >= 0)
     token_R = jnp.where(live_R, jnp.where(is_forced_R, forced_R, chosen_R), 0)
 
     scored_RV, support_RW, penalised_RW = logits_RV, None, None
     if record_support:
-        greedy_R = of_row.temperature == 0  # no draw, and scored as it is without a record
-        kept_RV |= (is_forced_R | greedy_R)[:, None]
-        scored_RV = within(jnp.where(greedy_R[:, None], logits_RV, shaped_RV), kept_RV)
-        support_RW = to_bits(kept_RV)
+        scored_RV, support_RW = _within_support(logits_RV, shaped_RV, kept_RV, of_row, is_forced_R)
         penalised_RW = _penalised(of_row, state.counts, rows_R, live_R)
     logprob_R, _, best_R = scores_of_logits(scored_RV / _divisor(of_row), token_R)
     top_ids_RK, top_logprobs_RK = _top(scored_RV, of_row, live_R, best_R)
@@ -98,6 +99,7 @@ def draw(
         token_R=token_R,
         logprob_R=jnp.where(live_R, logprob_R, 0.0),
         forced_R=is_forced_R,
+        constrained_R=constrained_R,
         stopped_R=stopped_R,
         done_R=stopped_R | (live_R & (before.drawn + 1 >= of_row.limit)),
         top_ids_RK=top_ids_RK,
@@ -105,17 +107,24 @@ def draw(
         support_RW=support_RW,
         penalised_RW=penalised_RW,
     )
-    before = before._replace(phase=phase_R, thought=thought_R)
+    before = before._replace(phase=phase_R, thought=thought_R, ready=before.ready & ~constrained_R)
     return _noted(state, before, jnp.where(live_R, rows_R, state.drawn.shape[0]), token_R, tags), found
 
 
 def _noted(state: DrawState, before: DrawState, slots_R, token_R, tags: ThinkTags) -> DrawState:
-    """The state of all slots with a token more in these, whose rows were `before`, without counts."""
+    """The state of all slots with a token more in these, whose rows were `before`, without counts and `allowed`."""
     drawn_R = before.drawn + 1
     recent_RW = jnp.concatenate([before.recent[:, 1:], token_R[:, None]], axis=1)
     thought = thought_on(before.phase, before.thought, recent_RW, tags)
-    noted = put_rows(state._replace(counts=()), slots_R, DrawState((), drawn_R, recent_RW, *thought))
-    return noted._replace(counts=state.counts.at[slots_R, token_R].add(1, mode="drop"))
+    rows = DrawState((), drawn_R, recent_RW, *thought, (), before.ready)
+    noted = put_rows(state._replace(counts=(), allowed=()), slots_R, rows)
+    return noted._replace(counts=state.counts.at[slots_R, token_R].add(1, mode="drop"), allowed=state.allowed)
+
+
+def _allowed(allowed_SW: jax.Array, rows_R, constrained_R, logits_RV) -> jax.Array:
+    """Logits of what the grammars of some rows let come."""
+    kept_RV = has_bits(take_rows(allowed_SW, rows_R), 0, logits_RV.shape[-1])
+    return jnp.where(kept_RV | ~constrained_R[:, None], logits_RV, -jnp.inf)
 
 
 def _divisor(of_row: SlotParams) -> jax.Array:
@@ -128,23 +137,31 @@ def _where_any(wanted_R: jax.Array, change: Callable[[jax.Array], jax.Array], lo
     return jax.lax.cond(jnp.any(wanted_R), change, lambda same: same, logits_RV)
 
 
-def _shaped(logits_RV, of_row: SlotParams, counts_SV, rows_R, live_R) -> jax.Array:
-    """Logits with bias and penalties."""
+def _shaped(logits_RV, of_row: SlotParams, state: DrawState, rows_R, live_R, constrained_R) -> jax.Array:
+    """Logits with bias and penalties, of what grammars let come."""
     has_bias_R = live_R & (of_row.bias_ids[:, 0] < logits_RV.shape[-1])
     counted_R = (of_row.presence_penalty != 0) | (of_row.frequency_penalty != 0)
     penalised_R = live_R & ((of_row.repetition_penalty != 1) | counted_R)
 
     def penalise(logits_RV):
-        counts_RV = take_rows(counts_SV, rows_R)
+        counts_RV = take_rows(state.counts, rows_R)
         repeated_RV = ops.penalise_repeats(logits_RV, counts_RV > 0, of_row.repetition_penalty)
         generated_RV = counts_RV & (IN_PROMPT - 1)
         return ops.penalise_counts(repeated_RV, generated_RV, of_row.presence_penalty, of_row.frequency_penalty)
 
     def shape(logits_RV):
         bias = lambda logits_RV: ops.add_bias(logits_RV, of_row.bias_ids, of_row.bias_values)
-        return _where_any(penalised_R, penalise, _where_any(has_bias_R, bias, logits_RV))
+        shaped_RV = _where_any(penalised_R, penalise, _where_any(has_bias_R, bias, logits_RV))
+        return _where_any(constrained_R, partial(_allowed, state.allowed, rows_R, constrained_R), shaped_RV)
 
-    return _where_any(has_bias_R | penalised_R, shape, logits_RV)
+    return _where_any(has_bias_R | penalised_R | constrained_R, shape, logits_RV)
+
+
+def _within_support(logits_RV, shaped_RV, kept_RV, of_row: SlotParams, is_forced_R) -> tuple[jax.Array, jax.Array]:
+    """What a draw is scored by, and bits of the tokens that it was from."""
+    greedy_R = of_row.temperature == 0  # no draw, and scored as it is without a record
+    kept_RV |= (is_forced_R | greedy_R)[:, None]
+    return within(jnp.where(greedy_R[:, None], logits_RV, shaped_RV), kept_RV), to_bits(kept_RV)
 
 
 def _penalised(of_row: SlotParams, counts_SV, rows_R, live_R) -> jax.Array:

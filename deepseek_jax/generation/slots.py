@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.generation.sampling_config import MAX_LOGIT_BIAS, MAX_STOP_IDS, SamplingConfig
-from deepseek_jax.generation.thinking import BEFORE, NO_TAGS, WINDOW, ThinkTags, thought_of
+from deepseek_jax.generation.thinking import AFTER, BEFORE, NO_TAGS, WINDOW, ThinkTags, thought_of
 
 IN_PROMPT = 1 << 30
 """Bit of a token's count that says that the prompt has it."""
@@ -23,7 +23,7 @@ class SlotParams(NamedTuple):
     """The settings of `SamplingConfig` as numbers: of one slot, or with an axis of slots before the others.
 
     stop_ids [64] is padded with -1, bias_ids [300] with V; limit is `max_new_tokens` or what the context leaves of it;
-    thinking_budget is -1 where there is none.
+    thinking_budget is -1 where there is none. constrained: a grammar says what may come after the thought.
     """
 
     temperature: Any
@@ -41,6 +41,7 @@ class SlotParams(NamedTuple):
     bias_values: Any
     thinking_budget: Any
     top_logprobs: Any
+    constrained: Any
 
 
 class DrawState(NamedTuple):
@@ -48,7 +49,8 @@ class DrawState(NamedTuple):
 
     counts [V] is how often each token was drawn, with the bit `IN_PROMPT`; drawn is how many tokens were; recent
     [WINDOW] are the last of them, -1 before the first; phase and thought are where a thought stands
-    (`generation.thinking`). All int32.
+    (`generation.thinking`). All int32. allowed, uint32 [V / 32], rounded up, are bits of the tokens that a grammar lets
+    come next; ready: they are of the next token, and not of one that was drawn.
     """
 
     counts: Any
@@ -56,9 +58,13 @@ class DrawState(NamedTuple):
     recent: Any
     phase: Any
     thought: Any
+    allowed: Any
+    ready: Any
 
 
-def params_of(sampling: SamplingConfig, *, seed: int, limit: int, vocab_size: int) -> SlotParams:
+def params_of(
+    sampling: SamplingConfig, *, seed: int, limit: int, vocab_size: int, constrained: bool = False
+) -> SlotParams:
     """A slot's row of NumPy numbers.
 
     Args:
@@ -66,6 +72,7 @@ def params_of(sampling: SamplingConfig, *, seed: int, limit: int, vocab_size: in
         seed: of its noise; its lower 32 bits count.
         limit: of its new tokens, from `SamplingConfig.limit`.
         vocab_size: the model's.
+        constrained: by a grammar.
 
     Raises:
         ValueError: a bias on a token outside the vocabulary.
@@ -91,6 +98,7 @@ def params_of(sampling: SamplingConfig, *, seed: int, limit: int, vocab_size: in
         bias_values=pad(sampling.logit_bias.values(), MAX_LOGIT_BIAS, 0, np.float32),
         thinking_budget=np.int32(-1 if budget is None else budget),
         top_logprobs=np.int32(sampling.top_logprobs),
+        constrained=np.bool_(constrained),
     )
 
 
@@ -102,6 +110,7 @@ def state_of(
     budget: int | None,
     vocab_size: int,
     tags: ThinkTags = NO_TAGS,
+    allowed: np.ndarray | None = None,
 ) -> DrawState:
     """A slot's row of NumPy numbers, of a new request or of one whose tokens so far are known.
 
@@ -112,12 +121,19 @@ def state_of(
         budget: of thinking.
         vocab_size: the model's.
         tags: the engine's.
+        allowed: bits of what may come next by a grammar, which holds from the first token on where no thought was
+            opened; None is no grammar.
     """
     counts = np.bincount(np.asarray(drawn, np.int64), minlength=vocab_size).astype(np.int32)
     counts[np.asarray(prompt, np.int64)] |= IN_PROMPT
     recent = [*[-1] * WINDOW, *drawn][-WINDOW:]
     phase, thought = thought_of(drawn, opened=opened, budget=-1 if budget is None else budget, tags=tags)
-    return DrawState(counts, np.int32(len(drawn)), np.array(recent, np.int32), np.int32(phase), np.int32(thought))
+    if allowed is not None and not opened:
+        phase, thought = AFTER, 0
+    ready = allowed is not None
+    allowed = np.zeros(_words(vocab_size), np.uint32) if allowed is None else allowed
+    of_thought = np.int32(phase), np.int32(thought)
+    return DrawState(counts, np.int32(len(drawn)), np.array(recent, np.int32), *of_thought, allowed, np.bool_(ready))
 
 
 def empty_params(slots: int, vocab_size: int) -> SlotParams:
@@ -129,7 +145,18 @@ def empty_params(slots: int, vocab_size: int) -> SlotParams:
 def empty_state(slots: int, vocab_size: int) -> DrawState:
     """Device arrays of slots without a token."""
     every = lambda value, *shape: jnp.full((slots, *shape), value, jnp.int32)
-    return DrawState(every(0, vocab_size), every(0), every(-1, WINDOW), every(BEFORE), every(0))
+    allowed = jnp.zeros((slots, _words(vocab_size)), jnp.uint32)
+    of_grammar = allowed, jnp.zeros(slots, bool)
+    return DrawState(every(0, vocab_size), every(0), every(-1, WINDOW), every(BEFORE), every(0), *of_grammar)
+
+
+def _words(vocab_size: int) -> int:
+    return -(-vocab_size // 32)
+
+
+def waits_for_grammar(params: SlotParams, state: DrawState) -> jax.Array:
+    """Whether nothing may be drawn in a slot before the host has said what its grammar allows next."""
+    return params.constrained & (state.phase == AFTER) & ~state.ready
 
 
 def put_rows(of_slots: Rows, slots_R: jax.Array, rows: Rows) -> Rows:

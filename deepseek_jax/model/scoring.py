@@ -78,7 +78,7 @@ def score(
     Raises:
         ValueError: segments without `per_row`.
     """
-    real_BT = real_tokens(mask_BT) if segments_BT is None else _real_of_packed(mask_BT, segments_BT)
+    real_BT = real_tokens(mask_BT, segments_BT)
     hidden = model(tokens_BT, real_BT, segments_BT=segments_BT, per_row=per_row, routes_BTLA=routes_BTLA)
     logprobs, entropy, best = logprobs_of(
         model, hidden.x_BTD, targets_BT, (support_BTW, penalised_BTW), temperature=temperature, penalty=penalty
@@ -102,7 +102,7 @@ def score_ahead(
         does not look from one packed sample into the next.
     """
     packed = {"segments_BT": segments_BT, "per_row": per_row}
-    real_BT = real_tokens(mask_BT) if segments_BT is None else _real_of_packed(mask_BT, segments_BT)
+    real_BT = real_tokens(mask_BT, segments_BT)
     hidden = model(tokens_BT, real_BT, **packed)
     logprobs, entropy, best = logprobs_of(model, hidden.x_BTD, targets_BT)
     further, stats = [], hidden.stats
@@ -158,14 +158,11 @@ def logprobs_of(
     )
 
 
-def real_tokens(mask_BT: jax.Array) -> jax.Array:
-    """True up to a row's last counted target."""
-    return jax.lax.cummax(mask_BT.astype(jnp.int32), axis=1, reverse=True) > 0
-
-
-def _real_of_packed(mask_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """True up to a sample's last counted target: there the next one counted is of the same sample."""
-    none = jnp.iinfo(jnp.int32).max
+def real_tokens(mask_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
+    """True up to a row's last counted target, or, in packed rows, a sample's."""
+    if segments_BT is None:
+        return jax.lax.cummax(mask_BT.astype(jnp.int32), axis=1, reverse=True) > 0
+    none = jnp.iinfo(jnp.int32).max  # up to a sample's last one, the next one counted is of the same sample
     return segments_BT == jax.lax.cummin(jnp.where(mask_BT, segments_BT, none), axis=1, reverse=True)
 
 

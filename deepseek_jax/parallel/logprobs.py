@@ -46,7 +46,7 @@ def sharded_logprobs(
             tokens_bt, words = given
             logits = project(hidden_btD, head)
             logits = as_sampled(logits, *words, temperature=temperature, penalty=penalty, first=first)
-            return _of_cut_logits(logits, tokens_bt - first)
+            return scores_of_cut_logits(logits, tokens_bt - first)
 
         return in_chunks(
             of_chunk, hidden, (tokens, (support, penalised)), positions_at_once(hidden.shape[0] * head.shape[1])
@@ -60,7 +60,7 @@ def sharded_logprobs(
     )(hidden_BTD, head_DV, tokens_BT, support_BTW, penalised_BTW)
 
 
-def _of_cut_logits(logits_btV: jax.Array, tokens_bt: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def scores_of_cut_logits(logits_btV: jax.Array, tokens_bt: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`ops.logprobs.scores_of_logits` of this device's part of the vocabulary; tokens count from its first one."""
     summed = lambda x: jax.lax.psum(jnp.sum(x, axis=-1), "tensor")
     best = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(logits_btV, axis=-1)), "tensor")

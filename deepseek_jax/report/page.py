@@ -25,6 +25,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from deepseek_jax.checkpoint.files import write_whole
 from deepseek_jax.report.metrics import explain_first_loss
+from deepseek_jax.report.tables import Table
 
 # Drawn in colours that nothing else uses, and then exchanged for the page's own, which follow light and dark.
 _PAGE_COLOURS = {
@@ -108,6 +109,7 @@ def write_report(
     rows: Sequence[Mapping[str, Any]],
     samples: Sequence[Mapping[str, Any]],
     completions: Sequence[Mapping[str, Any]] = (),
+    tables: Sequence[Table] = (),
 ) -> Path:
     """Writes `report.html` into a run's folder.
 
@@ -122,6 +124,7 @@ def write_report(
             mapping of reward names to numbers or None, and any further columns.
         completions: What `read_samples` returns: what the model wrote in the course of the training. All of it is in
             the page, so that a long run asks for `steps=3`, say: the first, a middle and the last line of each stage.
+        tables: What else there is to tell, above the curves; folded ones below them.
 
     Returns:
         The path of the file. A reader never sees half of it.
@@ -131,8 +134,10 @@ def write_report(
         f"<h1>{_text(title)}</h1>",
         _headline(summary),
         _summary(summary),
+        *(_table(table) for table in tables if not table.folded),
         *(_stage(stage, [row for row in rows if row["stage"] == stage], i) for i, stage in enumerate(stages)),
         "" if rows else '<p class="note">No metrics were written.</p>',
+        *(_table(table) for table in tables if table.folded),
         _samples(samples),
         _course(completions),
     ]
@@ -307,6 +312,16 @@ def _summary(summary: Mapping[str, Any]) -> str:
         for name, value in summary.items()
     )
     return f'<dl class="summary card">{items}</dl>' if items else ""
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th>{_text(name)}</th>" for name in table.columns)
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in table.rows)
+    note = f'<p class="note">{_text(table.note)}</p>' if table.note else ""
+    whole = f'<div class="card scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+    if table.folded:
+        return f"<section><details><summary>{_text(table.title)}</summary>{note}{whole}</details></section>"
+    return f"<section><h2>{_text(table.title)}</h2>\n{note}{whole}</section>"
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:

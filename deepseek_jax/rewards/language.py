@@ -5,6 +5,7 @@ import unicodedata
 from collections import Counter
 from functools import cache, lru_cache
 from itertools import groupby
+from typing import Any
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
@@ -17,8 +18,8 @@ _NO_WORDS = re.compile(
     r"|\\begin\s{0,9}\{(\w{1,20}\*?)\}.{0,500}?\\end\s{0,9}\{\1\}|\\[A-Za-z]+|https?://\S+",
     re.DOTALL,
 )
-# Names with digits or underscores in them are code too.
-_NAME = re.compile(r"\w+")
+# Names with digits or underscores in them are code too; a number beside a letter of a script without spaces is none.
+_NAME = re.compile(r"[^\W\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+")
 _SENTENCE = re.compile(r"[.!?。！？…:;\n]+")
 _MIN_WORDS = 6
 _MIN_WORDS_AT_ALL = 3
@@ -51,7 +52,7 @@ _SCRIPT_NAMES = {
 _SHARED_SCRIPTS = frozenset("LATIN CYRILLIC ARABIC DEVANAGARI BENGALI".split())
 
 
-def language_reward(*, language: str) -> RewardFunction:
+def language_reward(*, language: str | None) -> RewardFunction:
     """Makes the reward of language consistency: the share of words of the thought that are in the language.
 
     The thought is what stands in the think tags, or before `</think>` where the prompt opened them. Code, LaTeX,
@@ -66,34 +67,47 @@ def language_reward(*, language: str) -> RewardFunction:
     and the mean that is logged would leave out whoever does not think.
 
     Args:
-      language: one of `LANGUAGES`, for example "en" or "zh".
+      language: one of `LANGUAGES`, for example "en" or "zh"; None takes that of each row's column `language`.
 
     Returns:
-      A reward function from 0.0 to 1.0, never None, the same for the same text at all times. Of a thought of more than
-      200,000 characters the first ones count.
+      A reward function from 0.0 to 1.0, None only where a row's own language is; the same for the same text at all
+      times. Of a thought of more than 200,000 characters the first ones count.
 
     Raises:
-      ValueError: an unknown language.
+      ValueError: an unknown language, or a row's, or no such column.
 
     Source: DeepSeek-R1 paper, section 2.3.2 (language consistency); adbar/py3langid.
     Differs: the paper does not say how words are attributed.
     """
-    if language not in _SCRIPTS:
-        raise ValueError(
-            f"language_reward: language: got {language!r}, wanted one of {', '.join(LANGUAGES)}; use its two letters"
-        )
+    if language is not None:
+        _check_known(language)
 
     def reward(
-        prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: object
+        prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
     ) -> list[float | None]:
         check_strings("language_reward", prompts, completions)
+        if language is None and "language" not in columns:
+            raise ValueError("language_reward: got no column 'language', wanted each row's; or name one language")
+        wanted = columns["language"] if language is None else [language] * len(completions)
+        for each in {of for of in wanted if of is not None}:
+            _check_known(each)
         thoughts = [
             split_thinking(completion, opened=opens_thought(prompt))[0]
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-        return [_share(thought[:_MAX_CHARS], language) for thought in thoughts]
+        return [
+            None if of is None else language_share(thought, of) or 0.0
+            for thought, of in zip(thoughts, wanted, strict=True)
+        ]
 
     return reward
+
+
+def _check_known(language: Any) -> None:
+    if language not in LANGUAGES:
+        raise ValueError(
+            f"language_reward: language: got {language!r}, wanted one of {', '.join(LANGUAGES)}; use its two letters"
+        )
 
 
 def written_in(text: str) -> tuple[str, float] | None:
@@ -118,14 +132,21 @@ def written_in(text: str) -> tuple[str, float] | None:
     return next((code for code, of in _SCRIPTS.items() if of == scripts), script.casefold()), share
 
 
-def _share(thought: str, language: str) -> float:
-    sentences = [_words(sentence) for sentence in _SENTENCE.split(_plain(thought))]
+def language_share(text: str, language: str, *, sure_from: int = 0) -> float | None:
+    """The share of a text's words that are in a language, as `language_reward` tells them; None where it has none.
+
+    Args:
+      text: a thought.
+      language: one of `LANGUAGES`.
+      sure_from: of a text of fewer words the script alone decides: py3langid errs on short ones.
+    """
+    sentences = [_words(sentence) for sentence in _SENTENCE.split(_plain(text[:_MAX_CHARS]))]
     total = sum(map(len, sentences))
     if not total:
-        return 0.0
+        return None
     scripts = _SCRIPTS[language]
     fitting = [_fitting(words, scripts, language) for words in sentences]
-    if not scripts & _SHARED_SCRIPTS:
+    if not scripts & _SHARED_SCRIPTS or total < sure_from:
         return sum(map(len, fitting)) / total
     return sum(len(words) for words in _passages(fitting) if _is_in(words, language)) / total
 

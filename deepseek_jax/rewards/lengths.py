@@ -71,7 +71,7 @@ def repetition_penalty_reward(*, ngram: int = 3, max_penalty: float = -1.0) -> R
         prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: object
     ) -> list[float | None]:
         check_strings("repetition_penalty_reward", prompts, completions)
-        return [max_penalty * _repeated_share(text, ngram) for text in completions]
+        return [max_penalty * repeated_share(text, ngram) for text in completions]
 
     return penalty
 
@@ -123,7 +123,8 @@ def cosine_length_reward(
     return scaled
 
 
-def _repeated_share(text: str, ngram: int) -> float:
+def repeated_share(text: str, ngram: int) -> float:
+    """The share of a text's n-grams of words that were there before; 0 for one of fewer words."""
     words = _WORD.findall(text.lower())
     total = len(words) - ngram + 1
     if total < 1:

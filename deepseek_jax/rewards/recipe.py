@@ -43,7 +43,7 @@ class RewardConfig:
         weight_format: weight of the reward for that form (R1-Zero: as of the right answer).
         weight_soft_format: of its cosine form, which rewards parts of it (the design documents: 0.3).
         weight_language: of the share of the thought's words in `language` (the design documents: 0.2).
-        language: two letters.
+        language: two letters, or "row" for those of each row's column `language`.
         weight_structure: of the reasoning-structure score, which can be gamed (R1: 0).
         weight_repetition: of the penalty for repeated words, from -1 to 0.
         weight_overlong: of DAPO's penalty for the last `overlong_cache` tokens before the limit, from -1 to 0.
@@ -131,7 +131,7 @@ def rewards(config: RewardConfig, *, max_new_tokens: int, by_task: RewardFunctio
         if config.weight_soft_format:
             functions["soft_format"] = soft_format_reward
         if config.weight_language:
-            functions["language"] = language_reward(language=config.language)
+            functions["language"] = language_reward(language=None if config.language == "row" else config.language)
         if config.weight_structure:
             functions["structure"] = structure_reward
         if config.weight_repetition:

@@ -1,6 +1,7 @@
 """Operations of `text.worker` in a process of their own, which is made when it is first needed and again when it dies.
 
-One process serves all tokenizers and templates of this one. Calls from several threads take turns.
+One process serves all tokenizers and templates of this one. Calls from several threads take turns, but for threads with
+a process of their own (`own_process`).
 """
 
 import atexit
@@ -20,8 +21,36 @@ SECONDS = 5.0
 Processor time, not time on the wall, so that nothing is refused because the machine is busy."""
 _SECONDS_PER_BYTE = 4e-6  # encoding a million characters takes about one second
 
-_lock = threading.Lock()
-_process: subprocess.Popen | None = None
+
+class _Worker:
+    """A process, if there is one, and whose turn it is."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.process: subprocess.Popen | None = None
+
+    def end(self) -> None:
+        process, self.process = self.process, None
+        if process is None:
+            return
+        process.kill()
+        for pipe in (process.stdin, process.stdout):
+            try:
+                pipe.close()
+            except BrokenPipeError:  # what was not written yet
+                continue
+        process.wait()
+
+
+_shared = _Worker()
+_owned: list[_Worker] = []
+_thread = threading.local()
+
+
+def own_process() -> None:
+    """From here on, calls of this thread have a process of their own: slow ones of others do not hold them up."""
+    _thread.worker = _Worker()
+    _owned.append(_thread.worker)
 
 
 def ask(operation: str, *arguments: Any, seconds: float | None = None) -> Any:
@@ -44,11 +73,12 @@ def ask(operation: str, *arguments: Any, seconds: float | None = None) -> Any:
     except (TypeError, ValueError, RecursionError) as error:
         raise Reply("refused", f"got variables that are not plain data ({str(error)[:100]})") from None
     limit = SECONDS + _SECONDS_PER_BYTE * len(body) if seconds is None else seconds
-    with _lock:
+    worker: _Worker = getattr(_thread, "worker", _shared)
+    with worker.lock:
         try:
-            kind, value = _exchange(f'["{operation}", {limit}, {body}]\n'.encode(), limit)
+            kind, value = _exchange(worker, f'["{operation}", {limit}, {body}]\n'.encode(), limit)
         except BaseException:  # An answer that comes later must not be taken for the next one's.
-            end()
+            worker.end()
             raise
     if kind == "done":
         return value
@@ -59,8 +89,8 @@ def _not_plain(value: Any) -> None:
     raise TypeError(f"got a {type(value).__name__}, wanted plain data")
 
 
-def _exchange(request: bytes, limit: float) -> tuple[str, Any]:
-    process = _running()
+def _exchange(worker: _Worker, request: bytes, limit: float) -> tuple[str, Any]:
+    process = _running(worker)
     try:
         process.stdin.write(request)
         process.stdin.flush()
@@ -70,10 +100,10 @@ def _exchange(request: bytes, limit: float) -> tuple[str, Any]:
     if reply.endswith(b"\n"):
         kind, value, sound = json.loads(reply)
         if not sound:
-            end()
+            worker.end()
         return kind, value
     code = process.wait()
-    end()
+    worker.end()
     if code == -signal.SIGPROF:
         return "refused", f"it takes more than {limit:.0f} s of processor time"
     if code > 0:
@@ -81,12 +111,11 @@ def _exchange(request: bytes, limit: float) -> tuple[str, Any]:
     return "refused", f"its process died (signal {-code}), of too much memory or a fault in the library"
 
 
-def _running() -> subprocess.Popen:
-    global _process
-    if _process is not None and _process.poll() is not None:
-        end()
-    if _process is None:
-        _process = subprocess.Popen(
+def _running(worker: _Worker) -> subprocess.Popen:
+    if worker.process is not None and worker.process.poll() is not None:
+        worker.end()
+    if worker.process is None:
+        worker.process = subprocess.Popen(
             [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -99,28 +128,19 @@ def _running() -> subprocess.Popen:
                 "RUST_BACKTRACE": "0",
             },
         )
-    return _process
+    return worker.process
 
 
 def end() -> None:
-    """Ends the process; the next operation makes another one."""
-    global _process
-    process, _process = _process, None
-    if process is None:
-        return
-    process.kill()
-    for pipe in (process.stdin, process.stdout):
-        try:
-            pipe.close()
-        except BrokenPipeError:  # what was not written yet
-            continue
-    process.wait()
+    """Ends the processes; the next operation makes another one."""
+    for worker in (_shared, *_owned):
+        worker.end()
 
 
 def _forget() -> None:
-    """A forked child leaves its parent's process alone."""
-    global _process, _lock
-    _process, _lock = None, threading.Lock()
+    """A forked child leaves its parent's processes alone."""
+    global _shared, _owned, _thread
+    _shared, _owned, _thread = _Worker(), [], threading.local()
 
 
 atexit.register(end)

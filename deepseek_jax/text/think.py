@@ -60,10 +60,15 @@ class ThinkParser:
 
     Args:
       opened: the prompt already ended in `<think>`.
+
+    Attributes:
+      thinks: the stream's last text is, as far as is known, inside a thought.
+      closed: a thought has ended.
     """
 
     def __init__(self, *, opened: bool):
         self._opened = opened
+        self.closed = False
         self._state: Literal["start", "reasoning", "answer", "finished"] = "start"
         self._blank: list[str] = []
         self._tail = ""
@@ -93,6 +98,10 @@ class ThinkParser:
             pieces.append(("answer", text))
         return pieces
 
+    @property
+    def thinks(self) -> bool:
+        return self._state == "reasoning" or (self._state == "start" and self._opened)
+
     def finish(self) -> list[Piece]:
         """Ends the stream.
 
@@ -100,7 +109,7 @@ class ThinkParser:
           What was held back: the beginning of a tag that never came, or leading whitespace.
         """
         held = "".join(self._blank) + self._tail
-        inside = self._state == "reasoning" or (self._state == "start" and self._opened)
+        inside = self.thinks
         self._state = "finished"
         if not held:
             return []
@@ -125,7 +134,7 @@ class ThinkParser:
         """Appends what is surely reasoning; returns the answer's beginning once the tag has closed."""
         thought, closed, rest = text.partition(CLOSE)
         if closed:
-            self._state = "answer"
+            self._state, self.closed = "answer", True
         else:
             kept = _tag_prefix(thought)
             thought, self._tail = thought[: len(thought) - kept], thought[len(thought) - kept :]

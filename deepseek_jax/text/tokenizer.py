@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -87,22 +88,24 @@ class Tokenizer:
         return cls._from_files(folder, found, files.model_config(folder))
 
     @classmethod
-    def characters(cls, alphabet: str, *, chat_template: str) -> Self:
+    def characters(cls, alphabet: str, *, chat_template: str, words: Sequence[str] = ()) -> Self:
         """Builds a character-level tokenizer for small models of our own.
 
-        Ids: 0 `<pad>`, 1 `<bos>`, 2 `<eos>`, then the six tags (one token each), then the alphabet in
+        Ids: 0 `<pad>`, 1 `<bos>`, 2 `<eos>`, then the six tags (one token each), then the alphabet and the words in
         order.
 
         Args:
           alphabet: every character that can be encoded, each once.
           chat_template: Jinja source; it may use the tags.
+          words: runs of several characters, not only of the alphabet, that are a token each; the longest that fits
+            is taken.
 
         Returns:
           A tokenizer whose `decode(encode(text, add_bos=False), skip_special=False)` is the text, for any text
-          over the alphabet.
+          over the alphabet and the words.
 
         Raises:
-          ValueError: the alphabet is empty or repeats a character.
+          ValueError: the alphabet is empty or repeats a character, or a word is short or there twice.
         """
         repeated = sorted({c for c in alphabet if alphabet.count(c) > 1})
         if not alphabet or repeated:
@@ -110,10 +113,13 @@ class Tokenizer:
                 f"alphabet: got {'nothing' if not alphabet else f'{repeated} more than once'}, wanted each"
                 " character once; pass the distinct characters of the task"
             )
-        vocabulary = {token: index for index, token in enumerate([PAD, BOS, EOS, *TAGS, *alphabet])}
+        if len(set(words)) < len(words) or any(len(word) < 2 for word in words):
+            raise ValueError(f"words: got {list(words)}, wanted different ones of several characters")
+        vocabulary = {token: index for index, token in enumerate([PAD, BOS, EOS, *TAGS, *alphabet, *words])}
         # No unknown token: what is outside the alphabet is an error, never a silent substitute.
         inner = tokenizers.Tokenizer(models.WordLevel(vocabulary))
-        inner.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+        pieces = [*map(re.escape, sorted(words, key=len, reverse=True)), r"[\s\S]"]
+        inner.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("|".join(pieces)), "isolated")
         inner.decoder = decoders.Fuse()
         inner.add_special_tokens([tokenizers.AddedToken(t, normalized=False) for t in (PAD, BOS, EOS)])
         inner.add_tokens([tokenizers.AddedToken(t, normalized=False, special=False) for t in TAGS])

@@ -11,7 +11,7 @@ Qwen3's those of earlier ones; what is left of such a turn would teach to answer
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,13 +30,14 @@ class MaskedTokens(NamedTuple):
 
     tokens int32 [n]; mask bool [n]. unlearnt: turns of the assistant that do not count, because the template does not
     keep them. continued: the template drops the thoughts of the last turn, which stands behind the opening of an
-    answer instead, as the model would write it.
+    answer instead, as the model would write it. missing: texts of the user or the system that the template leaves out.
     """
 
     tokens: np.ndarray
     mask: np.ndarray
     unlearnt: int = 0
     continued: bool = False
+    missing: int = 0
 
 
 class _Turn(NamedTuple):
@@ -49,7 +50,12 @@ class _Turn(NamedTuple):
 
 
 def chat_tokens(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, history: int = 0, **variables: Any
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    history: int = 0,
+    unlearnt: Collection[int] = (),
+    **variables: Any,
 ) -> MaskedTokens:
     """A conversation under a checkpoint's own template.
 
@@ -57,6 +63,7 @@ def chat_tokens(
         tokenizer: with a chat template, or DeepSeek-V3.2's.
         messages: "role", "content" and, for answers, "reasoning_content".
         history: messages at the beginning that are not learnt.
+        unlearnt: numbers of further ones, from 0.
         **variables: further variables of the template, such as `thinking`.
 
     Raises:
@@ -65,7 +72,8 @@ def chat_tokens(
     Source: huggingface/transformers, `apply_chat_template(return_assistant_tokens_mask=True)`, for templates with
         `{% generation %}` tags. Differs: turns whose thoughts such a template drops do not count.
     """
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= history]
+    of_assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [i for i in of_assistant if i >= history and i not in unlearnt]
     if not turns:
         raise ValueError("no assistant turn")
     given = tokenizer, messages, turns, variables
@@ -75,8 +83,9 @@ def chat_tokens(
         text, spans, continued = _found(*given)
     if not spans:
         raise ValueError("the chat template keeps no assistant turn whole")
-    unlearnt = max(0, len(turns) - len(spans))
-    return _masked(tokenizer, text, spans)._replace(unlearnt=unlearnt, continued=continued)
+    dropped, asked = max(0, len(turns) - len(spans)), messages[: turns[-1]]
+    missing = sum(of["role"] != "assistant" and str(of["content"]).strip() not in text for of in asked)
+    return _masked(tokenizer, text, spans)._replace(unlearnt=dropped, continued=continued, missing=missing)
 
 
 def text_tokens(tokenizer: Tokenizer, prompt: str, completion: str) -> MaskedTokens:

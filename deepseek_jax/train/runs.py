@@ -112,8 +112,8 @@ def _check_base(path: Path, held: Mapping[str, Any], settings: RunSettings) -> N
     before = held.get(BASE, settings.base)
     if before != settings.base:
         raise ValueError(
-            f"{path}: the run there began with a base model of fingerprint {before}, and the one given by --model has "
-            f"{settings.base}: its files are others; give the same --model, or another --output"
+            f"{path}: the run there began with a base model of fingerprint {before}, and the one given has "
+            f"{settings.base}: its files are others; give the same model, or another --output"
         )
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -28,6 +29,7 @@ from deepseek_jax.train.sft_loss import (
     sft_objective,
 )
 from deepseek_jax.train.step import (
+    Objective,
     TrainState,
     batch_totals,
     init_state,
@@ -47,6 +49,8 @@ class SFTTrainer:
         per_row: rows that one packed row holds at most.
         seed: of a new adapter.
         donate: take the model's weights themselves, so that there is no second copy; the caller's are gone.
+        objective: what is minimised in the place of the configuration's, for which MTP modules stay as they are.
+        given: what it is called with behind a batch, a teacher's weights say, which stay the caller's.
     """
 
     def __init__(
@@ -59,17 +63,20 @@ class SFTTrainer:
         per_row: int = 16,
         seed: int = 0,
         donate: bool = False,
+        objective: Objective | None = None,
+        given: tuple[Any, ...] = (),
     ):
         config.check_model(model.config)
         self.config, self.model, self.steps, self.lora = config, model, steps, config.lora
         self.width, self.per_row, self.seed, self.layout, self.donate = width, per_row, seed, model.layout, donate
-        weight = config.mtp_weight_of(model.config)
+        weight = 0.0 if objective is not None else config.mtp_weight_of(model.config)
         idle = ("indexer",) if weight else ("indexer", "mtp")
         self.optimizer = make_optimizer(config.adamw, steps, untrained=idle)
         self.rate = schedule(config.adamw, steps)
         self._dtype = jnp.dtype(config.step_config.dtype)
         self.frozen = None if self.lora is None else computed(model.weights, self._dtype)
-        objective = make_sft_objective(mtp_weight=weight, mean=config.mean)
+        self.given, self._held_out_by = given, objective or sft_objective
+        objective = objective or make_sft_objective(mtp_weight=weight, mean=config.mean)
         parts = model.graphdef, objective, self.optimizer, config.step_config
         if self.lora is None:
             self.update = make_train_step(*parts)
@@ -104,7 +111,7 @@ class SFTTrainer:
         """One update; `number` counts from 0."""
         start = time.perf_counter()
         batch = self.batch(examples)
-        state, metrics = self.update(state, batch)
+        state, metrics = self.update(state, batch, *self.given)
         values = ops_metrics.values(metrics)
         tokens = sum(len(example.tokens) for example in examples)
         return state, values | {
@@ -114,16 +121,16 @@ class SFTTrainer:
         }
 
     def evaluate(self, state: TrainState, examples: Sequence[MaskedTokens]) -> dict[str, float]:
-        """Loss in nats a token, and the share of tokens that the model holds likeliest, over held-out rows."""
+        """Loss in nats a token, and the share of tokens that the model holds likeliest, over held-out rows; where a
+        teacher is learnt from, how far from it too."""
         return self._evaluate(state.weights, examples)
 
     def _evaluate(self, weights: nnx.State | None, examples: Sequence[MaskedTokens]) -> dict[str, float]:
         total = None
         for batch in self._parts(examples):
-            metrics = self._measure(weights, self.frozen, self.layout.put(batch))
+            metrics = self._measure(weights, self.frozen, self.layout.put(batch), *self.given)
             total = metrics if total is None else ops_metrics.merge(total, metrics)
-        values = ops_metrics.values(total)
-        return {"eval/loss": values["nll"], "eval/mean_token_accuracy": values["mean_token_accuracy"]}
+        return {_HELD_OUT[name]: value for name, value in ops_metrics.values(total).items()}
 
     def evaluate_first(self, examples: Sequence[MaskedTokens]) -> dict[str, float]:
         """The same before the first step."""
@@ -137,14 +144,16 @@ class SFTTrainer:
             part = [examples[index] for index in range(first, min(first + size, len(examples)))]
             yield self._laid_out(part, self.layout.parts("batch"), size)
 
-    def _measured(self, weights: nnx.State | None, frozen: nnx.State | None, batch: SFTBatch) -> ops_metrics.Metrics:
+    def _measured(
+        self, weights: nnx.State | None, frozen: nnx.State | None, batch: SFTBatch, *given: Any
+    ) -> ops_metrics.Metrics:
         weights, graphdef = convert_dtype(weights, self._dtype), self.model.graphdef
         if frozen is None:
             model = nnx.merge(graphdef, weights)
         else:
             model = decoder_of(graphdef, frozen if weights is None else with_adapter(frozen, weights, self.lora))
-        _, metrics, _ = sft_objective(model, self.layout.rows(batch), batch_totals(batch))
-        return {name: metrics[name] for name in ("nll", "mean_token_accuracy")}
+        _, metrics, _ = self._held_out_by(model, self.layout.rows(batch), batch_totals(batch), *given)
+        return {name: metrics[name] for name in _HELD_OUT if name in metrics}
 
 
 def run_sft(
@@ -189,6 +198,7 @@ def run_sft(
     return run_stage(stage, trainer.first_state(), data, step, folder=folder, log=log)
 
 
+_HELD_OUT = {"nll": "eval/loss", "mean_token_accuracy": "eval/mean_token_accuracy", "kl": "eval/kl"}
 _BAR = {
     "loss": "loss",
     "mean_token_accuracy": "accuracy",

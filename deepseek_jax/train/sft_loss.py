@@ -193,12 +193,15 @@ def sft_mtp_objective(
 
 
 def _main_loss(scored: Scored, batch: SFTBatch, totals: BatchTotals, mean: Averaged) -> tuple[jax.Array, Metrics]:
-    nll = jnp.where(batch.mask_BT, -scored.logprobs_BT, 0.0)
+    return mean(jnp.where(batch.mask_BT, -scored.logprobs_BT, 0.0), batch, totals), main_metrics(scored, batch)
+
+
+def main_metrics(scored: Scored, batch: SFTBatch) -> Metrics:
+    """Of what is counted: its negative log-likelihood, the share that the model holds likeliest, and its length."""
     tokens = jnp.sum(batch.mask_BT).astype(jnp.float32)
-    examples = jnp.float32(nll.shape[0]) if batch.lengths_BK is None else jnp.sum(batch.lengths_BK > 0)
-    metrics = {
-        "nll": masked_mean(nll, batch.mask_BT),
+    examples = jnp.float32(len(batch.mask_BT)) if batch.lengths_BK is None else jnp.sum(batch.lengths_BK > 0)
+    return {
+        "nll": masked_mean(-scored.logprobs_BT, batch.mask_BT),
         "mean_token_accuracy": masked_mean((scored.logprobs_BT == scored.best_BT).astype(jnp.float32), batch.mask_BT),
         "tokens_per_example": Mean(tokens, examples.astype(jnp.float32)),
     }
-    return mean(nll, batch, totals), metrics

@@ -43,8 +43,12 @@ class MaskedBatch(Protocol):
 
 
 class Objective(Protocol):
-    def __call__(self, model: Decoder, batch: Any, totals: BatchTotals) -> tuple[jax.Array, Metrics, Scored | None]:
+    def __call__(
+        self, model: Decoder, batch: Any, totals: BatchTotals, *given: Any
+    ) -> tuple[jax.Array, Metrics, Scored | None]:
         """Loss of a part of a batch, `totals` of all of it, with metrics and what the forward pass said.
+
+        `given`, a teacher's weights say, is what the step was called with behind its batch.
 
         None for the last, of a critic say, means no balance loss, no metrics of routing, and router biases that stay.
         """
@@ -106,8 +110,8 @@ def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     config: StepConfig,
-) -> Callable[[TrainState, MaskedBatch], tuple[TrainState, Metrics]]:
-    """The jitted step (state, batch) -> (state, metrics), in the layout that the module was made with.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The jitted step (state, batch, *given) -> (state, metrics), in the layout that the module was made with.
 
     Args:
         graphdef: of the module to train.
@@ -122,9 +126,9 @@ def make_train_step(
     """
     layout = module_layout(graphdef)
 
-    def step(state: TrainState, batch: MaskedBatch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: MaskedBatch, *given: Any) -> tuple[TrainState, Metrics]:
         model = lambda weights: nnx.merge(graphdef, convert_dtype(weights, jnp.dtype(config.dtype)))
-        return _stepped(state, batch, model, objective, optimizer, config, layout)
+        return _stepped(state, batch, model, _of_given(objective, given), optimizer, config, layout)
 
     return jax.jit(step, donate_argnames="state")
 
@@ -135,8 +139,8 @@ def make_adapter_step(
     optimizer: optax.GradientTransformation,
     config: StepConfig,
     lora: LoRAConfig,
-) -> Callable[[TrainState, MaskedBatch, nnx.State], tuple[TrainState, Metrics]]:
-    """The jitted step of an adapter beside frozen weights: (state, batch, frozen) -> (state, metrics).
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The jitted step of an adapter beside frozen weights: (state, batch, *given, frozen=) -> (state, metrics).
 
     Args:
         graphdef: of the model without an adapter.
@@ -155,13 +159,17 @@ def make_adapter_step(
     if config.bias_gamma:
         raise ValueError(f"bias_gamma: got {config.bias_gamma} with an adapter, wanted 0: router biases stay frozen")
 
-    def step(state: TrainState, batch: MaskedBatch, frozen: nnx.State) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: MaskedBatch, *given: Any, frozen: nnx.State) -> tuple[TrainState, Metrics]:
         params, _ = nnx.split_state(frozen, nnx.Param, ...)
         dtype = jax.tree.leaves(params)[0].dtype
         model = lambda adapter: decoder_of(graphdef, with_adapter(frozen, convert_dtype(adapter, dtype), lora))
-        return _stepped(state, batch, model, objective, optimizer, config, layout)
+        return _stepped(state, batch, model, _of_given(objective, given), optimizer, config, layout)
 
     return jax.jit(step, donate_argnames="state")
+
+
+def _of_given(objective: Objective, given: tuple[Any, ...]) -> Objective:
+    return lambda model, part, totals: objective(model, part, totals, *given)
 
 
 def _stepped(

@@ -20,6 +20,7 @@ from deepseek_jax.commands.train_settings import (
     R1_ZERO,
     TAGS,
     Config,
+    DataOptions,
     check,
     repeatable,
     run_settings,
@@ -256,3 +257,23 @@ def test_no_source_of_a_mixture_gives_its_last_row(tmp_path):
 def test_values_and_options_have_the_same_names():
     assert values_of(Config()).keys() == options_of(Config).keys()
     assert prepared(train.main, [])[0].__doc__ == train.main.__doc__
+
+
+def test_questions_without_an_answer_join_late():
+    options = DataOptions(data=("a.jsonl",), late_data=("b.jsonl",), late_step=8, late_weight=0.25)
+    first, late = options.config(need_answer=True).sources
+    assert (first.name, first.need_answer, first.first_step, first.weight) == ("a.jsonl", True, 0, 1.0)
+    assert (late.name, late.need_answer, late.first_step, late.weight) == ("b.jsonl", False, 8, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"late_step": 3}, "late_step: got it without --late-data"),
+        ({"late_data": ("b.jsonl",), "late_weight": 0.0}, "weight: got 0.0"),
+        ({"late_data": ("b.jsonl",), "late_step": -1}, "first_step: got -1"),
+    ],
+)
+def test_late_questions_that_cannot_be_are_refused(given, says):
+    with pytest.raises(ValueError, match=says):
+        DataOptions(data=("a.jsonl",), **given)

@@ -17,6 +17,8 @@ from deepseek_jax.commands.train_settings import Config
 from deepseek_jax.commands.train_tasks import check_tasks
 from deepseek_jax.config import preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
+from deepseek_jax.data.puzzle_text import general_prompts, puzzle_tokenizer
+from deepseek_jax.data.puzzles import draw
 from deepseek_jax.evals.graders import Graders
 from deepseek_jax.evals.rewarding import task_reward
 from deepseek_jax.evals.tasks import TASKS
@@ -35,6 +37,7 @@ MBPP = [
     for n in range(12)
 ]
 MMLU = [{"question": f"Which is {n}?", "choices": ["a", "b", "c", "d"], "answer": n % 4} for n in range(12)]
+PUZZLES = [puzzle.row() for puzzle in draw(60, part="train", levels=(2, 3), seed=0)]
 LETTERS = "".join(map(chr, range(32, 127))) + "\n"
 
 
@@ -112,6 +115,7 @@ def test_a_row_of_another_benchmark_is_refused_by_its_place(tmp_path):
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_and_is_evaluated_by_the_task(tmp_path, monkeypatch):
     """The whole command, with a model that has nothing learnt: its figures are those of the Task."""
     tokenizer = Tokenizer.characters(LETTERS + "".join(set(ALPHABET) - set(LETTERS)), chat_template=TEMPLATE)
@@ -126,3 +130,24 @@ def test_a_run_trains_on_and_is_evaluated_by_the_task(tmp_path, monkeypatch):
     run(train.main)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["accuracy_before"] == summary["accuracy_after"] == 0.0 and summary["questions"] == 1
+
+
+def test_puzzles_ask_for_tags_and_late_questions_are_of_no_task(tmp_path):
+    """One data set of puzzles, and talk without answers that joins it: each reward sees the columns that it wants."""
+    talk = [row | {"numbers": []} for row in general_prompts()]
+    files = [rows_file(tmp_path / f"{name}.jsonl", rows) for name, rows in (("puzzles", PUZZLES), ("talk", talk))]
+    given = {"data": (files[0],), "late_data": (files[1],), "tasks": ("puzzles",), "weight_format": 1.0}
+    config = settings(tmp_path, prompts_per_step=16, eval_questions=3, **given)
+    with Graders() as graders:
+        check_tasks(config, graders)
+        with pytest.raises(ValueError, match="format: got 'boxed' .* wanted what benchmarks ask for: --format tags"):
+            check_tasks(with_values(config, {"format": "boxed"}), graders)
+        prompts = next(read(config, puzzle_tokenizer()).prompts)
+        names = {name for prompt in prompts for name in prompt.columns}
+        columns = {name: [prompt.columns[name] for prompt in prompts] for name in names}
+        assert set(columns["task"]) == {"puzzles", None}
+        texts = [f"<think>1</think><answer>{right}</answer>" for right in columns["answer"]]
+        scores = task_reward(graders)([""] * len(texts), texts, [[]] * len(texts), **columns)
+    assert scores == [None if task is None else 1.0 for task in columns["task"]]
+    assert set(columns["language"]) == {"en", "zh"}
+    assert [who is None for who in columns["who"]] == [task is not None for task in columns["task"]]

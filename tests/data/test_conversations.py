@@ -28,6 +28,28 @@ FORMS = {
     "question and answer": ({"question": "ab", "answer": "cd"}, 1),
     "query and response": ({"query": "ab", "response": "cd"}, 1),
     "instruction and output": ({"instruction": "ab", "input": "", "output": "cd"}, 1),
+    "instruction and response": ({"instruction": "ab", "context": "", "response": "cd", "category": "qa"}, 1),
+    "input and output": ({"input": [ASKED], "output": "cd", "reasoning": "on", "system_prompt": None}, 1),
+    "roles in other letters": (
+        {"conversations": [{"from": "Human", "value": "ab"}, {"from": "GPT ", "value": "cd"}]},
+        0,
+    ),
+    # tables of several forms that were joined have every column, and nothing in most
+    "a joined table's": ({"messages": None, "prompt": None, "completion": None, "problem": "ab", "solution": "cd"}, 1),
+    "a joined table's, of Parquet": ({"messages": [], "conversations": [ASKED, ANSWERED], "prompt": ""}, 0),
+    "a joined table's messages": (
+        {"messages": [ASKED | {"from": None, "value": None, "weight": None}, ANSWERED | {"tool_calls": None}]},
+        0,
+    ),
+    "a joined table's ShareGPT": (
+        {
+            "messages": [
+                {"role": None, "content": None, "from": "user", "value": "ab"},
+                {"role": None, "content": None, "from": "assistant", "value": "cd"},
+            ]
+        },
+        0,
+    ),
 }
 
 
@@ -48,10 +70,39 @@ def test_what_else_rows_hold():
     for name in ("reasoning_content", "thinking", "reasoning"):
         found = conversation_of({"messages": [ASKED, ANSWERED | {name: "hm"}]})
         assert found.messages[1] == ANSWERED | {"reasoning_content": "hm", "thinking": "hm"}
+    found = conversation_of({"system_prompt": "s", "question": "ab", "response": "cd"})  # OpenOrca
+    assert found == Conversation((SYSTEM, ASKED, ANSWERED), 2)
+    found = conversation_of({"messages": [{"role": "developer", "content": "s"}, ASKED, ANSWERED]})
+    assert found.messages == (SYSTEM, ASKED, ANSWERED)
+    found = conversation_of({"instruction": "ab", "context": "x", "response": "cd"})  # Dolly
+    assert found.messages[0]["content"] == "ab\n\nx"
     row = {"asked": "ab", "told": "cd", "messages": [SYSTEM]}
     assert conversation_of(row, ("asked", "told")) == Conversation((ASKED, ANSWERED), 1)
     assert Conversation((ASKED, ANSWERED)).as_texts == ("ab", "cd")
     assert Conversation((SYSTEM, ASKED, ANSWERED)).as_texts is None
+
+
+def test_a_column_of_thoughts_beside_a_pair_is_not_lost():
+    thinks = ANSWERED | {"reasoning_content": "hm", "thinking": "hm"}
+    for name in ("reasoning_content", "Thinking", "reasoning"):
+        row = {"question": "ab", name: "hm", "answer": "cd"}
+        assert conversation_of(row) == Conversation((ASKED, thinks), 1)
+        assert conversation_of(row).as_texts == ("ab", "<think>\nhm\n</think>\n\ncd")
+    told = {"prompt": "ab", "completion": "<think>x</think>cd", "reasoning": "x"}  # the same twice
+    assert conversation_of(told).messages[1] == {"role": "assistant", "content": "<think>x</think>cd"}
+    assert conversation_of({"input": "ab", "output": "cd", "reasoning": "off"}).messages[1] == ANSWERED
+
+
+def test_turns_that_the_row_marks_are_read_and_not_learnt():
+    """OpenAI's weight, and axolotl's train."""
+    other = {"role": "assistant", "content": "ef"}
+    for mark in ({"weight": 0}, {"train": False}):
+        found = conversation_of({"messages": [ASKED, ANSWERED | mark, ASKED, other | {"weight": 1}]})
+        assert found == Conversation((ASKED, ANSWERED, ASKED, other), 0, (1,))
+        with pytest.raises(NoConversation, match="no assistant turn that is not marked as unlearnt"):
+            conversation_of({"messages": [ASKED, ANSWERED | mark]})
+    found = conversation_of({"system": "s", "messages": [ASKED, ANSWERED | {"weight": 0}, ASKED, other]})
+    assert found.unlearnt == (2,)
 
 
 BAD = {
@@ -63,11 +114,20 @@ BAD = {
     "nothing in column 'completion'": {"prompt": "ab", "completion": None},
     "no messages in the column of messages": {"messages": []},
     "messages that are text, and no JSON": {"messages": "ab"},
+    "messages that are text, and no JSON to any depth": (
+        {"messages": "[" * 100_000},
+        "messages that are text, and no JSON",
+    ),
     "a message that is no object": {"messages": ["ab"]},
     "a NoneType where a message's text should be": {"messages": [{"role": "user", "content": None}]},
     "a message with a part that is no text": {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
     "tool calls": {"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": [{}]}]},
     "half of a pair of surrogates": {"prompt": "\ud800", "completion": "a"},
+    "an assistant turn without text": {"prompt": "ab", "completion": " \n"},
+    "an assistant turn without text, of several": (
+        {"messages": [ASKED, ANSWERED, ASKED, ANSWERED | {"content": ""}]},
+        "an assistant turn without text",
+    ),
 }
 
 
@@ -112,6 +172,18 @@ def test_long_rows_are_cut_only_where_that_is_asked_for_and_it_is_said(tmp_path)
     assert "2 rows cut to their first 14 tokens, as --truncate asks" in found.notes
     assert any("does not end generation" in note for note in found.notes)
     assert "no token to learn among those that fit" in str(found.report[0])
+
+
+def test_a_system_text_that_a_template_leaves_out_is_said_and_marked_turns_are_read_alone(tmp_path):
+    mute = tokenizer(OPENS.replace("in messages %}", "in messages if m.role != 'system' %}"))
+    rows = [{"system": "sss", "prompt": "ab", "completion": "cd"}, {"prompt": "a", "completion": "b"}]
+    found = open_rows(ConversationConfig(data=(write(tmp_path / "a.jsonl", rows),)), mute, max_length=50)
+    assert found.notes == (
+        "1 texts of users or systems that the chat template leaves out: answers are learnt without them",
+    )
+    rows = [{"messages": [ASKED, ANSWERED | {"weight": 0}, ASKED, {"role": "assistant", "content": "b"}]}]
+    found = open_rows(ConversationConfig(data=(write(tmp_path / "b.jsonl", rows),)), tokenizer(OPENS), max_length=50)
+    assert [learnt(tokenizer(OPENS), row) for row in found] == [["b<eos>"]] and found.notes == ()
 
 
 def test_thoughts_that_a_template_drops_are_said(tmp_path):

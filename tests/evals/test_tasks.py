@@ -345,3 +345,23 @@ def test_real_files_are_read_whole(name, file, count):
     assert len(problems) == count
     style = TASKS[name].style("deepseek")
     assert all(style.write(problem).strip() for problem in problems)
+
+
+def test_puzzles_are_graded_by_their_own_rule_with_parts_by_level_family_form_and_language():
+    task = TASKS["puzzles"]
+    row = {"question": "Make 11 from 9,5,3.", "answer": "9+5-3", "numbers": [9, 5, 3], "target": 11}
+    problem = task.read(row | {"family": "countdown", "level": 2, "language": "en"}, 0)
+    texts = {
+        "<think>first 9+5=14 then 14-3=11</think><answer>5-3+9</answer>": (1.0, 1.0, 1.0),
+        "<think>先9+5=14再14-3=11</think><answer>9+5-3</answer>": (1.0, 1.0, 0.0),
+        "<think>first 9+5=14</think>\\boxed{9+5+3}": (0.0, 0.0, 1.0),
+        "9+5-3": (0.0, 0.0, 0.0),
+    }
+    rows = [Answered(problem, task.style("deepseek"), "", text) for text in texts]
+    with Graders() as graders:
+        grades = task.grade(rows, graders)
+    found = [(of.score, of.parts["format"], of.parts["language"]) for of in grades]
+    assert found == list(texts.values())
+    assert all(of.parts["level 2"] == of.parts["family countdown"] == of.score for of in grades)
+    with pytest.raises(ValueError, match="answer: got 'x'"):
+        task.read({"question": "?", "answer": "x"}, 0)

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from deepseek_jax.rewards.language import LANGUAGES, language_reward
+from deepseek_jax.rewards.language import LANGUAGES, language_reward, language_share
 
 EN = "First, let us find the sum of the digits. Then we check whether the result is divisible by three."
 DE = "Zuerst bestimmen wir die Summe der Ziffern. Dann prüfen wir, ob das Ergebnis durch drei teilbar ist."
@@ -99,3 +99,16 @@ def test_an_unknown_language_is_named():
     assert len(LANGUAGES) > 60
     with pytest.raises(ValueError, match="language: got 'English', wanted one of af, "):
         language_reward(language="English")
+
+
+def test_a_number_beside_chinese_takes_no_word_away():
+    thought = "<think>先7+8=15再15-6=9，还剩9个</think>"
+    assert language_reward(language="zh")([""], [thought], [[]]) == [1.0]
+    assert language_reward(language="en")([""], [thought], [[]]) == [0.0]
+
+
+def test_of_a_short_text_the_script_alone_may_decide():
+    short = "Each gets 24 / 6 = 4 sweets."
+    assert language_share(short, "en") == 0.0  # py3langid takes it for another language
+    assert language_share(short, "en", sure_from=20) == 1.0 and language_share(short, "zh", sure_from=20) == 0.0
+    assert language_share("7+8=15", "en") is None

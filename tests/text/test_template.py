@@ -373,7 +373,7 @@ def test_the_process_can_open_nothing():
     """What an escape from the sandbox would find: no files, no sockets, no processes."""
     show("x")
     limits = resource.prlimit
-    pid = confined._process.pid
+    pid = confined._shared.process.pid
     assert limits(pid, resource.RLIMIT_NOFILE) == (4, 4) and limits(pid, resource.RLIMIT_NPROC) == (0, 0)
     assert limits(pid, resource.RLIMIT_FSIZE) == (0, 0)
     assert sorted(os.listdir(f"/proc/{pid}/fd")) == ["0", "1", "2", "3"]
@@ -382,8 +382,8 @@ def test_the_process_can_open_nothing():
 
 def test_a_process_that_was_killed_is_replaced():
     assert show("x") == "x"
-    confined._process.kill()
-    confined._process.wait()
+    confined._shared.process.kill()
+    confined._shared.process.wait()
     assert show("x") == "x"
 
 

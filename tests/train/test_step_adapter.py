@@ -68,7 +68,7 @@ def flat(state) -> dict:
 @cache
 def reference():
     """The adapter after one step of plain gradient descent, and the metrics."""
-    state, metrics = step_of()(init_state(adapter_of(), SGD), batch(), frozen())
+    state, metrics = step_of()(init_state(adapter_of(), SGD), batch(), frozen=frozen())
     return flat(state.weights), values(metrics)
 
 
@@ -81,9 +81,9 @@ def test_only_the_adapter_moves_and_only_it_has_moments():
     start = init_state(adapter_of(ROUTED), optimizer)
     first, size = flat(start.weights), sum(a.nbytes for a in jax.tree.leaves(start))
     update = step_of(optimizer, ROUTED, balance_alpha=0.01)
-    compiled = update.lower(start, batch(), weights).compile()
+    compiled = update.lower(start, batch(), frozen=weights).compile()
     assert size <= compiled.memory_analysis().output_size_in_bytes < size + 2000 < sum(a.nbytes for a in arrays)
-    state, metrics = compiled(start, batch(), weights)
+    state, metrics = compiled(start, batch(), frozen=weights)
     assert not any(a.is_deleted() for a in arrays)
     assert [a.unsafe_buffer_pointer() for a in jax.tree.leaves(weights)] == places
     for now, then in zip(arrays, before, strict=True):
@@ -156,7 +156,7 @@ def test_the_gradient_holds_no_matrix_as_large_as_a_frozen_one(layout):
 
 def test_micro_batches_change_nothing():
     weights, metrics = reference()
-    state, parted = step_of(micro_batches=4)(init_state(adapter_of(), SGD), batch(), frozen())
+    state, parted = step_of(micro_batches=4)(init_state(adapter_of(), SGD), batch(), frozen=frozen())
     assert values(parted) == pytest.approx(metrics, rel=1e-5, abs=1e-6)
     for path, value in flat(state.weights).items():
         np.testing.assert_allclose(value, weights[path], rtol=0, atol=1e-6, err_msg=str(path))
@@ -165,7 +165,7 @@ def test_micro_batches_change_nothing():
 def test_an_adapter_of_stacks_learns_as_one_of_layers():
     layers, metrics = reference()
     start, there = init_state(adapter_of(layout=STACKED), SGD, STACKED), stack_layers(frozen(), CONFIG, STACKED)
-    state, of_stacks = step_of(layout=STACKED)(start, batch(), there)
+    state, of_stacks = step_of(layout=STACKED)(start, batch(), frozen=there)
     assert values(of_stacks) == pytest.approx(metrics, rel=1e-5, abs=1e-6)
     for path, value in flat(state.weights).items():
         assert len(value) == 2
@@ -177,7 +177,7 @@ def test_one_compilation_serves_all_steps_and_the_loss_falls():
     optimizer = make_optimizer(OptimizerConfig(learning_rate=2e-2), 10)
     update, state, losses = step_of(optimizer), init_state(new_adapter(CONFIG, LORA, seed=0), optimizer), []
     for _ in range(8):
-        state, metrics = update(state, batch(), frozen())
+        state, metrics = update(state, batch(), frozen=frozen())
         losses.append(values(metrics)["loss"])
     assert update._cache_size() == 1
     assert losses[-1] < losses[0] - 0.3

@@ -8,9 +8,10 @@ from deepseek_jax.evals.tasks.functions import FUNCTIONS
 from deepseek_jax.evals.tasks.mathematics import MATHEMATICS
 from deepseek_jax.evals.tasks.patches import PATCHES
 from deepseek_jax.evals.tasks.port import PORT
+from deepseek_jax.evals.tasks.puzzles import PUZZLES
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (*MATHEMATICS, *CHOICE, *FUNCTIONS, *CONTESTS, PATCHES, FORMAL, PORT)
+    task.name: task for task in (*MATHEMATICS, *CHOICE, *FUNCTIONS, *CONTESTS, PATCHES, FORMAL, PORT, PUZZLES)
 }
 
 

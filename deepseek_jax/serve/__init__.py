@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's API and /v1/reasoning over one engine."""
