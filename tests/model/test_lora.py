@@ -205,7 +205,7 @@ def test_an_adapter_below_the_last_bit_of_bfloat16_weights_counts(kind):
     assert np.sum(half * full) / np.sum(full * full) == pytest.approx(1, abs=0.15)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", [pytest.param("mla", marks=pytest.mark.slow), "gqa"])
 def test_sampler_and_trainer_agree_in_bfloat16_as_without_an_adapter(kind):
     """Mean distance of their log-probs: latent attention samples absorbed and is scored spelled out, either way."""
     config = dataclasses.replace(CONFIGS[kind], initializer_range=0.2)
