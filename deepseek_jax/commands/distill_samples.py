@@ -14,7 +14,7 @@ from deepseek_jax.checkpoint.model_folder import load_config
 from deepseek_jax.commands.distill_settings import Config
 from deepseek_jax.data.prompts import PromptData, open_prompts
 from deepseek_jax.evals.drawing import Drawer, Drawn, EngineDrawer, Wanted
-from deepseek_jax.evals.samples import Key, Samples
+from deepseek_jax.evals.samples import Key, Samples, json_line
 from deepseek_jax.evals.server import ServerDrawer
 from deepseek_jax.generation.generator import Generator
 from deepseek_jax.generation.text import Messages, seeds_for
@@ -183,8 +183,7 @@ def _write_rows(
     told = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
     if not rows:
         raise ValueError(f"{config.output / 'samples.jsonl'}: no sample to learn from among {len(records)}: {told}")
-    lines = [json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n" for row in rows]
-    write_whole(config.output / ROWS, b"".join(lines))
+    write_whole(config.output / ROWS, b"".join(map(json_line, rows)))
     tokens = sum(record["tokens"] for record in records)
     print(
         f"the teacher's samples: {len(rows):,} of {len(records):,} to learn from"

@@ -17,6 +17,7 @@ from deepseek_jax.commands.toy import small_model
 from deepseek_jax.data.puzzle_text import demonstrations, facts, general, general_prompts, puzzle_tokenizer
 from deepseek_jax.data.puzzles import draw
 from deepseek_jax.data.sources import open_source
+from deepseek_jax.evals.samples import json_line
 from deepseek_jax.evals.tasks import task_named
 from deepseek_jax.rewards.own import own_rewards
 from deepseek_jax.sharding import AXES
@@ -27,18 +28,9 @@ Given = tuple[str, str] | Path
 """A file: (stage, its name there), or one of the user's."""
 EVALUATION = "evaluation"
 # Names of a stage's files, and what its outcome does not depend on.
-_LEFT_OUT = {"output", "config", "model", "data", "late_data", "held_out", "reward", "quick", "wandb_project"}
-_LEFT_OUT |= {
-    "student",
-    "teacher",
-    "wandb_offline",
-    "save_dtype",
-    "remat",
-    "profile_steps",
-    "eval_every",
-    "save_every",
-    "samples_every",
-}
+_LEFT_OUT = {"output", "config", "model", "data", "late_data", "held_out", "reward", "quick", "student", "teacher"}
+_LEFT_OUT |= {"wandb_project", "wandb_offline", "save_dtype", "remat", "profile_steps"}
+_LEFT_OUT |= {"eval_every", "save_every", "samples_every"}
 _LEFT_OUT |= {"at_once", "serve_expert", "serve_tensor", "serve_unrolled", "batch", *(f"mesh_{axis}" for axis in AXES)}
 
 
@@ -209,6 +201,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """JSON Lines, whole or not at all."""
-    text = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+    text = b"".join(map(json_line, rows))
     distributed.on_main(lambda: write_whole(path, text))
     return path

@@ -1,7 +1,6 @@
 """Rejection sampling: draw samples of every question, keep what is right and well told, as data to fine-tune on."""
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from deepseek_jax.commands.generate_settings import EngineOptions
 from deepseek_jax.commands.options import command
 from deepseek_jax.data.sources import Source, open_source
 from deepseek_jax.evals.graders import GraderConfig, Graders
-from deepseek_jax.evals.samples import Samples
+from deepseek_jax.evals.samples import Samples, json_line
 from deepseek_jax.evals.task import Task
 from deepseek_jax.rewards.own import own_rewards
 from deepseek_jax.rl.rejection import REASONS, Embed, FilterConfig, Sampled, language_of, verdicts
@@ -221,7 +220,7 @@ def _write(config: Config, found: Found) -> None:
         "rejected": counts,
         "filters": dataclasses.asdict(config.filters),
     }
-    lines = lambda rows: b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+    lines = lambda rows: b"".join(map(json_line, rows))
     write_whole(config.output / REJECTED, lines(found.rejected))
     write_json(config.output / COUNTS, summary)
     told = ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda of: -of[1]))

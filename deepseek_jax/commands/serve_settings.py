@@ -59,11 +59,11 @@ class HttpOptions:
             name: of the model, where no other is given.
         """
         keys = self.api_key or tuple(key for key in os.environ.get(KEY_VARIABLE, "").split(",") if key)
-        same = ("rate_limit", "max_waiting", "max_n", "max_body", "call_seconds", "grace_seconds", "temperature")
+        same = ("rate_limit", "max_waiting", "max_n", "max_body", "call_seconds", "grace_seconds")
+        same += ("temperature", "top_p")
         return ServeConfig(
             names=self.served_model_name or (name,),
             api_keys=keys,
-            top_p=self.top_p,
             # a page of somebody else's, in a browser on this machine, is not to speak for its user
             allowed_hosts=_LOOPBACK if self.host in _LOOPBACK and not keys else None,
             **{name: getattr(self, name) for name in same},
@@ -147,7 +147,7 @@ class Config:
                 raise ValueError(f"{name}: got {getattr(self.engine, name)}, wanted at least 1")
         self.http.serving("model")
         try:
-            assert self.engine.engine
+            _ = self.engine.engine  # refuses what an engine cannot be
         except ValueError as problem:
             raise ValueError(str(problem).replace("memory_utilization", "gpu_memory_utilization")) from None
 

@@ -6,7 +6,7 @@ A line is whole or it is not there: what a killed process left half-written is c
 import json
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,14 +75,14 @@ class Samples:
         with self._lock:
             with self.path.open("ab") as file:
                 for record in records:
-                    file.write(_line(record))
+                    file.write(json_line(record))
                     self._held[key_of(record)] = record
 
     def put_in_order(self, benchmarks: Sequence[str]) -> None:
         """Write the file anew, by benchmark, budget, problem and sample."""
         place = {name: number for number, name in enumerate(benchmarks)}
         first = lambda key: (place.get(key.benchmark, len(place)), key.benchmark, key.budget, key.number, key.sample)
-        write_whole(self.path, b"".join(_line(self._held[key]) for key in sorted(self._held, key=first)))
+        write_whole(self.path, b"".join(json_line(self._held[key]) for key in sorted(self._held, key=first)))
 
 
 def key_of(record: dict[str, Any]) -> Key:
@@ -91,5 +91,6 @@ def key_of(record: dict[str, Any]) -> Key:
     return Key(str(record["benchmark"]), int(record["number"]), int(record["sample"]), -1 if budget is None else budget)
 
 
-def _line(record: dict[str, Any]) -> bytes:
+def json_line(record: Mapping[str, Any]) -> bytes:
+    """A line of JSON Lines. Half a surrogate pair, which a server's answer may hold, is written as its escape."""
     return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

@@ -5,6 +5,7 @@ from itertools import accumulate
 from typing import Any
 
 from deepseek_jax.generation.live import Live
+from deepseek_jax.serve.calls import Call
 from deepseek_jax.serve.prompts import Prompts
 from deepseek_jax.serve.streams import Part
 from deepseek_jax.text.think import CLOSE, Piece, ThinkParser
@@ -67,6 +68,16 @@ class Choice:
         every = [_of_token(spell, self.live, self.tokens, at) for at in range(start, len(self.tokens))]
         thought = max(0, self.thought_tokens - start)
         return {"content": every[thought:], "reasoning_content": every[:thought]}
+
+
+async def whole_texts(call: Call, choices: Sequence[Choice]) -> list[tuple[str, str]]:
+    """Thought and answer of each completion of a call, once all are finished."""
+    texts = [{"reasoning": "", "answer": ""} for _ in choices]
+    async for parts in call.parts():
+        for part in parts:
+            for kind, text in await choices[part.number].feed(part):
+                texts[part.number][kind] += text
+    return [(text["reasoning"], text["answer"]) for text in texts]
 
 
 def _closing(tokenizer: Tokenizer, tokens: Sequence[int]) -> int:

@@ -70,7 +70,7 @@ class Served:
         call = Call(self, self.engine.submit(salted), wanted, scope["notes"])
         try:
             await call.box.accepted
-        except BaseException as problem:
+        except BaseException as problem:  # a cancelled wait too: nothing of the call stays in the engine
             self.engine.release(call.box)
             if isinstance(problem, ValueError):
                 raise of_field(problem, NAMES) from None
@@ -110,7 +110,7 @@ class Call:
         try:
             async for parts in self.box.parts(idle):
                 yield parts
-        except Exception as problem:
+        except Exception as problem:  # whatever it is, the client gets a status
             raise status_of(problem) from problem
 
     def end(self) -> None:

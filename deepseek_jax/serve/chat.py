@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from deepseek_jax.serve.answers import Choice
+from deepseek_jax.serve.answers import Choice, whole_texts
 from deepseek_jax.serve.calls import Call, Served, first_seed, new_id
 from deepseek_jax.serve.documents import replies
 from deepseek_jax.serve.engine_thread import Wanted
@@ -114,15 +114,11 @@ def _usage(asked: _Asked) -> dict[str, Any]:
 
 async def _whole(asked: _Asked) -> dict[str, Any]:
     """The answer in one piece."""
-    texts = [{"reasoning": "", "answer": ""} for _ in asked.choices]
-    async for parts in asked.call.parts():
-        for part in parts:
-            for kind, text in await asked.choices[part.number].feed(part):
-                texts[part.number][kind] += text
+    texts = await whole_texts(asked.call, asked.choices)
     found = []
-    for number, (choice, text) in enumerate(zip(asked.choices, texts, strict=True)):
-        thought = text["reasoning"] or None
-        message = {"role": "assistant", "content": text["answer"]}
+    for number, (choice, (thought, answer)) in enumerate(zip(asked.choices, texts, strict=True)):
+        thought = thought or None
+        message = {"role": "assistant", "content": answer}
         message |= {"reasoning_content": thought, "reasoning": thought}
         logprobs = await choice.logprobs(0) if asked.body.logprobs else None
         found.append({"index": number, "message": message, "logprobs": logprobs, **_ending(choice)})

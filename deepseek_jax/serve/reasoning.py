@@ -7,7 +7,7 @@ from collections import Counter
 from fastapi import APIRouter, Request
 
 from deepseek_jax.generation.sampling_config import SamplingConfig
-from deepseek_jax.serve.answers import Choice
+from deepseek_jax.serve.answers import Choice, whole_texts
 from deepseek_jax.serve.calls import Call, Served, first_seed, new_id
 from deepseek_jax.serve.documents import REFUSALS
 from deepseek_jax.serve.engine_thread import Wanted
@@ -88,12 +88,7 @@ async def _wanted(served: Served, body: ReasoningBody) -> tuple[Prompt, list[Wan
 async def _drawn(served: Served, call: Call, prompt: Prompt) -> tuple[list[tuple[str, str]], list[Choice]]:
     """Thought and answer of each sample."""
     choices = [Choice(served.prompts, opened=prompt.opened) for _ in range(call.box.left)]
-    texts = [{"reasoning": "", "answer": ""} for _ in choices]
-    async for parts in call.parts():
-        for part in parts:
-            for kind, text in await choices[part.number].feed(part):
-                texts[part.number][kind] += text
-    return [(text["reasoning"], text["answer"]) for text in texts], choices
+    return await whole_texts(call, choices), choices
 
 
 def steps(thought: str) -> list[str]:

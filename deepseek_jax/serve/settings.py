@@ -14,7 +14,8 @@ class ServeConfig:
 
     Args:
         names: of the model; the first is what answers say.
-        api_keys: one of them is asked for on everything but /health, /ready and the page; none asks for nothing.
+        api_keys: one of them is asked for on everything but /health, /ready, /version and the page; none asks for
+            nothing.
         rate_limit: of calls, for each key or, without keys, each address: such as "60/minute". None is no limit.
         max_waiting: completions that may wait for a slot.
         max_body: bytes of a request.

@@ -93,6 +93,17 @@ def test_what_is_kept_is_what_sft_reads_and_the_rest_has_reasons(call, tmp_path,
     assert call.asked[0].asked.samples == 4 and call.asked[0].output == tmp_path / "out"
 
 
+def test_half_a_surrogate_pair_is_written_as_its_escape(call, tmp_path, monkeypatch):
+    """A server's JSON may hold one, and UTF-8 has none."""
+    for place in (0, 3):
+        text = SAMPLES[place]["completion"].replace("</think>", " \ud800</think>") or "\ud800"
+        monkeypatch.setitem(SAMPLES, place, SAMPLES[place] | {"completion": text})
+    assert call() == 0
+    accepted, rejected = lines(tmp_path / "out" / "accepted.jsonl"), lines(tmp_path / "out" / "rejected.jsonl")
+    assert "\ud800" in accepted[0]["messages"][1]["content"]
+    assert any("\ud800" in row["messages"][1]["content"] for row in rejected)
+
+
 def test_other_filters_begin_from_the_samples_that_are_there(call, tmp_path):
     assert call() == 0
     assert call("--min-agreement", "0.5") == 0

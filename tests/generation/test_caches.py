@@ -39,6 +39,7 @@ def wanted(kind: str, cache_dtype: str):
 
 
 SOON = {("mla-moe", "fp8", "preempted"), ("gqa", "int8", "chunks"), ("gqa", "int8", "preempted")}
+SOON |= {("gqa", "bfloat16", "preempted")}
 CASES = [
     pytest.param(kind, dtype, way, marks=() if (kind, dtype, way) in SOON else pytest.mark.slow)
     for kind in KINDS

@@ -151,6 +151,28 @@ class Reply:
         return self.json["error"]
 
 
+def _scope(path: str, method: str, headers: list[tuple[str, str]], host: str, *, has_body: bool) -> dict[str, Any]:
+    """A request as a server hands it on, with the headers that every client sends."""
+    names = {name.lower() for name, _ in headers}
+    if has_body and "content-type" not in names:
+        headers = [*headers, ("Content-Type", "application/json")]
+    headers = [("Host", "localhost"), *headers] if "host" not in names else headers
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "scheme": "http",
+        "headers": [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers],
+        "client": (host, 1234),
+        "server": ("localhost", 8000),
+    }
+
+
 class Client:
     """Asks an ASGI application."""
 
@@ -184,24 +206,8 @@ class Client:
         content = json.dumps(body).encode() if body is not None else raw
         parts = pieces if pieces is not None else [content or b""]
         given = list(headers.items()) if isinstance(headers, dict) else list(headers)
-        names = {name.lower() for name, _ in given}
-        if (content is not None or pieces is not None) and "content-type" not in names:
-            given.append(("Content-Type", "application/json"))
-        given = [("Host", "localhost"), *given] if "host" not in names else given
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "http_version": "1.1",
-            "method": method or ("POST" if content is not None or pieces is not None else "GET"),
-            "path": path,
-            "raw_path": path.encode(),
-            "query_string": b"",
-            "root_path": "",
-            "scheme": "http",
-            "headers": [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in given],
-            "client": (host, 1234),
-            "server": ("localhost", 8000),
-        }
+        posts = content is not None or pieces is not None
+        scope = _scope(path, method or ("POST" if posts else "GET"), given, host, has_body=posts)
         reply, gone, queue = Reply(), asyncio.Event(), list(parts)
 
         async def receive():

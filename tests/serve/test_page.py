@@ -11,19 +11,14 @@ from pathlib import Path
 
 import pytest
 
-import deepseek_jax
+from deepseek_jax.serve.chat_page import FOLDER, POLICY
 
-PAGE = Path(deepseek_jax.__file__).parent / "serve" / "page"
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.oracle,
     pytest.mark.skipif(BROWSER is None, reason="needs a Chromium: apt-get install chromium"),
     pytest.mark.skipif(find_spec("playwright") is None, reason="needs playwright, of the extra oracle"),
 ]
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; font-src 'self'; img-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-)
 THOUGHT = "The roots of $x^2 = 2$ are wanted."
 ANSWER = r"""So \(x = \pm\sqrt{2}\), which costs $5 and not $6:
 
@@ -57,7 +52,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.told(200, {"data": [{"id": "tiny-r1"}]})
         if path == "/version":
             return self.told(200, {"version": "0.1.0"})
-        file = PAGE / ("index.html" if path == "/" else path.removeprefix("/page/"))
+        file = FOLDER / ("index.html" if path == "/" else path.removeprefix("/page/"))
         body = file.read_bytes()
         self.send_response(200)
         self.send_header("Content-Type", guess_type(file.name)[0] or "application/octet-stream")
