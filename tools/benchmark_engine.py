@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ from deepseek_jax.generation.generator import BATCHES, bucket, sizes_that_pay
 from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.model.transposed import transposed_weights
 from deepseek_jax.ops.low_rank import product
+from deepseek_jax.ops.paged_attention import grouped_paged
+from deepseek_jax.ops.pool import KVCache
 from deepseek_jax.ops.transposed import Transposed
 from deepseek_jax.plan.model_bytes import cache_bytes_per_token
 from tools.benchmark import peer_of, spread
@@ -225,12 +227,55 @@ def products(
         turned = [Transposed(jax.block_until_ready(weight.T)) for weight in plain]
         for count in rows:
             x = jax.random.normal(jax.random.key(0), (count, inputs))
-            sides = {"plain": partial(_seconds, x, plain), "turned": partial(_seconds, x, turned)}
+            sides = {"plain": partial(_seconds, _chained, x, plain), "turned": partial(_seconds, _chained, x, turned)}
             found = _timed(sides, rounds, "all")
             flops = 2 * count * inputs * outputs * len(plain)
             speeds = [f"{flops / statistics.median(of) / 1e9:.0f}" for of in found.values()]
             ratios = [a / b for a, b in zip(found["plain"], found["turned"], strict=True)]
             print(f"| {inputs} x {outputs} | {count} | {' | '.join(speeds)} | {spread(ratios)} |", flush=True)
+
+
+def attention(
+    *,
+    rows: tuple[int, ...] = (8, 32, 64),
+    contexts: tuple[int, ...] = (64, 320),
+    keys_at_once: tuple[int, ...] = (16, 64, 128, 320),
+    layers: int = 30,
+    rounds: int = 5,
+) -> None:
+    """Milliseconds of a decode step's attention over a paged cache: SmolLM2's heads, blocks of 16 tokens, float32.
+
+    Args:
+        rows: sequences of a step.
+        contexts: tokens that each has.
+        keys_at_once: of a row, that are joined at a time; what a program takes is `ops.paged_attention.KEYS_AT_ONCE`.
+        layers: of the model; each has a pool of its own.
+        rounds: timed rounds, all in turn.
+    """
+    heads, groups, width, size = 9, 3, 64, 16
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    print(f"| rows | context | {' | '.join(f'{keys} keys at once' for keys in keys_at_once)} |")
+    print("|---" * (2 + len(keys_at_once)) + "|")
+    for count in rows:
+        blocks = count * -(-max(contexts) // size)
+        pools = [KVCache(*(normal(blocks, groups, size, width) for _ in range(2))) for _ in range(layers)]
+        table = jnp.asarray(rng.permutation(blocks).reshape(count, -1), jnp.int32)
+        q = normal(count, 1, heads, width)
+        for context in contexts:
+            given = q, pools, table, jnp.full((count, 1), context, jnp.int32)
+            sides = {str(keys): partial(_seconds, partial(_attended, keys=keys), *given) for keys in keys_at_once}
+            found = _timed(sides, rounds, "all")
+            told = (f"{1e3 * statistics.median(of):.0f}" for of in found.values())
+            print(f"| {count} | {context} | {' | '.join(told)} |", flush=True)
+
+
+@partial(jax.jit, static_argnames="keys")
+def _attended(q: jax.Array, pools: Sequence[KVCache], table: jax.Array, seen: jax.Array, *, keys: int) -> jax.Array:
+    """Attention of one layer after another."""
+    for pool in pools:
+        q = grouped_paged(q, pool, table, seen, 0.125, keys_at_once=keys)
+    return q
 
 
 @jax.jit
@@ -241,9 +286,9 @@ def _chained(x: jax.Array, weights: Sequence[jax.Array | Transposed]) -> jax.Arr
     return x
 
 
-def _seconds(x: jax.Array, weights: Sequence[jax.Array | Transposed]) -> float:
+def _seconds(function: Callable, *given: Any) -> float:
     start = time.perf_counter()
-    jax.block_until_ready(_chained(x, weights))
+    jax.block_until_ready(function(*given))
     return time.perf_counter() - start
 
 
@@ -371,4 +416,5 @@ def _static(checkout: Path | None, model: Path, load: Load) -> Iterator[Callable
 
 
 if __name__ == "__main__":
-    run({"mixed": mixed, "tail": tail, "prefix": prefix, "memory": memory, "products": products})
+    parts = {"products": products, "attention": attention}
+    run({"mixed": mixed, "tail": tail, "prefix": prefix, "memory": memory, **parts})
