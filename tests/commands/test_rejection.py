@@ -95,9 +95,9 @@ def test_what_is_kept_is_what_sft_reads_and_the_rest_has_reasons(call, tmp_path,
 
 def test_half_a_surrogate_pair_is_written_as_its_escape(call, tmp_path, monkeypatch):
     """A server's JSON may hold one, and UTF-8 has none."""
-    for place in (0, 3):
-        text = SAMPLES[place]["completion"].replace("</think>", " \ud800</think>") or "\ud800"
-        monkeypatch.setitem(SAMPLES, place, SAMPLES[place] | {"completion": text})
+    broken = lambda of: of["completion"].replace("</think>", " \ud800</think>") or "\ud800"
+    samples = [of | {"completion": broken(of)} if place in (0, 3) else of for place, of in enumerate(SAMPLES)]
+    monkeypatch.setattr(sys.modules[__name__], "SAMPLES", samples)
     assert call() == 0
     accepted, rejected = lines(tmp_path / "out" / "accepted.jsonl"), lines(tmp_path / "out" / "rejected.jsonl")
     assert "\ud800" in accepted[0]["messages"][1]["content"]
