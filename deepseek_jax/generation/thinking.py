@@ -60,6 +60,8 @@ def think_tags(tokenizer: Tokenizer, message: str) -> ThinkTags:
     Raises:
         ValueError: the message has too many tokens, or a tag more than `WINDOW`.
     """
+    if not message.strip() and not _written(tokenizer, message):
+        message = ""  # a small vocabulary may have no line end
     ids = tokenizer.encode(message + CLOSE, add_bos=False)
     if len(ids) > _MESSAGE:
         raise ValueError(
@@ -107,7 +109,9 @@ def _spellings(tokenizer: Tokenizer, tag: str, befores: Sequence[str]) -> Iterat
         return
     for before in befores:
         for after in ("", "\n", "\n\n", " ", "a"):
-            ids = tokenizer.encode(before + tag + after, add_bos=False)
+            ids = _written(tokenizer, before + tag + after)
+            if not ids:
+                continue
             end = next(n for n in range(len(ids) + 1) if tag in tokenizer.decode(ids[:n], skip_special=False))
             start = next(n for n in range(end, -1, -1) if tag in tokenizer.decode(ids[n:end], skip_special=False))
             yield tuple(ids[start:end])

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepseek_jax.data.arithmetic import ALPHABET
 from deepseek_jax.generation.thinking import AFTER, BEFORE, CLOSING, NO_TAGS, THINKING, WINDOW, think_tags, thought_of
 from deepseek_jax.text.tokenizer import Tokenizer
 from tests.generation.test_slot_draw import Slots, V, sampling
@@ -181,3 +182,14 @@ def test_tags_are_found_where_a_tokenizer_merges_their_ends():
 def test_a_message_that_is_too_long_is_refused():
     with pytest.raises(ValueError, match="^message: got 88 tokens with </think>, wanted at most 64; shorten"):
         think_tags(byte_level(), "x" * 80)
+
+
+@pytest.mark.parametrize("alphabet", [ALPHABET, "<>/thinka."], ids=["toy", "tags of letters"])
+def test_a_vocabulary_without_a_line_end_closes_a_thought_by_the_tag_alone(alphabet):
+    tokenizer = Tokenizer.characters(alphabet, chat_template="")
+    tags = think_tags(tokenizer, "\n")
+    closing = tokenizer.encode("</think>", add_bos=False)
+    assert tags.message[: tags.length].tolist() == closing
+    assert closing in [[id for id in row if id >= 0] for row in tags.closing.tolist()]
+    with pytest.raises(ValueError, match="encode: got 'Z'"):  # a message that says something is not left out
+        think_tags(tokenizer, "Z")
