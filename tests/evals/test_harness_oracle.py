@@ -3,7 +3,6 @@
 import json
 import os
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
@@ -49,7 +48,7 @@ metric_list: [{metric: word_perplexity}]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Both models' answers to three local tasks, plain and in the chat template."""
+    """Both models' answers to three local tasks, plain and in the chat template, and their templates."""
     if find_spec("lm_eval") is None or FOLDER is None:
         pytest.skip("needs lm_eval, and SmolLM2's folder in SMOLLM2")
     import lm_eval
@@ -70,12 +69,12 @@ def found(tmp_path_factory):
         (folder / f"{number}.yaml").write_text(COMMON.format(file=folder / "rows.jsonl") + task)
     torch.set_num_threads(1)
     window = {"max_length": 258}  # some of the texts are longer: they take several windows
-    models = {
-        "theirs": HFLM(pretrained=FOLDER, dtype="float32", device="cpu", batch_size=4, max_length=256),
+    models = {  # in float32 theirs is 4e-3 nats away from its own float64 on the longest text
+        "theirs": HFLM(pretrained=FOLDER, dtype="float64", device="cpu", batch_size=4, max_length=256),
         "ours": register()(FOLDER, dtype="float32", batch_size=4, **window),
     }
     names = ["choice_local", "writing_local", "rolling_local"]
-    results = {}
+    results = {("template", who): model.chat_template(True) for who, model in models.items()}
     for who, model in models.items():
         for chat in (False, True):
             results[who, chat] = lm_eval.simple_evaluate(
@@ -121,5 +120,4 @@ def test_the_template_is_told_and_both_write_the_same_prompts(found):
     of = lambda who, name: [sample["arguments"] for sample in found[who, True]["samples"][name]]
     for name in ("choice_local", "writing_local"):
         assert of("ours", name) == of("theirs", name)
-    assert found["ours", True]["chat_template_sha"] == found["theirs", True]["chat_template_sha"]
-    assert Path(FOLDER).exists()
+    assert found["template", "ours"] == found["template", "theirs"] != ""
