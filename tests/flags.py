@@ -1,5 +1,6 @@
 """XLA's flags under which tests compile sooner and compute the same."""
 
+import functools
 from importlib.metadata import version
 
 # jaxlib 0.10 compiles each fusion through MLIR unless told otherwise, which takes three times as long, and splits a
@@ -11,6 +12,18 @@ SOONER = (
 )
 
 
-def flags(devices: int) -> str:
-    """XLA_FLAGS of a process of so many CPU devices, whose code is not optimised either."""
-    return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 {SOONER}"
+def environment(devices: int) -> dict[str, str]:
+    """Variables of a process of so many CPU devices that compiles as the tests do, and so takes what they compiled."""
+    flags = f"--xla_force_host_platform_device_count={devices} {SOONER}".strip()
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+def share_context() -> None:
+    """One MLIR context for all that this process lowers; to make one takes longer than to lower most programs.
+
+    Where jax has no such function any more, there is one for each program, as ever.
+    """
+    from jax._src.interpreters import mlir
+
+    if hasattr(mlir, "make_ir_context"):
+        mlir.make_ir_context = functools.cache(mlir.make_ir_context)
