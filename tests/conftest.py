@@ -1,6 +1,5 @@
 """Settings that every test shares: one CPU device, checked shapes, repeatable hypothesis examples."""
 
-import gc
 import os
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from deepseek_jax.compilation_cache import hush_loader
-from tests.flags import SOONER, share_context
+from tests.flags import SOONER, quicken
 
 MAKER = Path(__file__).resolve().parents[1].parent / "shared" / "bin" / "make_smollm2"
 
@@ -32,15 +31,12 @@ if os.environ["JAX_PLATFORMS"] == "cpu" and "JAX_ENABLE_COMPILATION_CACHE" not i
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="deepseek_jax-compiled-")
 
-# What tests import and compile stays to the end; at Python's own thresholds the collector would walk it all the time.
-gc.set_threshold(20_000, 20, 50)
-
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-share_context()
+quicken()
 
 # What carries shapes. Must come before the first import of it, so that it stands here and not in a fixture.
 SHAPED = ("ops", "parallel", "rl.advantage", "rl.entropy", "rl.kl", "rl.loss")

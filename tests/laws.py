@@ -79,7 +79,7 @@ def run_laws(module: str, devices: str, folders: str, *laws: str) -> None:
     import jax
 
     assert jax.device_count() == int(devices)
-    flags.share_context()
+    flags.quicken()
     found, of = {}, import_module(module)
     given = [Path(folder) for folder in json.loads(folders)]
     for law in laws:
