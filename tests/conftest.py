@@ -1,5 +1,6 @@
 """Settings that every test shares: one CPU device, checked shapes, repeatable hypothesis examples."""
 
+import atexit
 import os
 import shutil
 import subprocess
@@ -24,12 +25,13 @@ if os.environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in os.environ:
 
 # What one process compiles, the others take: pytest's own and those that tests start. A folder for this run alone,
 # so that nothing is kept in the user's cache or taken from there.
-COMPILED = None
 if os.environ["JAX_PLATFORMS"] == "cpu" and "JAX_ENABLE_COMPILATION_CACHE" not in os.environ:
     hush_loader()
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="deepseek_jax-compiled-")
+        folder = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="deepseek_jax-compiled-")
+        # Not by what this process forks.
+        atexit.register(lambda own=os.getpid(): os.getpid() == own and shutil.rmtree(folder, ignore_errors=True))
 
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
@@ -64,11 +66,6 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-def pytest_unconfigure() -> None:
-    if COMPILED:
-        shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
