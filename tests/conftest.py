@@ -30,8 +30,8 @@ if os.environ["JAX_PLATFORMS"] == "cpu" and "JAX_ENABLE_COMPILATION_CACHE" not i
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="deepseek_jax-compiled-")
-        # Not by what this process forks.
-        atexit.register(lambda own=os.getpid(): os.getpid() == own and shutil.rmtree(folder, ignore_errors=True))
+        OWN = os.getpid()  # what this process forks must leave the folder
+        atexit.register(lambda: os.getpid() == OWN and shutil.rmtree(folder, ignore_errors=True))
 
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
