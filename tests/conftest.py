@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from deepseek_jax.compilation_cache import hush_loader
-from tests.flags import SOONER, quicken
+from tests.flags import SOONER, collect_seldom
 
 MAKER = Path(__file__).resolve().parents[1].parent / "shared" / "bin" / "make_smollm2"
 
@@ -38,7 +38,7 @@ import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-quicken()
+collect_seldom()
 
 # What carries shapes. Must come before the first import of it, so that it stands here and not in a fixture.
 SHAPED = ("ops", "parallel", "rl.advantage", "rl.entropy", "rl.kl", "rl.loss")

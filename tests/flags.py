@@ -1,8 +1,6 @@
 """Settings under which tests compile sooner and compute the same."""
 
-import functools
 import gc
-import os
 from importlib.metadata import version
 
 # jaxlib 0.10 compiles each fusion through MLIR unless told otherwise, which takes three times as long, and splits a
@@ -20,14 +18,6 @@ def environment(devices: int) -> dict[str, str]:
     return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
-def quicken() -> None:
-    """What this process is spared: most walks of the collector, and an MLIR context for each program that it lowers.
-
-    To make one takes longer than to lower most programs. Where jax makes them elsewhere one day, nothing is shared.
-    """
-    # What tests import and compile stays to the end; at Python's own thresholds it would be walked all the time.
+def collect_seldom() -> None:
+    """What tests import and compile stays to the end; at Python's own thresholds the collector would walk it often."""
     gc.set_threshold(20_000, 20, 50)
-    from jax._src.interpreters import mlir
-
-    if os.environ.get("JAX_PLATFORMS") == "cpu" and hasattr(mlir, "make_ir_context"):
-        mlir.make_ir_context = functools.cache(mlir.make_ir_context)

@@ -79,7 +79,7 @@ def run_laws(module: str, devices: str, folders: str, *laws: str) -> None:
     import jax
 
     assert jax.device_count() == int(devices)
-    flags.quicken()
+    flags.collect_seldom()
     found, of = {}, import_module(module)
     given = [Path(folder) for folder in json.loads(folders)]
     for law in laws:
