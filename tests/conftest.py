@@ -1,14 +1,17 @@
 """Settings that every test shares: one CPU device, checked shapes, repeatable hypothesis examples."""
 
-import gc
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from tests.flags import SOONER
+from deepseek_jax.compilation_cache import hush_loader
+from tests.flags import SOONER, collect_seldom
 
 MAKER = Path(__file__).resolve().parents[1].parent / "shared" / "bin" / "make_smollm2"
 
@@ -20,16 +23,22 @@ if os.environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = SOONER
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
-# Nor is anything kept in the user's cache, or taken from there.
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
-
-# What tests import and compile stays to the end; at Python's own thresholds the collector would walk it all the time.
-gc.set_threshold(20_000, 20, 50)
+# What one process compiles, the others take: pytest's own and those that tests start. A folder for this run alone,
+# so that nothing is kept in the user's cache or taken from there.
+if os.environ["JAX_PLATFORMS"] == "cpu" and "JAX_ENABLE_COMPILATION_CACHE" not in os.environ:
+    hush_loader()
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="deepseek_jax-compiled-")
+        OWN = os.getpid()  # what this process forks must leave the folder
+        atexit.register(lambda: os.getpid() == OWN and shutil.rmtree(folder, ignore_errors=True))
 
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
+
+collect_seldom()
 
 # What carries shapes. Must come before the first import of it, so that it stands here and not in a fixture.
 SHAPED = ("ops", "parallel", "rl.advantage", "rl.entropy", "rl.kl", "rl.loss")

@@ -1,5 +1,6 @@
-"""XLA's flags under which tests compile sooner and compute the same."""
+"""Settings under which tests compile sooner and compute the same."""
 
+import gc
 from importlib.metadata import version
 
 # jaxlib 0.10 compiles each fusion through MLIR unless told otherwise, which takes three times as long, and splits a
@@ -11,6 +12,12 @@ SOONER = (
 )
 
 
-def flags(devices: int) -> str:
-    """XLA_FLAGS of a process of so many CPU devices, whose code is not optimised either."""
-    return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 {SOONER}"
+def environment(devices: int) -> dict[str, str]:
+    """Variables of a process of so many CPU devices that compiles as the tests do, and so takes what they compiled."""
+    flags = f"--xla_force_host_platform_device_count={devices} {SOONER}".strip()
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+def collect_seldom() -> None:
+    """What tests import and compile stays to the end; at Python's own thresholds the collector would walk it often."""
+    gc.set_threshold(20_000, 20, 50)

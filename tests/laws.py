@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flags import flags
+from tests import flags
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = "import sys; from tests.laws import run_laws; run_laws(*sys.argv[1:])"
@@ -36,7 +36,7 @@ def found_of(
     """
     [module] = {law.__module__ for law in laws}
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    own = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "XLA_FLAGS": flags(devices)}
+    own = flags.environment(devices) | {"PYTHONPATH": path}
     given = json.dumps([str(folder) for folder in folders])
     command = [sys.executable, "-c", CODE, module, str(devices), given, *(law.__name__ for law in laws)]
     environment = {**os.environ, **own, **environment}
@@ -46,7 +46,9 @@ def found_of(
     return json.loads(child.stdout.splitlines()[-1])
 
 
-def found_once(factory: pytest.TempPathFactory, laws: Sequence[Callable], **options) -> dict[str, str]:
+def found_once(
+    factory: pytest.TempPathFactory, laws: Sequence[Callable], fill: Callable[[Path], None] | None = None, **options
+) -> dict[str, str]:
     """`found_of`, run by one of the processes that pytest-xdist spreads a file's tests over, for all of them."""
     [module] = {law.__module__ for law in laws}
     base = factory.getbasetemp()
@@ -55,16 +57,19 @@ def found_once(factory: pytest.TempPathFactory, laws: Sequence[Callable], **opti
     with kept.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not kept.exists():
-            kept.write_text(json.dumps(found_of(laws, **options)))
+            folders = [factory.mktemp("folders")] if fill else []
+            for folder in folders:
+                fill(folder)
+            kept.write_text(json.dumps(found_of(laws, *folders, **options)))
     return json.loads(kept.read_text())
 
 
-def fixture_of(laws: Sequence[Callable], **options) -> Callable:
-    """A module's fixture: what `found_once` gives of these laws."""
+def fixture_of(laws: Sequence[Callable], fill: Callable[[Path], None] | None = None, **options) -> Callable:
+    """A module's fixture: what `found_once` gives of these laws, each of them given the folder that `fill` filled."""
 
     @pytest.fixture(scope="module")
     def found(tmp_path_factory) -> dict[str, str]:
-        return found_once(tmp_path_factory, laws, **options)
+        return found_once(tmp_path_factory, laws, fill, **options)
 
     return found
 
@@ -74,6 +79,7 @@ def run_laws(module: str, devices: str, folders: str, *laws: str) -> None:
     import jax
 
     assert jax.device_count() == int(devices)
+    flags.collect_seldom()
     found, of = {}, import_module(module)
     given = [Path(folder) for folder in json.loads(folders)]
     for law in laws:

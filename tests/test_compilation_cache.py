@@ -100,7 +100,10 @@ def settings(monkeypatch, tmp_path) -> Iterator[dict]:
     ]
     before = {name: getattr(jax.config, name) for name in names}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in names:
+        monkeypatch.delenv(name.upper(), raising=False)
     jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", None)
     yield lambda: {name: getattr(jax.config, name) for name in names}
     for name, value in before.items():
         jax.config.update(name, value)

@@ -27,7 +27,7 @@ from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.scan_layers import stack_layers
 from deepseek_jax.sharding import AXES, LOCAL, Layout, make_mesh, module_layout, weight_sharding
 from tests.checkpoint.folders import QWEN2, R1, V3, V32, random_folder
-from tests.laws import found_of
+from tests.laws import fixture_of
 
 LAYOUTS = {
     "all three": ({"fsdp": 2, "expert": 2, "tensor": 2}, "train"),
@@ -425,16 +425,16 @@ LAWS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[str, str]:
-    folders = tmp_path_factory.mktemp("folders")
+def fill(folders: Path) -> None:
     random_folder(folders / "hf", R1, shards=3)
     random_folder(folders / "v32", V32)
     convert_hf(open_folder(folders / "hf"), folders / "converted")
     config = dataclasses.replace(R1, quantization=None, num_hidden_layers=3)
     save_model(Model(config, *split(Decoder(config, rngs=nnx.Rngs(0)))), folders / "unpacked")
     export_hf(open_folder(folders / "unpacked", to="fp8"), folders / "sane")
-    return found_of(LAWS, folders)
+
+
+found = fixture_of(LAWS, fill)
 
 
 @pytest.mark.parametrize("law", [law.__name__ for law in LAWS])

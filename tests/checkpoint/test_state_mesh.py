@@ -1,14 +1,12 @@
 """A state that was saved on one mesh comes back on another, bit for bit; in a process of its own, with four devices."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -18,22 +16,7 @@ from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.step import TrainState, init_state
-
-CHILD = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {here!r})
-import test_state_mesh as laws
-laws.a_state_of_one_mesh_comes_back_on_another_and_on_one_device(Path({folder!r}) / "first")
-laws.a_state_that_came_back_can_be_an_argument_as_before(Path({folder!r}) / "second")
-"""
-
-
-def test_a_state_of_one_mesh_comes_back_on_another(tmp_path):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    code = CHILD.format(here=str(Path(__file__).parent), folder=str(tmp_path))
-    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
-    assert child.returncode == 0, child.stderr
+from tests.laws import fixture_of
 
 
 def mesh_of(*shape: int) -> Mesh:
@@ -70,7 +53,7 @@ def assert_same(found, wanted) -> None:
         assert got.dtype == want.dtype and np.asarray(got).tobytes() == np.asarray(want).tobytes(), name
 
 
-def a_state_of_one_mesh_comes_back_on_another_and_on_one_device(folder: Path) -> None:
+def a_state_of_one_mesh_comes_back_on_another_and_on_one_device(folders: Path) -> None:
     wanted = {"train": drawn_state(), "key": jax.random.key(3)}
     biases = [leaf for _, leaf in nnx.to_flat_state(wanted["train"].weights) if isinstance(leaf, RouterBias)]
     assert biases and all(np.any(bias[...]) for bias in biases)
@@ -86,7 +69,7 @@ def a_state_of_one_mesh_comes_back_on_another_and_on_one_device(folder: Path) ->
         "the default device": {"train": zeros, "key": key},
         "the last device": {"train": shapes, "key": jax.device_put(key, last)},
     }
-    with RunCheckpoints(folder) as checkpoints:
+    with RunCheckpoints(folders / "first") as checkpoints:
         checkpoints.save(1, saved, {"row": 7})
         for name, like in likes.items():
             found, position, _ = checkpoints.restore(like)
@@ -97,11 +80,23 @@ def a_state_of_one_mesh_comes_back_on_another_and_on_one_device(folder: Path) ->
                 assert got.sharding == want.sharding, (name, got.sharding, want.sharding)
 
 
-def a_state_that_came_back_can_be_an_argument_as_before(folder: Path) -> None:
+def a_state_that_came_back_can_be_an_argument_as_before(folders: Path) -> None:
     """`init_state` makes its counts on no device in particular, also for weights that lie on a mesh."""
     state = {"weights": on(mesh_of(2, 2), jnp.arange(8.0)), "step": jnp.int32(41)}
     change = jax.jit(lambda state: state["weights"] * state["step"])
-    with RunCheckpoints(folder) as checkpoints:
+    with RunCheckpoints(folders / "second") as checkpoints:
         checkpoints.save(1, state, {})
         found, _, _ = checkpoints.restore(jax.tree.map(jnp.zeros_like, state))
     assert_same(change(found), change(state))
+
+
+LAWS = [
+    a_state_of_one_mesh_comes_back_on_another_and_on_one_device,
+    a_state_that_came_back_can_be_an_argument_as_before,
+]
+found = fixture_of(LAWS, lambda folder: None, devices=4)
+
+
+@pytest.mark.parametrize("law", [law.__name__ for law in LAWS])
+def test_on_four_devices(law, found):
+    assert found[law] == "", found[law]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.flags import flags
+from tests.flags import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = "from deepseek_jax.cli import run; from tests.distributed import laws; run(laws.{law})"
@@ -35,14 +35,13 @@ def started(law: Callable[[Path], None], folder: Path, *, processes: int, device
         port = free.getsockname()[1]
     found = []
     for number in range(processes):
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "2"}
-        environment["XLA_FLAGS"] = flags(devices)
+        own = {"TF_CPP_MIN_LOG_LEVEL": "2"} | os.environ | environment(devices) | {"PYTHONPATH": str(ROOT)}
         if processes > 1:
-            environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_PROCESS_ID": str(number)}
-            environment["JAX_NUM_PROCESSES"] = str(processes)
+            own |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_PROCESS_ID": str(number)}
+            own |= {"JAX_NUM_PROCESSES": str(processes), "JAX_ENABLE_COMPILATION_CACHE": "0"}  # as commands do
         command = [sys.executable, "-c", CODE.format(law=law.__name__), str(folder)]
         pipe = subprocess.PIPE
-        found.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
+        found.append(subprocess.Popen(command, env=own, cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
     return found
 
 

@@ -136,20 +136,29 @@ def laid(kind: str, **sizes: int):
     return graphdef, jax.tree.map(lambda a, of: jax.device_put(a, of.sharding), model(kind)[1], like)
 
 
-def blocks_of_any_size_are_alike_on_two_data_shards() -> None:
+def blocks_of_any_size_are_alike_on_two_data_shards(*sizes: int) -> None:
     placed = laid("gqa", data=2)
-    for size in SIZES:
+    for size in sizes or SIZES:
         for reuse in (False, True):
             assert drawn(KINDS["gqa"], *placed, block_size=size, prefix_caching=reuse) == greedy("gqa"), (size, reuse)
 
 
+def blocks_of_a_few_sizes_are_alike_on_two_data_shards() -> None:
+    """One that divides nothing, and one that holds everything."""
+    blocks_of_any_size_are_alike_on_two_data_shards(SIZES[1], SIZES[-1])
+
+
 def codes_on_two_devices_are_those_of_one() -> None:
     """Heads on each, and sequences on each."""
-    for kind, dtype, sizes in (
-        ("gqa", "int8", {"tensor": 2}),
-        ("gqa", "fp8", {"data": 2}),
-        ("mla-moe", "int8", {"data": 2}),
-    ):
+    codes_are_those_of_one(("gqa", "int8", {"tensor": 2}), ("mla-moe", "int8", {"data": 2}))
+
+
+def smaller_codes_on_two_devices_are_those_of_one() -> None:
+    codes_are_those_of_one(("gqa", "fp8", {"data": 2}))
+
+
+def codes_are_those_of_one(*cases) -> None:
+    for kind, dtype, sizes in cases:
         one = drawn(KINDS[kind], *model(kind), cache_dtype=dtype)
         assert drawn(KINDS[kind], *laid(kind, **sizes), cache_dtype=dtype, chunk=5) == one, (kind, dtype, sizes)
 
@@ -168,14 +177,24 @@ def the_planned_bytes_are_those_of_a_device() -> None:
             assert sum(part.nbytes for part in parts) == planned.cache, (kind, sizes, dtype)
 
 
-LAWS = [
-    blocks_of_any_size_are_alike_on_two_data_shards,
+QUICK = [
+    blocks_of_a_few_sizes_are_alike_on_two_data_shards,
     codes_on_two_devices_are_those_of_one,
     the_planned_bytes_are_those_of_a_device,
 ]
-of_laws = fixture_of(LAWS, devices=2)
+THOROUGH = [blocks_of_any_size_are_alike_on_two_data_shards, smaller_codes_on_two_devices_are_those_of_one]
+quick = fixture_of(QUICK, devices=2)
 
 
-@pytest.mark.parametrize("law", [law.__name__ for law in LAWS])
-def test_on_two_devices(law, of_laws):
-    assert not of_laws[law], of_laws[law]
+@pytest.mark.parametrize("law", [law.__name__ for law in QUICK])
+def test_on_two_devices(law, quick):
+    assert quick[law] == "", quick[law]
+
+
+thorough = fixture_of(THOROUGH, devices=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("law", [law.__name__ for law in THOROUGH])
+def test_on_two_devices_at_length(law, thorough):
+    assert thorough[law] == "", thorough[law]

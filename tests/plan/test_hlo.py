@@ -25,7 +25,7 @@ from deepseek_jax.plan.cost_analysis import StepCost, cost_analysis
 from deepseek_jax.plan.hlo import parse
 from deepseek_jax.plan.replica_groups import Axes
 from deepseek_jax.plan.topology import GPU_OPTIONS, topology
-from tests.flags import flags
+from tests.flags import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 MESH = {"data": 2, "fsdp": 2, "expert": 2}
@@ -280,13 +280,13 @@ def platform(request) -> str:
 def compiled(platform, tmp_path_factory) -> dict[str, Compiled]:
     path = tmp_path_factory.mktemp("texts") / "texts.json"
     roots = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(roots)}
-    if platform == "cpu":
-        environment["XLA_FLAGS"] = flags(8)  # machine code that is not optimised comes of the same HLO, sooner
-    else:
-        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"  # as users compile
+    # For the CPU, machine code that is not optimised comes of the same HLO, sooner; for others as users compile.
+    own = environment(8) if platform == "cpu" else {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    own |= {"PYTHONPATH": os.pathsep.join(roots)}
     code = f"from tests.plan.test_hlo import write_texts; write_texts({platform!r}, {str(path)!r})"
-    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=1800)
+    child = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | own, capture_output=True, text=True, timeout=1800
+    )
     assert child.returncode == 0, child.stderr
     return {
         name: Compiled(cost=cost_analysis(entry["text"], MESH), **entry)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_jax.commands.serve import main
-from tests.flags import flags
+from tests.flags import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 FEW = ["--port", "0", "--max-num-seqs", "2", "--max-model-len", "160", "--max-num-batched-tokens", "32"]
@@ -48,11 +48,10 @@ class Server:
 
     def __init__(self, *words: object, code: str | None = None):
         program = ["tools/serve.py"] if code is None else ["-c", code]
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags(1), "PYTHONPATH": str(ROOT)}
         self.child = subprocess.Popen(
             [sys.executable, *program, *map(str, words)],
             cwd=ROOT,
-            env=environment | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_ENABLE_COMPILATION_CACHE": "0"},
+            env=os.environ | environment(1) | {"PYTHONPATH": str(ROOT)},
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -97,12 +97,12 @@ def test_a_finished_parser_refuses_more():
 def test_time_is_linear(unit):
     def seconds(count):
         parser = ThinkParser(opened=True)
-        begin = time.perf_counter()
+        begin = time.process_time()
         for _ in range(count):
             parser.feed(unit)
         parser.finish()
-        return time.perf_counter() - begin
+        return time.process_time() - begin
 
-    # Quadratic time would make this ratio 16; the best of three shrugs off a busy machine.
+    # Quadratic time would make this ratio 16; the best of three of the processor's shrugs off a busy machine.
     small, large = (min(seconds(count) for _ in range(3)) for count in (20_000, 80_000))
     assert large < 10 * small

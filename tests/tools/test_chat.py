@@ -19,7 +19,7 @@ from deepseek_jax.generation.engine import Engine
 from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.generation.scheduler import Scheduler
 from deepseek_jax.text.tokenizer import Tokenizer
-from tests.flags import flags
+from tests.flags import environment
 from tests.tools.test_generate import ROOT, variant
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -212,11 +212,10 @@ class Process:
 
     def __init__(self, command: list):
         self._end, theirs = pty.openpty()
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags(1), "TERM": "xterm"}
         self.child = subprocess.Popen(
             [sys.executable, "-c", CONTROLLED, *map(str, command)],
             cwd=ROOT,
-            env=environment | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+            env=os.environ | environment(1) | {"PYTHONPATH": str(ROOT), "TERM": "xterm"},
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,

@@ -15,7 +15,7 @@ import pytest
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.generation.engine import Engine
 from deepseek_jax.text.tokenizer import Tokenizer
-from tests.flags import flags
+from tests.flags import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,9 +36,9 @@ def test_a_model_is_divided_over_all_devices(folder):
     options = ["--prompt", "1+2=?", "--max-tokens", "6", "--temperature", "0.8", "--seed", "3", "--samples", "2"]
     texts = []
     for devices, more in ((1, []), (4, ["--serve-tensor", "2"]), (4, ["--serve-expert", "2", "--serve-tensor", "1"])):
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags(devices), "PYTHONPATH": str(ROOT)}
+        own = os.environ | environment(devices) | {"PYTHONPATH": str(ROOT)}
         command = [sys.executable, "tools/generate.py", str(folder), *options, *more]
-        child = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        child = subprocess.run(command, env=own, cwd=ROOT, capture_output=True, text=True, timeout=600)
         assert child.returncode == 0, child.stderr
         texts.append(child.stdout)
     assert texts[0].strip() and texts[0] == texts[1] == texts[2]

@@ -12,6 +12,7 @@ import pytest
 from deepseek_jax.model.scan_layers import stack_layers, unstack_layers
 from deepseek_jax.sharding import AXES, LOCAL, Layout, make_mesh
 from deepseek_jax.train.step import StepConfig
+from tests.flags import environment
 from tests.train import test_mixed_precision as one_device
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,14 +44,9 @@ def compare() -> None:
 
 @pytest.fixture(scope="module")
 def differences() -> dict[str, tuple[float, float]]:
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # computes the same, and compiles in a third of the time
-    }
+    own = os.environ | environment(2) | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", "from tests.train.test_one_axis import compare; compare()"]
-    child = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=3000)
+    child = subprocess.run(command, env=own, cwd=ROOT, capture_output=True, text=True, timeout=3000)
     assert child.returncode == 0, child.stderr
     return json.loads(child.stdout.splitlines()[-1])
 
