@@ -80,8 +80,7 @@ def _form(q: jax.Array, k: jax.Array, layout: Layout, scale: float, sums: bool) 
     """The tiles, what attends with them on a device, and its tables with the way these are cut."""
     B, T, N, _ = q.shape
     parts = layout.parts("sequence")
-    platform = jax.default_backend() if layout.mesh is None else layout.mesh.devices.flat[0].platform
-    if platform == "tpu":
+    if _platform(layout) == "tpu":
         from deepseek_jax.ops.kernels import splash  # Pallas is slow to import
 
         tiling = splash.tiling(T, parts)
@@ -91,7 +90,7 @@ def _form(q: jax.Array, k: jax.Array, layout: Layout, scale: float, sums: bool) 
         return tiling, of_kernel, kernel, cuts
 
     scores = -(-B // layout.parts("batch")) * -(-N // layout.parts("tensor"))
-    tiling = Tiling(T, parts, _side(-(-T // parts // (1 if parts == 1 else 2)), T, scores, platform))
+    tiling = Tiling(T, parts, _side(-(-T // parts // (1 if parts == 1 else 2)), T, scores, _platform(layout)))
 
     def plain(q, k, v, segments, tables):
         at, pairs = (of[0] for of in tables)
@@ -100,6 +99,11 @@ def _form(q: jax.Array, k: jax.Array, layout: Layout, scale: float, sums: bool) 
     tables = tuple(map(jnp.asarray, (tiling.positions(), tiling.pairs())))
     cut = None if layout.mesh is None else layout.sharding("sequence").spec
     return tiling, plain, tables, (cut, cut)
+
+
+def _platform(layout: Layout) -> str:
+    """Of the devices that a layout is for; chosen before compiling, since gradients of a choice at run time keep both."""
+    return jax.default_backend() if layout.mesh is None else layout.mesh.devices.flat[0].platform
 
 
 def _side(run: int, length: int, heads: int, platform: str) -> int:
