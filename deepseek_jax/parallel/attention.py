@@ -185,10 +185,13 @@ def over_pool(
 
     out, log_sum = own
     trips = -(-jnp.max(before_B) // span)
-    first = paged.Partial(log_sum, jnp.ones_like(log_sum), out.astype(jnp.float32))
+
+    def joined():
+        first = paged.Partial(log_sum, jnp.ones_like(log_sum), out.astype(jnp.float32))
+        return paged.finish(jax.lax.fori_loop(0, trips, add, first), out.dtype)
+
     with jax.named_scope("earlier_blocks"):  # by which plan.cost_analysis knows it
-        joined = jax.lax.fori_loop(0, trips, add, first)
-    return paged.finish(joined, out.dtype)
+        return jax.lax.cond(trips > 0, joined, lambda: out)
 
 
 def read_blocks(
