@@ -8,11 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from deepseek_jax.ops.flash_attention import Tiling, flash_attention
+from deepseek_jax.ops.attention import attend, causal_rows, same_segment
+from deepseek_jax.ops.flash_attention import ATTENTION, Tiling, flash_attention
 from deepseek_jax.sharding import Layout
 
+_ALL_PAIRS = 256  # tokens of a sequence at most; a CPU takes longer for value and gradients by tiles
 _SIDES = (128, 96, 64)  # of a tile on a CPU, whose caches hold its scores
 _TILES = 8  # along a sequence elsewhere; 9/16 of all pairs then meet
 _SCORES = 2**27  # of a tile at most
@@ -30,7 +33,7 @@ def causal_attention(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Attention of every token of a sequence over those up to it, of its own segment; no T x T array exists.
 
-    On TPU jax's kernel (`ops.kernels.splash`), elsewhere `ops.flash_attention`.
+    On TPU jax's kernel (`ops.kernels.splash`), elsewhere `ops.flash_attention`, and for short sequences all pairs.
 
     Args:
         q_BTNK: queries, from position 0; B is cut by "batch", T by "sequence", N by "tensor".
@@ -44,7 +47,12 @@ def causal_attention(
     Returns:
         [B, T, N, H] in the dtype of v; and those logarithms, float32 [B, T, N], or None.
     """
-    tiling, attend, tables, cuts = _form(q_BTNK, k_BGSK, layout, scale, sums)
+    T = q_BTNK.shape[1]
+    if T <= _ALL_PAIRS and layout.parts("sequence") == 1 and not sums and _platform(layout) != "tpu":
+        mask = causal_rows(jnp.arange(T), T, q_BTNK.shape[0])
+        mask = mask if segments_BT is None else same_segment(mask, segments_BT, segments_BT)
+        return checkpoint_name(attend(q_BTNK, k_BGSK, v_BGSH, mask, scale), ATTENTION), None
+    tiling, attend_tiles, tables, cuts = _form(q_BTNK, k_BGSK, layout, scale, sums)
     axis = layout.cut("sequence")[0]
     packed = segments_BT is not None
 
@@ -53,7 +61,7 @@ def causal_attention(
         k, v = (_padded(of, 2, tiling.keys) for of in (k, v))
         if packed:
             segments = _dealt(segments[0], tiling, axis), _padded(segments[1], 1, tiling.keys)
-        found = attend(q, k, v, segments if packed else None, tables)
+        found = attend_tiles(q, k, v, segments if packed else None, tables)
         return tuple(_collected(of, tiling, axis) for of in (found if sums else found[:1]))
 
     given = (q_BTNK, k_BGSK, v_BGSH, tables) + (segments_BT,) * (2 * packed)
