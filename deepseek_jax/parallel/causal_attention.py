@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
 from deepseek_jax.ops.attention import attend, causal_rows, same_segment
 from deepseek_jax.ops.flash_attention import ATTENTION, Tiling, flash_attention
@@ -54,34 +53,29 @@ def causal_attention(
         return checkpoint_name(attend(q_BTNK, k_BGSK, v_BGSH, mask, scale), ATTENTION), None
     tiling, attend_tiles, tables, cuts = _form(q_BTNK, k_BGSK, layout, scale, sums)
     axis = layout.cut("sequence")[0]
-    packed = segments_BT is not None
 
-    def local(q, k, v, tables, *segments):
+    def local(tables, q, k, v, segments=None, of_keys=None):
         q = _dealt(q, tiling, axis)
         k, v = (_padded(of, 2, tiling.keys) for of in (k, v))
-        if packed:
-            segments = _dealt(segments[0], tiling, axis), _padded(segments[1], 1, tiling.keys)
-        found = attend_tiles(q, k, v, segments if packed else None, tables)
-        return tuple(_collected(of, tiling, axis) for of in (found if sums else found[:1]))
+        if segments is not None:
+            segments = _dealt(segments, tiling, axis), _padded(of_keys, 1, tiling.keys)
+        return tuple(_collected(of, tiling, axis) for of in attend_tiles(q, k, v, segments, tables)[: 1 + sums])
 
-    given = (q_BTNK, k_BGSK, v_BGSH, tables) + (segments_BT,) * (2 * packed)
-    if layout.mesh is None:
-        found = local(*given)
-    else:
-        spec = lambda *axes: layout.sharding(*axes).spec
-        queries, keys = spec("batch", "sequence", "tensor", None), spec("batch", "tensor", None, None)
-        of_segments = (spec("batch", "sequence"), spec("batch", None))[: 2 * packed]
-        results = (queries, spec("batch", "sequence", "tensor"))[: 1 + sums]
-        # Unchecked: a kernel does not say over which axes its result differs.
-        run = jax.shard_map(
-            local,
-            mesh=layout.mesh,
-            in_specs=(queries, keys, keys, cuts, *of_segments),
-            out_specs=results,
-            check_vma=False,
-        )
-        found = run(*given)
-    return found[0], found[1] if sums else None
+    packed = () if segments_BT is None else (segments_BT, segments_BT)
+    run = local if layout.mesh is None else _on_mesh(local, layout, cuts, packed=bool(packed), sums=sums)
+    out, *log_sum = run(tables, q_BTNK, k_BGSK, v_BGSH, *packed)
+    return out, log_sum[0] if sums else None
+
+
+def _on_mesh(local: Callable, layout: Layout, cuts: Any, *, packed: bool, sums: bool) -> Callable:
+    """Each device with its own part of the arguments."""
+    spec = lambda *axes: layout.sharding(*axes).spec
+    queries, keys = spec("batch", "sequence", "tensor", None), spec("batch", "tensor", None, None)
+    segments = (spec("batch", "sequence"), spec("batch", None)) if packed else ()
+    results = (queries, spec("batch", "sequence", "tensor"))[: 1 + sums]
+    given = (cuts, queries, keys, keys, *segments)
+    # Unchecked: a kernel does not say over which axes its result differs.
+    return jax.shard_map(local, mesh=layout.mesh, in_specs=given, out_specs=results, check_vma=False)
 
 
 def _form(q: jax.Array, k: jax.Array, layout: Layout, scale: float, sums: bool) -> tuple[Tiling, Callable, Any, Any]:
@@ -110,7 +104,7 @@ def _form(q: jax.Array, k: jax.Array, layout: Layout, scale: float, sums: bool) 
 
 
 def _platform(layout: Layout) -> str:
-    """Of the devices that a layout is for; chosen before compiling, since gradients of a choice at run time keep both."""
+    """Of a layout's devices, before compiling: the gradient of a choice made later would keep what both sides do."""
     return jax.default_backend() if layout.mesh is None else layout.mesh.devices.flat[0].platform
 
 

@@ -56,7 +56,9 @@ def require_equal(found, wanted):
         np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5 * max(1.0, float(jnp.abs(want).max())))
 
 
-@pytest.mark.parametrize("kind, packed, remat", [("mla", True, "nothing"), ("gqa", False, "nothing"), ("mla", False, "layers")])
+@pytest.mark.parametrize(
+    "kind, packed, remat", [("mla", True, "nothing"), ("gqa", False, "nothing"), ("mla", False, "layers")]
+)
 def test_loss_and_gradients_are_those_of_all_pairs(kind, packed, remat, monkeypatch):
     monkeypatch.setattr(forms, "_ALL_PAIRS", 0)
     layout = Layout(remat=remat)
