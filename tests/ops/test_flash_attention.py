@@ -201,6 +201,6 @@ def test_the_kernel_gives_the_logarithms_of_the_sums():
 )
 def test_the_queries_gradient_is_left_in_eight_parts_at_most(length, parts, side, fused):
     of = splash.tiling(length, parts)
-    blocks = splash.kernel(of, 1).kwargs["block_sizes"]
+    blocks = splash.blocks(of)
     assert of.side == side and blocks.use_fused_bwd_kernel == (fused is not None)
     assert blocks.block_kv_dkv == (fused or side)
