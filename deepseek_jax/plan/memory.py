@@ -178,12 +178,23 @@ def train_memory(
         optimizer=2 * number_bytes(state.moments) * trained,
         gradient=(number if micro_batches == 1 else number_bytes(state.weights)) * trained,
         computed=0 if state.compute == state.weights else number * trained,
-        activations=held.saved + _live(held.pieces),
+        activations=held.saved + _live(held.pieces | _gradient_parts(config, tokens, length, sizes, number, kind)),
         workspace=math.ceil((1 + ran) * held.layer + (1 + ran / 2) * held.tables + held.logits),
     )
     if kind == "tpu":
         return kept
     return _of_xla_gpu(config, sizes, kept, held, number=number, ran=ran, parted=micro_batches > 1)
+
+
+def _gradient_parts(
+    config: ModelConfig, tokens: int, length: int, sizes: Sizes, number: int, kind: Kind
+) -> dict[str, int]:
+    """What a TPU's kernel works on instead of scores: the queries' gradient in parts, one a block of keys."""
+    if kind != "tpu" or _index_heads(config, length):
+        return {}
+    a, parts = config.attention, min(_TILES, math.ceil(length / 512))
+    key = a.qk_nope_head_dim + a.qk_rope_head_dim if isinstance(a, MLAConfig) else a.head_dim
+    return {"scores": math.ceil(parts * tokens * config.num_attention_heads / sizes.tensor * key * number)}
 
 
 class _Held(NamedTuple):
