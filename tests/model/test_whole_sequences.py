@@ -30,7 +30,7 @@ def all_pairs(q, k, v, segments, *, scale, **_):
 
 def loss_and_gradients(kind: str, *, packed: bool, layout: Layout = LOCAL):
     """Of log-probs of random tokens, weighted at random; half of the last row is padding."""
-    config = dataclasses.replace(CONFIGS[kind], initializer_range=0.3, vocab_size=40, num_hidden_layers=2)
+    config = dataclasses.replace(CONFIGS[kind], initializer_range=0.3, vocab_size=40, num_hidden_layers=1)
     model = Decoder(config, rngs=nnx.Rngs(0), layout=layout)
     rng = np.random.default_rng(0)
     tokens, weights = rng.integers(0, 40, (2, T)), rng.normal(size=(2, T))
