@@ -1,0 +1,159 @@
+"""Causal attention of whole sequences on a mesh: each device its own sequences and heads, and its share of a sequence.
+
+Where devices share a sequence, each gets an early and a late run of its queries, so that all see as many keys.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax.ops.attention import attend, causal_rows, same_segment
+from deepseek_jax.ops.flash_attention import ATTENTION, Tiling, flash_attention
+from deepseek_jax.sharding import Layout
+
+_ALL_PAIRS = 256  # tokens of a sequence at most; a CPU takes longer for value and gradients by tiles
+_SIDES = (128, 96, 64)  # of a tile on a CPU, whose caches hold its scores
+_TILES = 8  # along a sequence elsewhere; 9/16 of all pairs then meet
+_SCORES = 2**27  # of a tile at most
+
+
+def causal_attention(
+    q_BTNK: jax.Array,
+    k_BGSK: jax.Array,
+    v_BGSH: jax.Array,
+    segments_BT: jax.Array | None,
+    *,
+    scale: float,
+    layout: Layout,
+    sums: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Attention of every token of a sequence over those up to it, of its own segment; no T x T array exists.
+
+    On TPU jax's kernel (`ops.kernels.splash`), elsewhere `ops.flash_attention`, and for short sequences all pairs.
+
+    Args:
+        q_BTNK: queries, from position 0; B is cut by "batch", T by "sequence", N by "tensor".
+        k_BGSK: keys of the same tokens, head-major.
+        v_BGSH: values, likewise.
+        segments_BT: int32, the numbers of packed samples; None where every row is one.
+        scale: of the scores.
+        layout: whose mesh, if there is one, divides these.
+        sums: whether to return the logarithms of the softmax's sums; then it has no gradient.
+
+    Returns:
+        [B, T, N, H] in the dtype of v; and those logarithms, float32 [B, T, N], or None.
+    """
+    T = q_BTNK.shape[1]
+    if T <= _ALL_PAIRS and layout.parts("sequence") == 1 and not sums and _platform(layout) != "tpu":
+        mask = causal_rows(jnp.arange(T), T, q_BTNK.shape[0])
+        mask = mask if segments_BT is None else same_segment(mask, segments_BT, segments_BT)
+        return checkpoint_name(attend(q_BTNK, k_BGSK, v_BGSH, mask, scale), ATTENTION), None
+    tiling, attend_tiles, tables, cuts = _form(q_BTNK, k_BGSK, layout, scale, sums)
+    axis = layout.cut("sequence")[0]
+
+    def local(tables, q, k, v, segments=None, of_keys=None):
+        q = _dealt(q, tiling, axis)
+        k, v = (_padded(of, 2, tiling.keys) for of in (k, v))
+        if segments is not None:
+            segments = _dealt(segments, tiling, axis), _padded(of_keys, 1, tiling.keys)
+        return tuple(_collected(of, tiling, axis) for of in attend_tiles(q, k, v, segments, tables)[: 1 + sums])
+
+    packed = () if segments_BT is None else (segments_BT, segments_BT)
+    run = local if layout.mesh is None else _on_mesh(local, layout, cuts, packed=bool(packed), sums=sums)
+    out, *log_sum = run(tables, q_BTNK, k_BGSK, v_BGSH, *packed)
+    return out, log_sum[0] if sums else None
+
+
+def _on_mesh(local: Callable, layout: Layout, cuts: Any, *, packed: bool, sums: bool) -> Callable:
+    """Each device with its own part of the arguments."""
+    spec = lambda *axes: layout.sharding(*axes).spec
+    queries, keys = spec("batch", "sequence", "tensor", None), spec("batch", "tensor", None, None)
+    segments = (spec("batch", "sequence"), spec("batch", None)) if packed else ()
+    results = (queries, spec("batch", "sequence", "tensor"))[: 1 + sums]
+    given = (cuts, queries, keys, keys, *segments)
+    # Unchecked: a kernel does not say over which axes its result differs.
+    return jax.shard_map(local, mesh=layout.mesh, in_specs=given, out_specs=results, check_vma=False)
+
+
+def _form(q: jax.Array, k: jax.Array, layout: Layout, scale: float, sums: bool) -> tuple[Tiling, Callable, Any, Any]:
+    """The tiles, what attends with them on a device, and its tables with the way these are cut."""
+    B, T, N, _ = q.shape
+    parts = layout.parts("sequence")
+    if _platform(layout) == "tpu":
+        from deepseek_jax.ops.kernels import splash  # Pallas is slow to import
+
+        tiling = splash.tiling(T, parts)
+        kernel = splash.kernel(tiling, N // layout.parts("tensor"), sums=sums)
+        cuts = None if layout.mesh is None else kernel.manual_sharding_spec(layout.sharding(None, "sequence"))
+        of_kernel = lambda q, k, v, segments, kernel: splash.splash_attention(kernel, q, k, v, segments, scale=scale)
+        return tiling, of_kernel, kernel, cuts
+
+    scores = -(-B // layout.parts("batch")) * -(-N // layout.parts("tensor"))
+    tiling = Tiling(T, parts, _side(-(-T // parts // (1 if parts == 1 else 2)), T, scores, _platform(layout)))
+
+    def plain(q, k, v, segments, tables):
+        at, pairs = (of[0] for of in tables)
+        return flash_attention(q, k, v, segments, at, pairs, side=tiling.side, scale=scale)
+
+    tables = tuple(map(jnp.asarray, (tiling.positions(), tiling.pairs())))
+    cut = None if layout.mesh is None else layout.sharding("sequence").spec
+    return tiling, plain, tables, (cut, cut)
+
+
+def _platform(layout: Layout) -> str:
+    """Of a layout's devices, before compiling: the gradient of a choice made later would keep what both sides do."""
+    return jax.default_backend() if layout.mesh is None else layout.mesh.devices.flat[0].platform
+
+
+def _side(run: int, length: int, heads: int, platform: str) -> int:
+    """Of a tile, for runs of so many queries and so many heads of sequences on a device."""
+    if run <= _SIDES[0]:
+        return run
+    if platform == "cpu":
+        return min(_SIDES, key=lambda side: (-(-run // side) * side, -side))
+    side = _SIDES[0]
+    while 2 * side * _TILES <= length and 2 * side <= run and heads * (2 * side) ** 2 <= _SCORES:
+        side *= 2
+    return side
+
+
+def _dealt(x: jax.Array, of: Tiling, axis: str) -> jax.Array:
+    """[B, rows, ...] of consecutive queries to the runs [B, chunks x padded, ...] that a device works on."""
+    if of.parts == 1:
+        return _padded(x, 1, of.padded)
+    half = -(-of.rows // 2)
+    even, odd = (_padded(part, 1, of.padded) for part in (x[:, :half], x[:, half:]))
+    even, odd = (jax.lax.ppermute(part, axis, way) for part, way in zip((even, odd), _ways(of), strict=True))
+    return jnp.concatenate(_swapped(even, odd, axis), axis=1)
+
+
+def _collected(x: jax.Array, of: Tiling, axis: str) -> jax.Array:
+    """The way back."""
+    if of.parts == 1:
+        return x[:, : of.rows]
+    half = -(-of.rows // 2)
+    even, odd = _swapped(x[:, : of.padded], x[:, of.padded :], axis)
+    back = [[(to, at) for at, to in way] for way in _ways(of)]
+    even, odd = (jax.lax.ppermute(part, axis, way) for part, way in zip((even, odd), back, strict=True))
+    return jnp.concatenate([even[:, :half], odd[:, : of.rows - half]], axis=1)
+
+
+def _ways(of: Tiling) -> list[list[tuple[int, int]]]:
+    """From where to where the even and the odd runs go: each device has one of both, before and after."""
+    owner = {run: part for part in range(of.parts) for run in of.runs_of(part)}
+    return [[(part, owner[2 * part + odd]) for part in range(of.parts)] for odd in (0, 1)]
+
+
+def _swapped(first: jax.Array, second: jax.Array, axis: str) -> tuple[jax.Array, jax.Array]:
+    """Even and odd runs to early and late ones, or back: an odd device has them the other way round."""
+    odd = jax.lax.axis_index(axis) % 2 == 1
+    return jnp.where(odd, second, first), jnp.where(odd, first, second)
+
+
+def _padded(x: jax.Array, axis: int, size: int) -> jax.Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return x if x.shape[axis] == size else jnp.pad(x, widths)
