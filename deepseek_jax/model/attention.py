@@ -124,7 +124,7 @@ class LatentAttention(nnx.Module):
         k, v = spell(new)
 
         def attend_rows(queries, positions_t, end):
-            q, index, segments = queries
+            q, index, *segments = queries
             mask = _visible(positions_t, end, q.shape[0], segments, step)
             if pool is not None:
                 return over_pool_and_new(q, (k[:, :, :end], v[:, :, :end]), mask, step.view, of_pool, pool, self.scale)
@@ -132,7 +132,7 @@ class LatentAttention(nnx.Module):
                 mask = indexer.chosen_mask(self.indexer.choose(index, new.index[:, :end], mask), mask)
             return attention.attend(q, k[:, :, :end], v[:, :, :end], mask, self.scale)
 
-        queries = q, index, step.segments_BT
+        queries = q, index, step.segments_BT, step.prompt_of_BT
         out = attention.in_blocks(attend_rows, queries, **_blocks(self.layout, latent.shape, self.heads))
         return self._output(checkpoint_name(out, ATTENTION)), pool
 
@@ -223,14 +223,14 @@ class GroupedAttention(nnx.Module):
         of_pool = lambda first: read_blocks(pool, step.view, layer_idx, first, new.k.dtype, self.layout)[:2]
 
         def attend_rows(queries, positions_t, end):
-            q, segments = queries
+            q, *segments = queries
             mask = _visible(positions_t, end, q.shape[0], segments, step)
             own = [part[:, :, :end] for part in new[:2]]
             if pool is not None:
                 return over_pool_and_new(q, own, mask, step.view, of_pool, pool, self.scale)
             return attention.attend(q, *own, mask, self.scale)
 
-        queries = q, step.segments_BT
+        queries = q, step.segments_BT, step.prompt_of_BT
         out = attention.in_blocks(attend_rows, queries, **_blocks(self.layout, x_BTD.shape, self.shape[0]))
         return self._output(checkpoint_name(out, ATTENTION)), pool
 
@@ -251,10 +251,14 @@ class GroupedAttention(nnx.Module):
         return product(out_BTNH.reshape(*out_BTNH.shape[:2], -1), self.o[...])
 
 
-def _visible(columns_t, end: int, sequences: int, segments_Bt, step: Step) -> jax.Array:
-    """What queries in these columns of whole sequences see of the first `end` keys: in packed rows, of their sample."""
+def _visible(columns_t, end: int, sequences: int, segments, step: Step) -> jax.Array:
+    """What queries in these columns of whole sequences see of the first `end` keys: in packed rows, of their sample.
+
+    `segments` are the queries' numbers and, where samples share prompts, those of their prompts; else None.
+    """
     mask = attention.causal_rows(columns_t, end, sequences)
-    return mask if segments_Bt is None else attention.same_segment(mask, segments_Bt, step.segments_BT[:, :end])
+    own_Bt, prompt_of_Bt = segments
+    return mask if own_Bt is None else attention.same_segment(mask, own_Bt, step.segments_BT[:, :end], prompt_of_Bt)
 
 
 def _blocks(layout: Layout, shape: tuple[int, ...], heads: int) -> dict[str, int]:

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_jax.generation.completion import Completion
-from deepseek_jax.rl.batch import first_fit, make_batch, pack
+from deepseek_jax.rl.batch import make_batch, pack
+from deepseek_jax.rl.slots import first_fit
 
 
 def completion(tokens, finished=True, **records):
