@@ -202,9 +202,7 @@ def causal_rows(positions: Int[Array, "t"], keys: int, sequences: int) -> Bool[A
     return jnp.broadcast_to(mask, (sequences, *mask.shape))
 
 
-def positions_within(
-    segments: Int[Array, "B T"], prompt_of: Int[Array, "B T"] | None = None
-) -> Int[Array, "B T"]:
+def positions_within(segments: Int[Array, "B T"], prompt_of: Int[Array, "B T"] | None = None) -> Int[Array, "B T"]:
     """Each token's place in its own text, from 0: packed samples all begin at position 0.
 
     Args:

@@ -22,6 +22,7 @@ class Batch(NamedTuple):
     the completion tokens of each, 0 where there is none. In rows of one sample both are None.
     Where samples share prompts there is prompt_of_BT int32, and a prompt but for its last token is a segment with a number
     above K; see `model.decoder.Decoder`. Its targets do not count, and its advantages are 0.
+    drawn_BU int32: the columns of completions, ascending, then T; None where they are nearly all.
 
     The others are None where nobody wants them: sampler_logprobs_BT, what the sampler said, once old_logprobs_BT is
     what the trainer says; routes_BTLA, the experts that sampling went through; support_BTW, the tokens among which each
@@ -38,6 +39,7 @@ class Batch(NamedTuple):
     segments_BT: np.ndarray | None = None
     lengths_BK: np.ndarray | None = None
     prompt_of_BT: np.ndarray | None = None
+    drawn_BU: np.ndarray | None = None
     sampler_logprobs_BT: np.ndarray | None = None
     routes_BTLA: np.ndarray | None = None
     support_BTW: np.ndarray | None = None
@@ -57,6 +59,7 @@ def make_batch(
     advantages: np.ndarray,
     *,
     width: int | None = None,
+    drawn: int | None = None,
     mask_truncated: bool = False,
 ) -> Batch:
     """One sample a row.
@@ -65,6 +68,7 @@ def make_batch(
         prompts, completions: one of each a sample.
         advantages: float32 [B], one a sample.
         width: columns; None takes the next power of two. ValueError when a sample is longer.
+        drawn: tokens of a row's completions at most, where they are few of its columns; see `Batch.drawn_BU`.
         mask_truncated: completions that reached the limit of their length do not count.
     """
     longest = max(_lengths(prompts, completions))
@@ -73,7 +77,7 @@ def make_batch(
         raise ValueError(f"width: got {width}, wanted at least {longest}, the longest prompt and completion")
     slots = [PackedSlot(row, 0, 0) for row in range(len(prompts))]
     batch = _laid_out(prompts, completions, advantages, slots, (len(prompts), width), 1, mask_truncated)
-    return batch._replace(segments_BT=None, lengths_BK=None, prompt_of_BT=None)
+    return _with_drawn(batch, drawn)._replace(segments_BT=None, lengths_BK=None, prompt_of_BT=None)
 
 
 def pack(
@@ -85,12 +89,13 @@ def pack(
     per_row: int,
     rows_of: int,
     share_prompts: bool = False,
+    drawn: int | None = None,
     mask_truncated: bool = False,
 ) -> Batch:
     """Several samples a row, the longest first, each in the first row with room for it.
 
     Args:
-        prompts, completions, advantages, mask_truncated: as for `make_batch`.
+        prompts, completions, advantages, drawn, mask_truncated: as for `make_batch`.
         width: columns. ValueError when a sample is longer.
         per_row: samples a row at most.
         rows_of: their number is a multiple of this, so that an update compiles for few of them; empty rows fill up.
@@ -106,7 +111,7 @@ def pack(
         slots = first_fit(lengths, width, per_row)
     rows = max(slot.row for slot in slots) + 1
     shape = (-(-rows // rows_of) * rows_of, width)
-    batch = _laid_out(prompts, completions, advantages, slots, shape, per_row, mask_truncated)
+    batch = _with_drawn(_laid_out(prompts, completions, advantages, slots, shape, per_row, mask_truncated), drawn)
     return batch if share_prompts else batch._replace(prompt_of_BT=None)
 
 
@@ -140,6 +145,18 @@ def _laid_out(prompts, completions, advantages, slots: list[PackedSlot], shape, 
         if completion.penalised is not None:
             batch.penalised_BTW[slot.row, drawn] = completion.penalised
     return batch
+
+
+def _with_drawn(batch: Batch, most: int | None) -> Batch:
+    """With the columns of what counts, if these are at most so many and few of all."""
+    T = batch.mask_BT.shape[1]
+    if most is None or most > _FEW * T:
+        return batch
+    drawn = np.sort(np.where(batch.mask_BT, np.arange(T, dtype=np.int32), np.int32(T)), axis=1)
+    return batch._replace(drawn_BU=drawn[:, :most])
+
+
+_FEW = 7 / 8  # beyond it picking columns saves less than it costs
 
 
 def _write_text(batch: Batch, text, completion: Completion, part: slice, slot: PackedSlot, prompt) -> None:

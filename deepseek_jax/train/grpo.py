@@ -264,15 +264,16 @@ class GRPOTrainer:
         for part in range(config.updates_per_rollout):
             of = [sample for sample in range(len(prompts)) if self._update_of(sample) == part]
             samples = [prompts[i] for i in of], [rollout.completions[i] for i in of], advantages[of]
-            options = {"width": self.shape.width, "mask_truncated": config.mask_truncated_completions}
-            sharing = {"share_prompts": config.share_prompts}
+            shape = self.shape
             if config.pack:
-                rows_of = rows_multiple(len(of), self._parts)
-                yield pack(*samples, **options, **sharing, per_row=max(PER_ROW, self.shape.per_row), rows_of=rows_of)
-            elif self.shape.per_row > 1:
-                yield pack(*samples, **options, **sharing, per_row=self.shape.per_row, rows_of=self.shape.rows)
-            else:
+                shape = Shape(rows_multiple(len(of), self._parts), shape.width, max(PER_ROW, shape.per_row))
+            options = {"width": shape.width, "mask_truncated": config.mask_truncated_completions}
+            options["drawn"] = shape.per_row * config.max_new_tokens
+            if shape.per_row == 1:
                 yield make_batch(*samples, **options)
+            else:
+                rows = {"rows_of": shape.rows, "per_row": shape.per_row}
+                yield pack(*samples, **options, **rows, share_prompts=config.share_prompts)
 
     def _update_of(self, sample: int) -> int:
         """The update of a pass that a sample is for: its whole group is for the same one where groups come out even."""

@@ -16,13 +16,13 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 WIDTH, PER_ROW = 24, 4
 # Of each row the groups: the prompt's tokens, and of each sample those of its completion and of these how many count.
 # A prompt of one token has no segment, a sample counts nothing, and nor does a group. Sample 6 counts nothing of its
-# end, 8 goes on to the row's last column, and the last row is empty.
+# end, the last one goes on to its row's last column, and the last rows are empty.
 ROWS = (
     ((6, ((4, 4), (1, 1), (5, 5))), (3, ((3, 3),))),
     ((1, ((4, 4), (2, 2))), (5, ((6, 2), (7, 0)))),
     ((9, ((3, 0), (2, 2))), (4, ((2, 0),)), (4, ((2, 2),))),
     ((8, ((9, 9), (8, 8))),),
-    (),
+    *((),) * 4,
 )
 SAMPLES = sum(len(samples) for row in ROWS for _, samples in row)
 
@@ -78,6 +78,12 @@ def in_shared_rows(kind: str, layout: Layout, **changes) -> dict[str, np.ndarray
     return scored(kind, layout, of, **given)
 
 
+def drawn() -> np.ndarray:
+    """Columns of the targets that count, and room for one more a row."""
+    mask = texts(shared=True)[0].mask
+    return np.sort(np.where(mask, np.arange(WIDTH), WIDTH), axis=1)[:, : mask.sum(axis=1).max() + 1].astype(np.int32)
+
+
 @pytest.mark.parametrize(
     ("kind", "layout", "blocks"),
     [
@@ -99,6 +105,10 @@ def test_samples_behind_one_prompt_are_samples_behind_their_own(kind, layout, bl
         monkeypatch.setattr(attention, "_SCORES_AT_ONCE", 2 * len(ROWS) * CONFIGS[kind].num_attention_heads * WIDTH)
     same(in_shared_rows(kind, layout), wanted)
     assert np.abs(wanted["logprobs"]).max() > 2  # and they say something
+
+
+def test_scoring_what_was_drawn_alone_changes_nothing():
+    same(in_shared_rows("gqa", Layout(remat="layers"), drawn_BU=drawn()), alone("gqa"))
 
 
 def test_samples_that_do_not_see_the_prompt_say_something_else():
