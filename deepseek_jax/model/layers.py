@@ -107,8 +107,8 @@ class Step(NamedTuple):
     valid_BT: the tokens that count; over a cache the others, padding, neither write nor travel to experts.
     segments_BT: which segment of a packed row a token is of; prompt_of_BT: where samples share prompts, which one its
     text begins with.
-    samples_BTK: flags of the samples that a token that counts is of; times_BT: how many these are, where a shared prompt
-    is of several.
+    samples_BTK: flags of the samples that a token that counts is of; times_BT: how many these are, where a shared
+    prompt is of several.
     view: where the tokens stand in the cache.
     """
 

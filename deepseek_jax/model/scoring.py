@@ -71,10 +71,10 @@ def score(
         temperature: the sampler's; log-probs of a sample mean nothing at another one.
         segments_BT: int32, for packed rows: the number of a token's sample in its row, from 1, 0 for padding.
         per_row: samples that a row can hold, where rows are packed.
-        prompt_of_BT: int32, where the samples of packed rows share prompts: see `Decoder`. No target of a prompt counts;
-            its last token, of which the samples' first ones are predicted, is with these.
-        drawn_BU: int32, ascending, the columns of every target that counts, then T: no others are scored, and have zeros.
-            None scores all, as is done where a sequence is cut in parts.
+        prompt_of_BT: int32, where the samples of packed rows share prompts: see `Decoder`. No target of a prompt
+            counts; its last token, of which the samples' first ones are predicted, is with these.
+        drawn_BU: int32, ascending, the columns of every target that counts, then T: no others are scored, and have
+            zeros. None scores all, as is done where a sequence is cut in parts.
         routes_BTLA: integers, the experts that real tokens went to when they were sampled, to be used again (V3.2's
             keep routing, arXiv 2512.02556 section 3.1). Weights and their gradient are of the router as it is now.
         support_BTW: uint32, bits of the tokens that each target was drawn from; log-probs and entropies are of the

@@ -20,8 +20,8 @@ class Batch(NamedTuple):
 
     Packed rows have segments_BT int32, from 1 the number of the sample in its row, 0 for padding, and lengths_BK int32,
     the completion tokens of each, 0 where there is none. In rows of one sample both are None.
-    Where samples share prompts there is prompt_of_BT int32, and a prompt but for its last token is a segment with a number
-    above K; see `model.decoder.Decoder`. Its targets do not count, and its advantages are 0.
+    Where samples share prompts there is prompt_of_BT int32, and a prompt but for its last token is a segment with a
+    number above K; see `model.decoder.Decoder`. Its targets do not count, and its advantages are 0.
     drawn_BU int32: the columns of completions, ascending, then T; None where they are nearly all.
 
     The others are None where nobody wants them: sampler_logprobs_BT, what the sampler said, once old_logprobs_BT is

@@ -56,9 +56,9 @@ class _Row:
 def fit_shared(texts: Sequence[Text], width: int, per_row: int) -> list[PackedSlot]:
     """Each sample's place where equal prompts of a row are there once, right before their samples.
 
-    Prompts are taken by their longest sample, from the longest on, and a prompt's samples likewise. A sample goes in the
-    first row with its prompt that has room, else in the first that has room for both. Shared columns have the numbers
-    from per_row on. A group of at most R x per_row samples opens R rows at most, if one holds per_row of them.
+    Prompts are taken by their longest sample, from the longest on, and a prompt's samples likewise. A sample goes in
+    the first row with its prompt that has room, else in the first that has room for both. Shared columns have the
+    numbers from per_row on. A group of at most R x per_row samples opens R rows at most, if one holds per_row of them.
 
     Args:
         texts: none longer than a row.
