@@ -8,6 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.config import GQAConfig, MLAConfig, ModelConfig
 from deepseek_jax.model.layers import Maker, Step
 from deepseek_jax.ops import attention, indexer
+from deepseek_jax.ops.flash_attention import ATTENTION
 from deepseek_jax.ops.low_rank import columns, product, whole
 from deepseek_jax.ops.norm import layer_norm, rms_norm
 from deepseek_jax.ops.pool import KVCache, LatentCache
@@ -16,16 +17,16 @@ from deepseek_jax.parallel.attention import (
     chosen_attention,
     grouped_attention,
     latent_attention,
-    over_pool_and_new,
+    over_pool,
     pooled_keys,
     read_blocks,
     write,
 )
+from deepseek_jax.parallel.causal_attention import causal_attention
 from deepseek_jax.sharding import Layout
 
 LATENT_EPS = 1e-6  # transformers and DeepSeek fix it for the latents' norms, whatever rms_norm_eps says
 INDEX_EPS = 1e-6  # and for the indexer's layer norm
-ATTENTION = "attention"  # what remat may keep of a layer
 
 
 class Indexer(nnx.Module):
@@ -122,19 +123,28 @@ class LatentAttention(nnx.Module):
             return spell(read_blocks(pool, step.view, layer_idx, first, new.c.dtype, self.layout))
 
         k, v = spell(new)
+        if pool is None and self._chooses_among(k.shape[2]):
+            out = self._chosen(q, k, v, index, new.index, step)
+            return self._output(checkpoint_name(out, ATTENTION)), pool
+        place = {"scale": self.scale, "layout": self.layout}
+        segments = step.segments_BT, step.prompt_of_BT
+        out, log_sum = causal_attention(q, k, v, *segments, sums=pool is not None, **place)
+        if pool is not None:
+            out = over_pool(q, (out, log_sum), step.view, of_pool, pool, self.scale)
+        return self._output(out), pool
+
+    def _chosen(self, q, k, v, index, index_keys, step):
+        """Of whole sequences over the keys that the indexer chooses, which are any: a block of queries at a time."""
 
         def attend_rows(queries, positions_t, end):
             q, index, *segments = queries
             mask = _visible(positions_t, end, q.shape[0], segments, step)
-            if pool is not None:
-                return over_pool_and_new(q, (k[:, :, :end], v[:, :, :end]), mask, step.view, of_pool, pool, self.scale)
             if self._chooses_among(end):
-                mask = indexer.chosen_mask(self.indexer.choose(index, new.index[:, :end], mask), mask)
+                mask = indexer.chosen_mask(self.indexer.choose(index, index_keys[:, :end], mask), mask)
             return attention.attend(q, k[:, :, :end], v[:, :, :end], mask, self.scale)
 
         queries = q, index, step.segments_BT, step.prompt_of_BT
-        out = attention.in_blocks(attend_rows, queries, **_blocks(self.layout, latent.shape, self.heads))
-        return self._output(checkpoint_name(out, ATTENTION)), pool
+        return attention.in_blocks(attend_rows, queries, **_blocks(self.layout, q.shape, self.heads))
 
     def _absorbed(self, latent, new, index, step, pool, layer_idx):
         """Without leaving the latent space: the pool is read as it is, once for all heads."""
@@ -220,19 +230,13 @@ class GroupedAttention(nnx.Module):
         if pool is not None:
             pool = write(pool, new, step.view, layer_idx, self.layout)
             new = pool.as_kept(new)
-        of_pool = lambda first: read_blocks(pool, step.view, layer_idx, first, new.k.dtype, self.layout)[:2]
-
-        def attend_rows(queries, positions_t, end):
-            q, *segments = queries
-            mask = _visible(positions_t, end, q.shape[0], segments, step)
-            own = [part[:, :, :end] for part in new[:2]]
-            if pool is not None:
-                return over_pool_and_new(q, own, mask, step.view, of_pool, pool, self.scale)
-            return attention.attend(q, *own, mask, self.scale)
-
-        queries = q, step.segments_BT, step.prompt_of_BT
-        out = attention.in_blocks(attend_rows, queries, **_blocks(self.layout, x_BTD.shape, self.shape[0]))
-        return self._output(checkpoint_name(out, ATTENTION)), pool
+        place = {"scale": self.scale, "layout": self.layout}
+        segments = step.segments_BT, step.prompt_of_BT
+        out, log_sum = causal_attention(q, *new[:2], *segments, sums=pool is not None, **place)
+        if pool is not None:
+            of_pool = lambda first: read_blocks(pool, step.view, layer_idx, first, new.k.dtype, self.layout)[:2]
+            out = over_pool(q, (out, log_sum), step.view, of_pool, pool, self.scale)
+        return self._output(out), pool
 
     def _project(self, x, step):
         B, T, _ = x.shape

@@ -157,21 +157,19 @@ def _attend(kind: Literal["latent", "grouped"], queries, pool: Pool, view: Cache
     return jax.lax.platform_dependent(*arguments, tpu=by_kernel, default=plain)
 
 
-def over_pool_and_new(
+def over_pool(
     q_BTNK: jax.Array,
-    new: Sequence[jax.Array],
-    mask_BTS: jax.Array,
+    own: tuple[jax.Array, jax.Array],
     view: CacheView,
     of_pool: Callable[[jax.Array], Sequence[jax.Array]],
     pool: Pool,
     scale: float,
 ) -> jax.Array:
-    """Attention of new tokens among themselves and over what their sequences had before, [B, T, N, H].
+    """Attention of new tokens over what their sequences had before them and among themselves, [B, T, N, H].
 
     Args:
-        q_BTNK: queries, of all new tokens or of some.
-        new: keys and values of the new tokens, [B, G, S, K].
-        mask_BTS: which of them each query sees.
+        q_BTNK: queries of the new tokens.
+        own: what they attended to among themselves, and the logarithms of its sums, of `causal_attention`.
         view: where all new tokens stand.
         of_pool: keys and values of the blocks from a place in the tables on, as many as `read_blocks` reads.
         pool: whose blocks they are.
@@ -185,11 +183,15 @@ def over_pool_and_new(
         mask = jnp.broadcast_to(inside[:, None], (B, T, span))
         return paged.join(carried, paged.attend_partial(q_BTNK, *of_pool(trip * _at_once(pool)), mask, scale))
 
-    own = paged.attend_partial(q_BTNK, *new, mask_BTS, scale)
+    out, log_sum = own
     trips = -(-jnp.max(before_B) // span)
+
+    def joined():
+        first = paged.Partial(log_sum, jnp.ones_like(log_sum), out.astype(jnp.float32))
+        return paged.finish(jax.lax.fori_loop(0, trips, add, first), out.dtype)
+
     with jax.named_scope("earlier_blocks"):  # by which plan.cost_analysis knows it
-        joined = jax.lax.fori_loop(0, trips, add, own)
-    return paged.finish(joined, new[1].dtype)
+        return jax.lax.cond(trips > 0, joined, lambda: out)
 
 
 def read_blocks(

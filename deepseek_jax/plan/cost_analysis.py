@@ -98,7 +98,8 @@ def cost_analysis(text: str, mesh_shape: Mapping[str, int], *, loop: str | None 
     all-to-all (n-1)/n of their operand, all-reduce twice that, a permute its operand, ragged-all-to-all
     (n-1)/n of its whole send buffer (an upper bound).
 
-    Loops multiply what is inside; a conditional costs what its largest branch does. A loop over tiles of the experts'
+    Loops multiply what is inside; a conditional costs what its largest branch does, one for what a fresh prompt lacks
+    its smallest. A loop over tiles of the experts'
     rows, which is what GPUs and CPUs compute them by, turns as often as an even load has it, and prompts are fresh.
 
     Args:
@@ -187,7 +188,8 @@ class _Walk:
                 total.add(self.total(frame.enter(instruction, instruction.called("body"))), times)
         elif opcode == "conditional":
             branches = [self.total(frame.enter(instruction, name)) for name in _branches(instruction)]
-            total.add(max(branches, key=lambda branch: (branch.flops, branch.bytes)))
+            choose = min if _is_rare(instruction) else max
+            total.add(choose(branches, key=lambda branch: (branch.flops, branch.bytes)))
         elif opcode in _CALLS:
             total.add(self.total(frame.enter(instruction, instruction.called(_CALLS[opcode]))))
         elif opcode == "fusion":
@@ -205,7 +207,7 @@ class _Walk:
             tiled = _TILED.search(loop.op_name)
             times = int(tiled.group(1)) if tiled else None
         if times is None:
-            rare = any(scope in loop.op_name for scope in _RARE)
+            rare = _is_rare(loop)
             (self.skipped if rare else self.unknown).append(loop.op_name or loop.name)
             times = 0 if rare else 1
         return times
@@ -234,6 +236,10 @@ class _Walk:
         if n > 1:
             total.sent[op, axis] += _SENT[op](size, n)
             total.counts[op, axis] += 1
+
+
+def _is_rare(instruction: Instruction) -> bool:
+    return any(scope in instruction.op_name for scope in _RARE)
 
 
 def _branches(conditional: Instruction) -> list[str]:

@@ -10,7 +10,7 @@ loops without a trip count on TPU) were read off texts of libtpu 0.0.42 and XLA:
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache, cached_property
 
 _INSTRUCTION = re.compile(r"  (ROOT )?%?([^ ]+) = (.+?) ([a-z][a-z0-9\-]*)\(")
@@ -152,7 +152,7 @@ def parse(text: str) -> Module:
     """
     computations: dict[str, Computation] = {}
     entry = current = None
-    for line in text.splitlines():
+    for line in _joined(text):
         if line.startswith("  "):
             match = _INSTRUCTION.match(line) if current else None
             if match:
@@ -166,6 +166,19 @@ def parse(text: str) -> Module:
         raise ValueError("hlo: got a text without an ENTRY computation, wanted that of compiled.as_text()")
     partitions = _PARTITIONS.search(text, 0, text.find("\n"))
     return Module(computations=computations, entry=entry, partitions=int(partitions.group(1)) if partitions else 1)
+
+
+def _joined(text: str) -> Iterator[str]:
+    """Its lines; what kernels say of themselves may go on over several, of which the first ends in a brace."""
+    kept: list[str] = []
+    for line in text.splitlines():
+        if kept or line.endswith("kernel_metadata={"):
+            kept.append(line)
+        if not kept:
+            yield line
+        elif line.startswith("}}"):
+            yield "".join(kept)
+            kept = []
 
 
 def _add(computation: Computation, match: re.Match, line: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from deepseek_jax.parallel.experts import LAYER_OF
 from deepseek_jax.plan.hlo import Computation, Frame, Instruction
+from deepseek_jax.plan.hlo_splash import pass_of, splash_bytes
 
 _FREE = {
     "parameter",
@@ -98,6 +99,8 @@ def library(call: Instruction) -> str | None:
 def _call_bytes(call: Instruction, operands: list[Instruction]) -> int:
     if any(f'custom_call_target="{name}"' in call.rest for name in _FREE_CALLS):
         return 0
+    if pass_of(call) is not None:
+        return splash_bytes(operands, call)
     if library(call) is not None:  # the rest of its result is scratch
         return sum(i.hbm_bytes for i in operands) + call.leaves[0].bytes
     estimate = declared(call, "bytes_accessed")

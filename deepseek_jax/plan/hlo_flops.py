@@ -12,6 +12,7 @@ import numpy as np
 
 from deepseek_jax.plan.hlo import Computation, Instruction, Leaf
 from deepseek_jax.plan.hlo_bytes import declared, library
+from deepseek_jax.plan.hlo_splash import pass_of, splash_flops
 
 # Kernels whose text says nothing of what they compute, unless they declare it.
 _KERNELS = re.compile(r'custom_call_target="[^"]*(mosaic|triton|tpu_custom_call|fmha)[^"]*"', re.IGNORECASE)
@@ -40,7 +41,8 @@ def flops(computation: Computation, instruction: Instruction) -> int:
 def is_unknown(instruction: Instruction) -> bool:
     """Whether it is a kernel whose arithmetic nothing tells."""
     kernel = instruction.opcode == "custom-call" and _KERNELS.search(instruction.rest)
-    return bool(kernel) and declared(instruction, "flops") is None and instruction.op_name != _OFFSETS
+    told = declared(instruction, "flops") is not None or pass_of(instruction) or instruction.op_name == _OFFSETS
+    return bool(kernel) and not told
 
 
 def _product(left: Leaf, result: Leaf, contracted: list[int]) -> int:
@@ -49,6 +51,8 @@ def _product(left: Leaf, result: Leaf, contracted: list[int]) -> int:
 
 def _call(operands: list[Instruction], call: Instruction) -> int:
     """Of a custom call: what it declares, or the product or convolution of one of the GPU's libraries."""
+    if pass_of(call) is not None:
+        return splash_flops(operands, call)
     of_library = library(call)
     if of_library is None:
         return declared(call, "flops") or 0

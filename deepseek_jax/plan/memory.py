@@ -22,6 +22,7 @@ Moments = Literal["float32", "bfloat16"]
 PREFILL_TOKENS = 1024  # of one sequence that are prefilled at once
 CAPACITY_FACTOR = LOCAL.capacity_factor  # room for experts' rows beyond an even load
 _SCORES = 2**27  # at once, `ops.attention.rows_at_once`
+_TILES = 8  # of scores along a sequence, `parallel.causal_attention`
 _LOGITS = 2**25  # at once, `ops.logprobs.positions_at_once`
 
 
@@ -88,7 +89,7 @@ def layer_activations(
 
     Returns:
         attention: queries, keys, values and output of all heads of this device; keys of the whole sequence.
-        scores: a block's, float32, with the softmax beside them; V3.2's indexer has its own.
+        scores: a tile's, float32, with the softmax beside them; where V3.2's indexer chooses, a block's and its own.
         experts: the rows that this device's experts compute, with SLACK: input, gate, up, their product, output.
         dense: the same of the dense or the shared feed-forward.
         states: the residual stream, its norm, and what is added.
@@ -100,7 +101,9 @@ def layer_activations(
     else:
         key = value = a.head_dim
         keys = tokens * sizes.context * a.num_key_value_heads / sizes.tensor * 2 * key
-    scores = min(_SCORES, tokens * sizes.context * N * length) * (1 + _index_heads(config, length) / N / sizes.tensor)
+    ranking = _index_heads(config, length) / sizes.tensor
+    pairs = tokens * sizes.context * length
+    scores = min(_SCORES, pairs * N) * (1 + ranking / N) if ranking else min(_SCORES, pairs * N / _TILES**2)
     routed = 0.0
     inner = config.intermediate_size if moe_layers(config) < config.num_hidden_layers else 0
     if config.moe is not None:

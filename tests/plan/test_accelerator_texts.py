@@ -254,3 +254,67 @@ def test_a_loop_over_tiles_turns_as_often_as_an_even_load_has_it():
     for scope in ("overflow_rounds", "attention/earlier_blocks"):
         rare = cost_analysis(loop(f"{scope}/"), MESH)
         assert (rare.flops, rare.skipped_loops) == (0, (f"jit(f)/{scope}/while",))
+
+
+def of_kernel(result: str, operands: str, name: str, sides: str) -> str:
+    """A call of jax's splash attention as the TPU compiler prints it, what it says of itself on lines of its own."""
+    declared = ", ".join(f'\\"{of}\\": {size}' for of, size in (side.split("=") for side in sides.split()))
+    lines = [f"%p{at} = {of} parameter({at})" for at, of in enumerate(operands.split(" "))]
+    called = ", ".join(f"%p{at}" for at in range(len(lines)))
+    return program(
+        ", ".join(f"p{at}: f32[]" for at in range(len(lines))),
+        *lines,
+        f'ROOT %c = ({result}) custom-call({called}), custom_call_target="tpu_custom_call", '
+        f'frontend_attributes={{kernel_metadata={{\n"xprof_metadata":"{{{declared}}}"\n}}}}, '
+        f'metadata={{op_name="jit(f)/splash_mha_{name}_no_residuals/pallas_call"}}',
+    )
+
+
+@pytest.mark.parametrize("rows, share", [(4096, 1), (1024, 4)])
+def test_the_kernel_of_whole_sequences_costs_the_tiles_that_the_mask_leaves(rows, share):
+    """36 of 64 tiles of 512: of as many, keys and values come again; a quarter of each where four share a sequence."""
+    inputs = f"s8[1,8,8]{{2,1,0}} s8[1,8,8]{{2,1,0}} bf16[4,{rows},192]{{2,1,0}} bf16[2,4096,192]{{2,1,0}} bf16[2,4096,128]{{2,1,0}}"
+    out = f"bf16[4,{rows},128]{{2,1,0}}"
+    found = cost_analysis(of_kernel(out, inputs, "fwd", "block_q=512 block_kv=512 block_q_dkv=256"), MESH)
+    tiles = 36 / share
+    assert found.unknown_kernels == ()
+    assert found.flops == 2 * 4 * tiles * 512**2 * (192 + 128)
+    assert found.bytes_accessed == 2 * 64 + 2 * 4 * rows * (192 + 128) + 2 * 4 * tiles * 512 * (192 + 128)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_kernel_of_the_gradients_reads_queries_for_every_tile(fused):
+    """What the fused one leaves of the queries' gradient, a part for each block of keys, is written whole."""
+    inputs = (
+        "s8[1,8,4]{2,1,0} s8[1,8,4]{2,1,0} bf16[2,4096,192]{2,1,0} bf16[2,4096,192]{2,1,0} bf16[2,4096,128]{2,1,0} "
+        "f32[2,8,4096]{2,1,0} bf16[2,4096,128]{2,1,0} f32[2,8,4096]{2,1,0} s32[8,4096]{1,0}"
+    )
+    scratch = "f32[1024,192]{1,0:S(1)}, f32[1024,128]{1,0:S(1)}, "
+    parts = "bf16[4,2,4096,192]{3,2,1,0}, " if fused else ""
+    result = scratch + parts + "bf16[2,4096,192]{2,1,0}, bf16[2,4096,128]{2,1,0}"
+    found = cost_analysis(of_kernel(result, inputs, "dkv", "block_q=128 block_q_dkv=512 block_kv_dkv=1024"), MESH)
+    tiles = 20
+    assert found.flops == 2 * 2 * tiles * 512 * 1024 * ((3 if fused else 2) * 192 + 2 * 128)
+    again = tiles * 512 * 2 * (2 * (192 + 128) + 2 * 8 * 4)
+    once = 2 * 32 + 2 * (2 * 2 * 4096 * (192 + 128)) + 8 * 4096 * 4
+    assert found.bytes_accessed == again + once + fused * 4 * 2 * 4096 * 192 * 2
+
+
+def test_a_choice_that_a_fresh_prompt_lacks_costs_what_it_does_without():
+    sides = "".join(
+        f"%{name} (x_{name}: f32[64,64]) -> f32[64,64] {{\n  %x_{name} = f32[64,64]{{1,0}} parameter(0)\n  {root}\n}}\n\n"
+        for name, root in (
+            ("more", "ROOT %d = f32[64,64]{1,0} dot(%x_more, %x_more), lhs_contracting_dims={1}, rhs_contracting_dims={0}"),
+            ("none", "ROOT %b = f32[64,64]{1,0} bitcast(%x_none)"),
+        )
+    )
+    choice = lambda scope: program(
+        "p: pred[], a: f32[64,64]",
+        "%p = pred[] parameter(0)",
+        "%a = f32[64,64]{1,0} parameter(1)",
+        "ROOT %c = f32[64,64]{1,0} conditional(%p, %a, %a), true_computation=%more, false_computation=%none, "
+        f'metadata={{op_name="jit(f)/{scope}/cond"}}',
+        before=sides,
+    )
+    assert cost_analysis(choice("attention"), MESH).flops == 2 * 64**3
+    assert cost_analysis(choice("attention/earlier_blocks"), MESH).flops == 0

@@ -1,0 +1,95 @@
+"""Causal attention of whole sequences on TPU, by jax's own kernel: scores never leave the chip.
+
+Source: jax.experimental.pallas.ops.tpu.splash_attention, with its gradient.
+Differs from `ops.flash_attention`: queries are scaled before the product, in their own dtype.
+"""
+
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
+
+from deepseek_jax.ops.flash_attention import ATTENTION, Tiling
+
+LANES = 128  # of a tile's side the least
+_SIDES = (512, 256, 128)
+# The gradient of the queries is a sum over blocks of keys, whose parts the kernel leaves in memory. Above so many
+# parts a second kernel computes it instead, which multiplies queries and keys once more.
+_PARTS = 8
+_MOST_KEYS = 2048  # of a block, in the gradient: what the chip's own memory holds
+
+
+def tiling(length: int, parts: int) -> Tiling:
+    """Of the largest tiles that do not pad more than the smallest would."""
+    return next(
+        of
+        for of in (Tiling(length, parts, side) for side in _SIDES)
+        if (of.padded, of.keys) == (of._replace(side=LANES).padded, of._replace(side=LANES).keys)
+    )
+
+
+@lru_cache(maxsize=32)
+def kernel(of: Tiling, heads: int, *, sums: bool = False, interpret: bool = False) -> SplashAttentionKernel:
+    """The kernel of some heads, for all devices that share a sequence: give each its part (`manual_sharding_spec`).
+
+    Args:
+        of: tiles, whose side is a multiple of 128.
+        heads: of queries, on one device.
+        sums: whether it returns the logarithms of the softmax's sums too; then it has no gradient.
+        interpret: run without a TPU.
+    """
+    positions = of.positions()
+    mask = splash.CausalMask((positions.size, of.keys))
+    mask.q_sequence = positions.reshape(-1)
+    # under a trace these would be its constants, and could not be kept
+    with jax.ensure_compile_time_eval():
+        return splash.make_splash_mha(
+            splash.MultiHeadMask([mask] * heads),
+            block_sizes=_blocks(of),
+            head_shards=1,
+            q_seq_shards=of.parts,
+            save_residuals=sums,
+            residual_checkpoint_name=ATTENTION,
+            interpret=interpret,
+        )
+
+
+def _blocks(of: Tiling) -> splash.BlockSizes:
+    side = of.side
+    wide = side
+    while wide < _MOST_KEYS and of.keys // wide > _PARTS and of.keys % (2 * wide) == 0:
+        wide *= 2
+    sizes = {"block_q": side, "block_kv": side, "block_q_dkv": side, "block_kv_dkv_compute": side}
+    if of.keys // wide <= _PARTS:
+        return splash.BlockSizes(**sizes, block_kv_dkv=wide, use_fused_bwd_kernel=True)
+    return splash.BlockSizes(**sizes, block_kv_dkv=side, block_q_dq=side, block_kv_dq=side)
+
+
+def splash_attention(
+    kernel: SplashAttentionKernel,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: tuple[jax.Array, jax.Array] | None,
+    *,
+    scale: float,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Attention of queries over the keys at positions up to their own, of their own segment.
+
+    Args:
+        kernel: of `kernel`, this device's part.
+        q: queries [B, T, N, K], in the order of the kernel's tiling.
+        k, v: keys [B, G, S, K] from position 0 and values [B, G, S, H], head-major.
+        segments: int32 [B, T] and [B, S], of queries and keys; None where every row is one sequence.
+        scale: of the scores.
+
+    Returns:
+        [B, T, N, H] in the dtype of q; and the logarithms of the sums, float32 [B, T, N], where the kernel gives them.
+    """
+    q = (q.astype(jnp.float32) * scale).astype(q.dtype).swapaxes(1, 2)
+    ids = None if segments is None else splash.SegmentIds(*segments)
+    found = jax.vmap(kernel)(q, k, v, ids)
+    out, log_sum = (found[0], found[1][0]) if kernel.kwargs["save_residuals"] else (found, None)
+    return out.swapaxes(1, 2), None if log_sum is None else log_sum.swapaxes(1, 2)

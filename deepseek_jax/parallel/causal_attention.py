@@ -1,0 +1,165 @@
+"""Causal attention of whole sequences on a mesh: each device its own sequences and heads, and its share of a sequence.
+
+Where devices share a sequence, each gets an early and a late run of its queries, so that all see as many keys.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from deepseek_jax.ops.flash_attention import Tiling, flash_attention
+from deepseek_jax.sharding import Layout
+
+_SIDES = (128, 96, 64)  # of a tile on a CPU, whose caches hold its scores
+_TILES = 8  # along a sequence elsewhere; 9/16 of all pairs then meet
+_SCORES = 2**27  # of a tile at most
+
+
+def causal_attention(
+    q_BTNK: jax.Array,
+    k_BGSK: jax.Array,
+    v_BGSH: jax.Array,
+    segments_BT: jax.Array | None,
+    prompt_of_BT: jax.Array | None = None,
+    *,
+    scale: float,
+    layout: Layout,
+    sums: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Attention of every token of a sequence over those up to it, of its own segment; no T x T array exists.
+
+    On TPU jax's kernel (`ops.kernels.splash`), elsewhere, and where samples share prompts, `ops.flash_attention`.
+
+    Args:
+        q_BTNK: queries, from position 0; B is cut by "batch", T by "sequence", N by "tensor".
+        k_BGSK: keys of the same tokens, head-major.
+        v_BGSH: values, likewise.
+        segments_BT: int32, the numbers of packed samples; None where every row is one.
+        prompt_of_BT: int32, the numbers of the segments with their prompts, which they see too (`model.decoder`); None
+            where samples share none.
+        scale: of the scores.
+        layout: whose mesh, if there is one, divides these.
+        sums: whether to return the logarithms of the softmax's sums; then it has no gradient.
+
+    Returns:
+        [B, T, N, H] in the dtype of v; and those logarithms, float32 [B, T, N], or None.
+    """
+    tiling, attend, tables, cuts = _form(q_BTNK, k_BGSK, layout, scale, sums, shared=prompt_of_BT is not None)
+    axis = layout.cut("sequence")[0]
+    packed, shared = segments_BT is not None, prompt_of_BT is not None
+
+    def local(q, k, v, tables, *segments):
+        q = _dealt(q, tiling, axis)
+        k, v = (_padded(of, 2, tiling.keys) for of in (k, v))
+        if packed:
+            own, of_keys, *prompts = segments
+            prompts = (_dealt(of, tiling, axis) for of in prompts)
+            segments = _dealt(own, tiling, axis), _padded(of_keys, 1, tiling.keys), *prompts
+        found = attend(q, k, v, segments if packed else None, tables)
+        return tuple(_collected(of, tiling, axis) for of in (found if sums else found[:1]))
+
+    given = (q_BTNK, k_BGSK, v_BGSH, tables) + (segments_BT,) * (2 * packed) + (prompt_of_BT,) * shared
+    if layout.mesh is None:
+        found = local(*given)
+    else:
+        spec = lambda *axes: layout.sharding(*axes).spec
+        queries, keys = spec("batch", "sequence", "tensor", None), spec("batch", "tensor", None, None)
+        of_queries = spec("batch", "sequence")
+        of_segments = (of_queries, spec("batch", None), of_queries)[: 2 * packed + shared]
+        results = (queries, spec("batch", "sequence", "tensor"))[: 1 + sums]
+        # Unchecked: a kernel does not say over which axes its result differs.
+        run = jax.shard_map(
+            local,
+            mesh=layout.mesh,
+            in_specs=(queries, keys, keys, cuts, *of_segments),
+            out_specs=results,
+            check_vma=False,
+        )
+        found = run(*given)
+    return found[0], found[1] if sums else None
+
+
+def _form(
+    q: jax.Array, k: jax.Array, layout: Layout, scale: float, sums: bool, *, shared: bool
+) -> tuple[Tiling, Callable, Any, Any]:
+    """The tiles, what attends with them on a device, and its tables with the way these are cut."""
+    B, T, N, _ = q.shape
+    parts = layout.parts("sequence")
+    if _platform(layout) == "tpu" and not shared:  # the kernel compares one number of a query with one of a key
+        from deepseek_jax.ops.kernels import splash  # Pallas is slow to import
+
+        tiling = splash.tiling(T, parts)
+        kernel = splash.kernel(tiling, N // layout.parts("tensor"), sums=sums)
+        cuts = None if layout.mesh is None else kernel.manual_sharding_spec(layout.sharding(None, "sequence"))
+        of_kernel = lambda q, k, v, segments, kernel: splash.splash_attention(kernel, q, k, v, segments, scale=scale)
+        return tiling, of_kernel, kernel, cuts
+
+    scores = -(-B // layout.parts("batch")) * -(-N // layout.parts("tensor"))
+    tiling = Tiling(T, parts, _side(-(-T // parts // (1 if parts == 1 else 2)), T, scores, _platform(layout)))
+
+    def plain(q, k, v, segments, tables):
+        at, pairs = (of[0] for of in tables)
+        return flash_attention(q, k, v, segments, at, pairs, side=tiling.side, scale=scale)
+
+    tables = tuple(map(jnp.asarray, (tiling.positions(), tiling.pairs())))
+    cut = None if layout.mesh is None else layout.sharding("sequence").spec
+    return tiling, plain, tables, (cut, cut)
+
+
+def _platform(layout: Layout) -> str:
+    """Of the devices that a layout is for; chosen before compiling, since gradients of a choice at run time keep both."""
+    return jax.default_backend() if layout.mesh is None else layout.mesh.devices.flat[0].platform
+
+
+def _side(run: int, length: int, heads: int, platform: str) -> int:
+    """Of a tile, for runs of so many queries and so many heads of sequences on a device."""
+    if run <= _SIDES[0]:
+        return run
+    if platform == "cpu":
+        return min(_SIDES, key=lambda side: (-(-run // side) * side, -side))
+    side = _SIDES[0]
+    while 2 * side * _TILES <= length and 2 * side <= run and heads * (2 * side) ** 2 <= _SCORES:
+        side *= 2
+    return side
+
+
+def _dealt(x: jax.Array, of: Tiling, axis: str) -> jax.Array:
+    """[B, rows, ...] of consecutive queries to the runs [B, chunks x padded, ...] that a device works on."""
+    if of.parts == 1:
+        return _padded(x, 1, of.padded)
+    half = -(-of.rows // 2)
+    even, odd = (_padded(part, 1, of.padded) for part in (x[:, :half], x[:, half:]))
+    even, odd = (jax.lax.ppermute(part, axis, way) for part, way in zip((even, odd), _ways(of), strict=True))
+    return jnp.concatenate(_swapped(even, odd, axis), axis=1)
+
+
+def _collected(x: jax.Array, of: Tiling, axis: str) -> jax.Array:
+    """The way back."""
+    if of.parts == 1:
+        return x[:, : of.rows]
+    half = -(-of.rows // 2)
+    even, odd = _swapped(x[:, : of.padded], x[:, of.padded :], axis)
+    back = [[(to, at) for at, to in way] for way in _ways(of)]
+    even, odd = (jax.lax.ppermute(part, axis, way) for part, way in zip((even, odd), back, strict=True))
+    return jnp.concatenate([even[:, :half], odd[:, : of.rows - half]], axis=1)
+
+
+def _ways(of: Tiling) -> list[list[tuple[int, int]]]:
+    """From where to where the even and the odd runs go: each device has one of both, before and after."""
+    owner = {run: part for part in range(of.parts) for run in of.runs_of(part)}
+    return [[(part, owner[2 * part + odd]) for part in range(of.parts)] for odd in (0, 1)]
+
+
+def _swapped(first: jax.Array, second: jax.Array, axis: str) -> tuple[jax.Array, jax.Array]:
+    """Even and odd runs to early and late ones, or back: an odd device has them the other way round."""
+    odd = jax.lax.axis_index(axis) % 2 == 1
+    return jnp.where(odd, second, first), jnp.where(odd, first, second)
+
+
+def _padded(x: jax.Array, axis: int, size: int) -> jax.Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return x if x.shape[axis] == size else jnp.pad(x, widths)

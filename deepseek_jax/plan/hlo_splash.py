@@ -1,0 +1,59 @@
+"""What jax's splash attention costs in a compiled program, whose text gives its tiles and says nothing of their cost.
+
+The mask is taken to be causal, and devices that share a sequence to see as many keys, as
+`parallel.causal_attention` deals the queries out.
+Source: the grids and index maps of jax.experimental.pallas.ops.tpu.splash_attention.
+"""
+
+import math
+import re
+
+from deepseek_jax.plan.hlo import Instruction
+
+_PASS = re.compile(r"splash_mha_(fwd|dq|dkv)")
+_SIDES = {"fwd": ("block_q", "block_kv"), "dq": ("block_q_dq", "block_kv_dq"), "dkv": ("block_q_dkv", "block_kv_dkv")}
+_Q, _K, _V = 2, 3, 4  # of the operands; before them two tables, of which tile comes next and whether it is masked
+_FUSED = 4  # results above this many, and the gradient of the queries is among them
+
+
+def pass_of(call: Instruction) -> str | None:
+    """Whether a custom call is the kernel's forward pass or one of its two backward ones; None if it is not the kernel."""
+    found = _PASS.search(call.op_name) if "tpu_custom_call" in call.rest else None
+    return found.group(1) if found else None
+
+
+def splash_flops(operands: list[Instruction], call: Instruction) -> int:
+    """Of the products of all tiles that the kernel computes, those in part behind the mask included."""
+    *lead, _, width = operands[_Q].leaves[0].dims
+    width_v = operands[_V].leaves[0].dims[-1]
+    products = {
+        "fwd": width + width_v,
+        "dq": 2 * width + width_v,
+        "dkv": 2 * width + 2 * width_v + (width if len(call.leaves) > _FUSED else 0),
+    }[pass_of(call)]
+    tiles, side_q, side_k = _tiles(operands, call)
+    return int(2 * math.prod(lead) * tiles * side_q * side_k * products)
+
+
+def splash_bytes(operands: list[Instruction], call: Instruction) -> int:
+    """Read and written: forward, keys and values come again for every tile; back, queries and what belongs to them do."""
+    tiles, side_q, side_k = _tiles(operands, call)
+    queries, keys = (operands[at].leaves[0].dims for at in (_Q, _K))
+    if pass_of(call) == "dkv":
+        again = [_Q, *(at for at in range(_V + 1, len(operands)) if len(operands[at].leaves[0].dims) > 2)]
+        times = tiles * side_q / queries[-2]
+    else:
+        again = [_K, _V]
+        times = tiles * side_k / keys[-2] * queries[-3] / keys[-3]
+    read = sum(operand.hbm_bytes * (times if at in again else 1) for at, operand in enumerate(operands))
+    return int(read) + call.hbm_bytes
+
+
+def _tiles(operands: list[Instruction], call: Instruction) -> tuple[float, int, int]:
+    """How many tiles of a head a device computes, and their sides."""
+    side_q, side_k = (
+        int(re.search(rf'\\"{name}\\": (\d+)', call.rest).group(1)) for name in _SIDES[pass_of(call)]
+    )
+    rows, keys = (operands[at].leaves[0].dims[-2] for at in (_Q, _K))
+    of_all = sum(-(-min(end, keys) // side_k) for end in range(side_q, keys + side_q, side_q))
+    return of_all * rows / keys, side_q, side_k

@@ -1,0 +1,120 @@
+"""Attention over devices gives what one device gives, forward and gradient; eight devices in a process of their own."""
+
+import re
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.ops.attention import attend, causal_mask, same_segment
+from deepseek_jax.ops.kernels import splash
+from deepseek_jax.parallel import causal_attention as module
+from deepseek_jax.parallel.causal_attention import causal_attention
+from deepseek_jax.sharding import LOCAL, Layout, make_mesh
+from tests.laws import fixture_of
+
+B, N, G, K, H = 2, 4, 2, 6, 5
+SCALE = 0.37
+
+
+def inputs(T: int, packed: bool, B: int = B):
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    ids = jnp.asarray(np.sort(rng.integers(0, 4, size=(B, T)), axis=1), jnp.int32) if packed else None
+    return (normal(B, T, N, K), normal(B, G, T, K), normal(B, G, T, H)), ids, normal(B, T, N, H)
+
+
+def plain(q, k, v, ids):
+    at = jnp.tile(jnp.arange(q.shape[1]), (q.shape[0], 1))
+    mask = causal_mask(at, at)
+    return attend(q, k, v, mask if ids is None else same_segment(mask, ids, ids), SCALE)
+
+
+def equals_all_pairs_at_once(layout: Layout, T: int, packed: bool) -> None:
+    given, ids, seed = inputs(T, packed)
+    of_layout = lambda *of: causal_attention(*of, ids, scale=SCALE, layout=layout)[0]
+    run = lambda f: jax.jit(jax.value_and_grad(lambda *of: jnp.sum(seed * f(*of)), argnums=(0, 1, 2)))(*given)
+    pairs = zip(*map(jax.tree.leaves, (run(of_layout), run(lambda *of: plain(*of, ids)))), strict=True)
+    for name, (got, wanted) in zip(("y", "d q", "d k", "d v"), pairs, strict=True):
+        message = f"{name}, {T} tokens, packed {packed}, {layout.mesh}"
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=2e-5, err_msg=message)
+    out = jax.jit(lambda *of: causal_attention(*of, ids, scale=SCALE, layout=layout, sums=True)[0])(*given)
+    np.testing.assert_allclose(out, plain(*given, ids), rtol=1e-4, atol=1e-5)
+
+
+def on_mesh(**sizes: int) -> Layout:
+    return Layout(mesh=make_mesh(**sizes))
+
+
+# --- laws for eight devices ----------------------------------------------------------------------
+
+
+def devices_that_share_nothing_equal_all_pairs_at_once():
+    equals_all_pairs_at_once(Layout(mesh=make_mesh(jax.devices()[:4], expert=2, tensor=2)), 16, True)
+
+
+def devices_that_share_a_sequence_equal_all_pairs_at_once():
+    """Runs that are whole tiles, that are not, of unequal lengths, and one of them empty."""
+    for sizes, T in (({"context": 4, "tensor": 2}, 24), ({"context": 2, "fsdp": 2, "tensor": 2}, 300)):
+        for packed in (False, True):
+            equals_all_pairs_at_once(on_mesh(**sizes), T, packed)
+    equals_all_pairs_at_once(on_mesh(context=8), 24, True)
+    equals_all_pairs_at_once(on_mesh(context=8), 8, False)
+
+
+def a_shared_sequence_costs_a_device_half_of_its_rows():
+    """Of the loop over tiles every device turns as often: half as often as to meet all keys, and half a tile a row."""
+    layout, T = on_mesh(context=4, tensor=2), 4096
+    shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
+    given = shape(1, T, 2, 8), shape(1, 2, T, 8), shape(1, 2, T, 8)
+    run = jax.jit(lambda *of: causal_attention(*of, None, scale=SCALE, layout=layout)[0])
+    [turns] = re.findall(r'"known_trip_count":\{"n":"(\d+)"', run.lower(*given).compile().as_text())
+    assert int(turns) == (T // 4 // 128) * (T // 128 + 1) // 2
+
+
+def the_kernel_on_a_mesh_equals_all_pairs_at_once():
+    """As on TPUs, on a model of one: every device has its part of the kernel's tables."""
+    real = splash.kernel
+    kernel = lambda *of, **options: real(*of, **options, interpret=True)
+    with mock.patch.object(splash, "kernel", kernel), mock.patch.object(module, "_platform", lambda layout: "tpu"):
+        equals_all_pairs_at_once(on_mesh(context=2, tensor=2, data=2), 300, True)
+
+
+LAWS = (
+    devices_that_share_nothing_equal_all_pairs_at_once,
+    devices_that_share_a_sequence_equal_all_pairs_at_once,
+    a_shared_sequence_costs_a_device_half_of_its_rows,
+)
+SLOW = (the_kernel_on_a_mesh_equals_all_pairs_at_once,)
+found = fixture_of(LAWS)
+found_slow = fixture_of(SLOW)
+
+
+@pytest.mark.parametrize("law", [law.__name__ for law in LAWS])
+def test_law(law, found):
+    assert not found[law], found[law]
+
+
+@pytest.mark.slow
+def test_the_kernel_on_a_mesh(found_slow):
+    assert not any(found_slow.values()), found_slow
+
+
+# --- one device ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("T", [1, 7, 128, 200])
+def test_any_length_equals_all_pairs_at_once(T):
+    equals_all_pairs_at_once(LOCAL, T, packed=T == 200)
+
+
+@pytest.mark.parametrize(
+    "platform, run, length, side",
+    [("cpu", 100, 100, 100), ("cpu", 1024, 1024, 128), ("cpu", 200, 200, 128), ("cpu", 160, 160, 96)]
+    + [("gpu", 4096, 4096, 512), ("gpu", 512, 4096, 512), ("gpu", 256, 4096, 256), ("gpu", 1000, 1000, 128)],
+)
+def test_tiles_suit_what_holds_them(platform, run, length, side):
+    """A CPU's caches; elsewhere an eighth of the sequence, and no more than a run."""
+    assert module._side(run, length, 8, platform) == side
