@@ -1,4 +1,4 @@
-"""How long attention of whole sequences takes on this machine, by tiles and with all pairs of queries and keys at once."""
+"""How long attention of whole sequences takes here, by tiles and with all pairs of queries and keys at once."""
 
 if __name__ == "__main__":
     from deepseek_jax.interrupt import end_at_once

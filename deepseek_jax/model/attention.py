@@ -126,9 +126,8 @@ class LatentAttention(nnx.Module):
         if pool is None and self._chooses_among(k.shape[2]):
             out = self._chosen(q, k, v, index, new.index, step)
             return self._output(checkpoint_name(out, ATTENTION)), pool
-        place = {"scale": self.scale, "layout": self.layout}
-        segments = step.segments_BT, step.prompt_of_BT
-        out, log_sum = causal_attention(q, k, v, *segments, sums=pool is not None, **place)
+        place = {"scale": self.scale, "layout": self.layout, "prompt_of_BT": step.prompt_of_BT}
+        out, log_sum = causal_attention(q, k, v, step.segments_BT, sums=pool is not None, **place)
         if pool is not None:
             out = over_pool(q, (out, log_sum), step.view, of_pool, pool, self.scale)
         return self._output(out), pool
@@ -230,9 +229,8 @@ class GroupedAttention(nnx.Module):
         if pool is not None:
             pool = write(pool, new, step.view, layer_idx, self.layout)
             new = pool.as_kept(new)
-        place = {"scale": self.scale, "layout": self.layout}
-        segments = step.segments_BT, step.prompt_of_BT
-        out, log_sum = causal_attention(q, *new[:2], *segments, sums=pool is not None, **place)
+        place = {"scale": self.scale, "layout": self.layout, "prompt_of_BT": step.prompt_of_BT}
+        out, log_sum = causal_attention(q, *new[:2], step.segments_BT, sums=pool is not None, **place)
         if pool is not None:
             of_pool = lambda first: read_blocks(pool, step.view, layer_idx, first, new.k.dtype, self.layout)[:2]
             out = over_pool(q, (out, log_sum), step.view, of_pool, pool, self.scale)

@@ -134,7 +134,7 @@ def flash_attention(
         In the dtype of v; and float32, the logarithm of the sum of exp(score) over the keys that a query sees.
     """
     B, T, N, _ = q.shape
-    G, H = k.shape[1], v.shape[-1]
+    G = k.shape[1]
     cut = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], -1, side, x.shape[-1]), 2, 0)
     by_tile = lambda x: jnp.moveaxis(x.reshape(B, -1, side), 1, 0)
     queries = jnp.transpose(q.reshape(B, T // side, side, G, N // G, -1), (1, 0, 3, 4, 2, 5))

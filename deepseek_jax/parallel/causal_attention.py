@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.ops.flash_attention import Tiling, flash_attention
+from deepseek_jax.ops.attention import attend, causal_rows, same_segment
+from deepseek_jax.ops.flash_attention import ATTENTION, Tiling, flash_attention
 from deepseek_jax.sharding import Layout
 
+_ALL_PAIRS = 256  # tokens of a sequence at most; a CPU takes longer for value and gradients by tiles
 _SIDES = (128, 96, 64)  # of a tile on a CPU, whose caches hold its scores
 _TILES = 8  # along a sequence elsewhere; 9/16 of all pairs then meet
 _SCORES = 2**27  # of a tile at most
@@ -23,63 +25,64 @@ def causal_attention(
     k_BGSK: jax.Array,
     v_BGSH: jax.Array,
     segments_BT: jax.Array | None,
-    prompt_of_BT: jax.Array | None = None,
     *,
     scale: float,
     layout: Layout,
+    prompt_of_BT: jax.Array | None = None,
     sums: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Attention of every token of a sequence over those up to it, of its own segment; no T x T array exists.
 
-    On TPU jax's kernel (`ops.kernels.splash`), elsewhere, and where samples share prompts, `ops.flash_attention`.
+    On TPU jax's kernel (`ops.kernels.splash`), elsewhere, and where samples share prompts, `ops.flash_attention`, and
+    for short sequences all pairs.
 
     Args:
         q_BTNK: queries, from position 0; B is cut by "batch", T by "sequence", N by "tensor".
         k_BGSK: keys of the same tokens, head-major.
         v_BGSH: values, likewise.
         segments_BT: int32, the numbers of packed samples; None where every row is one.
-        prompt_of_BT: int32, the numbers of the segments with their prompts, which they see too (`model.decoder`); None
-            where samples share none.
         scale: of the scores.
         layout: whose mesh, if there is one, divides these.
+        prompt_of_BT: int32, the numbers of the segments with their prompts, which they see too (`model.decoder`); None
+            where samples share none.
         sums: whether to return the logarithms of the softmax's sums; then it has no gradient.
 
     Returns:
         [B, T, N, H] in the dtype of v; and those logarithms, float32 [B, T, N], or None.
     """
-    tiling, attend, tables, cuts = _form(q_BTNK, k_BGSK, layout, scale, sums, shared=prompt_of_BT is not None)
+    T = q_BTNK.shape[1]
+    if T <= _ALL_PAIRS and layout.parts("sequence") == 1 and not sums and _platform(layout) != "tpu":
+        mask = causal_rows(jnp.arange(T), T, q_BTNK.shape[0])
+        mask = mask if segments_BT is None else same_segment(mask, segments_BT, segments_BT, prompt_of_BT)
+        return checkpoint_name(attend(q_BTNK, k_BGSK, v_BGSH, mask, scale), ATTENTION), None
+    tiling, attend_tiles, tables, cuts = _form(q_BTNK, k_BGSK, layout, scale, sums, shared=prompt_of_BT is not None)
     axis = layout.cut("sequence")[0]
-    packed, shared = segments_BT is not None, prompt_of_BT is not None
 
-    def local(q, k, v, tables, *segments):
+    def local(tables, q, k, v, segments=None, of_keys=None, *prompt_of):
         q = _dealt(q, tiling, axis)
         k, v = (_padded(of, 2, tiling.keys) for of in (k, v))
-        if packed:
-            own, of_keys, *prompts = segments
-            prompts = (_dealt(of, tiling, axis) for of in prompts)
-            segments = _dealt(own, tiling, axis), _padded(of_keys, 1, tiling.keys), *prompts
-        found = attend(q, k, v, segments if packed else None, tables)
-        return tuple(_collected(of, tiling, axis) for of in (found if sums else found[:1]))
+        if segments is not None:
+            prompt_of = (_dealt(of, tiling, axis) for of in prompt_of)
+            segments = _dealt(segments, tiling, axis), _padded(of_keys, 1, tiling.keys), *prompt_of
+        return tuple(_collected(of, tiling, axis) for of in attend_tiles(q, k, v, segments, tables)[: 1 + sums])
 
-    given = (q_BTNK, k_BGSK, v_BGSH, tables) + (segments_BT,) * (2 * packed) + (prompt_of_BT,) * shared
-    if layout.mesh is None:
-        found = local(*given)
-    else:
-        spec = lambda *axes: layout.sharding(*axes).spec
-        queries, keys = spec("batch", "sequence", "tensor", None), spec("batch", "tensor", None, None)
-        of_queries = spec("batch", "sequence")
-        of_segments = (of_queries, spec("batch", None), of_queries)[: 2 * packed + shared]
-        results = (queries, spec("batch", "sequence", "tensor"))[: 1 + sums]
-        # Unchecked: a kernel does not say over which axes its result differs.
-        run = jax.shard_map(
-            local,
-            mesh=layout.mesh,
-            in_specs=(queries, keys, keys, cuts, *of_segments),
-            out_specs=results,
-            check_vma=False,
-        )
-        found = run(*given)
-    return found[0], found[1] if sums else None
+    packed = () if segments_BT is None else (segments_BT, segments_BT)
+    packed += () if prompt_of_BT is None else (prompt_of_BT,)
+    run = local if layout.mesh is None else _on_mesh(local, layout, cuts, segments=len(packed), sums=sums)
+    out, *log_sum = run(tables, q_BTNK, k_BGSK, v_BGSH, *packed)
+    return out, log_sum[0] if sums else None
+
+
+def _on_mesh(local: Callable, layout: Layout, cuts: Any, *, segments: int, sums: bool) -> Callable:
+    """Each device with its own part of the arguments, so many arrays of segments' numbers among them."""
+    spec = lambda *axes: layout.sharding(*axes).spec
+    queries, keys = spec("batch", "sequence", "tensor", None), spec("batch", "tensor", None, None)
+    of_queries = spec("batch", "sequence")
+    numbers = (of_queries, spec("batch", None), of_queries)[:segments]
+    results = (queries, spec("batch", "sequence", "tensor"))[: 1 + sums]
+    given = (cuts, queries, keys, keys, *numbers)
+    # Unchecked: a kernel does not say over which axes its result differs.
+    return jax.shard_map(local, mesh=layout.mesh, in_specs=given, out_specs=results, check_vma=False)
 
 
 def _form(
@@ -110,7 +113,7 @@ def _form(
 
 
 def _platform(layout: Layout) -> str:
-    """Of the devices that a layout is for; chosen before compiling, since gradients of a choice at run time keep both."""
+    """Of a layout's devices, before compiling: the gradient of a choice made later would keep what both sides do."""
     return jax.default_backend() if layout.mesh is None else layout.mesh.devices.flat[0].platform
 
 

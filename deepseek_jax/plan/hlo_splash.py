@@ -17,7 +17,7 @@ _FUSED = 4  # results above this many, and the gradient of the queries is among 
 
 
 def pass_of(call: Instruction) -> str | None:
-    """Whether a custom call is the kernel's forward pass or one of its two backward ones; None if it is not the kernel."""
+    """Which pass of the kernel a custom call is, forward or one of two backward; None if it is another kernel."""
     found = _PASS.search(call.op_name) if "tpu_custom_call" in call.rest else None
     return found.group(1) if found else None
 
@@ -36,7 +36,7 @@ def splash_flops(operands: list[Instruction], call: Instruction) -> int:
 
 
 def splash_bytes(operands: list[Instruction], call: Instruction) -> int:
-    """Read and written: forward, keys and values come again for every tile; back, queries and what belongs to them do."""
+    """Forward, keys and values are read for every tile; for their gradients, queries and what belongs to them are."""
     tiles, side_q, side_k = _tiles(operands, call)
     queries, keys = (operands[at].leaves[0].dims for at in (_Q, _K))
     if pass_of(call) == "dkv":
@@ -51,9 +51,7 @@ def splash_bytes(operands: list[Instruction], call: Instruction) -> int:
 
 def _tiles(operands: list[Instruction], call: Instruction) -> tuple[float, int, int]:
     """How many tiles of a head a device computes, and their sides."""
-    side_q, side_k = (
-        int(re.search(rf'\\"{name}\\": (\d+)', call.rest).group(1)) for name in _SIDES[pass_of(call)]
-    )
+    side_q, side_k = (int(re.search(rf'\\"{name}\\": (\d+)', call.rest).group(1)) for name in _SIDES[pass_of(call)])
     rows, keys = (operands[at].leaves[0].dims[-2] for at in (_Q, _K))
     of_all = sum(-(-min(end, keys) // side_k) for end in range(side_q, keys + side_q, side_q))
     return of_all * rows / keys, side_q, side_k

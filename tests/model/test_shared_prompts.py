@@ -8,6 +8,7 @@ import pytest
 
 from deepseek_jax.ops import attention
 from deepseek_jax.ops.attention import positions_within, same_segment
+from deepseek_jax.parallel import causal_attention
 from deepseek_jax.sharding import LOCAL, Layout
 from tests.model.test_packing import CONFIGS, Texts, same, scored
 
@@ -101,8 +102,10 @@ def test_samples_behind_one_prompt_are_samples_behind_their_own(kind, layout, bl
     In load and balance a prompt's token counts once for each of its samples that count.
     """
     wanted = alone(kind)
-    if blocks:  # two queries at a time
+    if blocks:  # two queries at a time where keys are chosen, else tiles of eight
         monkeypatch.setattr(attention, "_SCORES_AT_ONCE", 2 * len(ROWS) * CONFIGS[kind].num_attention_heads * WIDTH)
+        monkeypatch.setattr(causal_attention, "_ALL_PAIRS", 0)
+        monkeypatch.setattr(causal_attention, "_SIDES", (8,))
     same(in_shared_rows(kind, layout), wanted)
     assert np.abs(wanted["logprobs"]).max() > 2  # and they say something
 

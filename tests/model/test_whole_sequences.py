@@ -56,8 +56,11 @@ def require_equal(found, wanted):
         np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5 * max(1.0, float(jnp.abs(want).max())))
 
 
-@pytest.mark.parametrize("kind, packed, remat", [("mla", True, "nothing"), ("gqa", False, "nothing"), ("mla", False, "layers")])
+@pytest.mark.parametrize(
+    "kind, packed, remat", [("mla", True, "nothing"), ("gqa", False, "nothing"), ("mla", False, "layers")]
+)
 def test_loss_and_gradients_are_those_of_all_pairs(kind, packed, remat, monkeypatch):
+    monkeypatch.setattr(forms, "_ALL_PAIRS", 0)
     layout = Layout(remat=remat)
     found = loss_and_gradients(kind, packed=packed, layout=layout)
     monkeypatch.setattr(module, "causal_attention", all_pairs)
@@ -67,7 +70,7 @@ def test_loss_and_gradients_are_those_of_all_pairs(kind, packed, remat, monkeypa
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, packed", [("mla", True), ("gqa", False)])
 def test_loss_and_gradients_are_those_of_the_kernel_for_tpus(kind, packed, monkeypatch):
-    found = loss_and_gradients(kind, packed=packed)
+    found = loss_and_gradients(kind, packed=packed)  # of all pairs, which are few
     real = splash.kernel
     monkeypatch.setattr(splash, "kernel", lambda *of, **options: real(*of, **options, interpret=True))
     monkeypatch.setattr(forms, "_platform", lambda layout: "tpu")
@@ -76,6 +79,8 @@ def test_loss_and_gradients_are_those_of_the_kernel_for_tpus(kind, packed, monke
 
 def test_what_is_kept_of_a_layer_has_no_scores(monkeypatch):
     """With `all_but_attention` the backward pass gets result and logarithms, and computes no softmax forward again."""
+
+    monkeypatch.setattr(forms, "_ALL_PAIRS", 0)
 
     def turns(remat):
         config = dataclasses.replace(QWEN2, vocab_size=40, num_hidden_layers=1)

@@ -128,7 +128,9 @@ def test_the_logarithm_of_the_sum_has_its_gradient():
         positions = jnp.tile(jnp.arange(8), (2, 1))
         mask = same_segment(causal_mask(positions, positions), jnp.asarray(ids), jnp.asarray(ids))
         scores = jnp.einsum("btnk,bnsk->bnts", q, jnp.repeat(k, 2, axis=1)) * SCALE
-        return jnp.sum(weight * jnp.moveaxis(jax.nn.logsumexp(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1), 1, 2))
+        return jnp.sum(
+            weight * jnp.moveaxis(jax.nn.logsumexp(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1), 1, 2)
+        )
 
     given = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
     run = lambda f: jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(*given)
@@ -198,7 +200,9 @@ def test_the_kernel_gives_the_logarithms_of_the_sums():
     q, k, v, ids, seed = inputs(128, B=1)
     kernel = splash.kernel(splash.tiling(128, 1), 4, sums=True, interpret=True)
     given = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
-    out, log_sum = jax.jit(lambda *of: splash.splash_attention(kernel, *of, (jnp.asarray(ids),) * 2, scale=SCALE))(*given)
+    out, log_sum = jax.jit(lambda *of: splash.splash_attention(kernel, *of, (jnp.asarray(ids),) * 2, scale=SCALE))(
+        *given
+    )
     assert max(worst((out, log_sum), exact(q, k, v, ids, seed)[:2])) < 1e-5
 
 
@@ -208,6 +212,6 @@ def test_the_kernel_gives_the_logarithms_of_the_sums():
 )
 def test_the_queries_gradient_is_left_in_eight_parts_at_most(length, parts, side, fused):
     of = splash.tiling(length, parts)
-    blocks = splash.kernel(of, 1).kwargs["block_sizes"]
+    blocks = splash.blocks(of)
     assert of.side == side and blocks.use_fused_bwd_kernel == (fused is not None)
     assert blocks.block_kv_dkv == (fused or side)

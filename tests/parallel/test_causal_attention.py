@@ -1,17 +1,27 @@
-"""Attention over devices gives what one device gives, forward and gradient; eight devices in a process of their own."""
+"""Attention over devices gives what one device gives, forward and gradient; eight devices in a process of their own.
 
+Compiled for TPUs that are not there, in a process of its own, it costs the tiles that the mask leaves.
+"""
+
+import os
 import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
 from deepseek_jax.ops.attention import attend, causal_mask, same_segment
 from deepseek_jax.ops.kernels import splash
 from deepseek_jax.parallel import causal_attention as module
 from deepseek_jax.parallel.causal_attention import causal_attention
+from deepseek_jax.plan.cost_analysis import cost_analysis
 from deepseek_jax.sharding import LOCAL, Layout, make_mesh
 from tests.laws import fixture_of
 
@@ -52,7 +62,7 @@ def on_mesh(**sizes: int) -> Layout:
 
 
 def devices_that_share_nothing_equal_all_pairs_at_once():
-    equals_all_pairs_at_once(Layout(mesh=make_mesh(jax.devices()[:4], expert=2, tensor=2)), 16, True)
+    equals_all_pairs_at_once(Layout(mesh=make_mesh(jax.devices()[:4], expert=2, tensor=2)), 300, True)
 
 
 def devices_that_share_a_sequence_equal_all_pairs_at_once():
@@ -105,9 +115,9 @@ def test_the_kernel_on_a_mesh(found_slow):
 # --- one device ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("T", [1, 7, 128, 200])
+@pytest.mark.parametrize("T", [1, 7, 256, 257, 400])
 def test_any_length_equals_all_pairs_at_once(T):
-    equals_all_pairs_at_once(LOCAL, T, packed=T == 200)
+    equals_all_pairs_at_once(LOCAL, T, packed=T > 256)
 
 
 @pytest.mark.parametrize(
@@ -118,3 +128,50 @@ def test_any_length_equals_all_pairs_at_once(T):
 def test_tiles_suit_what_holds_them(platform, run, length, side):
     """A CPU's caches; elsewhere an eighth of the sequence, and no more than a run."""
     assert module._side(run, length, 8, platform) == side
+
+
+# --- TPUs ----------------------------------------------------------------------------------------
+
+
+def pairs_met(length: int, keys: int) -> int:
+    """In tiles of 512 queries and so many keys that the mask leaves."""
+    return sum(-(-end // keys) * keys * 512 for end in range(512, length + 512, 512))
+
+
+def updates_cost_the_tiles_that_meet(topology: str) -> None:
+    """R1's widths, on devices with sequences of their own and that share one; long ones, and Qwen's grouped heads."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    for T, K, H, N, G, context in ((4096, 192, 128, 4, 4, 1), (4096, 192, 128, 4, 4, 4), (16384, 128, 128, 4, 2, 1)):
+        layout = Layout(mesh=make_mesh(devices, context=context, data=len(devices) // context))
+        B = len(devices) // context
+        shaped = lambda dims, *axes, layout=layout, dtype="bfloat16": jax.ShapeDtypeStruct(
+            dims, dtype, sharding=layout.sharding(*axes)
+        )
+        q = shaped((B, T, N, K), "batch", "sequence", None, None)
+        k, v = (shaped((B, G, T, width), "batch", None, None, None) for width in (K, H))
+        ids = shaped((B, T), "batch", "sequence", dtype="int32")
+
+        def loss(q, k, v, ids, layout=layout):
+            return jnp.sum(causal_attention(q, k, v, ids, scale=SCALE, layout=layout)[0].astype(jnp.float32) ** 2)
+
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v, ids).compile()
+        found = cost_analysis(compiled.as_text(), layout.mesh.shape)
+        wide = 512 if T == 4096 else 2048
+        wanted = 2 * N / context * (pairs_met(T, 512) * (K + H) + pairs_met(T, wide) * (3 * K + 2 * H))
+        assert found.unknown_kernels == () and found.flops == wanted, (found.flops, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_compiles_for_tpus(topology):
+    if find_spec("libtpu") is None:
+        pytest.skip("needs the TPU compiler: pip install -e '.[pod]'")
+    # there is no TPU to look for or to share
+    no_tpu = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    path = os.pathsep.join(filter(None, (str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH"))))
+    code = (
+        f"from tests.parallel import test_causal_attention as laws; laws.updates_cost_the_tiles_that_meet({topology!r})"
+    )
+    environment = {**os.environ, **no_tpu, "PYTHONPATH": path}
+    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
+    assert child.returncode == 0, child.stderr

@@ -273,7 +273,8 @@ def of_kernel(result: str, operands: str, name: str, sides: str) -> str:
 @pytest.mark.parametrize("rows, share", [(4096, 1), (1024, 4)])
 def test_the_kernel_of_whole_sequences_costs_the_tiles_that_the_mask_leaves(rows, share):
     """36 of 64 tiles of 512: of as many, keys and values come again; a quarter of each where four share a sequence."""
-    inputs = f"s8[1,8,8]{{2,1,0}} s8[1,8,8]{{2,1,0}} bf16[4,{rows},192]{{2,1,0}} bf16[2,4096,192]{{2,1,0}} bf16[2,4096,128]{{2,1,0}}"
+    tables, keys = "s8[1,8,8]{2,1,0} s8[1,8,8]{2,1,0}", "bf16[2,4096,192]{2,1,0} bf16[2,4096,128]{2,1,0}"
+    inputs = f"{tables} bf16[4,{rows},192]{{2,1,0}} {keys}"
     out = f"bf16[4,{rows},128]{{2,1,0}}"
     found = cost_analysis(of_kernel(out, inputs, "fwd", "block_q=512 block_kv=512 block_q_dkv=256"), MESH)
     tiles = 36 / share
@@ -301,12 +302,10 @@ def test_the_kernel_of_the_gradients_reads_queries_for_every_tile(fused):
 
 
 def test_a_choice_that_a_fresh_prompt_lacks_costs_what_it_does_without():
-    sides = "".join(
-        f"%{name} (x_{name}: f32[64,64]) -> f32[64,64] {{\n  %x_{name} = f32[64,64]{{1,0}} parameter(0)\n  {root}\n}}\n\n"
-        for name, root in (
-            ("more", "ROOT %d = f32[64,64]{1,0} dot(%x_more, %x_more), lhs_contracting_dims={1}, rhs_contracting_dims={0}"),
-            ("none", "ROOT %b = f32[64,64]{1,0} bitcast(%x_none)"),
-        )
+    product = "dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    side = lambda name, root: (
+        f"%{name} (x: f32[64,64]) -> f32[64,64] {{\n  %x = f32[64,64]{{1,0}} parameter(0)\n"
+        f"  ROOT %r = f32[64,64]{{1,0}} {root}\n}}\n\n"
     )
     choice = lambda scope: program(
         "p: pred[], a: f32[64,64]",
@@ -314,7 +313,7 @@ def test_a_choice_that_a_fresh_prompt_lacks_costs_what_it_does_without():
         "%a = f32[64,64]{1,0} parameter(1)",
         "ROOT %c = f32[64,64]{1,0} conditional(%p, %a, %a), true_computation=%more, false_computation=%none, "
         f'metadata={{op_name="jit(f)/{scope}/cond"}}',
-        before=sides,
+        before=side("more", product) + side("none", "bitcast(%x)"),
     )
     assert cost_analysis(choice("attention"), MESH).flops == 2 * 64**3
     assert cost_analysis(choice("attention/earlier_blocks"), MESH).flops == 0

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
 
@@ -43,20 +44,21 @@ def kernel(of: Tiling, heads: int, *, sums: bool = False, interpret: bool = Fals
     positions = of.positions()
     mask = splash.CausalMask((positions.size, of.keys))
     mask.q_sequence = positions.reshape(-1)
-    # under a trace these would be its constants, and could not be kept
-    with jax.ensure_compile_time_eval():
-        return splash.make_splash_mha(
+    with jax.ensure_compile_time_eval():  # its tables would be a trace's own, and could not be kept
+        made = splash.make_splash_mha(
             splash.MultiHeadMask([mask] * heads),
-            block_sizes=_blocks(of),
+            block_sizes=blocks(of),
             head_shards=1,
             q_seq_shards=of.parts,
             save_residuals=sums,
             residual_checkpoint_name=ATTENTION,
             interpret=interpret,
         )
+    return jax.tree.map(np.asarray, made)  # on no device
 
 
-def _blocks(of: Tiling) -> splash.BlockSizes:
+def blocks(of: Tiling) -> splash.BlockSizes:
+    """Sizes of blocks, forward as the tiles are, and for the gradients wide enough to leave few parts."""
     side = of.side
     wide = side
     while wide < _MOST_KEYS and of.keys // wide > _PARTS and of.keys % (2 * wide) == 0:
