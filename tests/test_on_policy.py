@@ -28,6 +28,7 @@ from deepseek_jax.model.scoring import Scored, check_routes, score
 from deepseek_jax.sharding import LOCAL, Layout, make_mesh
 from tests.laws import fixture_of
 from tests.model import test_packing as packing
+from tests.model import test_shared_prompts as sharing
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -245,7 +246,23 @@ def a_packed_batch_on_a_mesh_is_its_samples_one_a_row():
         packing.same(packing.in_rows(kind, Layout(mesh=make_mesh(**sizes), **further)), packing.alone(kind))
 
 
-LAWS = [on_a_mesh_the_sampler_is_the_trainer, a_packed_batch_on_a_mesh_is_its_samples_one_a_row]
+def samples_behind_one_prompt_on_a_mesh_are_samples_behind_their_own():
+    """The same, where the samples of a group share a prompt; rows are filled up with empty ones."""
+    for kind, sizes, further, alone_scored in (
+        ("mla", {"fsdp": 2, "expert": 2, "context": 2}, {"scan_layers": True, "remat": "layers"}, False),
+        ("sparse", {"data": 2, "context": 2, "tensor": 2}, {"remat": "all_but_attention"}, False),
+        ("gqa", {"data": 4, "tensor": 2}, {"scan_layers": True}, True),
+    ):
+        layout = Layout(mesh=make_mesh(**sizes), **further)
+        drawn = {"drawn_BU": sharing.drawn()} if alone_scored else {}
+        sharing.same(sharing.in_shared_rows(kind, layout, **drawn), sharing.alone(kind))
+
+
+LAWS = [
+    on_a_mesh_the_sampler_is_the_trainer,
+    a_packed_batch_on_a_mesh_is_its_samples_one_a_row,
+    samples_behind_one_prompt_on_a_mesh_are_samples_behind_their_own,
+]
 
 
 of_laws = fixture_of(LAWS)

@@ -6,6 +6,7 @@ if __name__ == "__main__":
     end_at_once()
 
 import dataclasses
+import itertools
 import statistics
 import tempfile
 import time
@@ -28,13 +29,15 @@ from deepseek_jax.cli import run
 from deepseek_jax.config import preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.data.examples import Prompt
+from deepseek_jax.generation.completion import Completion
 from deepseek_jax.generation.generator import Generator
 from deepseek_jax.model.decoder import Decoder, split
 from deepseek_jax.ops.logprobs import logprobs_of_logits, token_logprobs
 from deepseek_jax.rewards.combine import combine
-from deepseek_jax.rl.batch import Batch
+from deepseek_jax.rl.batch import Batch, make_batch, pack
 from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.rl.objective import frozen_scores, grpo_objective
+from deepseek_jax.rl.shared_rows import shared_shape, work_of
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.grpo import GRPOTrainer
 from deepseek_jax.train.grpo_config import GRPOConfig
@@ -60,8 +63,10 @@ def step(
     prompts: int = 2,
     group_size: int = 8,
     tokens: int = 64,
+    prompt_tokens: int | None = None,
     rounds: int = 5,
     kl: float = 0.0,
+    share_prompts: bool = True,
     experts: int | None = None,
 ) -> None:
     """Seconds of a whole GRPO step (sampling, reward, update) beside TRL's GRPOTrainer on the same weights, float32.
@@ -74,7 +79,9 @@ def step(
         prompts: questions a step.
         group_size: samples a question.
         tokens: new tokens a sample.
+        prompt_tokens: tokens that questions are repeated to; None leaves them as they are, of a few.
         rounds: timed pairs; one pair before them is not counted.
+        share_prompts: as of the train command.
         kl: weight of the KL term; 0 spares both the reference model.
         experts: routed experts of the tiny model, 8 of them a token in 8 groups, as in R1 with its 256; None is the
             preset.
@@ -85,12 +92,35 @@ def step(
         folder = model or _tiny(Path(name) / "model", experts)
         texts = ["12+34=?", "5+6+7+8=?"] if model is None else ["A train leaves the", "Four friends share"]
         texts = [texts[place % 2] for place in range(prompts)]
-        ours = _our_step(folder, texts, group_size, tokens, kl)
+        if prompt_tokens is not None:
+            texts = [_repeated(text, prompt_tokens, Tokenizer.from_folder(folder)) for text in texts]
+        seconds: list[tuple[float, float]] = []
+        ours = _our_step(folder, texts, group_size, tokens, kl, share_prompts, seconds)
         times = _beside_trl(folder, texts, group_size, tokens, kl, rounds, ours, Path(name))
     _print_pair("step", times, ("deepseek_jax", "TRL"))
+    sampling, update = (statistics.median(part) for part in zip(*seconds[1:], strict=True))
+    print(f"of ours {sampling:.3f} s are sampling and reward, {update:.3f} s the update")
 
 
-def _our_step(folder: Path, texts: Sequence[str], group_size: int, tokens: int, kl: float) -> Callable[[], None]:
+def _repeated(text: str, tokens: int, tokenizer: Tokenizer) -> str:
+    """Its words again and again, until there are so many tokens."""
+    words = itertools.cycle(text.split())
+    repeated = next(words)
+    while len(tokenizer.encode(repeated, add_bos=False)) < tokens:
+        repeated += " " + next(words)
+    return repeated
+
+
+def _our_step(
+    folder: Path,
+    texts: Sequence[str],
+    group_size: int,
+    tokens: int,
+    kl: float,
+    share_prompts: bool,
+    seconds: list[tuple[float, float]],
+) -> Callable[[], None]:
+    """A step, which notes the seconds of its sampling and of its update."""
     model, tokenizer = load_model(folder), Tokenizer.from_folder(folder)
     config = GRPOConfig(
         steps=100,
@@ -101,6 +131,7 @@ def _our_step(folder: Path, texts: Sequence[str], group_size: int, tokens: int, 
         lr=1e-6,
         balance_alpha=0.0,
         bias_gamma=0.0,
+        share_prompts=share_prompts,
     )
     asked = [Prompt(text, tokenizer.encode(text, add_bos=False), {}) for text in texts]
     width = max(len(p.tokens) for p in asked) + tokens - 1
@@ -115,6 +146,7 @@ def _our_step(folder: Path, texts: Sequence[str], group_size: int, tokens: int, 
     def one() -> None:
         learned = trainer.step(held[0], lambda: asked, 0)
         assert all(len(c.tokens) == tokens for c in learned.rollout.completions)
+        seconds.append((learned.metrics["rollout_time"], learned.metrics["update_time"]))
         held[0] = jax.block_until_ready(learned.state)
 
     return one
@@ -190,6 +222,63 @@ def _tiny(folder: Path, experts: int | None) -> Path:
     graphdef, weights = split(Decoder(config, rngs=nnx.Rngs(0)))
     save_model(Model(config, graphdef, weights), folder, tokenizer=tokenizer.files)
     return folder
+
+
+def prompts(
+    model: Path | None = None,
+    /,
+    *,
+    questions: int = 2,
+    group_size: int = 8,
+    tokens: int = 64,
+    prompt_tokens: int = 512,
+    rounds: int = 3,
+) -> None:
+    """FLOPs and seconds of an update whose samples share prompts beside one whose samples have one each.
+
+    The compiler counts FLOPs, where it knows how often loops turn, as it does on a CPU of short rows.
+
+    Args:
+        model: Hugging Face folder; without it the preset `tiny`.
+        questions: of the update.
+        group_size: samples a question.
+        tokens: new tokens a sample.
+        prompt_tokens: of each question.
+        rounds: timed pairs; one pair before them is not counted. 0 times none.
+    """
+    if model is None:
+        config = preset("tiny")
+        graphdef, weights = split(Decoder(config, rngs=nnx.Rngs(0)))
+    else:
+        config, graphdef, weights = load_model(model)
+    rng = np.random.default_rng(0)
+    draw = lambda count: rng.integers(0, config.vocab_size, count, dtype=np.int32)
+    old = np.full(tokens, -np.log(config.vocab_size), np.float32)
+    drawn = [Completion(draw(tokens), old, True) for _ in range(questions * group_size)]
+    asked = [draw(prompt_tokens) for _ in range(questions)]
+    samples = [of for of in asked for _ in range(group_size)], drawn, rng.normal(size=len(drawn)).astype(np.float32)
+    shape = {"groups": questions, "group_size": group_size, "prompt": prompt_tokens, "completion": tokens}
+    rows = shared_shape(work_of(config), **shape, width_of=8)
+    sharing = {"width": rows.width, "per_row": rows.per_row, "rows_of": rows.rows, "share_prompts": True}
+    batches = {"shared": pack(*samples, **sharing), "apart": make_batch(*samples, width=prompt_tokens - 1 + tokens)}
+    objective = partial(grpo_objective, config=GRPOLossConfig(beta=0.0), temperature=1.0)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-6, warmup_steps=1), 1000)
+    update = make_train_step(graphdef, objective, optimizer, StepConfig())
+    held, metrics = dict.fromkeys(batches), {}
+    print("| prompts | rows x columns | GFLOPs of an update |\n|---|---|---|")
+    for name, batch in batches.items():
+        held[name] = init_state(weights, optimizer)
+        found = update.lower(held[name], batch).compile().cost_analysis()
+        print(f"| {name} | {' x '.join(map(str, batch.mask_BT.shape))} | {found['flops'] / 1e9:.1f} |", flush=True)
+
+    def run_one(name: str) -> None:
+        held[name], found = jax.block_until_ready(update(held[name], batches[name]))
+        metrics.setdefault(name, {key: found[key].value() for key in ("loss", "grad_norm")})
+
+    if rounds:
+        times = _pairs([partial(run_one, name) for name in batches], rounds)
+        _print_pair("update", times, tuple(batches))
+        print(f"of the first update: {metrics}")
 
 
 def logprobs(
@@ -317,4 +406,4 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    run({"step": step, "cost": cost, "logprobs": logprobs})
+    run({"step": step, "prompts": prompts, "cost": cost, "logprobs": logprobs})

@@ -126,7 +126,7 @@ class LatentAttention(nnx.Module):
         if pool is None and self._chooses_among(k.shape[2]):
             out = self._chosen(q, k, v, index, new.index, step)
             return self._output(checkpoint_name(out, ATTENTION)), pool
-        place = {"scale": self.scale, "layout": self.layout}
+        place = {"scale": self.scale, "layout": self.layout, "prompt_of_BT": step.prompt_of_BT}
         out, log_sum = causal_attention(q, k, v, step.segments_BT, sums=pool is not None, **place)
         if pool is not None:
             out = over_pool(q, (out, log_sum), step.view, of_pool, pool, self.scale)
@@ -136,13 +136,13 @@ class LatentAttention(nnx.Module):
         """Of whole sequences over the keys that the indexer chooses, which are any: a block of queries at a time."""
 
         def attend_rows(queries, positions_t, end):
-            q, index, segments = queries
+            q, index, *segments = queries
             mask = _visible(positions_t, end, q.shape[0], segments, step)
             if self._chooses_among(end):
                 mask = indexer.chosen_mask(self.indexer.choose(index, index_keys[:, :end], mask), mask)
             return attention.attend(q, k[:, :, :end], v[:, :, :end], mask, self.scale)
 
-        queries = q, index, step.segments_BT
+        queries = q, index, step.segments_BT, step.prompt_of_BT
         return attention.in_blocks(attend_rows, queries, **_blocks(self.layout, q.shape, self.heads))
 
     def _absorbed(self, latent, new, index, step, pool, layer_idx):
@@ -229,7 +229,7 @@ class GroupedAttention(nnx.Module):
         if pool is not None:
             pool = write(pool, new, step.view, layer_idx, self.layout)
             new = pool.as_kept(new)
-        place = {"scale": self.scale, "layout": self.layout}
+        place = {"scale": self.scale, "layout": self.layout, "prompt_of_BT": step.prompt_of_BT}
         out, log_sum = causal_attention(q, *new[:2], step.segments_BT, sums=pool is not None, **place)
         if pool is not None:
             of_pool = lambda first: read_blocks(pool, step.view, layer_idx, first, new.k.dtype, self.layout)[:2]
@@ -253,10 +253,14 @@ class GroupedAttention(nnx.Module):
         return product(out_BTNH.reshape(*out_BTNH.shape[:2], -1), self.o[...])
 
 
-def _visible(columns_t, end: int, sequences: int, segments_Bt, step: Step) -> jax.Array:
-    """What queries in these columns of whole sequences see of the first `end` keys: in packed rows, of their sample."""
+def _visible(columns_t, end: int, sequences: int, segments, step: Step) -> jax.Array:
+    """What queries in these columns of whole sequences see of the first `end` keys: in packed rows, of their sample.
+
+    `segments` are the queries' numbers and, where samples share prompts, those of their prompts; else None.
+    """
     mask = attention.causal_rows(columns_t, end, sequences)
-    return mask if segments_Bt is None else attention.same_segment(mask, segments_Bt, step.segments_BT[:, :end])
+    own_Bt, prompt_of_Bt = segments
+    return mask if own_Bt is None else attention.same_segment(mask, own_Bt, step.segments_BT[:, :end], prompt_of_Bt)
 
 
 def _blocks(layout: Layout, shape: tuple[int, ...], heads: int) -> dict[str, int]:

@@ -86,6 +86,7 @@ class Decoder(nnx.Module):
         *,
         segments_BT: jax.Array | None = None,
         per_row: int | None = None,
+        prompt_of_BT: jax.Array | None = None,
         routes_BTLA: jax.Array | None = None,
     ) -> Hidden:
         """Whole sequences from position 0, one a row, or several samples packed into a row.
@@ -93,10 +94,14 @@ class Decoder(nnx.Module):
         Args:
             tokens_BT: int32, padding on the right.
             mask_BT: bool, which tokens routing counts; None: all.
-            segments_BT: int32, for packed rows: the number of a token's sample in its row, ascending from 1, and 0 for
-                padding. Tokens attend within their sample, whose positions start at 0, and the balance loss is the sum
-                over samples, so that a packed batch gives what its samples give in rows of their own.
+            segments_BT: int32, for packed rows: the number of a token's sample in its row, from 1, and 0 for padding.
+                Tokens attend within their sample, whose positions start at 0, and the balance loss is the sum over
+                samples, so that a packed batch gives what its samples give in rows of their own.
             per_row: samples that a row can hold; balance leaves those with higher numbers out.
+            prompt_of_BT: int32, for packed rows whose samples share prompts. A prompt is a segment with a number above
+                per_row, right before the segments of its samples, which see it and go on from its positions. Of their
+                tokens this is the prompt's number, of all others their own segment's. In load and balance a prompt's
+                tokens count in each of its samples with tokens in the mask, as if each had its own copy.
             routes_BTLA: integers, the experts of the tokens in the mask in each MoE layer, instead of those that the
                 routers choose (see `check_routes`). Their weights are the router's, and have its gradient.
 
@@ -104,7 +109,7 @@ class Decoder(nnx.Module):
             ValueError: segments without `per_row`.
         """
         valid_BT = jnp.ones(tokens_BT.shape, bool) if mask_BT is None else mask_BT
-        step = self._whole_step(valid_BT, segments_BT, per_row)
+        step = self._whole_step(valid_BT, segments_BT, per_row, prompt_of_BT)
         parts = self.stacks if self.layout.scan_layers else self.layers
         x, _, stats = self._through(self._embedded(tokens_BT, step), step, (None,) * len(parts), routes_BTLA)
         return self._finish(x, stats)
@@ -269,13 +274,16 @@ class Decoder(nnx.Module):
         policy = jax.checkpoint_policies.save_only_these_names(*keep)
         return jax.checkpoint(run, policy=policy, prevent_cse=not layout.scan_layers)
 
-    def _whole_step(self, valid_BT, segments_BT=None, per_row=None) -> Step:
+    def _whole_step(self, valid_BT, segments_BT=None, per_row=None, prompt_of_BT=None) -> Step:
         """Of whole sequences, or of packed rows."""
         if segments_BT is None:
             return self._step("whole", jnp.broadcast_to(jnp.arange(valid_BT.shape[1]), valid_BT.shape), valid_BT)
-        samples_BTK = _samples(segments_BT, per_row) & valid_BT[..., None]
-        step = self._step("whole", positions_within(segments_BT), valid_BT)
-        return step._replace(segments_BT=segments_BT, samples_BTK=samples_BTK)
+        samples_BTK = _samples(segments_BT, per_row, prompt_of_BT, valid_BT)
+        step = self._step("whole", positions_within(segments_BT, prompt_of_BT), valid_BT)
+        step = step._replace(segments_BT=segments_BT, samples_BTK=samples_BTK)
+        if prompt_of_BT is None:
+            return step
+        return step._replace(prompt_of_BT=prompt_of_BT, times_BT=jnp.sum(samples_BTK, axis=2))
 
     def _step(self, phase: Phase, positions_BT, valid_BT) -> Step:
         return Step(phase, positions_BT, *angles(self.config.rope, self.config.rotary_dim, positions_BT), valid_BT)
@@ -296,11 +304,17 @@ class _LayerInputs(NamedTuple):
     routes_BTA: jax.Array | None
 
 
-def _samples(segments_BT: jax.Array, per_row: int | None) -> jax.Array:
-    """bool [B, T, K]: which sample of its row each token belongs to."""
+def _samples(
+    segments_BT: jax.Array, per_row: int | None, prompt_of_BT: jax.Array | None, valid_BT: jax.Array
+) -> jax.Array:
+    """bool [B, T, K]: which sample of its row each token that counts belongs to, a shared prompt's to several."""
     if per_row is None:
         raise ValueError("per_row: got none beside segments_BT, wanted the most samples that a row can hold")
-    return segments_BT[..., None] == jnp.arange(1, per_row + 1)
+    own = (segments_BT[..., None] == jnp.arange(1, per_row + 1)) & valid_BT[..., None]
+    if prompt_of_BT is None:
+        return own
+    prompt_BK = jnp.max(jnp.where(own, prompt_of_BT[..., None], 0), axis=1)  # 0 of a sample of which nothing counts
+    return own | ((segments_BT[..., None] == prompt_BK[:, None]) & valid_BT[..., None])
 
 
 def _scan(run: Callable, carried: Any, weights: nnx.State, routes_LBTA: jax.Array | None, *, keep: bool) -> tuple:

@@ -105,7 +105,10 @@ class Step(NamedTuple):
     phase: "whole" sequences from position 0 without a cache; "prefill", many new tokens over a cache, which attend with
     keys spelled out; "decode", few of them, which attend in the latent space.
     valid_BT: the tokens that count; over a cache the others, padding, neither write nor travel to experts.
-    segments_BT: which sample of a packed row a token is of; samples_BTK: the same as flags, of tokens that count.
+    segments_BT: which segment of a packed row a token is of; prompt_of_BT: where samples share prompts, which one its
+    text begins with.
+    samples_BTK: flags of the samples that a token that counts is of; times_BT: how many these are, where a shared
+    prompt is of several.
     view: where the tokens stand in the cache.
     """
 
@@ -115,7 +118,9 @@ class Step(NamedTuple):
     sin_BTr: jax.Array
     valid_BT: jax.Array
     segments_BT: jax.Array | None = None
+    prompt_of_BT: jax.Array | None = None
     samples_BTK: jax.Array | None = None
+    times_BT: jax.Array | None = None
     view: CacheView | None = None
 
 
@@ -164,7 +169,7 @@ class MoE(nnx.Module):
         chosen = by_token(routing.choose_experts(by_row(scores_BTE), bias, moe))
         experts = chosen if routes_BTA is None else jnp.where(mask_BT[..., None], routes_BTA.astype(jnp.int32), chosen)
         weights = by_token(routing.expert_weights(by_row(scores_BTE), by_row(experts), moe))
-        load = routing.expert_load(experts, mask_BT, moe.n_routed_experts)
+        load = routing.expert_load(experts, mask_BT if step.times_BT is None else step.times_BT, moe.n_routed_experts)
         if samples_BTK is None:
             balance = routing.sequence_balance(scores_BTE, load, mask_BT, moe)
         else:

@@ -1,5 +1,6 @@
 """Scoring given sequences with a model: log-probs, entropies, and what routing did."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -53,6 +54,8 @@ def score(
     temperature: float = 1.0,
     segments_BT: jax.Array | None = None,
     per_row: int | None = None,
+    prompt_of_BT: jax.Array | None = None,
+    drawn_BU: jax.Array | None = None,
     routes_BTLA: jax.Array | None = None,
     support_BTW: jax.Array | None = None,
     penalised_BTW: jax.Array | None = None,
@@ -66,8 +69,12 @@ def score(
         targets_BT: what follows each input.
         mask_BT: where a target counts. Tokens up to a sample's last counted one are real, the rest is padding.
         temperature: the sampler's; log-probs of a sample mean nothing at another one.
-        segments_BT: int32, for packed rows: the number of a token's sample in its row, ascending from 1, 0 for padding.
+        segments_BT: int32, for packed rows: the number of a token's sample in its row, from 1, 0 for padding.
         per_row: samples that a row can hold, where rows are packed.
+        prompt_of_BT: int32, where the samples of packed rows share prompts: see `Decoder`. No target of a prompt
+            counts; its last token, of which the samples' first ones are predicted, is with these.
+        drawn_BU: int32, ascending, the columns of every target that counts, then T: no others are scored, and have
+            zeros. None scores all, as is done where a sequence is cut in parts.
         routes_BTLA: integers, the experts that real tokens went to when they were sampled, to be used again (V3.2's
             keep routing, arXiv 2512.02556 section 3.1). Weights and their gradient are of the router as it is now.
         support_BTW: uint32, bits of the tokens that each target was drawn from; log-probs and entropies are of the
@@ -78,12 +85,29 @@ def score(
     Raises:
         ValueError: segments without `per_row`.
     """
-    real_BT = real_tokens(mask_BT, segments_BT)
-    hidden = model(tokens_BT, real_BT, segments_BT=segments_BT, per_row=per_row, routes_BTLA=routes_BTLA)
-    logprobs, entropy, best = logprobs_of(
-        model, hidden.x_BTD, targets_BT, (support_BTW, penalised_BTW), temperature=temperature, penalty=penalty
-    )
+    real_BT = real_tokens(mask_BT, segments_BT, prompt_of_BT)
+    packed = {"segments_BT": segments_BT, "per_row": per_row, "prompt_of_BT": prompt_of_BT}
+    hidden = model(tokens_BT, real_BT, **packed, routes_BTLA=routes_BTLA)
+    given = hidden.x_BTD, targets_BT, (support_BTW, penalised_BTW)
+    sampler_settings = {"temperature": temperature, "penalty": penalty}
+    if drawn_BU is None or model.layout.parts("sequence") > 1:
+        scores = logprobs_of(model, *given, **sampler_settings)
+    else:
+        found = logprobs_of(model, *jax.tree.map(partial(_taken, columns_BU=drawn_BU), given), **sampler_settings)
+        scores = (_put_back(values_BU, drawn_BU, targets_BT.shape) for values_BU in found)
+    logprobs, entropy, best = scores
     return Scored(logprobs, entropy, *routing_of(hidden.stats), best)
+
+
+def _taken(values_BT: jax.Array, columns_BU: jax.Array) -> jax.Array:
+    """Of arrays [B, T, ...] some columns; those past the end are zeros."""
+    columns = columns_BU.reshape(*columns_BU.shape, *(1,) * (values_BT.ndim - 2))
+    return jnp.take_along_axis(values_BT, columns, axis=1, mode="fill", fill_value=0)
+
+
+def _put_back(values_BU: jax.Array, columns_BU: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    put = lambda values_U, columns_U: jnp.zeros(shape[1], values_U.dtype).at[columns_U].set(values_U, mode="drop")
+    return jax.vmap(put)(values_BU, columns_BU)
 
 
 def score_ahead(
@@ -158,12 +182,18 @@ def logprobs_of(
     )
 
 
-def real_tokens(mask_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
-    """True up to a row's last counted target, or, in packed rows, a sample's."""
+def real_tokens(
+    mask_BT: jax.Array, segments_BT: jax.Array | None = None, prompt_of_BT: jax.Array | None = None
+) -> jax.Array:
+    """True up to a row's last counted target, or, in packed rows, a sample's; of a shared prompt with such a sample."""
     if segments_BT is None:
         return jax.lax.cummax(mask_BT.astype(jnp.int32), axis=1, reverse=True) > 0
-    none = jnp.iinfo(jnp.int32).max  # up to a sample's last one, the next one counted is of the same sample
-    return segments_BT == jax.lax.cummin(jnp.where(mask_BT, segments_BT, none), axis=1, reverse=True)
+    # up to a sample's last one, the next one counted is of the same sample
+    T = mask_BT.shape[1]
+    following = jax.lax.cummin(jnp.where(mask_BT, jnp.arange(T), T), axis=1, reverse=True)
+    of_next = lambda numbers: jnp.take_along_axis(numbers, following, axis=1, mode="fill", fill_value=-1)
+    real_BT = segments_BT == of_next(segments_BT)
+    return real_BT if prompt_of_BT is None else real_BT | (segments_BT == of_next(prompt_of_BT))
 
 
 def routing_of(stats: tuple[RouterStats, ...]) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:

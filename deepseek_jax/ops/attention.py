@@ -202,19 +202,49 @@ def causal_rows(positions: Int[Array, "t"], keys: int, sequences: int) -> Bool[A
     return jnp.broadcast_to(mask, (sequences, *mask.shape))
 
 
-def positions_within(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Each token's place in its own run of equal numbers, from 0: packed samples all begin at position 0."""
-    B, T = segments.shape
-    columns = jnp.arange(T, dtype=jnp.int32)
-    starts = jnp.concatenate([jnp.ones((B, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1)
-    return columns - jax.lax.cummax(jnp.where(starts, columns, 0), axis=1)
+def positions_within(segments: Int[Array, "B T"], prompt_of: Int[Array, "B T"] | None = None) -> Int[Array, "B T"]:
+    """Each token's place in its own text, from 0: packed samples all begin at position 0.
+
+    Args:
+        segments: numbers, a run of equal ones a segment.
+        prompt_of: where samples share prompts, the number of the segment with which each token's text begins: a
+            prompt's, to which the segments with the rest of its texts follow, or the token's own. Positions go on from
+            the prompt's last one.
+    """
+    columns = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    latest = lambda flags: jax.lax.cummax(jnp.where(flags, columns, 0), axis=1)
+    starts = _starts(segments)
+    within = columns - latest(starts)
+    if prompt_of is None:
+        return within
+    before = jnp.pad(segments, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    length = latest(starts & (before == prompt_of)) - latest(_starts(prompt_of))
+    return within + jnp.where(segments == prompt_of, 0, length)
+
+
+def _starts(numbers: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """True where a run of equal numbers begins."""
+    first = jnp.ones((numbers.shape[0], 1), bool)
+    return jnp.concatenate([first, numbers[:, 1:] != numbers[:, :-1]], axis=1)
 
 
 def same_segment(
-    mask: Bool[Array, "B T S"], queries: Int[Array, "B T"], keys: Int[Array, "B S"]
+    mask: Bool[Array, "B T S"],
+    queries: Int[Array, "B T"],
+    keys: Int[Array, "B S"],
+    prompt_of: Int[Array, "B T"] | None = None,
 ) -> Bool[Array, "B T S"]:
-    """What `mask` lets a query see of the keys with its own segment's number."""
-    return mask & (queries[:, :, None] == keys[:, None, :])
+    """What `mask` lets a query see of the keys with its own segment's number, and with that of its prompt's.
+
+    Args:
+        mask: what it may see at most.
+        queries, keys: their segments' numbers.
+        prompt_of: of the queries, as of `positions_within`; None: no segment sees another.
+    """
+    seen = queries[:, :, None] == keys[:, None, :]
+    if prompt_of is not None:
+        seen |= prompt_of[:, :, None] == keys[:, None, :]
+    return mask & seen
 
 
 def _softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:

@@ -90,6 +90,7 @@ class Operands(NamedTuple):
         k, v: keys [J, B, G, s, K] and values [J, B, G, s, H].
         at: int32 [I, t], positions of the queries.
         q_segments, k_segments: int32 [I, B, t] and [J, B, s]; None where every row is one sequence.
+        q_prompts: int32 [I, B, t], of the segments with the queries' prompts; None where samples share none.
         pairs: int32 [count, 2], tiles of queries and of keys that meet.
     """
 
@@ -99,6 +100,7 @@ class Operands(NamedTuple):
     at: jax.Array
     q_segments: jax.Array | None
     k_segments: jax.Array | None
+    q_prompts: jax.Array | None
     pairs: jax.Array
 
 
@@ -106,7 +108,9 @@ def flash_attention(
     q: Float[Array, "B T N K"],
     k: Float[Array, "B G S K"],
     v: Float[Array, "B G S H"],
-    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
+    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]]
+    | tuple[Int[Array, "B T"], Int[Array, "B S"], Int[Array, "B T"]]
+    | None,
     at: Int[Array, "T"],
     pairs: Int[Array, "P 2"],
     *,
@@ -119,7 +123,8 @@ def flash_attention(
         q: queries; each of the G key-value heads serves N/G consecutive heads.
         k: keys from position 0, head-major.
         v: values, likewise.
-        segments: of queries and keys; None where every row is one sequence.
+        segments: of queries and keys and, where samples share prompts, of the queries' prompts, which they see too;
+            None where every row is one sequence.
         at: int32, the queries' positions.
         pairs: int32, of `Tiling.pairs`: tiles of queries and of keys that meet.
         side: of a tile; it divides T and S.
@@ -133,7 +138,7 @@ def flash_attention(
     cut = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], -1, side, x.shape[-1]), 2, 0)
     by_tile = lambda x: jnp.moveaxis(x.reshape(B, -1, side), 1, 0)
     queries = jnp.transpose(q.reshape(B, T // side, side, G, N // G, -1), (1, 0, 3, 4, 2, 5))
-    of = (None, None) if segments is None else tuple(map(by_tile, segments))
+    of = (*map(by_tile, segments or ()), None, None, None)[:3]
     out, log_sum = _attend(Operands(queries, cut(k), cut(v), at.reshape(-1, side), *of, pairs), scale)
     back = lambda x: jnp.moveaxis(jnp.moveaxis(x, 4, 2), 0, 1).reshape(B, T, N, *x.shape[5:])
     return back(out), back(log_sum)
@@ -185,7 +190,7 @@ def _backward(scale: float, kept, given):
     empty = tuple(jnp.zeros(x.shape) for x in of[:3])
     found, _ = jax.lax.scan(add, empty, of.pairs)
     found = (d.astype(x.dtype) for d, x in zip(found, of[:3], strict=True))
-    return (Operands(*found, None, None, None, None),)
+    return (Operands(*found, None, None, None, None, None),)
 
 
 _attend.defvjp(lambda of, scale: _forward(of, scale), _backward)
@@ -196,7 +201,10 @@ def _scores(of: Operands, i: jax.Array, j: jax.Array, scale: float) -> jax.Array
     side = of.k.shape[3]
     seen = (of.at[i][:, None] >= j * side + jnp.arange(side))[None]
     if of.q_segments is not None:
-        seen &= of.q_segments[i][:, :, None] == of.k_segments[j][:, None, :]
+        same = of.q_segments[i][:, :, None] == of.k_segments[j][:, None, :]
+        if of.q_prompts is not None:
+            same |= of.q_prompts[i][:, :, None] == of.k_segments[j][:, None, :]
+        seen &= same
     scores = _product("bgmtk,bgsk->bgmts", of.q[i], of.k[j]) * scale
     return jnp.where(seen[:, None, None], scores, _HIDDEN)
 

@@ -66,10 +66,12 @@ def _kept_groups(choice: jax.Array, moe: MoEConfig) -> Bool[Array, "W E"]:
     return jnp.repeat(keep, E // moe.n_group, axis=-1)
 
 
-def expert_load(experts: Int[Array, "B T A"], mask: Bool[Array, "B T"], n_experts: int) -> Float[Array, "B E"]:
-    """How often each expert was chosen, per sequence, counting only the tokens of the mask; float32."""
+def expert_load(
+    experts: Int[Array, "B T A"], times: Bool[Array, "B T"] | Int[Array, "B T"], n_experts: int
+) -> Float[Array, "B E"]:
+    """How often each expert was chosen, per row, a token counting so many times; float32."""
     hits = experts[..., None] == jnp.arange(n_experts)
-    return jnp.sum(hits & mask[..., None, None], axis=(1, 2), dtype=jnp.float32)
+    return jnp.sum(hits * times[..., None, None], axis=(1, 2), dtype=jnp.float32)
 
 
 def sequence_balance(

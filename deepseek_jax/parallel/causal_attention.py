@@ -28,11 +28,13 @@ def causal_attention(
     *,
     scale: float,
     layout: Layout,
+    prompt_of_BT: jax.Array | None = None,
     sums: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Attention of every token of a sequence over those up to it, of its own segment; no T x T array exists.
 
-    On TPU jax's kernel (`ops.kernels.splash`), elsewhere `ops.flash_attention`, and for short sequences all pairs.
+    On TPU jax's kernel (`ops.kernels.splash`), elsewhere, and where samples share prompts, `ops.flash_attention`, and
+    for short sequences all pairs.
 
     Args:
         q_BTNK: queries, from position 0; B is cut by "batch", T by "sequence", N by "tensor".
@@ -41,6 +43,8 @@ def causal_attention(
         segments_BT: int32, the numbers of packed samples; None where every row is one.
         scale: of the scores.
         layout: whose mesh, if there is one, divides these.
+        prompt_of_BT: int32, the numbers of the segments with their prompts, which they see too (`model.decoder`); None
+            where samples share none.
         sums: whether to return the logarithms of the softmax's sums; then it has no gradient.
 
     Returns:
@@ -49,40 +53,45 @@ def causal_attention(
     T = q_BTNK.shape[1]
     if T <= _ALL_PAIRS and layout.parts("sequence") == 1 and not sums and _platform(layout) != "tpu":
         mask = causal_rows(jnp.arange(T), T, q_BTNK.shape[0])
-        mask = mask if segments_BT is None else same_segment(mask, segments_BT, segments_BT)
+        mask = mask if segments_BT is None else same_segment(mask, segments_BT, segments_BT, prompt_of_BT)
         return checkpoint_name(attend(q_BTNK, k_BGSK, v_BGSH, mask, scale), ATTENTION), None
-    tiling, attend_tiles, tables, cuts = _form(q_BTNK, k_BGSK, layout, scale, sums)
+    tiling, attend_tiles, tables, cuts = _form(q_BTNK, k_BGSK, layout, scale, sums, shared=prompt_of_BT is not None)
     axis = layout.cut("sequence")[0]
 
-    def local(tables, q, k, v, segments=None, of_keys=None):
+    def local(tables, q, k, v, segments=None, of_keys=None, *prompt_of):
         q = _dealt(q, tiling, axis)
         k, v = (_padded(of, 2, tiling.keys) for of in (k, v))
         if segments is not None:
-            segments = _dealt(segments, tiling, axis), _padded(of_keys, 1, tiling.keys)
+            prompt_of = (_dealt(of, tiling, axis) for of in prompt_of)
+            segments = _dealt(segments, tiling, axis), _padded(of_keys, 1, tiling.keys), *prompt_of
         return tuple(_collected(of, tiling, axis) for of in attend_tiles(q, k, v, segments, tables)[: 1 + sums])
 
     packed = () if segments_BT is None else (segments_BT, segments_BT)
-    run = local if layout.mesh is None else _on_mesh(local, layout, cuts, packed=bool(packed), sums=sums)
+    packed += () if prompt_of_BT is None else (prompt_of_BT,)
+    run = local if layout.mesh is None else _on_mesh(local, layout, cuts, segments=len(packed), sums=sums)
     out, *log_sum = run(tables, q_BTNK, k_BGSK, v_BGSH, *packed)
     return out, log_sum[0] if sums else None
 
 
-def _on_mesh(local: Callable, layout: Layout, cuts: Any, *, packed: bool, sums: bool) -> Callable:
-    """Each device with its own part of the arguments."""
+def _on_mesh(local: Callable, layout: Layout, cuts: Any, *, segments: int, sums: bool) -> Callable:
+    """Each device with its own part of the arguments, so many arrays of segments' numbers among them."""
     spec = lambda *axes: layout.sharding(*axes).spec
     queries, keys = spec("batch", "sequence", "tensor", None), spec("batch", "tensor", None, None)
-    segments = (spec("batch", "sequence"), spec("batch", None)) if packed else ()
+    of_queries = spec("batch", "sequence")
+    numbers = (of_queries, spec("batch", None), of_queries)[:segments]
     results = (queries, spec("batch", "sequence", "tensor"))[: 1 + sums]
-    given = (cuts, queries, keys, keys, *segments)
+    given = (cuts, queries, keys, keys, *numbers)
     # Unchecked: a kernel does not say over which axes its result differs.
     return jax.shard_map(local, mesh=layout.mesh, in_specs=given, out_specs=results, check_vma=False)
 
 
-def _form(q: jax.Array, k: jax.Array, layout: Layout, scale: float, sums: bool) -> tuple[Tiling, Callable, Any, Any]:
+def _form(
+    q: jax.Array, k: jax.Array, layout: Layout, scale: float, sums: bool, *, shared: bool
+) -> tuple[Tiling, Callable, Any, Any]:
     """The tiles, what attends with them on a device, and its tables with the way these are cut."""
     B, T, N, _ = q.shape
     parts = layout.parts("sequence")
-    if _platform(layout) == "tpu":
+    if _platform(layout) == "tpu" and not shared:  # the kernel compares one number of a query with one of a key
         from deepseek_jax.ops.kernels import splash  # Pallas is slow to import
 
         tiling = splash.tiling(T, parts)

@@ -74,6 +74,8 @@ def scored_batch(
         temperature=temperature,
         segments_BT=batch.segments_BT,
         per_row=batch.per_row,
+        prompt_of_BT=batch.prompt_of_BT,
+        drawn_BU=batch.drawn_BU,
         routes_BTLA=batch.routes_BTLA if keep_routing else None,
         support_BTW=batch.support_BTW,
         penalised_BTW=batch.penalised_BTW,

@@ -1,5 +1,6 @@
 """GRPO on one model: sample groups, grade, compare, update."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -29,9 +30,11 @@ from deepseek_jax.rl.advantage import (
     reinforce_baseline_advantages,
     rloo_advantages,
 )
-from deepseek_jax.rl.batch import Batch, make_batch, pack, rows_multiple
+from deepseek_jax.rl.batch import Batch, make_batch, pack
 from deepseek_jax.rl.objective import frozen_scores, grpo_objective
 from deepseek_jax.rl.rollout import Rollout, RolloutWorker, dynamic_sampling, rollout_metrics
+from deepseek_jax.rl.shared_rows import Shape, shared_shape, work_of
+from deepseek_jax.rl.slots import rows_multiple
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.grpo_config import GRPOConfig
 from deepseek_jax.train.optimizer import make_optimizer, schedule
@@ -45,6 +48,7 @@ _ADVANTAGES = {
 }
 PER_ROW = 16
 """Samples that a packed row holds at most."""
+_COLUMNS_OF = 8  # what wider rows are a multiple of: attention cuts them in as many spans
 
 
 class GRPOState(NamedTuple):
@@ -80,7 +84,8 @@ class GRPOTrainer:
         tokenizer: of prompts and completions.
         generator: the sampler, in a layout of its own or that of the model (`model.transfer.serving_layout`).
         reward: of texts and columns.
-        width: columns of an update's rows, at least the longest prompt and completion; fixed, so that it compiles once.
+        width: columns that a sample can take, at least the longest prompt and completion without its last token; fixed,
+            so that an update compiles once. Where samples share prompts, rows may be wider.
         seed: of sampling.
         donate: train the model's weights themselves: whoever gave them has them no longer (`first_state` takes them).
         alter_rewards: (rewards [P, G], step) to those that advantages are made of (controls: shuffling them, say).
@@ -105,6 +110,7 @@ class GRPOTrainer:
         self.donate, self._dtype = donate, jnp.dtype(config.step_config.dtype)
         self._to_sampler = Transfer(generator.config, self.layout, generator.layout, self._dtype)
         self.width, self.seed, self.alter, self.take_metrics = width, seed, alter_rewards, take_metrics
+        self.shape = self._shape()
         self.optimizer = make_optimizer(config.adamw, self._updates)
         self.rate = schedule(config.adamw, self._updates)
         self.sampler_settings = {"temperature": config.temperature, "repetition_penalty": config.repetition_penalty}
@@ -256,13 +262,49 @@ class GRPOTrainer:
             if completion.routes is not None:
                 check_routes(completion.routes, self.model.config)
         for part in range(config.updates_per_rollout):
-            of = slice(part, None, config.updates_per_rollout)
-            samples = prompts[of], rollout.completions[of], advantages[of]
-            options = {"width": self.width, "mask_truncated": config.mask_truncated_completions}
+            of = [sample for sample in range(len(prompts)) if self._update_of(sample) == part]
+            samples = [prompts[i] for i in of], [rollout.completions[i] for i in of], advantages[of]
+            shape = self.shape
             if config.pack:
-                yield pack(*samples, **options, per_row=PER_ROW, rows_of=self._rows_of(len(samples[0])))
-            else:
+                shape = Shape(rows_multiple(len(of), self._parts), shape.width, max(PER_ROW, shape.per_row))
+            options = {"width": shape.width, "mask_truncated": config.mask_truncated_completions}
+            options["drawn"] = shape.per_row * config.max_new_tokens
+            if shape.per_row == 1:
                 yield make_batch(*samples, **options)
+            else:
+                rows = {"rows_of": shape.rows, "per_row": shape.per_row}
+                yield pack(*samples, **options, **rows, share_prompts=config.share_prompts)
+
+    def _update_of(self, sample: int) -> int:
+        """The update of a pass that a sample is for: its whole group is for the same one where groups come out even."""
+        parts = self.config.updates_per_rollout
+        return (sample // self.config.group_size if self._whole_groups else sample) % parts
+
+    @property
+    def _whole_groups(self) -> bool:
+        return self.config.prompts_per_step % self.config.updates_per_rollout == 0
+
+    @property
+    def _parts(self) -> int:
+        """What an update's rows are divided into."""
+        return self.config.micro_batches * self.layout.parts("batch")
+
+    def _shape(self) -> Shape:
+        """Rows of an update: those with which it computes least where samples share prompts, else one a sample."""
+        config = self.config
+        updates, samples = config.updates_per_rollout, config.prompts_per_step * config.group_size
+        if not (config.share_prompts and self._whole_groups):
+            return Shape(samples // updates, self.width, 1)
+        found = shared_shape(
+            work_of(self.model.config),
+            groups=config.prompts_per_step // updates,
+            group_size=config.group_size,
+            prompt=max(1, self.width + 1 - config.max_new_tokens),
+            completion=config.max_new_tokens,
+            rows_of=self._parts,
+            width_of=math.lcm(_COLUMNS_OF, self.layout.parts("tokens")),
+        )
+        return found._replace(width=max(found.width, self.width))
 
     def advantages(
         self, rewards_PG: np.ndarray, number: int, parts: Mapping[str, Sequence[float | None]] | None = None
@@ -276,9 +318,6 @@ class GRPOTrainer:
         scores = [altered(np.where(np.isnan(rewards_PG), np.nan, of)) for of in scores]
         of_weights = jnp.asarray(list(weights.values()), jnp.float32)
         return np.asarray(normalized_sum_advantages(jnp.asarray(np.stack(scores, axis=2)), of_weights))
-
-    def _rows_of(self, samples: int) -> int:
-        return rows_multiple(samples, self.config.micro_batches * self.layout.parts("batch"))
 
     def _scored(self, batch: Batch, reference: nnx.State | None, policy: nnx.State | None) -> Batch:
         """With the log-probs of the reference, and of the policy where sampling is corrected for."""

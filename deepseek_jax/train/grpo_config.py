@@ -49,6 +49,8 @@ class GRPOConfig:
         num_iterations: passes over a rollout.
         micro_batches: parts of an update, computed one after another to save memory.
         pack: lay several short samples in one row.
+        share_prompts: samples of a group lie in a row behind one copy of their prompt, as many as save work, in an
+            update and in scoring. It changes no loss. Updates that split groups share nothing without pack.
         reference_every: steps after which the reference model follows the policy (R1-Zero: 400).
         reference_mixup: how far it follows: 1 replaces it, less is a moving average.
         lora_rank: train an adapter of this rank beside the weights; these stay, as does the reference model, which
@@ -94,6 +96,7 @@ class GRPOConfig:
     num_iterations: int = 1
     micro_batches: int = 1
     pack: bool = False
+    share_prompts: bool = True
     reference_every: int = 400
     reference_mixup: float = 1.0
     lora_rank: int = 0

@@ -12,7 +12,7 @@ import numpy as np
 from deepseek_jax.model.decoder import Decoder
 from deepseek_jax.model.scoring import Scored, score, score_ahead
 from deepseek_jax.ops.metrics import BatchTotals, Mean, Metrics, masked_mean
-from deepseek_jax.rl.batch import PackedSlot, first_fit, rows_multiple
+from deepseek_jax.rl.slots import PackedSlot, first_fit, rows_multiple
 from deepseek_jax.text.turns import MaskedTokens
 from deepseek_jax.train.step import Objective
 

@@ -14,14 +14,15 @@ from deepseek_jax.ops.kernels import splash
 SCALE = 0.37
 
 
-def exact(q, k, v, segments, seed):
+def exact(q, k, v, segments, seed, prompt_of=None):
     """Result, logarithms of the sums, and the gradients of sum(seed * result) in float64, query by query."""
     (B, T, N, _), G = q.shape, k.shape[1]
     out, log_sum = np.zeros((B, T, N, v.shape[-1])), np.zeros((B, T, N))
     d_q, d_k, d_v = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
     for b, t, n in np.ndindex(B, T, N):
         g = n // (N // G)
-        seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
+        begins = segments[b, t] if prompt_of is None else prompt_of[b, t]
+        seen = [s for s in range(t + 1) if segments[b, s] in (segments[b, t], begins)]
         scores = k[b, g, seen] @ q[b, t, n] * SCALE
         log_sum[b, t, n] = np.log(np.sum(np.exp(scores - scores.max()))) + scores.max()
         weights = np.exp(scores - log_sum[b, t, n])
@@ -41,11 +42,12 @@ def inputs(T, *, B=2, N=4, G=2, K=6, H=5, seed=0):
     return normal(B, T, N, K), normal(B, G, T, K), normal(B, G, T, H), ids, normal(B, T, N, H)
 
 
-def by_tiles(q, k, v, segments, seed, *, side, dtype=jnp.float32):
+def by_tiles(q, k, v, segments, seed, prompt_of=None, *, side, dtype=jnp.float32):
     """What `exact` gives, a tile of `side` queries and keys at a time."""
     tiling = Tiling(q.shape[1], 1, side)
     at, pairs = jnp.asarray(tiling.positions()[0]), jnp.asarray(tiling.pairs()[0])
     ids = None if segments is None else (jnp.asarray(segments),) * 2
+    ids = ids if prompt_of is None else (*ids, jnp.asarray(prompt_of))
 
     @jax.jit
     def run(q, k, v):
@@ -85,6 +87,15 @@ def worst(found, wanted):
 @pytest.mark.parametrize("side", [1, 4, 12])
 def test_tiles_equal_one_query_at_a_time_in_value_and_gradient(side):
     case = inputs(12)
+    assert max(worst(by_tiles(*case, side=side), exact(*case))) < 2e-6
+
+
+@pytest.mark.parametrize("side", [1, 4])
+def test_tiles_see_the_prompt_that_samples_share(side):
+    q, k, v, _, seed = inputs(12)
+    segments = np.array([[5, 5, 5, 1, 1, 2, 2, 2, 6, 3, 4, 0], [1, 1, 5, 5, 5, 5, 2, 3, 3, 0, 0, 0]])
+    prompt_of = np.array([[5, 5, 5, 5, 5, 5, 5, 5, 6, 6, 6, 0], [1, 1, 5, 5, 5, 5, 5, 5, 5, 0, 0, 0]])
+    case = q, k, v, segments, seed, prompt_of
     assert max(worst(by_tiles(*case, side=side), exact(*case))) < 2e-6
 
 

@@ -70,14 +70,16 @@ def trainer(settings: GRPOConfig) -> GRPOTrainer:
     ],
 )
 def test_the_update_that_is_compiled_is_the_one_that_runs(dtype, moments):
-    """Whole programs, to the letter, at the shapes and dtypes of state and batch that a run's step came with."""
+    """Whole programs, to the letter, at the shapes and dtypes of state and batch that a run's step came with.
+
+    Rows of one sample each, as R1's are, whose completions are long beside their prompts.
+    """
     mine = task(dtype=dtype, moments=moments)
-    settings = dataclasses.replace(mine.settings, prompts_per_step=2, group_size=4, max_new_tokens=9)
+    settings = dataclasses.replace(mine.settings, prompts_per_step=2, group_size=4, max_new_tokens=29)
     of, seen = trainer(settings), []
     update = of.update
     of.update = lambda state, batch: seen.append(update.trace(state, batch)) or (state, {})
-    tokens = of.rollout_worker.tokenizer.chat([{"role": "user", "content": "1+1=?"}])
-    of.step(of.first_state(), lambda: [Prompt("1+1=?", tokens, {})] * 2, 0)
+    of.step(of.first_state(), lambda: [Prompt("1+1", [3, 4, 3], {})] * 2, 0)
     [ran], traced = seen, compiled.trace(mine).traced
     shapes = lambda traced: jax.tree.map(lambda info: (info.shape, info.dtype), traced.args_info)
     assert shapes(traced) == shapes(ran)

@@ -16,12 +16,15 @@ from deepseek_jax.config import MLAConfig, preset
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
 from deepseek_jax.data.examples import Prompt
 from deepseek_jax.data.prompts import batches
+from deepseek_jax.generation.completion import Completion
 from deepseek_jax.generation.generator import Generator
 from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.report.metrics import MetricLog, read_metrics
 from deepseek_jax.report.samples import read_samples
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl.loss import GRPOLossConfig
+from deepseek_jax.rl.rollout import Rollout
+from deepseek_jax.rl.shared_rows import Shape
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train import grpo
 from deepseek_jax.train.grpo import GRPOTrainer, _counted, total_tokens, update_reference
@@ -108,7 +111,7 @@ def gradients(of: GRPOTrainer):
 
 @cache
 def gradients_of(loss):
-    return gradients(trainer(loss=loss))
+    return gradients(trainer(loss=loss, share_prompts=False))
 
 
 def plain_gradients(loss_type="grpo"):
@@ -118,12 +121,15 @@ def plain_gradients(loss_type="grpo"):
 @pytest.mark.parametrize(
     ("loss_type", "changes"),
     [
+        ("grpo", {}),
         ("grpo", {"pack": True}),
-        ("grpo", {"micro_batches": 4}),
+        ("grpo", {"micro_batches": 4, "share_prompts": False}),
+        pytest.param("grpo", {"pack": True, "share_prompts": False}, marks=pytest.mark.slow),
+        pytest.param("grpo", {"micro_batches": 2}, marks=pytest.mark.slow),
         pytest.param("dapo", {"pack": True, "micro_batches": 2}, marks=pytest.mark.slow),
     ],
 )
-def test_packing_and_micro_batches_change_no_gradient(loss_type, changes):
+def test_shared_prompts_packing_and_micro_batches_change_no_gradient(loss_type, changes):
     wanted, metrics = plain_gradients(loss_type)
     found, others = gradients(trainer(loss=GRPOLossConfig(loss_type=loss_type, beta=0.1), **changes))
     assert any(np.abs(g).max() > 1e-4 for g in wanted.values())
@@ -133,6 +139,24 @@ def test_packing_and_micro_batches_change_no_gradient(loss_type, changes):
     assert abs(metrics["loss"]) > 1e-3 and metrics["kl"] > 1e-2 and metrics["grad_norm"] > 1
     for name in ("loss", "policy_loss", "kl", "grad_norm", "entropy", "ratio", "reward", "router/balance_loss"):
         assert others[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6), name
+
+
+def test_a_group_lies_in_a_row_behind_its_prompt_and_goes_into_one_update():
+    of = trainer(updates_per_rollout=2)
+    asked = [Prompt(str(n), list(range(5 + n, 15 + n)), {}) for n in range(2)]
+    tokens = lambda n: np.full(n, 3, np.int32)
+    completions = [Completion(tokens(n), np.zeros(n, np.float32), True) for n in (9, 1, 4, 9, 2, 2, 9, 9)]
+    rollout = Rollout(asked, completions, np.arange(8.0, dtype=np.float32).reshape(2, 4), {})
+    batches = list(of.batches(rollout, 0))
+    assert of.shape == Shape(1, 64, 4)
+    for number, batch in enumerate(batches):
+        assert batch.tokens_BT.shape == (1, 64)
+        assert batch.tokens_BT[0, :10].tolist() == asked[number].tokens  # the last one is the first sample's own
+        assert sorted(batch.lengths_BK[0]) == sorted(len(c.tokens) for c in completions[4 * number : 4 * number + 4])
+        assert (batch.segments_BT > 0).sum() == 9 + batch.lengths_BK.sum()
+    alone = next(trainer(updates_per_rollout=4).batches(rollout, 0))  # two samples of each group an update
+    assert alone.prompt_of_BT is None and alone.tokens_BT.shape == (2, 32)
+    assert trainer(share_prompts=False).shape == Shape(8, 32, 1)
 
 
 def test_metrics_have_the_names_that_dashboards_know():
