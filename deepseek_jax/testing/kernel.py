@@ -25,6 +25,7 @@ class Case:
         dtype: of the arguments that are numbers.
         numbers: what kind of numbers, one of `draw.NUMBERS`.
         seed: of the numbers.
+        thorough: whether it is put to the laws too that compile something for every example.
     """
 
     sizes: dict[str, int | str]
@@ -32,6 +33,7 @@ class Case:
     dtype: str = "float32"
     numbers: str = "normal"
     seed: int = 0
+    thorough: bool = False
 
     def as_json(self) -> str:
         """In one line."""
@@ -116,7 +118,7 @@ class Kernel:
             got = getattr(made, part)
             if not isinstance(got, dict) or got.keys() != of.keys():
                 raise ValueError(f"case: {part}: got {got!r}, wanted {', '.join(of) or 'nothing'} in it")
-        if made.dtype not in self.tolerance or made.numbers not in NUMBERS or not isinstance(made.seed, int):
+        if made.dtype not in self.tolerance or made.numbers not in NUMBERS or type(made.seed) is not int:
             got = f"dtype {made.dtype!r}, numbers {made.numbers!r}, seed {made.seed!r}"
             raise ValueError(f"case: got {got}; {form}")
         return made

@@ -15,8 +15,6 @@ from deepseek_jax.testing.invariance import Arguments
 from deepseek_jax.testing.kernel import Case, Fault, Kernel
 from deepseek_jax.testing.programs import Programs, apart, callable_of, on_arrays, pulled
 
-SELDOM = 64  # one example in so many, by its seed, is put to the laws that compile something of their own
-
 
 def examine(kernel: Kernel, programs: Programs, case: Case) -> float:
     """Holds one example to all laws.
@@ -61,7 +59,7 @@ def _examine(kernel: Kernel, programs: Programs, case: Case) -> float:
         if changed is not None:
             results = [programs.run(some) for some in changed[0]]
             beside(law.name, law.together(results, changed[1]))
-    if case.seed % SELDOM == 0:
+    if case.thorough:
         _in_other_ways(kernel, programs, arguments, beside)
     return worst
 
@@ -92,7 +90,13 @@ def _gradients(kernel, programs, case, given, want, beside, got) -> float:
 def _in_other_ways(
     kernel: Kernel, programs: Programs, arguments: Arguments, beside: Callable[[str, Any], float]
 ) -> None:
-    """Without jit, with arguments on the device and not; a TPU's kernel on a model of one."""
+    """A TPU's kernel on a model of one; any without jit, and with arguments on the device and not."""
+    if kernel.platform == "tpu":
+        try:
+            beside("model of a TPU", programs.run(arguments, "model"))
+        except Exception:
+            pltpu.reset_tpu_interpret_mode_state()
+            raise
     arrays, compiled = programs.program(arguments)
     function = partial(callable_of(kernel), **apart(arguments)[1])
 
@@ -106,20 +110,14 @@ def _in_other_ways(
         case = _Variants(name)
         case.check = check
         getattr(case, name)()
-    if kernel.platform == "tpu":
-        try:
-            beside("model of a TPU", programs.run(arguments, "model"))
-        except Exception:
-            pltpu.reset_tpu_interpret_mode_state()
-            raise
 
 
 class _Variants(chex.TestCase):
-    """What chex makes of one test: calls with and without jit, with and without the device."""
+    """What chex makes of one test: calls without jit, as all others have it, with and without the device."""
 
     check: Callable[[Any], None]
 
-    @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
+    @chex.variants(without_jit=True, with_device=True, without_device=True)
     def test(self):
         self.check(self.variant)
 

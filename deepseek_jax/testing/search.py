@@ -12,6 +12,7 @@ from deepseek_jax.testing.laws import examine
 from deepseek_jax.testing.programs import Programs
 
 _SEEDS = 2**16
+_SELDOM = 32  # one example in so many is thorough
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Found:
 
 
 @st.composite
-def cases(draw: st.DrawFn, kernel: Kernel) -> Case:
+def cases(draw: st.DrawFn, kernel: Kernel, thorough: bool = False) -> Case:
     """Examples of a kernel, which shrink to the first of its sizes, dtypes and numbers, no counts, and seed 0."""
     sizes = {name: draw(st.sampled_from(values)) for name, values in kernel.sizes.items()}
     ragged = {name: draw(of(sizes)) for name, of in kernel.ragged.items()}
@@ -51,13 +52,14 @@ def cases(draw: st.DrawFn, kernel: Kernel) -> Case:
         dtype=draw(st.sampled_from(kernel.dtypes)),
         numbers=draw(st.sampled_from(kernel.numbers)),
         seed=draw(st.integers(0, _SEEDS - 1)),
+        thorough=thorough,
     )
 
 
 def search(
     kernel: Kernel, examples: int = 100, *, seed: int = 0, tell: Callable[[Found], None] = lambda found: None
 ) -> Found:
-    """Tries examples until one breaks a law.
+    """Tries examples until one breaks a law: first what each costs little, then a few by all laws.
 
     Args:
         kernel: what is tested.
@@ -66,6 +68,23 @@ def search(
         tell: called after each.
     """
     found, programs = Found(), Programs(kernel)
+    thorough = -(-examples // _SELDOM)
+
+    def add(case: Case, error: float) -> None:
+        found._add(case, error)
+        found.programs = programs.count
+        tell(found)
+
+    for count, strategy in ((examples - thorough, cases(kernel)), (thorough, cases(kernel, True))):
+        if count and found.fault is None:
+            found.fault = _first_fault(kernel, programs, strategy, count, seed, add)
+    found.examples += found.fault is not None
+    found.programs = programs.count
+    return found
+
+
+def _first_fault(kernel, programs, strategy, examples, seed, tell) -> Fault | None:
+    """Of so many examples, made small; `tell` is told each that has none, and its error."""
     faults: list[Fault] = []
 
     @hypothesis.seed(seed)
@@ -79,27 +98,24 @@ def search(
         suppress_health_check=list(HealthCheck),
         verbosity=Verbosity.quiet,
     )
-    @hypothesis.given(cases(kernel))
+    @hypothesis.given(strategy)
     def each(case: Case) -> None:
         try:
             error = examine(kernel, programs, case)
         except Fault as fault:
-            found.examples += not faults
             faults.append(fault)
             raise
-        if not faults:
-            found._add(case, error)
-            tell(found)
+        if not faults:  # else it is one that a fault shrinks to
+            tell(case, error)
 
     try:
         each()
     except Fault as fault:
-        found.fault = fault
+        return fault
     except hypothesis.errors.Flaky:  # a race goes one way or the other
         last = faults[-1]
-        found.fault = Fault(last.law, f"{last.said} (not every time)", last.case)
-    found.programs = programs.count
-    return found
+        return Fault(last.law, f"{last.said} (not every time)", last.case)
+    return None
 
 
 def check(kernel: Kernel, case: Case) -> Found:

@@ -88,7 +88,7 @@ def mean_kernel(fault: str = "") -> Kernel:
         run=functools.partial(masked_mean, fault=fault),
         twin=mean_twin,
         inputs=mean_inputs,
-        sizes={"B": (1, 3), "S": (4, 6), "H": (8,)},
+        sizes={"B": (1, 2), "S": (4, 6), "H": (8,)},
         ragged={"length": counts("S", "B")},
         invariances=(order(x=0, length=0), split(x=0, length=0), padding(TILE, None, x=1)),
         bound=lambda tolerance, x, length: tolerance * np.max(np.abs(x), initial=0),

@@ -1,11 +1,12 @@
 """The harness finds planted faults, in small inputs, and none in the same kernels without them."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
 
-from deepseek_jax.testing import Case, Kernel, search
+from deepseek_jax.testing import Case, Found, Kernel, search
 from deepseek_jax.testing.search import check
 from tests.testing.faulty import FAULTS, kernel_with, mean_kernel, paged_kernel, product_kernel
 
@@ -26,9 +27,14 @@ LAWS = {
 }
 
 
+@functools.cache
+def found_of(fault: str) -> Found:
+    return search(kernel_with(fault), 100)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found_in_a_small_input(fault):
-    found = search(kernel_with(fault), 100)
+    found = found_of(fault)
     assert found.fault is not None and found.fault.law in LAWS[fault], found.fault
     case = found.fault.case
     assert case.dtype == "float32" and np.prod([size for size in case.sizes.values()]) <= 48, case
@@ -38,8 +44,7 @@ def test_a_planted_fault_is_found_in_a_small_input(fault):
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "race between grid steps"])
 def test_its_case_has_the_fault_again(fault):
     """From its JSON, in a fresh process's place: nothing is kept of the search."""
-    kernel = kernel_with(fault)
-    found = search(kernel, 100)
+    kernel, found = kernel_with(fault), found_of(fault)
     again = check(kernel, kernel.case(found.fault.case.as_json()))
     assert again.fault.law == found.fault.law and again.fault.said == found.fault.said
 
