@@ -6,7 +6,7 @@ from typing import Any
 
 import hypothesis
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from deepseek_jax.plan.topology import GPU_OPTIONS, topology
 from deepseek_jax.testing.draw import Draw
@@ -52,8 +52,7 @@ def compile_for(kernel: Kernel, target: str) -> str:
 def _programs(kernel: Kernel, sizes: Sizes, dtype: str, devices: Sequence[jax.Device]) -> Iterator[tuple[Any, Any]]:
     """What is to compile, and the shapes that it is called with."""
     own = devices[: kernel.devices]
-    one = SingleDeviceSharding(own[0])
-    placed = one if kernel.devices == 1 else NamedSharding(Mesh(own, ("all",)), PartitionSpec())
+    placed = SingleDeviceSharding(own[0]) if kernel.devices == 1 else None  # else where its shard_map is
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
     # only shapes count, so that the simplest of what varies within them will do
     ragged = {name: hypothesis.find(of(sizes), lambda _: True) for name, of in kernel.ragged.items()}

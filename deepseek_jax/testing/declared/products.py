@@ -67,7 +67,7 @@ PACKED_MATMUL = Kernel(
     sizes={"W": (16, 144), "E": (1, 4), "K": (128, 384), "N": (128,), "scheme": _SCHEMES},
     # codes are exact: only sums, and the result in bfloat16, are rounded
     tolerance={"float32": 2.0**-19, "bfloat16": 2.0**-8},
-    compiled=tuple({"W": 1024, "E": 8, "K": 7168, "N": 2048, "scheme": scheme} for scheme in _SCHEMES),
+    compiled=tuple({"W": 1024, "E": 8, "K": 2048, "N": 1408, "scheme": scheme} for scheme in _SCHEMES),
     platform="tpu",
     **_GROUPED,
 )
@@ -77,7 +77,7 @@ TILED_PACKED = Kernel(
     sizes={"W": (8, 20), "E": (1, 4), "K": (128, 200), "N": (16,), "scheme": _SCHEMES},
     # a matrix is made whole in the dtype of lhs
     tolerance={"float32": 2.0**-19, "bfloat16": 2.0**-7},
-    compiled=tuple({"W": 1024, "E": 8, "K": 7168, "N": 2048, "scheme": scheme} for scheme in _SCHEMES),
+    compiled=tuple({"W": 1024, "E": 8, "K": 2048, "N": 1408, "scheme": scheme} for scheme in _SCHEMES),
     **_GROUPED,
 )
 
@@ -101,7 +101,7 @@ PACKED_PRODUCT = Kernel(
     sizes={"W": (1, 9), "K": (128, 200), "N": (16, 130), "scheme": _SCHEMES},
     tolerance=TILED_PACKED.tolerance,
     invariances=(order(x=0), split(x=0)),
-    compiled=tuple({"W": 64, "K": 7168, "N": 2048, "scheme": scheme} for scheme in _SCHEMES),
+    compiled=tuple({"W": 64, "K": 2048, "N": 1408, "scheme": scheme} for scheme in _SCHEMES),
 )
 TIMES_TRANSPOSED = Kernel(
     name="times_transposed",

@@ -62,7 +62,7 @@ TRANSPORTS = Kernel(
     gradient_tolerance=EXPERT_MLP.gradient_tolerance,
     numbers=("normal", "whole", "zeros"),
     compiled=tuple(
-        {"B": 8, "T": 256, "A": 8, "E": 32, "D": 1024, "M": 512, "place": "fsdp", "transport": transport, "tenths": 11}
+        {"B": 8, "T": 32, "A": 4, "E": 16, "D": 256, "M": 128, "place": "fsdp", "transport": transport, "tenths": 11}
         for transport in ("all_gather", "all_to_all", "ragged_all_to_all")
     ),
     devices=8,
