@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -16,16 +16,20 @@ from deepseek_jax.testing.kernel import Case, Fault, Kernel
 from deepseek_jax.testing.programs import Programs, apart, callable_of, on_arrays, pulled
 
 
-def examine(kernel: Kernel, programs: Programs, case: Case) -> float:
+class Held(NamedTuple):
+    """Of an example that holds: the worst error as a part of what is allowed, and how many numbers were compared."""
+
+    error: float
+    compared: int
+
+
+def examine(kernel: Kernel, programs: Programs, case: Case) -> Held:
     """Holds one example to all laws.
 
     Args:
         kernel: what is tested.
         programs: its compiled forms.
         case: the example.
-
-    Returns:
-        The worst error as a part of what is allowed: at most 1.
 
     Raises:
         Fault: a law does not hold.
@@ -40,7 +44,7 @@ def examine(kernel: Kernel, programs: Programs, case: Case) -> float:
         raise Fault("runs", f"{type(problem).__name__}: {said[:300]}", case) from problem
 
 
-def _examine(kernel: Kernel, programs: Programs, case: Case) -> float:
+def _examine(kernel: Kernel, programs: Programs, case: Case) -> Held:
     clean, arguments, noisy = (kernel.inputs(Draw(case, dead)) for dead in ("zero", "nan", "noise"))
     wide = on_arrays(_wide, clean)
     with jax.enable_x64(True):
@@ -61,7 +65,7 @@ def _examine(kernel: Kernel, programs: Programs, case: Case) -> float:
             beside(law.name, law.together(results, changed[1]))
     if case.thorough:
         _in_other_ways(kernel, programs, arguments, beside)
-    return worst
+    return Held(worst, sum(int(np.sum(~np.isnan(one))) for one in jax.tree.leaves(want)))
 
 
 def _gradients(kernel, programs, case, given, want, beside, got) -> float:

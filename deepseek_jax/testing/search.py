@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, Phase, Verbosity
 from hypothesis import strategies as st
 
 from deepseek_jax.testing.kernel import Case, Fault, Kernel
-from deepseek_jax.testing.laws import examine
+from deepseek_jax.testing.laws import Held, examine
 from deepseek_jax.testing.programs import Programs
 
 _SEEDS = 2**16
@@ -23,6 +23,7 @@ class Found:
         examples: that held, or were tried until one did not.
         worst: error as a part of what is allowed.
         worst_case: of which example.
+        compared: how many numbers of the result, in all examples.
         fault: with the smallest example that has one.
         programs: how many were compiled.
         compiled: for each accelerator "" where it compiles, else what its compiler says.
@@ -31,14 +32,16 @@ class Found:
     examples: int = 0
     worst: float = 0.0
     worst_case: Case | None = None
+    compared: int = 0
     fault: Fault | None = None
     programs: int = 0
     compiled: dict[str, str] = field(default_factory=dict)
 
-    def _add(self, case: Case, error: float) -> None:
+    def _add(self, case: Case, held: Held) -> None:
         self.examples += 1
-        if error > self.worst or self.worst_case is None:
-            self.worst, self.worst_case = error, case
+        self.compared += held.compared
+        if held.error > self.worst or self.worst_case is None:
+            self.worst, self.worst_case = held.error, case
 
 
 @st.composite
@@ -70,8 +73,8 @@ def search(
     found, programs = Found(), Programs(kernel)
     thorough = -(-examples // _SELDOM)
 
-    def add(case: Case, error: float) -> None:
-        found._add(case, error)
+    def add(case: Case, held: Held) -> None:
+        found._add(case, held)
         found.programs = programs.count
         tell(found)
 
@@ -79,12 +82,14 @@ def search(
         if count and found.fault is None:
             found.fault = _first_fault(kernel, programs, strategy, count, seed, add)
     found.examples += found.fault is not None
+    if found.fault is None and not found.compared:
+        found.fault = Fault("values", "the twin's results are empty or NaN: nothing was compared")
     found.programs = programs.count
     return found
 
 
 def _first_fault(kernel, programs, strategy, examples, seed, tell) -> Fault | None:
-    """Of so many examples, made small; `tell` is told each that has none, and its error."""
+    """Of so many examples, made small; `tell` is told each that has none."""
     faults: list[Fault] = []
 
     @hypothesis.seed(seed)
@@ -101,12 +106,12 @@ def _first_fault(kernel, programs, strategy, examples, seed, tell) -> Fault | No
     @hypothesis.given(strategy)
     def each(case: Case) -> None:
         try:
-            error = examine(kernel, programs, case)
+            held = examine(kernel, programs, case)
         except Fault as fault:
             faults.append(fault)
             raise
         if not faults:  # else it is one that a fault shrinks to
-            tell(case, error)
+            tell(case, held)
 
     try:
         each()

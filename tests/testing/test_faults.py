@@ -73,6 +73,11 @@ def test_what_is_raised_is_a_fault_too():
     assert found.fault.law == "runs" and found.fault.said.startswith("ConcretizationTypeError")
 
 
+def test_a_twin_that_says_nothing_is_a_fault():
+    found = search(one(twin=lambda x, w: np.full((len(x), w.shape[1]), np.nan), gradients=()), 3)
+    assert found.fault.said == "the twin's results are empty or NaN: nothing was compared"
+
+
 def test_a_result_of_another_shape_is_a_fault():
     found = check(one(run=lambda x, w: (x @ w)[:, :1], gradients=()), SMALL)
     assert found.fault.law == "values" and found.fault.said == "got shape [1, 1], wanted [1, 2]"
