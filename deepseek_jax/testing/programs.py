@@ -1,5 +1,6 @@
 """A kernel's compiled forms, of which each is traced once a shape."""
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from deepseek_jax.testing.invariance import Arguments
 from deepseek_jax.testing.kernel import Kernel
 
 Mode = Literal["own", "model"]
+_NUMBER = itertools.count()  # of programs, in this process
 
 
 class Programs:
@@ -36,7 +38,7 @@ class Programs:
                 interpreted.
         """
         arrays, program = self.program(arguments, mode)
-        return jax.tree.map(np.asarray, program(arrays))
+        return self._called(program, arrays)
 
     def program(self, arguments: Arguments, mode: Mode = "own") -> tuple[Arguments, Callable[[Arguments], Any]]:
         """What of arguments is arrays, and what is compiled of the kernel for such ones."""
@@ -49,7 +51,14 @@ class Programs:
         arrays, static = apart(arguments)
         function = pulled(partial(callable_of(self.kernel), **static), self.kernel.gradients)
         compiled = self._once("pull", function, arrays, tuple(static.items()))
-        return jax.tree.map(np.asarray, compiled(arrays, d_out))
+        return self._called(compiled, arrays, d_out)
+
+    def _called(self, compiled: Callable[..., Any], *given: Any) -> Any:
+        try:
+            return jax.tree.map(np.asarray, compiled(*given))
+        except Exception:  # a trace that broke off is none, so that the next one is the first
+            self._compiled = {key: one for key, one in self._compiled.items() if one is not compiled}
+            raise
 
     def _once(self, kind: str, function: Callable[..., Any], arrays: Arguments, others: tuple) -> Callable[..., Any]:
         """The program for arrays of a shape; that it is traced anew for them is an AssertionError of chex."""
@@ -60,7 +69,7 @@ class Programs:
             def program(*given):
                 return function(*given)
 
-            program.__name__ = f"{self.kernel.name} {id(self)} {len(self._compiled)}"  # chex counts by name
+            program.__name__ = f"{self.kernel.name} {next(_NUMBER)}"  # chex counts by name
             self._compiled[key] = jax.jit(chex.assert_max_traces(program, n=1))
         return self._compiled[key]
 

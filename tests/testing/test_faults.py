@@ -74,7 +74,7 @@ def test_what_is_raised_is_a_fault_too():
 
 
 def test_a_twin_that_says_nothing_is_a_fault():
-    found = search(one(twin=lambda x, w: np.full((len(x), w.shape[1]), np.nan), gradients=()), 3)
+    found = search(one(twin=lambda x, w: np.full((len(x), w.shape[1]), np.nan), gradients=()), 16)
     assert found.fault.said == "the twin's results are empty or NaN: nothing was compared"
 
 
