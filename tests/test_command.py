@@ -15,6 +15,7 @@ from tests.checkpoint.folders import QWEN2, random_folder
 from tests.wheel import ROOT, child, wheel
 
 LAUNCHERS = {
+    "tools/check_kernels.py": "kernels",
     "tools/compare.py": "compare",
     "tools/compile_pod.py": "compile",
     "tools/contamination.py": "contamination",

@@ -90,28 +90,28 @@ def _packed_on_tpu(rhs, layer, dtype, tiled):
     return partial(packed_matmul, dtype=dtype, layer=layer) if fits(rhs) else tiled(16, 512)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def ragged_matmul(lhs, rhs, sizes, dtype=None):
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def ragged_matmul(lhs, rhs, sizes, dtype=None, interpret=False):
     """`grouped_matmul` of one layer's matrices as TPU has it natively, but for the gradient of rhs.
 
     XLA computes that one densely over all groups (4 times the work with 4 groups, 16 times with 16; jax 0.10); the
-    kernel of jax's own megablox does each group's rows. Gradients are products in the dtype of lhs, whatever that of
-    the result.
+    kernel of jax's own megablox does each group's rows, which `interpret` runs as plain JAX. Gradients are products in
+    the dtype of lhs, whatever that of the result.
     """
     return jax.lax.ragged_dot(lhs, rhs, sizes, preferred_element_type=dtype)
 
 
-def _ragged_forward(lhs, rhs, sizes, dtype):
-    return ragged_matmul(lhs, rhs, sizes, dtype), (lhs, rhs, sizes)
+def _ragged_forward(lhs, rhs, sizes, dtype, interpret):
+    return ragged_matmul(lhs, rhs, sizes, dtype, interpret), (lhs, rhs, sizes)
 
 
-def _ragged_backward(dtype, saved, d_out):
+def _ragged_backward(dtype, interpret, saved, d_out):
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm  # Pallas is slow to import
 
     lhs, rhs, sizes = saved
     d_out = d_out.astype(lhs.dtype)
     rows = math.gcd(lhs.shape[0], 512)
-    d_rhs = tgmm(lhs.T, d_out, sizes, rhs.dtype, tiling=(rows, 512, 512))
+    d_rhs = tgmm(lhs.T, d_out, sizes, rhs.dtype, tiling=(rows, 512, 512), interpret=interpret)
     return ragged_matmul(d_out, jnp.swapaxes(rhs, 1, 2), sizes), d_rhs, None
 
 
@@ -191,8 +191,8 @@ def _tiled_outer(lhs, d_out, sizes, shape, tiles):
     def body(tile, total):
         group, row, left = locate(tile)
         mine = (jnp.arange(block) < left)[:, None]
-        a = jax.lax.dynamic_slice_in_dim(lhs, row, block)
-        b = jnp.where(mine, jax.lax.dynamic_slice_in_dim(d_out, row, block), 0)
+        # both: what lies past the last group may be NaN in either
+        a, b = (jnp.where(mine, jax.lax.dynamic_slice_in_dim(of, row, block), 0) for of in (lhs, d_out))
         return total.at[group].add(jnp.matmul(a.T, b, preferred_element_type=jnp.float32))
 
     locate, count = _tiles(sizes, block)

@@ -71,7 +71,7 @@ def token_logprobs(
 
     Returns:
         Log-probs, entropies and the likeliest tokens' log-probs, float32 [B, T], in nats. A target is the likeliest
-        token, or ties with it, where its log-prob equals the last exactly.
+        token, or ties with it, where its log-prob equals the last exactly; the last has no gradient.
     """
 
     def of_chunk(part, given):
@@ -153,13 +153,14 @@ def logprobs_of_logits(
 def scores_of_logits(
     logits: Float[Array, "*B V"], tokens: Int[Array, "*B"]
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"], Float[Array, "*B"]]:
-    """The same, and the log-prob of the likeliest token."""
+    """The same, and the log-prob of the likeliest token, which has no gradient."""
     # Everything is taken from the best logit: beside a large one, what a sure token lacks of 1 would be rounded away.
     best = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     total = jnp.log(jnp.sum(jnp.exp(logits - best), axis=-1, keepdims=True))
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1) - best - total
     every = logits - best - total
-    return chosen[..., 0], -jnp.sum(jnp.exp(every) * every, axis=-1), -total[..., 0]
+    likeliest = jax.lax.stop_gradient(-total[..., 0])  # its own would lack what the best logit adds
+    return chosen[..., 0], -jnp.sum(jnp.exp(every) * every, axis=-1), likeliest
 
 
 def within(logits: Float[Array, "*B V"], support: Bool[Array, "*B V"]) -> Float[Array, "*B V"]:

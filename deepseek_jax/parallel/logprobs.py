@@ -68,4 +68,5 @@ def scores_of_cut_logits(logits_btV: jax.Array, tokens_bt: jax.Array) -> tuple[j
     total = jnp.log(summed(jnp.exp(from_best)))
     mine = jnp.arange(logits_btV.shape[-1]) == tokens_bt[..., None]
     every = from_best - total[..., None]
-    return summed(jnp.where(mine, from_best, 0.0)) - total, -summed(jnp.exp(every) * every), -total
+    likeliest = jax.lax.stop_gradient(-total)
+    return summed(jnp.where(mine, from_best, 0.0)) - total, -summed(jnp.exp(every) * every), likeliest

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_jax.ops.experts import expert_mlp, grouped_matmul, tiled_matmul
+from deepseek_jax.ops.experts import Tiles, expert_mlp, grouped_matmul, tiled_matmul
 
 D, M = 6, 5
 
@@ -143,6 +143,17 @@ def test_tiles_equal_ragged_dot_forward_and_gradient(sizes, seed):
     group = np.repeat(np.arange(4), sizes)
     wanted = np.einsum("wk,wkn->wn", np.asarray(lhs, np.float64), np.asarray(rhs, np.float64)[group])
     np.testing.assert_allclose(tiled[0], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_nan_past_the_last_group_reaches_no_gradient():
+    """Of tiles that reach past it, in the rows or in the gradient of the result."""
+    sizes = jnp.asarray([2, 1])
+    normal = lambda *shape: jnp.asarray(np.random.default_rng(3).normal(size=shape), jnp.float32)
+    x, matrices, d = normal(8, 4), normal(2, 4, 4), normal(8, 4)
+    gradients = lambda x, d: jax.vjp(lambda x, w: tiled_matmul(x, w, sizes, Tiles(4, 2)), x, matrices)[1](d)
+    wanted, got = gradients(x[:3], d[:3]), gradients(x.at[3:].set(jnp.nan), d.at[3:].set(jnp.nan))
+    np.testing.assert_array_equal(got[0][:3], wanted[0])
+    np.testing.assert_array_equal(got[1], wanted[1])
 
 
 def test_tiles_of_the_largest_size():

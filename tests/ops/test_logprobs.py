@@ -73,6 +73,12 @@ def test_chunks_change_nothing_but_rounding():
         np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)
 
 
+def test_the_likeliest_tokens_logprob_has_no_gradient():
+    hidden, head = jnp.ones((1, 1, 2)), jnp.asarray([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]])
+    of_likeliest = lambda hidden: token_logprobs(hidden, head, jnp.asarray([[2]]))[2].sum()
+    np.testing.assert_array_equal(jax.grad(of_likeliest)(hidden), jnp.zeros_like(hidden))
+
+
 def test_entropy_has_its_known_ends():
     logits = jnp.asarray([[0.0] * V, [100.0] + [0.0] * (V - 1)])
     logp, entropy = logprobs_of_logits(logits, jnp.asarray([3, 0]))

@@ -52,7 +52,7 @@ def compiled(T: int, grouped: bool, dtype: str, interpret=True):
     decode = paged_decode.grouped_decode if grouped else paged_decode.latent_decode
 
     def run(queries, pool, table, seen):
-        return decode(*queries, pool, table, seen, SCALE, interpret=interpret)
+        return decode(*queries, pool, table, seen, SCALE, keys_at_once=TILE, interpret=interpret)
 
     run = jax.jit(run)
 
@@ -61,11 +61,6 @@ def compiled(T: int, grouped: bool, dtype: str, interpret=True):
         return run(queries, pool_of(case, dtype) if pool is None else pool, case.table_BM, case.seen_BT)
 
     return of_case
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    monkeypatch.setattr(paged_decode, "_KEYS", TILE)
 
 
 @pytest.mark.parametrize(

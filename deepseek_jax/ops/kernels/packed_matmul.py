@@ -31,7 +31,7 @@ def packed_matmul(
     dtype: DTypeLike | None = None,
     *,
     layer: int | None = None,
-    interpret: bool = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> Float[Array, "W N"]:
     """`ops.experts.grouped_matmul` of packed matrices [G, K, N] that `fits`, on TPU.
 
@@ -44,7 +44,7 @@ def packed_matmul(
         sizes: rows of each group.
         dtype: of the result; None is that of lhs.
         layer: how many of the groups can have rows, one layer's of a stack; None is all. For the stated cost alone.
-        interpret: run as plain JAX, on any device.
+        interpret: run as plain JAX, on any device; or as jax's model of a TPU.
 
     Returns:
         Rows past the last group are undefined.

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax.ops.codes import SCALE, is_coded
 from deepseek_jax.ops.pool import KVCache, LatentCache, Pool
 
-_KEYS = 512  # of a tile at most
+KEYS_AT_ONCE = 512  # of a tile at most
 _LANES = 128
 _CODED_BLOCK = 16  # tokens
 _BUFFERS = 4 * 2**20  # bytes of VMEM for keys and values, of the 16 MiB that v5e allows a kernel
@@ -46,6 +46,7 @@ def latent_decode(
     seen_BT: Int[Array, "B T"],
     scale: float,
     *,
+    keys_at_once: int = KEYS_AT_ONCE,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> Float[Array, "B T N C"]:
     """`ops.paged_attention.latent_paged` on TPU, for as few queries a row as decoding has.
@@ -58,6 +59,7 @@ def latent_decode(
             are cast to as well.
         pool: that `fits`.
         table_BM, seen_BT, scale: as of `latent_paged`.
+        keys_at_once: of a tile, rounded down to whole blocks, one at least.
         interpret: run as plain JAX, on any device; or as jax's model of a TPU.
 
     Returns:
@@ -66,7 +68,8 @@ def latent_decode(
     c, r = pool.c[:, None], pool.r[:, None]
     wide = jnp.pad(q_rope, ((0, 0),) * 3 + ((0, r.shape[-1] - q_rope.shape[-1]),))
     coded = _Scales(pool=1, first=r.shape[-1] - 1, of_values=0) if is_coded(c.dtype) else None
-    return _decode([q_latent, wide], [c, r], coded, table_BM, seen_BT, scale, interpret, name="latent_decode")
+    of_rows = table_BM, seen_BT, scale, keys_at_once, interpret
+    return _decode([q_latent, wide], [c, r], coded, *of_rows, name="latent_decode")
 
 
 def grouped_decode(
@@ -76,6 +79,7 @@ def grouped_decode(
     seen_BT: Int[Array, "B T"],
     scale: float,
     *,
+    keys_at_once: int = KEYS_AT_ONCE,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> Float[Array, "B T N K"]:
     """`ops.paged_attention.grouped_paged` on TPU, likewise.
@@ -84,10 +88,11 @@ def grouped_decode(
         q: bfloat16 or float32; taken in the cache's dtype, bfloat16 where it is codes, which the weights are cast to as
             well.
         pool: that `fits`.
-        table_BM, seen_BT, scale, interpret: as of `latent_decode`.
+        table_BM, seen_BT, scale, keys_at_once, interpret: as of `latent_decode`.
     """
     coded = None if pool.scale is None else _Scales(pool=2, first=0, of_values=pool.k.shape[1])
-    return _decode([q], jax.tree.leaves(pool), coded, table_BM, seen_BT, scale, interpret, name="grouped_decode")
+    of_rows = table_BM, seen_BT, scale, keys_at_once, interpret
+    return _decode([q], jax.tree.leaves(pool), coded, *of_rows, name="grouped_decode")
 
 
 def fits(pool: Pool) -> bool:
@@ -142,11 +147,11 @@ class _Plan(NamedTuple):
         return self.T * self.heads
 
 
-def _decode(queries, pools, coded, table_BM, seen_BT, scale, interpret, *, name):
+def _decode(queries, pools, coded, table_BM, seen_BT, scale, keys_at_once, interpret, *, name):
     """Queries [B, T, N, K] in one or two parts meet as many pools [P, G, s, K]; values are the second or the first."""
     (B, T, N, _), (_, G, s, _) = queries[0].shape, pools[0].shape
     heads = -(-(N // G) // _SUBLANES) * _SUBLANES
-    blocks, values = _tile(pools, table_BM.shape[1]), 2 - len(queries)
+    blocks, values = _tile(pools, table_BM.shape[1], keys_at_once), 2 - len(queries)
     plan = _Plan(T=T, G=G, s=s, heads=heads, blocks=blocks, values=values, scale=scale, coded=coded)
     width, dtype = pools[values].shape[-1], queries[0].dtype
     call = pl.pallas_call(
@@ -166,10 +171,10 @@ def _decode(queries, pools, coded, table_BM, seen_BT, scale, interpret, *, name)
     return _ungrouped(out, N, heads)
 
 
-def _tile(pools, M: int) -> int:
-    """How many blocks make 512 keys, or what two buffers of them have room for."""
+def _tile(pools, M: int, keys_at_once: int) -> int:
+    """How many blocks make so many keys, or what two buffers of them have room for."""
     of_block = sum(pool[0].size * pool.dtype.itemsize for pool in pools)
-    return max(1, min(M, _KEYS // pools[0].shape[-2], _BUFFERS // (2 * of_block)))
+    return max(1, min(M, keys_at_once // pools[0].shape[-2], _BUFFERS // (2 * of_block)))
 
 
 def _grid(plan: _Plan, table, widths, pools):

@@ -1,0 +1,154 @@
+"""Grouped products: rows sorted by group, each group with a matrix of its own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.ops.experts import Tiles, expert_mlp, ragged_matmul, tiled_matmul
+from deepseek_jax.parallel.rows import swiglu_groups
+from deepseek_jax.testing import Draw, Kernel, choices, group_sizes, order, split
+
+_TILES = {"W": (8, 20), "E": (1, 4), "K": (8,), "N": (16,), "rows": (1, 4, 32)}
+_ON_TPU = {"W": (16, 144), "E": (1, 4), "K": (128,), "N": (128,)}
+_LARGE = {"W": 4096, "E": 16, "K": 2048, "N": 1408}
+
+
+def group_of_rows(sizes: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """The group of each row, and whether it has one."""
+    ends = np.cumsum(sizes)
+    group = np.searchsorted(ends, np.arange(rows), side="right")
+    return np.minimum(group, len(sizes) - 1), np.arange(rows) < ends[-1]
+
+
+def _inputs(draw: Draw) -> dict[str, object]:
+    W, E, K, N = draw.of("W", "E", "K", "N")
+    sizes = draw.ragged["sizes"]
+    past = ~group_of_rows(sizes, W)[1]
+    lhs = draw.dead(draw.numbers(W, K), past[:, None])
+    return {"lhs": lhs, "rhs": draw.numbers(E, K, N, scale=K**-0.5), "sizes": sizes}
+
+
+def _twin(lhs, rhs, sizes, **_):
+    group, filled = group_of_rows(sizes, lhs.shape[0])
+    return jnp.where(filled[:, None], jnp.einsum("wk,wkn->wn", lhs, rhs[group]), jnp.nan)
+
+
+def _tiled(lhs, rhs, sizes, rows):
+    return tiled_matmul(lhs, rhs, sizes, Tiles(rows, 1))
+
+
+_GROUPED = {
+    "twin": _twin,
+    "ragged": {"sizes": group_sizes("W", "E")},
+    "gradients": ("lhs", "rhs"),
+    "dead_gradients": "undefined",
+}
+TILED_MATMUL = Kernel(
+    name="tiled_matmul",
+    run=_tiled,
+    inputs=lambda draw: {**_inputs(draw), "rows": draw.sizes["rows"]},
+    sizes=_TILES,
+    compiled=({**_LARGE, "rows": 128},),
+    **_GROUPED,
+)
+RAGGED_MATMUL = Kernel(
+    name="ragged_matmul",
+    run=lambda lhs, rhs, sizes, interpret: ragged_matmul(lhs, rhs, sizes, None, interpret),
+    inputs=_inputs,
+    sizes=_ON_TPU,
+    compiled=(_LARGE,),
+    platform="tpu",
+    **_GROUPED,
+)
+
+
+# --- through experts -----------------------------------------------------------------------------
+
+
+def _matrices(draw: Draw) -> dict[str, np.ndarray]:
+    E, D, M = draw.of("E", "D", "M")
+    of = lambda rows, columns: draw.numbers(E, rows, columns, scale=rows**-0.5)
+    return {"gate": of(D, M), "up": of(D, M), "down": of(M, D)}
+
+
+def routing(draw: Draw, *shape: int, experts: int) -> np.ndarray:
+    """Where rows go: anywhere, all to a few, to one, or some to nobody."""
+    anywhere = draw.ids.permuted(np.broadcast_to(np.arange(experts), (*shape[:-1], experts)), axis=-1)[..., : shape[-1]]
+    kind = int(draw.ragged["load"])
+    if kind == 0:
+        found = anywhere
+    elif kind == 1:
+        found = np.minimum(anywhere, 1)
+    elif kind == 2:
+        found = np.full(shape, experts - 1)
+    else:
+        found = np.where(draw.ids.random(shape) < 0.5, experts, anywhere)
+    return found.astype(np.int32)
+
+
+def mlp_inputs(draw: Draw, *rows: int) -> dict[str, object]:
+    """Rows of the example's numbers, what they count for, and where they go."""
+    experts = routing(draw, *rows, draw.sizes["A"], experts=draw.sizes["E"])
+    weights = draw.numbers(*experts.shape, scale=0.5, dtype=np.float32)
+    return {"x": draw.numbers(*rows, draw.sizes["D"]), "weights": weights, "experts": experts, **_matrices(draw)}
+
+
+def mlp_twin(x, weights, experts, gate, up, down):
+    """Of rows [..., D], one choice of each at a time."""
+    E, out = gate.shape[0], 0.0
+    for a in range(experts.shape[-1]):
+        chosen = np.minimum(experts[..., a], E - 1)
+        into = lambda matrix, chosen=chosen: jnp.einsum("...d,...dm->...m", x, matrix[chosen])
+        hidden = jax.nn.silu(into(gate)) * into(up)
+        there = (experts[..., a] < E)[..., None]
+        out += there * weights[..., a, None] * jnp.einsum("...m,...md->...d", hidden, down[chosen])
+    return out
+
+
+LOADS = choices(0, 1, 2, 3)
+_ROWS = {"x": 0, "weights": 0, "experts": 0}
+EXPERT_MLP = Kernel(
+    name="expert_mlp",
+    run=expert_mlp,
+    twin=mlp_twin,
+    inputs=lambda draw: mlp_inputs(draw, draw.sizes["W"]),
+    sizes={"W": (2, 9), "A": (1, 3), "E": (4,), "D": (8,), "M": (16,)},
+    ragged={"load": LOADS},
+    # hidden numbers are rounded twice before the last product
+    tolerance={"float32": 2.0**-18, "bfloat16": 2.0**-6},
+    gradients=("x", "weights", "gate", "up", "down"),
+    gradient_tolerance={"float32": 2.0**-17, "bfloat16": 2.0**-5},
+    numbers=("normal", "whole", "equal", "zeros"),
+    invariances=(order(**_ROWS), split(**_ROWS)),
+    compiled=({"W": 1024, "A": 8, "E": 32, "D": 1024, "M": 512},),
+)
+
+
+def _swiglu_inputs(draw: Draw) -> dict[str, object]:
+    W, E, D = draw.of("W", "E", "D")
+    sizes = draw.ragged["sizes"]
+    past = ~group_of_rows(sizes, W)[1]
+    return {"rows": draw.dead(draw.numbers(W, D), past[:, None]), **_matrices(draw), "sizes": sizes}
+
+
+def _swiglu_twin(rows, gate, up, down, sizes):
+    group, filled = group_of_rows(sizes, rows.shape[0])
+    into = lambda x, matrix: jnp.einsum("wd,wdm->wm", x, matrix[group])
+    out = into(jax.nn.silu(into(rows, gate)) * into(rows, up), down)
+    return jnp.where(filled[:, None], out, jnp.nan)
+
+
+SWIGLU_GROUPS = Kernel(
+    name="swiglu_groups",
+    run=swiglu_groups,
+    twin=_swiglu_twin,
+    inputs=_swiglu_inputs,
+    sizes={"W": (2, 12), "E": (1, 3), "D": (8,), "M": (16,)},
+    ragged={"sizes": group_sizes("W", "E")},
+    tolerance=EXPERT_MLP.tolerance,
+    gradients=("rows", "gate", "up", "down"),
+    gradient_tolerance=EXPERT_MLP.gradient_tolerance,
+    dead_gradients="undefined",
+    numbers=EXPERT_MLP.numbers,
+    compiled=({"W": 1024, "E": 32, "D": 1024, "M": 512},),
+)

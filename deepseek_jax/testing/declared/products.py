@@ -1,0 +1,141 @@
+"""Products with matrices that are packed in 8 or 4 bits, lie transposed, or have others of low rank beside them."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.ops.experts import Tiles, tiled_matmul
+from deepseek_jax.ops.kernels.packed_matmul import packed_matmul
+from deepseek_jax.ops.low_rank import LowRank, product
+from deepseek_jax.ops.packed import Packed, Packing
+from deepseek_jax.ops.transposed import Transposed, times_transposed
+from deepseek_jax.testing import Draw, Kernel, group_sizes, order, split
+from deepseek_jax.testing.declared.experts import group_of_rows
+
+_LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
+
+
+def _packed(draw: Draw, *shape: int) -> Packed:
+    """Any codes, with scales that make numbers near the reciprocal of the rows' square root."""
+    scheme = draw.sizes["scheme"]
+    like = Packing(scheme=scheme).like(shape)
+    most = _LARGEST[scheme]
+    codes = np.clip(draw.numbers(*shape, scale=most / 4, dtype=np.float32), -most, most)
+    codes = codes if scheme == "fp8" else np.round(codes)
+    scale = np.abs(draw.numbers(*like.scale.shape, scale=4 / most * shape[-2] ** -0.5, dtype=like.scale.dtype))
+    return Packed(codes=codes.astype(like.codes.dtype), scale=scale, block=like.block)
+
+
+def _dense(packed: Packed) -> np.ndarray:
+    """In float64."""
+    rows, columns = packed.codes.shape[-2:]
+    spread = packed.scale.repeat(packed.block[0], axis=-2)[..., :rows, :].repeat(packed.block[1], axis=-1)
+    return packed.codes.astype(np.float64) * spread[..., :columns]
+
+
+# --- a matrix a group ----------------------------------------------------------------------------
+
+
+def _grouped_inputs(draw: Draw) -> dict[str, Any]:
+    W, E, K, N = draw.of("W", "E", "K", "N")
+    sizes = draw.ragged["sizes"]
+    lhs = draw.dead(draw.numbers(W, K), ~group_of_rows(sizes, W)[1][:, None])
+    return {"lhs": lhs, "rhs": _packed(draw, E, K, N), "sizes": sizes}
+
+
+def _grouped_twin(lhs, rhs, sizes):
+    group, filled = group_of_rows(sizes, lhs.shape[0])
+    return np.where(filled[:, None], np.einsum("wk,wkn->wn", lhs, _dense(rhs)[group]), np.nan)
+
+
+def _grouped_bound(tolerance, lhs, rhs, sizes):
+    group, _ = group_of_rows(sizes, lhs.shape[0])
+    return tolerance * np.einsum("wk,wkn->wn", np.abs(lhs), np.abs(_dense(rhs))[group])
+
+
+_GROUPED = {
+    "twin": _grouped_twin,
+    "bound": _grouped_bound,
+    "inputs": _grouped_inputs,
+    "ragged": {"sizes": group_sizes("W", "E")},
+}
+_SCHEMES = ("int8", "fp8", "int4")
+PACKED_MATMUL = Kernel(
+    name="packed_matmul",
+    run=packed_matmul,
+    sizes={"W": (16, 144), "E": (1, 4), "K": (128, 384), "N": (128,), "scheme": _SCHEMES},
+    # codes are exact: only sums, and the result in bfloat16, are rounded
+    tolerance={"float32": 2.0**-19, "bfloat16": 2.0**-8},
+    compiled=tuple({"W": 1024, "E": 8, "K": 2048, "N": 1408, "scheme": scheme} for scheme in _SCHEMES),
+    platform="tpu",
+    **_GROUPED,
+)
+TILED_PACKED = Kernel(
+    name="tiled_packed",
+    run=lambda lhs, rhs, sizes: tiled_matmul(lhs, rhs, sizes, Tiles(4, 1)),
+    sizes={"W": (8, 20), "E": (1, 4), "K": (128, 200), "N": (16,), "scheme": _SCHEMES},
+    # a matrix is made whole in the dtype of lhs
+    tolerance={"float32": 2.0**-19, "bfloat16": 2.0**-7},
+    compiled=tuple({"W": 1024, "E": 8, "K": 2048, "N": 1408, "scheme": scheme} for scheme in _SCHEMES),
+    **_GROUPED,
+)
+
+
+# --- one matrix ----------------------------------------------------------------------------------
+
+
+def _bound(tolerance, x, weight):
+    return tolerance * (np.abs(x) @ np.abs(_dense(weight)))
+
+
+PACKED_PRODUCT = Kernel(
+    name="packed_product",
+    run=product,
+    twin=lambda x, weight: x @ _dense(weight),
+    bound=_bound,
+    inputs=lambda draw: {
+        "x": draw.numbers(*draw.of("W", "K")),
+        "weight": _packed(draw, *draw.of("K", "N")),
+    },
+    sizes={"W": (1, 9), "K": (128, 200), "N": (16, 130), "scheme": _SCHEMES},
+    tolerance=TILED_PACKED.tolerance,
+    invariances=(order(x=0), split(x=0)),
+    compiled=tuple({"W": 64, "K": 2048, "N": 1408, "scheme": scheme} for scheme in _SCHEMES),
+)
+TIMES_TRANSPOSED = Kernel(
+    name="times_transposed",
+    run=lambda x, weight: times_transposed(x, Transposed(weight)),
+    twin=lambda x, weight: x @ weight.T,
+    bound=lambda tolerance, x, weight: tolerance * (np.abs(x) @ np.abs(weight.T)),
+    inputs=lambda draw: {"x": draw.numbers(*draw.of("W", "K")), "weight": draw.numbers(*draw.of("N", "K"))},
+    sizes={"W": (1, 9, 65), "K": (8, 40), "N": (1, 33)},
+    tolerance={"float32": 2.0**-19, "bfloat16": 2.0**-8},
+    invariances=(order(x=0), split(x=0)),
+    compiled=({"W": 8, "K": 2048, "N": 2048}, {"W": 128, "K": 2048, "N": 2048}),
+)
+
+
+def _low_rank(x, w, a, b):
+    return product(x, LowRank(w=w, a=a, b=b, scale=2.0))
+
+
+def _low_rank_inputs(draw: Draw) -> dict[str, Any]:
+    W, K, N, rank = draw.of("W", "K", "N", "rank")
+    of = lambda rows, columns: draw.numbers(rows, columns, scale=rows**-0.5)
+    return {"x": draw.numbers(W, K), "w": of(K, N), "a": of(K, rank), "b": of(rank, N)}
+
+
+LOW_RANK_PRODUCT = Kernel(
+    name="low_rank_product",
+    run=_low_rank,
+    twin=lambda x, w, a, b: jnp.matmul(x, w) + 2 * jnp.matmul(jnp.matmul(x, a), b),
+    inputs=_low_rank_inputs,
+    sizes={"W": (1, 9), "K": (8, 40), "N": (16,), "rank": (1, 4)},
+    # x a is rounded to the dtype of x before it meets b
+    tolerance={"float32": 2.0**-18, "bfloat16": 2.0**-6},
+    gradients=("x", "w", "a", "b"),
+    numbers=("normal", "whole", "zeros", "large"),
+    invariances=(order(x=0), split(x=0)),
+    compiled=({"W": 256, "K": 2048, "N": 2048, "rank": 16},),
+)

@@ -1,0 +1,50 @@
+"""The kernels that modules declare at their top level."""
+
+import importlib.util
+import sys
+import traceback
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from deepseek_jax.testing.kernel import Kernel
+
+OURS = ("attention", "experts", "logprobs", "paged", "products", "sampling", "transports")
+
+
+def declared() -> list[Kernel]:
+    """Those of this project: every function of it that computes what another one does, in another way."""
+    return [kernel for name in OURS for kernel in _kernels_in(import_module(f"deepseek_jax.testing.declared.{name}"))]
+
+
+def kernels_of(file: Path) -> list[Kernel]:
+    """Those of a file, which is run as any module is: it is the user's own code.
+
+    Raises:
+        ValueError: there is no such file, it raises something, or declares no kernel, or two of one name.
+    """
+    if file.suffix != ".py" or not file.is_file():
+        raise ValueError(f"module: {file}: no such .py file")
+    name = f"_kernels_of_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file.resolve())
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as problem:  # the user's code may raise anything
+        frames = traceback.extract_tb(problem.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(file.resolve())]
+        place = f"{file}:{lines[-1]}" if lines else str(file)
+        raise ValueError(f"module: {place}: raised {type(problem).__name__}: {problem}; mend the file") from problem
+    found = _kernels_in(module)
+    if not found:
+        raise ValueError(f"module: {file}: no kernel, wanted a deepseek_jax.testing.Kernel at its top level")
+    names = [kernel.name for kernel in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"module: {file}: got two kernels named {twice[0]!r}, wanted a name each")
+    return found
+
+
+def _kernels_in(module: ModuleType) -> list[Kernel]:
+    """In the order in which they stand."""
+    return [value for value in vars(module).values() if isinstance(value, Kernel)]
