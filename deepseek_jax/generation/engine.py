@@ -76,11 +76,11 @@ class Metrics:
 
     def note(self, found: Decoded) -> None:
         """Add what a decode loop did."""
-        drawn, accepted = int(found.count_R.sum()), int(found.accepted)
+        drawn, accepted = int(found.count_R.sum()), int(found.accepted_R.sum())
         self.steps += int(found.steps)
         self.rows += drawn - accepted
         self.drawn += drawn
-        self.offered += int(found.offered)
+        self.offered += int(found.offered_R.sum())
         self.accepted += accepted
 
     def note_admitted(self, plan: Plan) -> None:

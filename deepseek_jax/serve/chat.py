@@ -102,14 +102,7 @@ def _as_turn(index: int, message: Message) -> dict[str, Any]:
 
 
 def _usage(asked: _Asked) -> dict[str, Any]:
-    completion = sum(len(choice.tokens) for choice in asked.choices)
-    thought = sum(choice.thought_tokens for choice in asked.choices)
-    return {
-        "prompt_tokens": asked.call.prompt_tokens,
-        "completion_tokens": completion,
-        "total_tokens": asked.call.prompt_tokens + completion,
-        "completion_tokens_details": {"reasoning_tokens": thought},
-    }
+    return asked.call.usage(asked.choices, reasoning_tokens=sum(choice.thought_tokens for choice in asked.choices))
 
 
 async def _whole(asked: _Asked) -> dict[str, Any]:

@@ -115,15 +115,6 @@ def _echoed(served: Served, body: CompletionBody, prompts: list[list[int]]) -> l
     return ["".join(served.prompts.spelled(tokens)) if text is None else text for text, tokens in pairs]
 
 
-def _usage(call: Call, texts: list[_Text]) -> dict[str, int]:
-    completion = sum(len(text.tokens) for text in texts)
-    return {
-        "prompt_tokens": call.prompt_tokens,
-        "completion_tokens": completion,
-        "total_tokens": call.prompt_tokens + completion,
-    }
-
-
 async def _whole(call: Call, texts: list[_Text], common: dict[str, Any]) -> dict[str, Any]:
     """The answer in one piece."""
     found = [{"index": number, "text": "", "logprobs": None} for number in range(len(texts))]
@@ -138,7 +129,7 @@ async def _whole(call: Call, texts: list[_Text], common: dict[str, Any]) -> dict
             else:
                 choice["logprobs"] = logprobs or choice["logprobs"]
     choices = [choice | text.ending for choice, text in zip(found, texts, strict=True)]
-    return common | {"choices": choices, "usage": _usage(call, texts)}
+    return common | {"choices": choices, "usage": call.usage(texts)}
 
 
 async def _events(
@@ -156,4 +147,4 @@ async def _events(
             if text or logprobs or part.finished:
                 yield head | {"choices": [{"index": part.number, "text": text, "logprobs": logprobs, **ending}]}
     if with_usage:
-        yield head | {"choices": [], "usage": _usage(call, texts)}
+        yield head | {"choices": [], "usage": call.usage(texts)}

@@ -19,6 +19,7 @@ from deepseek_jax.serve.calls import Served
 from deepseek_jax.serve.engine_thread import EngineThread
 from deepseek_jax.serve.metrics import Metrics
 from deepseek_jax.serve.prompts import Prompts
+from deepseek_jax.serve.server import http_server, listen
 from deepseek_jax.serve.settings import ServeConfig
 from deepseek_jax.text.stream import TextStream
 from deepseek_jax.text.tokenizer import Tokenizer
@@ -267,6 +268,22 @@ async def serving(engine, **settings):
         yield client
     finally:
         thread.close()
+
+
+@asynccontextmanager
+async def listening(engine, **settings):
+    """The same behind a port of this machine; yields the client and the port."""
+    async with serving(engine, **settings) as client:
+        client.served.engine.start = client.served.prompts.warm_up = client.served.prompts.close = lambda: None
+        server = http_server(client.served)
+        with listen("127.0.0.1", 0) as listener:
+            running = asyncio.ensure_future(server.serve(sockets=[listener]))
+            await client.until(lambda: server.started)
+            try:
+                yield client, listener.getsockname()[1]
+            finally:
+                server.should_exit = True
+                await running
 
 
 def run(call, engine, **settings):

@@ -119,6 +119,22 @@ def test_a_budget_closes_the_thought_and_the_answer_follows(make_engine):
         assert found["choices"][0]["message"]["content"] or found["choices"][0]["finish_reason"] == "stop"
 
 
+def test_drafts_that_were_right_are_told_of_each_call(make_engine):
+    """vllm#36561: output was right, and hardly a draft was; a text that repeats itself makes guesses easy."""
+    of = make_engine(drafts="lookup", draft_tokens=2, max_num_batched_tokens=96)
+
+    async def ask(client):
+        same = dict(seed=5, max_tokens=60, temperature=0)
+        calls = [client.chat("1+1+1+1+1", **same), client.chat("17+25", stream_options={"include_usage": True}, stream=True, **same)]
+        whole, streamed = await asyncio.gather(*calls)
+        return whole.json["usage"], streamed.events[-2]["usage"]
+
+    every = [usage["completion_tokens_details"] for usage in run(ask, of)]
+    accepted, rejected = (sum(each[f"{kind}_prediction_tokens"] for each in every) for kind in ("accepted", "rejected"))
+    assert (accepted, accepted + rejected) == (of.metrics.accepted, of.metrics.offered) and accepted > 10
+    assert all(each["accepted_prediction_tokens"] > 0 for each in every)
+
+
 SCHEMA = {
     "type": "object",
     "properties": {"answer": {"type": "integer", "minimum": 0, "maximum": 99}, "sure": {"type": "boolean"}},
