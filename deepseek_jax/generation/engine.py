@@ -192,9 +192,9 @@ class Engine:
         limit = sampling.limit(len(tokens), self.scheduler.config.max_model_len)
         params_of(sampling, seed=seed, limit=limit, vocab_size=self.config.vocab_size)
         opened, stream = False, None
-        allowed = None if constraint is None else constraint.mask()
+        allowed, tags = None if constraint is None else constraint.mask(), self.tags
         if sampling.thinking_budget is not None or constraint is not None:
-            self.tags = think_tags(self.tokenizer, self._closing) if self.tags is NO_TAGS else self.tags
+            tags = think_tags(self.tokenizer, self._closing) if tags is NO_TAGS else tags
             opened = opens_thought(self.tokenizer.decode(tokens[-16:], skip_special=False))
         if self.tokenizer is not None:
             stream = TextStream(self.tokenizer, stop=sampling.stop, least=sampling.min_new_tokens)
@@ -205,6 +205,7 @@ class Engine:
             if self.record.routes:
                 request.payload = partial(_routes_of_block, self._lives, request.id, self.settings.block_size)
             self.scheduler.add(request)
+            self.tags = tags  # a request that is refused leaves nothing, or processes would not run the same
             live = Live(request=request, sampling=sampling, seed=seed, opened=opened, stream=stream)
             live.constraint, live.allowed = constraint, allowed
             self._lives[request.id] = live
