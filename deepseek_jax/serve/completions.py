@@ -15,7 +15,7 @@ from deepseek_jax.serve.engine_thread import Wanted
 from deepseek_jax.serve.errors import ApiError
 from deepseek_jax.serve.replies import JsonReply, event_stream
 from deepseek_jax.serve.sampling import sampling_of
-from deepseek_jax.serve.schemas import CompletionBody
+from deepseek_jax.serve.schemas import CompletionBody, StreamOptions
 from deepseek_jax.serve.streams import Part
 
 router = APIRouter()
@@ -136,8 +136,8 @@ async def _events(
     call: Call, body: CompletionBody, texts: list[_Text], common: dict[str, Any], idle: float
 ) -> AsyncIterator[dict[str, Any] | None]:
     """The chunks of a stream; None where nothing came for a while."""
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-    head = common | ({"usage": None} if with_usage else {})
+    wanted = body.stream_options or StreamOptions()
+    usage = lambda: {"usage": call.usage(texts) if wanted.continuous_usage_stats else None} if wanted.include_usage else {}
     async for parts in call.parts(idle):
         if not parts:
             yield None
@@ -145,6 +145,6 @@ async def _events(
             text, logprobs = await texts[part.number].feed(part)
             ending = texts[part.number].ending if part.finished else {"finish_reason": None}
             if text or logprobs or part.finished:
-                yield head | {"choices": [{"index": part.number, "text": text, "logprobs": logprobs, **ending}]}
-    if with_usage:
-        yield head | {"choices": [], "usage": call.usage(texts)}
+                yield common | usage() | {"choices": [{"index": part.number, "text": text, "logprobs": logprobs, **ending}]}
+    if wanted.include_usage:
+        yield common | {"choices": [], "usage": call.usage(texts)}
