@@ -53,13 +53,13 @@ class Asked(NamedTuple):
 
     question: str
     seed: int
+    tokens: int
 
 
 class Load(NamedTuple):
     """What is asked for, and how."""
 
     asked: list[Asked]
-    tokens: int
     slots: int
 
     @property
@@ -68,7 +68,7 @@ class Load(NamedTuple):
 
     def body(self, of: Asked) -> bytes:
         turns = [{"role": "user", "content": of.question}]
-        wanted = {"messages": turns, "seed": of.seed, "max_tokens": self.tokens, "min_tokens": self.tokens}
+        wanted = {"messages": turns, "seed": of.seed, "max_tokens": of.tokens, "min_tokens": of.tokens}
         return json.dumps(wanted | {"stream": True}).encode()
 
 
@@ -85,13 +85,15 @@ def streams(
     Args:
         model: Hugging Face folder; None makes the train command's small model from random weights.
         requests: how many.
-        tokens: of every answer.
+        tokens: of an answer in the mean; they have from half as many to half as many more, so that they do not end together.
         slots: requests that run at a time.
         rounds: timed rounds, engine and server in turn.
     """
     allow_files(requests)
     chains = draw_chains(requests, terms=5, largest=9, operators="+*", modulus=10, seed=0)
-    load = Load([Asked(of.question, number) for number, of in enumerate(chains)], tokens, slots)
+    lengths = np.random.default_rng(0).integers(tokens - tokens // 2, tokens + tokens // 2, requests, endpoint=True)
+    triples = zip(chains, range(requests), lengths.tolist(), strict=True)
+    load = Load([Asked(of.question, number, length) for of, number, length in triples], slots)
     with tempfile.TemporaryDirectory() as scratch:
         folder = _toy(Path(scratch) / "toy") if model is None else model
         engine = engine_of(Config(model=folder, engine=load.serving, http=HttpOptions()), folder)
@@ -144,12 +146,12 @@ def _toy(folder: Path) -> Path:
 
 def _bare(engine: Engine, load: Load) -> tuple[list[tuple[str, str]], float]:
     """Thought and answer of each request, and the seconds that all took."""
-    of = {"max_new_tokens": load.tokens, "min_new_tokens": load.tokens, "stop_ids": engine.tokenizer.eos_ids}
-    sampling = SamplingConfig(temperature=0.6, top_p=0.95, **of)
+    drawing = {"temperature": 0.6, "top_p": 0.95, "stop_ids": engine.tokenizer.eos_ids}
     prompts = [engine.tokenizer.chat([{"role": "user", "content": of.question}]) for of in load.asked]
     texts: dict[int, str] = {}
     begin = time.perf_counter()
     for of, prompt in zip(load.asked, prompts, strict=True):
+        sampling = SamplingConfig(max_new_tokens=of.tokens, min_new_tokens=of.tokens, **drawing)
         texts[engine.add(prompt, sampling, seed=of.seed)] = ""
     for update in engine.run():
         texts[update.id] += update.text
@@ -364,8 +366,8 @@ def _told(found: Sequence[Read], expected: Sequence[tuple[str, str]], numbers: S
 
 
 def _print_rates(times: dict[str, list[float]], load: Load) -> None:
-    total = len(load.asked) * load.tokens
-    print(f"{len(load.asked)} requests of {load.tokens} tokens, {load.slots} at a time\n")
+    total = sum(of.tokens for of in load.asked)
+    print(f"{len(load.asked)} requests, {total} tokens of answers, {load.slots} at a time\n")
     print("| | seconds, median (min to max) | tok/s | x the engine's time |\n|---|---|---|---|")
     for name, seconds in times.items():
         ratios = [a / b for a, b in zip(seconds, times["bare engine"], strict=True)]

@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -23,6 +24,8 @@ from deepseek_jax.serve.prompts import Prompts
 from deepseek_jax.serve.settings import ServeConfig
 
 _LAST_SECONDS = 5.0  # for clients to hear of an end, before the process ends without them
+
+_SWITCH_SECONDS = 5e-4  # else the engine's thread, back from the device, waits 5 ms for an event loop that is busy
 
 
 class _Server(uvicorn.Server):
@@ -87,6 +90,7 @@ class Process:
             RuntimeError: the engine has ended.
         """
         allow_files(self.served.engine.most)
+        sys.setswitchinterval(_SWITCH_SECONDS)
         asyncio.run(self._serve(listener))
         if self._interrupted:
             raise KeyboardInterrupt
