@@ -85,7 +85,7 @@ def streams(
     Args:
         model: Hugging Face folder; None makes the train command's small model from random weights.
         requests: how many.
-        tokens: of an answer in the mean; they have from half as many to half as many more, so that they do not end together.
+        tokens: of an answer in the mean; they have from half as many to half as many more, and so end apart.
         slots: requests that run at a time.
         rounds: timed rounds, engine and server in turn.
     """
@@ -126,8 +126,8 @@ def _storm(server: "Server", load: Load, expected: Sequence[tuple[str, str]], le
     _print_latencies("a third dropped", [found[number] for number in kept if number not in pauses])
     after = server.settled()
     print(
-        f"\nOf {count} streams {len(drops)} were dropped and {len(pauses)} read slowly; the other texts and those of slow "
-        f"readers ({len(kept)}) are the engine's own. Resident memory {level.resident / MIB:.0f} MiB before and "
+        f"\nOf {count} streams {len(drops)} were dropped and {len(pauses)} read slowly; the other texts and those of "
+        f"slow readers ({len(kept)}) are the engine's own. Resident memory {level.resident / MIB:.0f} MiB before and "
         f"{after.resident / MIB:.0f} MiB after, blocks in use {level.blocks:g} and {after.blocks:g}, "
         f"open files {level.files} and {after.files}."
     )
@@ -301,7 +301,9 @@ async def _all(port: int, load: Load, drops: dict[int, int], pauses: dict[int, f
     bodies = [load.body(of) for of in load.asked]
     begin = time.perf_counter()
     for number, body in enumerate(bodies):
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}"
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}"
+        )
         sent = f"{head}\r\nContent-Type: application/json\r\n\r\n".encode() + body
         line = socket.socket()
         if number in pauses:

@@ -39,18 +39,24 @@ _SEED_OF_SUMS = 1
 
 
 class Sample(NamedTuple):
-    """An answer: log-probs of its tokens after the thought, what it is compared by, and whether it is right."""
+    """A completion: log-probs of its tokens, those of the thought first, what its answer is compared by, and whether
+    that is right."""
 
-    logprobs: list[float]
+    thought: list[float]
+    answer: list[float]
     final: str
     right: bool
 
 
-SINGLE: dict[str, Callable[[list[float]], float]] = {
-    "mean probability of the answer's tokens": lambda logs: float(np.mean(np.exp(logs))),
-    "the same, geometric": lambda logs: math.exp(float(np.mean(logs))),
+_OF_LOGS: dict[str, Callable[[list[float]], float]] = {
+    "mean probability of a token": lambda logs: float(np.mean(np.exp(logs))),
     "least probability of a token": lambda logs: math.exp(min(logs)),
-    "probability of the whole answer": lambda logs: math.exp(sum(logs)),
+    "probability of the whole": lambda logs: math.exp(sum(logs)),
+}
+SINGLE: dict[str, Callable[[Sample], float]] = {
+    f"{name}, {part}": lambda of, score=score, thinks=thinks: score((of.thought if thinks else []) + of.answer)
+    for name, score in _OF_LOGS.items()
+    for part, thinks in (("answer", False), ("thought and answer", True))
 }
 """Definitions for one sample."""
 
@@ -62,6 +68,7 @@ def main(
     data: Path | None = None,
     task: str = "svamp",
     domain: str = "math",
+    terms: int = 4,
     questions: int = 400,
     samples: int = 8,
     max_tokens: int = 256,
@@ -81,15 +88,16 @@ def main(
             domain general.
         task: name of the benchmark.
         domain: of /v1/reasoning.
+        terms: of a sum; the train command shows 4.
         questions: how many.
         samples: answers to each.
         max_tokens: of thought and answer.
         slots: answers that are drawn at a time.
         enforce_thinking: as of /v1/reasoning.
-        plot: a PNG of the reliability of the mean probability and of agreement.
+        plot: a PNG of the reliability of mean probabilities and of agreement.
     """
     if data is None:
-        problems, domain = list(itertools.islice(_sums(), questions)), "general"
+        problems, domain = list(itertools.islice(_sums(terms), questions)), "general"
     else:
         lines = data.read_text().splitlines()[:questions]
         problems = [task_named(task).read(json.loads(line), number) for number, line in enumerate(lines)]
@@ -101,25 +109,26 @@ def main(
     prompts.close()
     right = _graded(problems, drawn, task if data is not None else None)
     found = [
-        [Sample(logs, _final(text, domain), ok) for (logs, text), ok in zip(rows, oks, strict=True)]
+        [Sample(*logs, _final(text, domain), ok) for (logs, text), ok in zip(rows, oks, strict=True)]
         for rows, oks in zip(drawn, right, strict=True)
     ]
     _print(found, plot)
 
 
-def _sums() -> Iterator[Problem]:
+def _sums(terms: int) -> Iterator[Problem]:
     """Sums that the train command has not trained on."""
     options = ToyOptions()
+    others = ToyOptions(terms=terms)
     trained = {of.question for held in (64, 512) for of in options.chains(held, seed=0)}  # with --quick, and without
-    for number, of in enumerate(options.chains(900, seed=_SEED_OF_SUMS)):
+    for number, of in enumerate(others.chains(900, seed=_SEED_OF_SUMS)):
         if of.question not in trained:
             yield Problem(id=str(number), question=of.question, answer=of.answer)
 
 
 async def _drawn(
     engine: Engine, prompts: Prompts, asked: Sequence[Prompt], samples: int, max_tokens: int
-) -> list[list[tuple[list[float], str]]]:
-    """Of each question the answers: log-probs behind the thought, and the text of thought and answer."""
+) -> list[list[tuple[tuple[list[float], list[float]], str]]]:
+    """Of each question the completions: log-probs of the thought and of the answer, and the text of both."""
     budget = max_tokens - max(1, max_tokens // 4)
     of = {"temperature": 0.6, "top_p": 0.95, "stop_ids": engine.tokenizer.eos_ids, "thinking_budget": budget}
     choices: dict[int, Choice] = {}
@@ -131,20 +140,18 @@ async def _drawn(
             choices[id], texts[id] = Choice(prompts, opened=prompt.opened), OPEN if prompt.opened else ""
     progress = track(range(len(choices)), "answers", transient=True, console=Console(stderr=True))
     for update in engine.run():
-        part = Part(
-            number=0, tokens=update.tokens, text=update.text, finished=update.finished, live=update.live
-        )
+        part = Part(number=0, tokens=update.tokens, text=update.text, finished=update.finished, live=update.live)
         await choices[update.id].feed(part)
         texts[update.id] += update.text
         if update.finished:
             next(iter(progress), None)
-    behind = lambda of: of.live.logprobs[of.thought_tokens : len(of.tokens)]
-    every = [(behind(choices[id]), texts[id]) for id in sorted(choices)]
+    halves = lambda of: (of.live.logprobs[: of.thought_tokens], of.live.logprobs[of.thought_tokens : len(of.tokens)])
+    every = [(halves(choices[id]), texts[id]) for id in sorted(choices)]
     return [every[at : at + samples] for at in range(0, len(every), samples)]
 
 
 def _graded(
-    problems: Sequence[Problem], drawn: Sequence[Sequence[tuple[list[float], str]]], task: str | None
+    problems: Sequence[Problem], drawn: Sequence[Sequence[tuple[object, str]]], task: str | None
 ) -> list[list[bool]]:
     """Whether each answer is right; one that could not be graded ends the run."""
     if task is None:
@@ -193,20 +200,22 @@ def auroc(scores: Sequence[float], right: Sequence[bool]) -> float:
 
 
 def _print(found: Sequence[Sequence[Sample]], plot: Path | None) -> None:
-    every = [of for rows in found for of in rows if of.logprobs]
+    every = [of for rows in found for of in rows if of.answer]
     cut = sum(len(rows) for rows in found) - len(every)
     right = [of.right for of in every]
-    print(f"{len(found)} questions, {len(found[0])} answers each, {np.mean(right):.1%} right; {cut} without an answer\n")
+    print(
+        f"{len(found)} questions, {len(found[0])} answers each, {np.mean(right):.1%} right; {cut} without an answer\n"
+    )
     print("| confidence | of | right | mean | ECE | Brier | AUROC |\n|---|---|---|---|---|---|---|")
     curves = {}
     for name, score in SINGLE.items():
-        curves[name] = [score(of.logprobs) for of in every], right
+        curves[name] = [score(of) for of in every], right
         _row(name, "1 sample", *curves[name])
     for count in sorted({2, 4, len(found[0])}):
         curves[f"agreement of {count}"] = _agreements(found, count)
         _row("agreement", f"{count} samples", *curves[f"agreement of {count}"])
     if plot is not None:
-        shown = [next(iter(SINGLE)), f"agreement of {len(found[0])}"]
+        shown = [*list(SINGLE)[:2], f"agreement of {len(found[0])}"]
         _draw({name: curves[name] for name in shown}, plot)
 
 

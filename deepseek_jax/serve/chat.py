@@ -126,7 +126,9 @@ async def _events(asked: _Asked, idle: float) -> AsyncIterator[dict[str, Any] | 
     """The chunks of a stream; None where nothing came for a while."""
     head = asked.common | {"object": "chat.completion.chunk"}
     wanted = asked.body.stream_options or StreamOptions()
-    of_chunk = lambda: {"usage": _usage(asked) if wanted.continuous_usage_stats else None} if wanted.include_usage else {}
+    of_chunk = lambda: (
+        {"usage": _usage(asked) if wanted.continuous_usage_stats else None} if wanted.include_usage else {}
+    )
     of_choice = {"logprobs": None, "finish_reason": None}
     chunk = lambda number, delta, **more: (
         head | of_chunk() | {"choices": [{"index": number, "delta": delta, **of_choice, **more}]}

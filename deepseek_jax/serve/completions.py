@@ -137,7 +137,9 @@ async def _events(
 ) -> AsyncIterator[dict[str, Any] | None]:
     """The chunks of a stream; None where nothing came for a while."""
     wanted = body.stream_options or StreamOptions()
-    usage = lambda: {"usage": call.usage(texts) if wanted.continuous_usage_stats else None} if wanted.include_usage else {}
+    usage = lambda: (
+        {"usage": call.usage(texts) if wanted.continuous_usage_stats else None} if wanted.include_usage else {}
+    )
     async for parts in call.parts(idle):
         if not parts:
             yield None
@@ -145,6 +147,10 @@ async def _events(
             text, logprobs = await texts[part.number].feed(part)
             ending = texts[part.number].ending if part.finished else {"finish_reason": None}
             if text or logprobs or part.finished:
-                yield common | usage() | {"choices": [{"index": part.number, "text": text, "logprobs": logprobs, **ending}]}
+                yield (
+                    common
+                    | usage()
+                    | {"choices": [{"index": part.number, "text": text, "logprobs": logprobs, **ending}]}
+                )
     if wanted.include_usage:
         yield common | {"choices": [], "usage": call.usage(texts)}

@@ -61,9 +61,7 @@ class Grammar:
         schema: that it is of.
     """
 
-    def __init__(
-        self, schema: Mapping[str, Any], matcher: llguidance.LLMatcher, ends: Sequence[int], vocab_size: int
-    ):
+    def __init__(self, schema: Mapping[str, Any], matcher: llguidance.LLMatcher, ends: Sequence[int], vocab_size: int):
         self.schema, self._matcher = schema, matcher
         self._ends, self._vocab_size = ends, vocab_size
 

@@ -158,7 +158,6 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(model_folder, c
         (["--gpu-memory-utilization", "2"], "gpu_memory_utilization: got 2.0, wanted more than 0, at most 1"),
         (["--speculate", "mtp"], "drafts: got"),
         (["--tensor-parallel-size", "3"], "do not divide the 1 devices"),
-        (["--max-num-batched-tokens", "8"], "max_num_batched_tokens: got"),
     ],
 )
 def test_a_setting_that_cannot_be_is_one_line(model_folder, command_line, words, said):
