@@ -249,7 +249,7 @@ def _draw(curves: dict[str, tuple[Sequence[float], Sequence[bool]]], path: Path)
         x, y = ([values[at].mean() for at in bins] for values in (scores, right))
         axes.plot(x, y, "o-", label=f"{name}, ECE {ece(scores, right):.2f}", markersize=4)
     axes.set(xlabel="confidence", ylabel="share of right answers", xlim=(0, 1), ylim=(0, 1))
-    axes.legend(fontsize=8, loc="upper left")
+    figure.legend(fontsize=8, loc="outside lower center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
 

@@ -112,8 +112,9 @@ def final_answer(answer: str, domain: str) -> str:
 
 
 def _confidence(choice: Choice) -> float:
-    """The mean probability of the answer's tokens, at the temperature that they were drawn with."""
-    logprobs = choice.live.logprobs[choice.thought_tokens : len(choice.tokens)]
+    """The mean probability of its tokens at the temperature that they were drawn with, those of the thought among them:
+    what follows from a thought is nearly certain, right or wrong (docs/benchmarks.md)."""
+    logprobs = choice.live.logprobs[: len(choice.tokens)]
     return min(1.0, sum(map(math.exp, logprobs)) / len(logprobs)) if logprobs else 0.0
 
 

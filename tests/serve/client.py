@@ -56,10 +56,21 @@ class Scripted:
         tokenizer: a model's.
         answer: a text, or one for each seed; an end of sequence follows.
         seconds: that a step takes.
+        logprob: of a completion's token, by its number.
         context: tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, answer, *, seconds: float = 0.0, context: int = 4096, slots: int = 64):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        answer,
+        *,
+        seconds: float = 0.0,
+        context: int = 4096,
+        slots: int = 64,
+        logprob: Callable[[int], float] = lambda number: -0.5,
+    ):
+        self._logprob = logprob
         self.tokenizer, self._answer, self._seconds, self._context = tokenizer, answer, seconds, context
         self.config = SimpleNamespace(vocab_size=tokenizer.vocab_size)
         pool = SimpleNamespace(used=0, num_blocks=11)
@@ -107,7 +118,7 @@ class Scripted:
         for id, (live, drawn) in list(self.lives.items()):
             token = drawn.pop(0)
             live.request.tokens.append(token)
-            live.logprobs.append(-0.5)
+            live.logprobs.append(self._logprob(len(live.logprobs)))
             if live.sampling.top_logprobs:
                 pad = live.sampling.top_logprobs - 1
                 live.top.append((Ids([token] + [-1] * pad), Ids([-0.5] + [float("-inf")] * pad)))
