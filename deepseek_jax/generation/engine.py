@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.distributed import process_count
@@ -148,7 +149,8 @@ class Engine:
         dtype = jax.tree.leaves(weights["embed"])[0].dtype
         self._layout = module_layout(graphdef)
         of_host = settings.of_scheduler(config, self._layout, dtype)
-        self.runner = Runner(config, graphdef, settings, of_host, settings.dtype_of_cache(dtype), record)
+        given = settings.dtype_of_cache(dtype), record, _bound(self.weights)
+        self.runner = Runner(config, graphdef, settings, of_host, *given)
         self.scheduler = Scheduler(of_host, self.runner.smaller_bucket)
         self._closed: StepFailedError | None = None
         self.metrics = Metrics()
@@ -351,6 +353,13 @@ class Engine:
     def warm_up(self) -> Iterator[tuple[int, int]]:
         """Compile every shape that can come, before any request; yields (done, of how many)."""
         yield from self.runner.warm_up(self.weights, self.tags)
+
+
+def _bound(weights: nnx.State) -> SingleDeviceSharding | None:
+    """Where weights lie that are bound to one device, as loaded ones are."""
+    leaf = jax.tree.leaves(weights)[0]
+    one = isinstance(leaf, jax.Array) and leaf.committed and isinstance(leaf.sharding, SingleDeviceSharding)
+    return leaf.sharding if one else None
 
 
 def _fetched(calls: Sequence[Call]) -> list[Extended | Decoded]:
