@@ -300,7 +300,7 @@ def test_a_step_is_in_flight_while_the_next_one_is_planned():
 
 @pytest.mark.parametrize("bound", [False, True])
 def test_after_a_warm_up_nothing_is_compiled(bound):
-    """Whatever is asked for, and whatever comes of it; of weights that are bound to their device, as loaded ones are."""
+    """Whatever is asked for, and whatever comes of it; of weights bound to their device, as loaded ones are, too."""
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(lambda event, _, **of: compiled.append(event))
     graphdef, weights = model(KIND)
