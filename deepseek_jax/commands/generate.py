@@ -114,14 +114,14 @@ def _talks(config: Config) -> bool:
     return True
 
 
-def layout_of(model: ModelConfig, engine: EngineOptions) -> Layout:
-    """How a model lies on the devices."""
+def layout_of(model: ModelConfig, engine: EngineOptions, *, every: bool = False) -> Layout:
+    """How a model lies on the devices; on one of them where nothing is said, unless it is to be on every one."""
     expert, tensor = engine.serve_expert, engine.serve_tensor
     lanes = lanes_of(jax.default_backend())
-    if expert is None and tensor is None:
+    if expert is None and tensor is None and not every:
         return dataclasses.replace(LOCAL, lanes=lanes)
-    every = Layout(mesh=make_mesh(data=jax.device_count()), lanes=lanes)
-    return serving_layout(model, every, expert=expert, tensor=tensor)
+    replicas = Layout(mesh=make_mesh(data=jax.device_count()), lanes=lanes)
+    return serving_layout(model, replicas, expert=expert, tensor=tensor)
 
 
 def _completing(job: _Job, model: ModelConfig) -> EngineConfig:

@@ -26,6 +26,11 @@ def is_main() -> bool:
     return process_index() == 0
 
 
+def main_host() -> str:
+    """Where process 0 is, among several."""
+    return distributed.global_state.coordinator_address.rpartition(":")[0].strip("[]")
+
+
 def say(text: str, *, kind: Literal["error", "warning"] = "error") -> None:
     """An error or a warning on standard error, with the number of the process where there are several."""
     where = f"process {process_index()}: " if process_count() > 1 else ""

@@ -16,7 +16,8 @@ from jax._src import distributed
 
 from deepseek_jax.distributed.agreement import barrier
 from deepseek_jax.distributed.environment import initialize_arguments
-from deepseek_jax.distributed.identity import START_SECONDS, is_main, process_count, process_index, say
+from deepseek_jax.distributed.identity import START_SECONDS, is_main, main_host, process_count, process_index, say
+from deepseek_jax.distributed.wire import connected, listener, received
 
 # Exit statuses, beside 0, 1 for an error of our own, 2 for arguments that do not parse, and 130 for Ctrl-C.
 PREEMPTED = 128 + signal.SIGTERM
@@ -110,15 +111,14 @@ class _Watch:
     def start(self) -> None:
         client = distributed.global_state.client
         if is_main():
-            with _listener() as listener:
-                client.key_value_set("deepseek_jax/watch", str(listener.getsockname()[1]))
-                listener.settimeout(START_SECONDS)
+            with listener() as port:
+                client.key_value_set("deepseek_jax/watch", str(port.getsockname()[1]))
+                port.settimeout(START_SECONDS)
                 while len(self._lines) < process_count() - 1:
-                    self._take(listener.accept()[0])
+                    self._take(port.accept()[0])
         else:
             port = int(client.blocking_key_value_get("deepseek_jax/watch", START_SECONDS * 1000))
-            host = distributed.global_state.coordinator_address.rpartition(":")[0].strip("[]")
-            self._lines[0] = socket.create_connection((host, port), START_SECONDS)
+            self._lines[0] = connected(main_host(), port, START_SECONDS)
             self._lines[0].sendall(_NUMBER.pack(process_index()))
         for number, line in self._lines.items():
             line.settimeout(None)
@@ -143,14 +143,14 @@ class _Watch:
 
     def _take(self, line: socket.socket) -> None:
         line.settimeout(START_SECONDS)
-        said = _received(line, _NUMBER.size)
+        said = received(line, _NUMBER.size)
         number = _NUMBER.unpack(said)[0] if said else 0
         if number in range(1, process_count()):  # a port scanner says nothing, or anything
             self._lines[number] = line
 
     def _listen(self, number: int, line: socket.socket) -> None:
         try:
-            said = _received(line, _NUMBER.size)
+            said = received(line, _NUMBER.size)
         except OSError:
             said = b""
         if not said:
@@ -173,24 +173,6 @@ class _Watch:
                 with contextlib.suppress(OSError):  # it ended as well
                     line.sendall(_NUMBER.pack(ended))
         return True
-
-
-def _listener() -> socket.socket:
-    """On a free port, of either kind of address where the system has both."""
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
-    return socket.create_server(("", 0), backlog=4096)
-
-
-def _received(line: socket.socket, size: int) -> bytes:
-    """So many bytes, or none when the connection ends before."""
-    parts = b""
-    while len(parts) < size:
-        part = line.recv(size - len(parts))
-        if not part:
-            return b""
-        parts += part
-    return parts
 
 
 _watch = _Watch()

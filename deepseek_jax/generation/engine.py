@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.distributed import process_count
@@ -76,11 +77,11 @@ class Metrics:
 
     def note(self, found: Decoded) -> None:
         """Add what a decode loop did."""
-        drawn, accepted = int(found.count_R.sum()), int(found.accepted)
+        drawn, accepted = int(found.count_R.sum()), int(found.accepted_R.sum())
         self.steps += int(found.steps)
         self.rows += drawn - accepted
         self.drawn += drawn
-        self.offered += int(found.offered)
+        self.offered += int(found.offered_R.sum())
         self.accepted += accepted
 
     def note_admitted(self, plan: Plan) -> None:
@@ -148,7 +149,8 @@ class Engine:
         dtype = jax.tree.leaves(weights["embed"])[0].dtype
         self._layout = module_layout(graphdef)
         of_host = settings.of_scheduler(config, self._layout, dtype)
-        self.runner = Runner(config, graphdef, settings, of_host, settings.dtype_of_cache(dtype), record)
+        given = settings.dtype_of_cache(dtype), record, _bound(self.weights)
+        self.runner = Runner(config, graphdef, settings, of_host, *given)
         self.scheduler = Scheduler(of_host, self.runner.smaller_bucket)
         self._closed: StepFailedError | None = None
         self.metrics = Metrics()
@@ -192,9 +194,9 @@ class Engine:
         limit = sampling.limit(len(tokens), self.scheduler.config.max_model_len)
         params_of(sampling, seed=seed, limit=limit, vocab_size=self.config.vocab_size)
         opened, stream = False, None
-        allowed = None if constraint is None else constraint.mask()
+        allowed, tags = None if constraint is None else constraint.mask(), self.tags
         if sampling.thinking_budget is not None or constraint is not None:
-            self.tags = think_tags(self.tokenizer, self._closing) if self.tags is NO_TAGS else self.tags
+            tags = think_tags(self.tokenizer, self._closing) if tags is NO_TAGS else tags
             opened = opens_thought(self.tokenizer.decode(tokens[-16:], skip_special=False))
         if self.tokenizer is not None:
             stream = TextStream(self.tokenizer, stop=sampling.stop, least=sampling.min_new_tokens)
@@ -205,6 +207,7 @@ class Engine:
             if self.record.routes:
                 request.payload = partial(_routes_of_block, self._lives, request.id, self.settings.block_size)
             self.scheduler.add(request)
+            self.tags = tags  # a request that is refused leaves nothing, or processes would not run the same
             live = Live(request=request, sampling=sampling, seed=seed, opened=opened, stream=stream)
             live.constraint, live.allowed = constraint, allowed
             self._lives[request.id] = live
@@ -350,6 +353,13 @@ class Engine:
     def warm_up(self) -> Iterator[tuple[int, int]]:
         """Compile every shape that can come, before any request; yields (done, of how many)."""
         yield from self.runner.warm_up(self.weights, self.tags)
+
+
+def _bound(weights: nnx.State) -> SingleDeviceSharding | None:
+    """Where weights lie that are bound to one device, as loaded ones are."""
+    leaf = jax.tree.leaves(weights)[0]
+    one = isinstance(leaf, jax.Array) and leaf.committed and isinstance(leaf.sharding, SingleDeviceSharding)
+    return leaf.sharding if one else None
 
 
 def _fetched(calls: Sequence[Call]) -> list[Extended | Decoded]:

@@ -30,7 +30,8 @@ class Live:
     opened: the prompt ended in `<think>`. text: the completion's so far, before any stop text; stream makes it, told is
     how much of it updates have had. routes: of the tokens that were fed, prompt and completion. prompt_logprobs: of the
     prompt's tokens but the first; allowed: what the constraint lets come next, allowed_changed: the device does not
-    know it yet. prompt_likeliest: of the likeliest token in the place of each of these.
+    know it yet. prompt_likeliest: of the likeliest token in the place of each of these. offered: drafts of it that were
+    verified, accepted: those that were right.
     """
 
     request: Request
@@ -47,6 +48,8 @@ class Live:
     routes: list[np.ndarray] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
     prompt_likeliest: list[float] = field(default_factory=list)
+    offered: int = 0
+    accepted: int = 0
     error: NonFiniteLogitsError | StepFailedError | ConstraintError | None = None
     constraint: Constraint | None = None
     allowed: np.ndarray | None = None
@@ -71,6 +74,8 @@ class Live:
     def note_row(self, row: int, found: Decoded) -> Drawn:
         """Keep what a decode loop drew."""
         count = found.count_R[row]
+        self.offered += int(found.offered_R[row])
+        self.accepted += int(found.accepted_R[row])
         drawn = self._note(jax.tree.map(lambda a: a[row, :count], found.drawn))
         if found.routes_RNLA is not None:
             self.routes.append(found.routes_RNLA[row, : len(drawn.tokens)].copy())

@@ -91,15 +91,15 @@ class Extended(NamedTuple):
 class Decoded(NamedTuple):
     """What a loop drew, with an axis of up to N draws a row in every part of `drawn`.
 
-    count_R: how many there are. steps: that the loop took; offered and accepted: drafts. routes_RNLA: of the tokens
-    that were fed, the latest one of before and all drawn but the last.
+    count_R: how many there are. steps: that the loop took. offered_R: drafts that were verified; accepted_R: those of
+    them that were right. routes_RNLA: of the tokens that were fed, the latest one of before and all drawn but the last.
     """
 
     drawn: Drawn
     count_R: jax.Array
     steps: jax.Array
-    offered: jax.Array
-    accepted: jax.Array
+    offered_R: jax.Array
+    accepted_R: jax.Array
     routes_RNLA: jax.Array | None
 
 
@@ -308,9 +308,9 @@ class Programs:
         if self.drafts == "mtp":
             of_new = hidden.x_BTD, jnp.stack(drawn_RT, axis=1), at, count_R
             state = self._draft(model, state, *of_new, rows_R, live_R, tags, phase="decode")
-        offered = found.offered + jnp.sum(live_R[:, None] & (guesses_RD >= 0))
-        accepted = found.accepted + jnp.sum(jnp.maximum(count_R - 1, 0))
-        return self._laid(state), found._replace(steps=found.steps + 1, offered=offered, accepted=accepted)
+        offered_R = found.offered_R + jnp.sum(live_R[:, None] & (guesses_RD >= 0), axis=1)
+        accepted_R = found.accepted_R + jnp.maximum(count_R - 1, 0)
+        return self._laid(state), found._replace(steps=found.steps + 1, offered_R=offered_R, accepted_R=accepted_R)
 
     def _stepped(self, state: DeviceState, drawing: DrawState, drawn: Drawn, rows_R, position_R, alive_R):
         """With the draw of some rows as their latest tokens."""
@@ -356,8 +356,7 @@ class Programs:
         routes = None
         if self.record.routes:
             routes = jnp.zeros((rows, N, *self._routes_of_token), self._routes_dtype)
-        zero = jnp.int32(0)
-        return Decoded(drawn, nobody, zero, zero, zero, routes)
+        return Decoded(drawn, nobody, jnp.int32(0), nobody, nobody, routes)
 
     def _draw(self, logits_RV, state: DeviceState, rows_R, position_R, live_R, tags) -> tuple[DrawState, Drawn]:
         given = logits_RV, state.params, state.drawing, rows_R, position_R, live_R, tags

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.generation.completion import Record
@@ -40,6 +41,8 @@ class Runner:
         of_host: what the scheduler goes by.
         dtype: of the cache.
         record: what to keep for a trainer.
+        bound: where the weights lie, if they are bound to one device. They bind what programs give: a state that was
+            not bound before would let the first programs after a warm-up be compiled once more.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Runner:
         of_host: SchedulerConfig,
         dtype: jnp.dtype,
         record: Record,
+        bound: SingleDeviceSharding | None = None,
     ):
         self.config, self.shards = config, of_host.num_shards
         slots = of_host.max_num_seqs
@@ -74,12 +78,14 @@ class Runner:
         self._span_buckets = span_buckets(of_host.chunk, tokens, *rows)
         self._table = np.zeros((slots, table), np.int32)
         self._of_state = self.shards * of_host.num_blocks, of_host.block_size
-        self.state = self.programs.first_state(*self._of_state)
+        self._bound = bound
+        self.renew()
 
     def renew(self) -> None:
         """The state in which nobody has a slot, in the place of one that a failed program may have taken with it."""
         self.state = None  # before there is another
-        self.state = self.programs.first_state(*self._of_state)
+        state = self.programs.first_state(*self._of_state)
+        self.state = state if self._bound is None else jax.device_put(state, self._bound)
 
     def run(self, weights: nnx.State, plan: Plan, lives: Mapping[int, Live], tags: ThinkTags) -> list[Call]:
         """Dispatch the programs of a step.

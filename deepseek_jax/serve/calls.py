@@ -3,9 +3,10 @@
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from deepseek_jax.generation.engine import Update
+from deepseek_jax.generation.live import Live
 from deepseek_jax.serve.engine_thread import EngineThread, Wanted, status_of
 from deepseek_jax.serve.errors import ApiError, of_field
 from deepseek_jax.serve.metrics import Metrics
@@ -80,6 +81,13 @@ class Served:
         return call
 
 
+class Drawn(Protocol):
+    """A completion as a route has read it: its tokens, and the engine's record, None before the first of them."""
+
+    tokens: list[int]
+    live: Live | None
+
+
 class Call:
     """Completions that run."""
 
@@ -112,6 +120,19 @@ class Call:
                 yield parts
         except Exception as problem:  # whatever it is, the client gets a status
             raise status_of(problem) from problem
+
+    def usage(self, completions: Sequence[Drawn], **details: int) -> dict[str, Any]:
+        """In OpenAI's form; `details` of the completions' tokens stand beside how many drafts were right and wrong."""
+        drawn = sum(len(of.tokens) for of in completions)
+        lives = [of.live for of in completions if of.live is not None]
+        accepted, offered = (sum(getattr(live, name) for live in lives) for name in ("accepted", "offered"))
+        drafts = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": offered - accepted}
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": drawn,
+            "total_tokens": self.prompt_tokens + drawn,
+            "completion_tokens_details": details | drafts,
+        }
 
     def end(self) -> None:
         """What still runs of it is cancelled. A call may be ended several times."""

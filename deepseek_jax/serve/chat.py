@@ -15,7 +15,7 @@ from deepseek_jax.serve.errors import ApiError
 from deepseek_jax.serve.prompts import Prompt
 from deepseek_jax.serve.replies import JsonReply, event_stream
 from deepseek_jax.serve.sampling import sampling_of, thinks
-from deepseek_jax.serve.schemas import ChatBody, Message, ResponseFormat
+from deepseek_jax.serve.schemas import ChatBody, Message, ResponseFormat, StreamOptions
 from deepseek_jax.serve.structured import Grammar
 
 router = APIRouter()
@@ -102,14 +102,7 @@ def _as_turn(index: int, message: Message) -> dict[str, Any]:
 
 
 def _usage(asked: _Asked) -> dict[str, Any]:
-    completion = sum(len(choice.tokens) for choice in asked.choices)
-    thought = sum(choice.thought_tokens for choice in asked.choices)
-    return {
-        "prompt_tokens": asked.call.prompt_tokens,
-        "completion_tokens": completion,
-        "total_tokens": asked.call.prompt_tokens + completion,
-        "completion_tokens_details": {"reasoning_tokens": thought},
-    }
+    return asked.call.usage(asked.choices, reasoning_tokens=sum(choice.thought_tokens for choice in asked.choices))
 
 
 async def _whole(asked: _Asked) -> dict[str, Any]:
@@ -132,10 +125,13 @@ def _ending(choice: Choice) -> dict[str, Any]:
 async def _events(asked: _Asked, idle: float) -> AsyncIterator[dict[str, Any] | None]:
     """The chunks of a stream; None where nothing came for a while."""
     head = asked.common | {"object": "chat.completion.chunk"}
-    with_usage = asked.body.stream_options is not None and asked.body.stream_options.include_usage
-    head |= {"usage": None} if with_usage else {}
+    wanted = asked.body.stream_options or StreamOptions()
+    of_chunk = lambda: (
+        {"usage": _usage(asked) if wanted.continuous_usage_stats else None} if wanted.include_usage else {}
+    )
+    of_choice = {"logprobs": None, "finish_reason": None}
     chunk = lambda number, delta, **more: (
-        head | {"choices": [{"index": number, "delta": delta, "logprobs": None, "finish_reason": None, **more}]}
+        head | of_chunk() | {"choices": [{"index": number, "delta": delta, **of_choice, **more}]}
     )
     for number in range(len(asked.choices)):
         yield chunk(number, {"role": "assistant", "content": ""})
@@ -153,7 +149,7 @@ async def _events(asked: _Asked, idle: float) -> AsyncIterator[dict[str, Any] | 
                 more = {}
             if part.finished:
                 yield chunk(part.number, {}, **_ending(choice))
-    if with_usage:
+    if wanted.include_usage:
         yield head | {"choices": [], "usage": _usage(asked)}
 
 

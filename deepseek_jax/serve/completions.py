@@ -15,7 +15,7 @@ from deepseek_jax.serve.engine_thread import Wanted
 from deepseek_jax.serve.errors import ApiError
 from deepseek_jax.serve.replies import JsonReply, event_stream
 from deepseek_jax.serve.sampling import sampling_of
-from deepseek_jax.serve.schemas import CompletionBody
+from deepseek_jax.serve.schemas import CompletionBody, StreamOptions
 from deepseek_jax.serve.streams import Part
 
 router = APIRouter()
@@ -115,15 +115,6 @@ def _echoed(served: Served, body: CompletionBody, prompts: list[list[int]]) -> l
     return ["".join(served.prompts.spelled(tokens)) if text is None else text for text, tokens in pairs]
 
 
-def _usage(call: Call, texts: list[_Text]) -> dict[str, int]:
-    completion = sum(len(text.tokens) for text in texts)
-    return {
-        "prompt_tokens": call.prompt_tokens,
-        "completion_tokens": completion,
-        "total_tokens": call.prompt_tokens + completion,
-    }
-
-
 async def _whole(call: Call, texts: list[_Text], common: dict[str, Any]) -> dict[str, Any]:
     """The answer in one piece."""
     found = [{"index": number, "text": "", "logprobs": None} for number in range(len(texts))]
@@ -138,15 +129,17 @@ async def _whole(call: Call, texts: list[_Text], common: dict[str, Any]) -> dict
             else:
                 choice["logprobs"] = logprobs or choice["logprobs"]
     choices = [choice | text.ending for choice, text in zip(found, texts, strict=True)]
-    return common | {"choices": choices, "usage": _usage(call, texts)}
+    return common | {"choices": choices, "usage": call.usage(texts)}
 
 
 async def _events(
     call: Call, body: CompletionBody, texts: list[_Text], common: dict[str, Any], idle: float
 ) -> AsyncIterator[dict[str, Any] | None]:
     """The chunks of a stream; None where nothing came for a while."""
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-    head = common | ({"usage": None} if with_usage else {})
+    wanted = body.stream_options or StreamOptions()
+    usage = lambda: (
+        {"usage": call.usage(texts) if wanted.continuous_usage_stats else None} if wanted.include_usage else {}
+    )
     async for parts in call.parts(idle):
         if not parts:
             yield None
@@ -154,6 +147,10 @@ async def _events(
             text, logprobs = await texts[part.number].feed(part)
             ending = texts[part.number].ending if part.finished else {"finish_reason": None}
             if text or logprobs or part.finished:
-                yield head | {"choices": [{"index": part.number, "text": text, "logprobs": logprobs, **ending}]}
-    if with_usage:
-        yield head | {"choices": [], "usage": _usage(call, texts)}
+                yield (
+                    common
+                    | usage()
+                    | {"choices": [{"index": part.number, "text": text, "logprobs": logprobs, **ending}]}
+                )
+    if wanted.include_usage:
+        yield common | {"choices": [], "usage": call.usage(texts)}

@@ -36,6 +36,7 @@ class EngineThread:
         on_death: called once, in the engine's thread, with what ended it.
 
     Attributes:
+        most: completions that may wait and run.
         ready: everything is compiled.
         compiled: programs that the warm-up compiled.
         problem: what ended the thread, if anything did.
@@ -43,7 +44,7 @@ class EngineThread:
 
     def __init__(self, engine: Engine, *, max_waiting: int, on_death: Callable[[BaseException], None]):
         self.engine, self._on_death = engine, on_death
-        self._most = engine.scheduler.config.max_num_seqs + max_waiting
+        self.most = engine.scheduler.config.max_num_seqs + max_waiting
         self.ready, self.compiled = False, 0
         self.warmed: tuple[int, int] = (0, 0)
         self.problem: BaseException | None = None
@@ -77,10 +78,10 @@ class EngineThread:
         if not self.ready:
             done, count = self.warmed
             raise ApiError(503, f"the server is compiling, {done} of {count} programs are done", retry_after=10)
-        if self.live + len(wanted) > self._most:
+        if self.live + len(wanted) > self.most:
             raise ApiError(
                 503,
-                f"the server has {self.live} completions waiting and running, at most {self._most} can; try later",
+                f"the server has {self.live} completions waiting and running, at most {self.most} can; try later",
                 code="overloaded",
                 retry_after=RETRY_SECONDS,
             )

@@ -52,10 +52,11 @@ class Guard:
             await self._app(scope, receive, send)
             return
         began, scope["notes"], scope["salt"] = time.monotonic(), {}, ""
-        answer = _Answer(send, self._settings.write_seconds, _id_of(scope))
+        # a body that nobody reads is not waited for, however slowly it comes
+        answer = _Answer(send, self._settings.write_seconds, _id_of(scope), closes=_has_body(scope))
         try:
             self._admit(scope)
-            body = await self._body(scope, receive)
+            body = await self._body(scope, receive, answer)
             await self._run(scope, body, receive, answer)
         except ApiError as error:
             await answer.refuse(scope, receive, error)
@@ -65,6 +66,8 @@ class Guard:
 
     def _admit(self, scope: Scope) -> None:
         """Whether the request may be looked at."""
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+            raise ApiError(400, "content-length: got it beside transfer-encoding, wanted one of them")
         hosts, path = self._settings.allowed_hosts, scope["path"]
         if hosts is not None and _host(scope) not in hosts:
             raise ApiError(403, f"host: got {_host(scope)!r:.80}, wanted one of {', '.join(hosts)}")
@@ -92,7 +95,7 @@ class Guard:
             )
         return f"key {same.index(True)}"
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+    async def _body(self, scope: Scope, receive: Receive, answer: "_Answer") -> bytes:
         """All of it, which may be parsed."""
         if scope["method"] != "POST" or scope["path"] not in self._takes_body:
             return b""
@@ -101,6 +104,7 @@ class Guard:
                 body = await self._read(scope, receive)
         except TimeoutError:
             raise ApiError(408, f"body: did not come within {self._settings.body_seconds:g} s; send it again") from None
+        answer.closes = False
         check_json(body, self._settings.max_depth)
         return body
 
@@ -157,12 +161,13 @@ class _Answer:
 
     Attributes:
         id: of the request.
+        closes: the connection ends with it.
         status: of the answer, once it began.
         stuck: done when the client takes nothing any more.
     """
 
-    def __init__(self, send: Send, seconds: float, id: str):
-        self._send, self._seconds, self.id = send, seconds, id
+    def __init__(self, send: Send, seconds: float, id: str, *, closes: bool):
+        self._send, self._seconds, self.id, self.closes = send, seconds, id, closes
         self.status: int | None = None
         self.stuck: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -171,6 +176,7 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             more = {"X-Request-Id": self.id, "X-Content-Type-Options": "nosniff"}
+            more |= {"Connection": "close"} if self.closes else {}
             headers = [*message.get("headers", ()), *((k.lower().encode(), v.encode()) for k, v in more.items())]
             message = {**message, "headers": headers}
         try:
@@ -254,6 +260,11 @@ def _id_of(scope: Scope) -> str:
     """The client's name for its request, where it is harmless; else one of ours."""
     given = dict(scope["headers"]).get(b"x-request-id", b"")
     return given.decode() if _ID.fullmatch(given) else secrets.token_hex(8)
+
+
+def _has_body(scope: Scope) -> bool:
+    given = dict(scope["headers"])
+    return b"transfer-encoding" in given or given.get(b"content-length", b"0") != b"0"
 
 
 def _host(scope: Scope) -> str:

@@ -42,7 +42,7 @@ async def reasoning(body: ReasoningBody, request: Request) -> JsonReply:
         texts, choices = await _drawn(served, call, prompt)
     finally:
         call.end()
-    answers = [_final(text, body.domain) for _, text in texts]
+    answers = [final_answer(text, body.domain) for _, text in texts]
     (common, votes), *_ = Counter(answers).most_common(1)
     first = answers.index(common)
     choice, (thought, answer) = choices[first], texts[first]
@@ -105,15 +105,16 @@ def steps(thought: str) -> list[str]:
     return paragraphs
 
 
-def _final(answer: str, domain: str) -> str:
+def final_answer(answer: str, domain: str) -> str:
     """What samples are compared by."""
     found = extract_lenient(answer) if domain in ("math", "science") else extract_answer(answer)
     return " ".join((answer if found is None else found).split()).casefold()
 
 
 def _confidence(choice: Choice) -> float:
-    """The mean probability of the answer's tokens, at the temperature that they were drawn with."""
-    logprobs = choice.live.logprobs[choice.thought_tokens : len(choice.tokens)]
+    """The mean probability of its tokens at the temperature that they were drawn with, those of the thought among them:
+    what follows from a thought is nearly certain, right or wrong (docs/benchmarks.md)."""
+    logprobs = choice.live.logprobs[: len(choice.tokens)]
     return min(1.0, sum(map(math.exp, logprobs)) / len(logprobs)) if logprobs else 0.0
 
 

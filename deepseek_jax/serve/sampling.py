@@ -76,7 +76,7 @@ def sampling_of(
             top_p=_or(body.top_p, settings.top_p),
             top_k=max(0, body.top_k or 0),
             stop=body.stop or (),
-            stop_ids=stop_ids,
+            stop_ids=() if body.ignore_eos else stop_ids,
             logit_bias=bias,
             **given,
             **more,

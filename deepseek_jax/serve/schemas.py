@@ -33,6 +33,9 @@ class StreamOptions(Body):
     """What a stream has beside its text."""
 
     include_usage: bool = False
+    continuous_usage_stats: Annotated[bool, Field(description="With include_usage: in every chunk, as in vLLM.")] = (
+        False
+    )
     include_obfuscation: Ignored = None
 
 
@@ -77,6 +80,9 @@ class Sampling(Body):
         Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Number], Field(max_length=300)] | None
     ) = None
     min_tokens: Annotated[int, Field(ge=0, le=_TOKEN)] | None = None
+    ignore_eos: Annotated[bool, Field(description="The end of sequence is a token as others, as in vLLM.")] | None = (
+        None
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Ignored = None

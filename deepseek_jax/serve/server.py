@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -13,8 +14,9 @@ import uvicorn
 from deepseek_jax.distributed import say
 from deepseek_jax.generation.engine import Engine
 from deepseek_jax.interrupt import end
-from deepseek_jax.serve.app import application
+from deepseek_jax.serve.app import application, log
 from deepseek_jax.serve.calls import Served
+from deepseek_jax.serve.connection import allow_files, protocol
 from deepseek_jax.serve.engine_thread import EngineThread
 from deepseek_jax.serve.errors import ApiError
 from deepseek_jax.serve.metrics import Metrics
@@ -22,6 +24,8 @@ from deepseek_jax.serve.prompts import Prompts
 from deepseek_jax.serve.settings import ServeConfig
 
 _LAST_SECONDS = 5.0  # for clients to hear of an end, before the process ends without them
+
+_SWITCH_SECONDS = 5e-4  # else the engine's thread, back from the device, waits 5 ms for an event loop that is busy
 
 
 class _Server(uvicorn.Server):
@@ -45,6 +49,24 @@ def listen(host: str, port: int) -> socket.socket:
         raise OSError(f"{host}:{port}: {problem.strerror.lower()}; choose another --port or --host") from None
 
 
+def http_server(served: Served) -> uvicorn.Server:
+    """Uvicorn's, as a model is served with it."""
+    settings = served.settings
+    config = uvicorn.Config(
+        application(served),
+        http=protocol(settings.head_seconds, log),
+        access_log=False,
+        log_level="error",
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=round(settings.grace_seconds + _LAST_SECONDS),
+        h11_max_incomplete_event_size=1 << 16,
+        ws="none",
+        proxy_headers=False,
+    )
+    return _Server(config)
+
+
 class Process:
     """A server over an engine.
 
@@ -57,7 +79,7 @@ class Process:
         thread = EngineThread(engine, max_waiting=settings.max_waiting, on_death=self._died)
         metrics = Metrics(thread, settings.names[0])
         self.served = Served(thread, Prompts(engine.tokenizer, engine.config.vocab_size), settings, metrics)
-        self._server: _Server | None = None
+        self._server: uvicorn.Server | None = None
         self._interrupted = False
 
     def run(self, listener: socket.socket) -> None:
@@ -67,6 +89,8 @@ class Process:
             KeyboardInterrupt: Ctrl-C.
             RuntimeError: the engine has ended.
         """
+        allow_files(self.served.engine.most)
+        sys.setswitchinterval(_SWITCH_SECONDS)
         asyncio.run(self._serve(listener))
         if self._interrupted:
             raise KeyboardInterrupt
@@ -74,20 +98,7 @@ class Process:
             raise RuntimeError("the engine has ended") from self.served.engine.problem
 
     async def _serve(self, listener: socket.socket) -> None:
-        settings = self.served.settings
-        config = uvicorn.Config(
-            application(self.served),
-            http="h11",
-            access_log=False,
-            log_level="warning",
-            server_header=False,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=round(settings.grace_seconds + _LAST_SECONDS),
-            h11_max_incomplete_event_size=1 << 16,
-            ws="none",
-            proxy_headers=False,
-        )
-        self._server = _Server(config)
+        self._server = http_server(self.served)
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._drain)
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as under nohup

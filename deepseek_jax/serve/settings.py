@@ -21,6 +21,7 @@ class ServeConfig:
         max_body: bytes of a request.
         max_depth: of its JSON.
         max_n: completions of a call.
+        head_seconds: a request's line and headers must be there within.
         body_seconds: a body must be there within.
         call_seconds: an answer must be done within.
         write_seconds: a client must take what it is sent within.
@@ -37,6 +38,7 @@ class ServeConfig:
     max_body: int = 4 << 20
     max_depth: int = 32
     max_n: int = 16
+    head_seconds: float = 30.0
     body_seconds: float = 30.0
     call_seconds: float = 3600.0
     write_seconds: float = 60.0
@@ -58,7 +60,7 @@ class ServeConfig:
             "max_depth": (1 <= self.max_depth <= 100, "1 to 100"),
             "max_n": (1 <= self.max_n <= 128, "1 to 128"),
         }
-        for name in ("body_seconds", "call_seconds", "write_seconds", "keep_alive_seconds"):
+        for name in ("head_seconds", "body_seconds", "call_seconds", "write_seconds", "keep_alive_seconds"):
             checks[name] = getattr(self, name) > 0, "more than 0"
         checks["grace_seconds"] = self.grace_seconds >= 0, "0 or more"
         for name, (good, wanted) in checks.items():

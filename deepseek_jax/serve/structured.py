@@ -33,7 +33,8 @@ class Grammars:
         Raises:
             ValueError: there is no such grammar.
         """
-        text = json.dumps(_ANY_OBJECT if schema is None else schema)
+        schema = _ANY_OBJECT if schema is None else schema
+        text = json.dumps(schema)
         if len(text) > MAX_SCHEMA:
             raise ValueError(f"response_format: got a schema of {len(text)} bytes, wanted at most {MAX_SCHEMA}")
         if not self._tokenizer.eos_ids:
@@ -45,7 +46,7 @@ class Grammars:
             raise ValueError(f"response_format: {problem}") from None
         if matcher.is_error():
             raise ValueError(f"response_format: {matcher.get_error().splitlines()[0]:.200}")
-        return Grammar(matcher, self._tokenizer.eos_ids, self._vocab_size)
+        return Grammar(schema, matcher, self._tokenizer.eos_ids, self._vocab_size)
 
     @cached_property
     def _of_library(self) -> llguidance.LLTokenizer:
@@ -54,10 +55,15 @@ class Grammars:
 
 
 class Grammar:
-    """A grammar, and where a completion stands in it: a `generation.constraint.Constraint`."""
+    """A grammar, and where a completion stands in it: a `generation.constraint.Constraint`.
 
-    def __init__(self, matcher: llguidance.LLMatcher, ends: Sequence[int], vocab_size: int):
-        self._matcher, self._ends, self._vocab_size = matcher, ends, vocab_size
+    Attributes:
+        schema: that it is of.
+    """
+
+    def __init__(self, schema: Mapping[str, Any], matcher: llguidance.LLMatcher, ends: Sequence[int], vocab_size: int):
+        self.schema, self._matcher = schema, matcher
+        self._ends, self._vocab_size = ends, vocab_size
 
     def mask(self) -> np.ndarray:
         """Bits of the tokens that may come next."""
@@ -82,7 +88,7 @@ class Grammar:
 
     def copy(self) -> "Grammar":
         """The same place, to go on from apart."""
-        return Grammar(self._matcher.deep_copy(), self._ends, self._vocab_size)
+        return Grammar(self.schema, self._matcher.deep_copy(), self._ends, self._vocab_size)
 
     def _check(self) -> None:
         if self._matcher.is_error():

@@ -22,6 +22,12 @@ class Ended(NamedTuple):
     err: str
 
 
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
 def started(law: Callable[[Path], None], folder: Path, *, processes: int, devices: int) -> list[subprocess.Popen]:
     """Processes that run a law of `laws` on the folder, as `cli.run` runs a tool.
 
@@ -31,9 +37,7 @@ def started(law: Callable[[Path], None], folder: Path, *, processes: int, device
         processes: how many; one alone is told nothing of others.
         devices: of each process.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    found = []
+    port, found = free_port(), []
     for number in range(processes):
         own = {"TF_CPP_MIN_LOG_LEVEL": "2"} | os.environ | environment(devices) | {"PYTHONPATH": str(ROOT)}
         if processes > 1:

@@ -19,6 +19,7 @@ from deepseek_jax.serve.calls import Served
 from deepseek_jax.serve.engine_thread import EngineThread
 from deepseek_jax.serve.metrics import Metrics
 from deepseek_jax.serve.prompts import Prompts
+from deepseek_jax.serve.server import http_server, listen
 from deepseek_jax.serve.settings import ServeConfig
 from deepseek_jax.text.stream import TextStream
 from deepseek_jax.text.tokenizer import Tokenizer
@@ -55,10 +56,21 @@ class Scripted:
         tokenizer: a model's.
         answer: a text, or one for each seed; an end of sequence follows.
         seconds: that a step takes.
+        logprob: of a completion's token, by its number.
         context: tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, answer, *, seconds: float = 0.0, context: int = 4096, slots: int = 64):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        answer,
+        *,
+        seconds: float = 0.0,
+        context: int = 4096,
+        slots: int = 64,
+        logprob: Callable[[int], float] = lambda number: -0.5,
+    ):
+        self._logprob = logprob
         self.tokenizer, self._answer, self._seconds, self._context = tokenizer, answer, seconds, context
         self.config = SimpleNamespace(vocab_size=tokenizer.vocab_size)
         pool = SimpleNamespace(used=0, num_blocks=11)
@@ -106,7 +118,7 @@ class Scripted:
         for id, (live, drawn) in list(self.lives.items()):
             token = drawn.pop(0)
             live.request.tokens.append(token)
-            live.logprobs.append(-0.5)
+            live.logprobs.append(self._logprob(len(live.logprobs)))
             if live.sampling.top_logprobs:
                 pad = live.sampling.top_logprobs - 1
                 live.top.append((Ids([token] + [-1] * pad), Ids([-0.5] + [float("-inf")] * pad)))
@@ -267,6 +279,22 @@ async def serving(engine, **settings):
         yield client
     finally:
         thread.close()
+
+
+@asynccontextmanager
+async def listening(engine, **settings):
+    """The same behind a port of this machine; yields the client and the port."""
+    async with serving(engine, **settings) as client:
+        client.served.engine.start = client.served.prompts.warm_up = client.served.prompts.close = lambda: None
+        server = http_server(client.served)
+        with listen("127.0.0.1", 0) as listener:
+            running = asyncio.ensure_future(server.serve(sockets=[listener]))
+            await client.until(lambda: server.started)
+            try:
+                yield client, listener.getsockname()[1]
+            finally:
+                server.should_exit = True
+                await running
 
 
 def run(call, engine, **settings):

@@ -6,6 +6,7 @@ from tests.serve.client import OPENING, TEMPLATE, Scripted, run, tokenizer
 
 THOUGHT = "\nSo 1+1.\n"
 ANSWER = "\n\nIt is 2."
+NO_DRAFTS = {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
 
 
 def opened(answer: str = f"{THOUGHT}</think>{ANSWER}", **settings) -> Scripted:
@@ -35,7 +36,7 @@ def test_a_thought_that_the_template_opened_is_reasoning_and_not_null():
     }
     assert choice["finish_reason"] == "stop" and found["model"] == "tiny" and found["object"] == "chat.completion"
     thought = len(THOUGHT) + 1  # a character a token, and the tag
-    assert found["usage"]["completion_tokens_details"] == {"reasoning_tokens": thought}
+    assert found["usage"]["completion_tokens_details"] == {"reasoning_tokens": thought} | NO_DRAFTS
     assert found["usage"]["completion_tokens"] == thought + len(ANSWER) + 1
 
 
@@ -130,6 +131,18 @@ def test_what_a_request_leaves_open_is_as_the_server_has_it():
     run(lambda client: client.chat(), engine, temperature=0.25, top_p=0.75)
     sampling = engine.added[0].sampling
     assert (sampling.temperature, sampling.top_p, sampling.max_new_tokens) == (0.25, 0.75, 100)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_benchmarks_of_vllm_are_given_what_they_ask_for(path):
+    """guidellm and vLLM's own: answers of a length, and the usage so far in every chunk."""
+    engine = plain("abc", seconds=0.02)
+    text = {"messages": [{"role": "user", "content": "1"}]} if "chat" in path else {"prompt": "1"}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {**text, "stream": True, "stream_options": options, "ignore_eos": True, "max_tokens": 9, "stop": None}
+    events = run(lambda client: client.ask(path, body), engine).events[:-1]
+    drawn = [event["usage"]["completion_tokens"] for event in events]
+    assert drawn == sorted(drawn) and drawn[0] < drawn[-2] == drawn[-1] == 4 and engine.added[0].sampling.stop_ids == ()
 
 
 def test_without_a_seed_calls_differ():

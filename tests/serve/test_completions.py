@@ -19,7 +19,13 @@ def test_a_text_is_gone_on_with():
     assert found["object"] == "text_completion" and found["choices"] == [
         {"index": 0, "text": "abc", "logprobs": None, "finish_reason": "stop", "stop_reason": None}
     ]
-    assert found["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    drafts = {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
+    assert found["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 4,
+        "total_tokens": 7,
+        "completion_tokens_details": drafts,
+    }
     assert of.added[0].tokens == of.tokenizer.encode("xy", add_bos=True) and of.added[0].sampling.max_new_tokens == 16
 
 

@@ -119,6 +119,63 @@ def test_a_budget_closes_the_thought_and_the_answer_follows(make_engine):
         assert found["choices"][0]["message"]["content"] or found["choices"][0]["finish_reason"] == "stop"
 
 
+def test_no_mix_of_requests_compiles_anything_after_the_warm_up(make_engine):
+    """vllm#7533, sglang-jax#284: an option that some requests have made programs compile while others waited."""
+    kinds = [
+        dict(n=3, temperature=0),
+        dict(logprobs=True, top_logprobs=5),
+        dict(logit_bias={"5": 2.5}, presence_penalty=1, frequency_penalty=-1, repetition_penalty=1.2),
+        dict(min_p=0.1, top_k=3, top_p=0.5, min_tokens=4, stop=["7", "xy"]),
+        dict(thinking={"type": "enabled", "budget_tokens": 3}),
+        dict(thinking={"type": "disabled"}, response_format={"type": "json_object"}),
+        dict(stream=True),
+    ]
+
+    async def ask(client):
+        calls = [client.chat("1+2" * number, max_tokens=12, **kind) for number, kind in enumerate(kinds * 2, 1)]
+        scored = {"prompt": ["1+1", "22"], "max_tokens": 1, "logprobs": 1, "echo": True}
+        replies = await asyncio.gather(*calls, client.ask("/v1/completions", scored))
+        return [reply.status for reply in replies], (await client.ask("/metrics")).body.decode()
+
+    statuses, metrics = run(ask, make_engine())
+    assert set(statuses) == {200}
+    assert 'deepseek_jax:compile_misses_total{model_name="tiny"} 0.0' in metrics
+
+
+def test_sizes_that_divide_nothing_change_no_answer(make_engine):
+    """sglang-jax's cookbook of R1: a block size that did not divide gave garbage, and said nothing."""
+    odd = dict(block_size=7, chunk=5, max_num_batched_tokens=9, max_num_seqs=5, decode_steps=2, batch_sizes=(5,))
+    questions = [f"{number * 37}+{number}=" + "?" * number for number in range(1, 8)]
+
+    async def ask(client):
+        replies = await asyncio.gather(*(client.chat(of, seed=9, max_tokens=16) for of in questions))
+        return [reply.json["choices"][0]["message"] for reply in replies]
+
+    plain = make_engine()
+    for question, message in zip(questions, run(ask, make_engine(**odd)), strict=True):
+        expected = split_thinking(reference(plain, question, 9, max_new_tokens=16), opened=True)
+        assert (message["reasoning"] or "", message["content"]) == expected
+
+
+def test_drafts_that_were_right_are_told_of_each_call(make_engine):
+    """vllm#36561: output was right, and hardly a draft was; a text that repeats itself makes guesses easy."""
+    of = make_engine(drafts="lookup", draft_tokens=2, max_num_batched_tokens=96)
+
+    async def ask(client):
+        same = dict(seed=5, max_tokens=60, temperature=0)
+        calls = [
+            client.chat("1+1+1+1+1", **same),
+            client.chat("17+25", stream_options={"include_usage": True}, stream=True, **same),
+        ]
+        whole, streamed = await asyncio.gather(*calls)
+        return whole.json["usage"], streamed.events[-2]["usage"]
+
+    every = [usage["completion_tokens_details"] for usage in run(ask, of)]
+    accepted, rejected = (sum(each[f"{kind}_prediction_tokens"] for each in every) for kind in ("accepted", "rejected"))
+    assert (accepted, accepted + rejected) == (of.metrics.accepted, of.metrics.offered) and accepted > 10
+    assert all(each["accepted_prediction_tokens"] > 0 for each in every)
+
+
 SCHEMA = {
     "type": "object",
     "properties": {"answer": {"type": "integer", "minimum": 0, "maximum": 99}, "sure": {"type": "boolean"}},

@@ -262,6 +262,22 @@ def test_the_conversation_is_saved_as_markdown(page):
     assert text.startswith("# Conversation with tiny-r1") and ANSWER in text and THOUGHT in text
 
 
+def test_the_end_of_an_answer_is_in_sight_and_a_reader_who_went_up_stays_there(page, server):
+    page.set_viewport_size({"width": 390, "height": 420})
+    server.answer = ANSWER * 3
+    ask(page)
+    finished(page)
+    end = "document.getElementById('log')"
+    left = page.evaluate(f"{end}.scrollHeight - {end}.scrollTop - {end}.clientHeight")
+    assert abs(left) < 2
+    server.pause = 0.02
+    ask(page, "again")
+    page.wait_for_selector(".answer >> nth=1 >> :scope > .text .katex")
+    page.evaluate(f"{end}.scrollTop = 0")
+    page.wait_for_selector(".answer >> nth=1 >> .more button")
+    assert page.evaluate(f"{end}.scrollTop") == 0
+
+
 @pytest.mark.parametrize("width", [360, 1280])
 def test_nothing_is_wider_than_the_window(page, server, width):
     server.answer = ANSWER + "\n" + "x" * 500 + "\n\n$$" + "a+" * 200 + "b$$\n"

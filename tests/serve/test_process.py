@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -46,12 +48,12 @@ def ctrl_c_raises():
 class Server:
     """A process that serves; what it says on stderr is in `said`."""
 
-    def __init__(self, *words: object, code: str | None = None):
+    def __init__(self, *words: object, code: str | None = None, more: Mapping[str, str] = MappingProxyType({})):
         program = ["tools/serve.py"] if code is None else ["-c", code]
         self.child = subprocess.Popen(
             [sys.executable, *program, *map(str, words)],
             cwd=ROOT,
-            env=os.environ | environment(1) | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | environment(1) | {"PYTHONPATH": str(ROOT)} | more,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -153,6 +155,7 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(model_folder, c
         (["--max-model-len", "100000"], "max_model_len: got 100000, wanted 1 to 192"),
         (["--gpu-memory-utilization", "2"], "gpu_memory_utilization: got 2.0, wanted more than 0, at most 1"),
         (["--speculate", "mtp"], "drafts: got"),
+        (["--tensor-parallel-size", "3"], "do not divide the 1 devices"),
     ],
 )
 def test_a_setting_that_cannot_be_is_one_line(model_folder, command_line, words, said):

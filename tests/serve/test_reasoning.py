@@ -34,6 +34,14 @@ def test_an_answer_has_its_steps_tokens_and_confidence():
     )  # the rest is the answer's
 
 
+def test_a_confidence_is_of_the_thought_too():
+    """What follows from a thought is nearly certain, right or wrong."""
+    of = Scripted(tokenizer(OPENING), "abc</think>d", logprob=lambda number: math.log(0.2 if number < 4 else 1.0))
+    found = ask({"prompt": "1+1"}, of).json
+    assert found["thinking_tokens"] == 4 and found["total_tokens"] == 6
+    assert found["confidence_score"] == pytest.approx((4 * 0.2 + 2) / 6)
+
+
 @pytest.mark.parametrize("domain", TEMPLATES)
 def test_thinking_is_enforced_where_the_template_opens_none(domain):
     of = Scripted(tokenizer(TEMPLATE), f"{THOUGHT}</think>x")

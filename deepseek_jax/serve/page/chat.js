@@ -63,6 +63,13 @@ function stop() {
   working(false);
 }
 
+// A reader at the end stays there while the answer grows; one who has scrolled up is left where they are.
+function following(change) {
+  const below = log.scrollHeight - log.scrollTop - log.clientHeight < 80;
+  change();
+  if (below) log.scrollTop = log.scrollHeight;
+}
+
 async function answer() {
   if (!state.model) await greet();
   const asked = body(state.model, state.turns, state.settings);
@@ -78,16 +85,14 @@ async function answer() {
   try {
     for await (const event of answers(asked, state.key, running.signal)) {
       take(turn, event, performance.now() - start);
-      const below = log.scrollHeight - log.scrollTop - log.clientHeight < 80;
-      shown.grow();
-      if (below) log.scrollTop = log.scrollHeight;
+      following(() => shown.grow());
     }
   } catch (problem) {
     if (problem.name === "AbortError") turn.stopped = true;
     else turn.failed = problem.message;
   }
   turn.wholeMs ||= performance.now() - start;
-  shown.show(false);
+  following(() => shown.show(false));
   if (state.running === running) {
     state.running = null;
     working(false);
