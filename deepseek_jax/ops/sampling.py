@@ -57,11 +57,12 @@ def keep_min_p(logits: Float[Array, "B V"], p: Float[Array, "B"]) -> Float[Array
 
 
 def best_tokens(logits: Float[Array, "B V"], count: int) -> tuple[Float[Array, "B best"], Int[Array, "B best"]]:
-    """The best logits in falling order, and their tokens.
+    """The best logits in falling order, and their tokens; among equals the earlier token.
 
     They are in the blocks of the best maxima, as many of these; a CPU sorts all of V for `jax.lax.top_k`.
     """
     B, V = logits.shape
+    logits = jnp.where(logits == 0, 0.0, logits)  # top_k ranks -0.0 below 0.0
     blocks = jnp.pad(logits, ((0, 0), (0, -V % _BLOCK)), constant_values=-jnp.inf).reshape(B, -1, _BLOCK)
     maxima = jnp.max(blocks, axis=-1)
     chosen = jnp.sort(jax.lax.top_k(maxima, min(count, maxima.shape[1]))[1], axis=-1)
