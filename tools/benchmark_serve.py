@@ -379,6 +379,7 @@ def _print_rates(times: dict[str, list[float]], load: Load) -> None:
 
 
 def _print_latencies(name: str, found: Sequence[Read]) -> None:
+    found = [read for read in found if read.texts]  # some answers are special tokens alone
     first = [read.times[0] for read in found]
     between = np.concatenate([np.diff(read.times) for read in found]) * 1e3
     of = lambda values, digits: " | ".join(f"{np.percentile(values, p):.{digits}f}" for p in (50, 99))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tools.benchmark_serve import _read, _told, streams
+from tools.benchmark_serve import _print_latencies, _read, _told, streams
 
 
 def event(**delta) -> bytes:
@@ -38,6 +38,13 @@ def test_a_stream_is_read_whatever_its_pieces(size):
 def test_one_that_is_not_whole_or_not_its_own_is_noticed(sent, problem):
     with pytest.raises(ValueError, match=problem):
         _told([_read([(0.0, sent)])], [("a", "another")], [0])
+
+
+def test_an_answer_without_text_has_no_latencies(capsys):
+    reads = [_read([(float(at), part) for at, part in enumerate(parts)]) for parts in (PARTS, [HEAD, END])]
+    _told(reads, [("a", "b\n\nc"), ("", "")], [0, 1])
+    _print_latencies("two", reads)
+    assert capsys.readouterr().out == "| two | 2.00 | 2.00 | 1000.0 | 1000.0 |\n"
 
 
 @pytest.mark.slow
