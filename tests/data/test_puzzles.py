@@ -162,3 +162,21 @@ def test_strays_of_language_are_as_many_as_asked_for(drawn):
         thought(p) not in row["messages"][1]["content"]
         for p, row in zip(drawn["train"], demonstrations(drawn["train"], mixed=0.0, seed=0), strict=True)
     )
+
+
+def test_a_base_reads_right_equations_and_no_chain_that_is_held_out():
+    rows = facts(2_000, 0)
+    chains = [row for row in rows if ";" in row["completion"] and ";" not in row["prompt"]]
+    held_out = {re.sub("[^0-9+-]", "", p.question) for p in draw(500, part="held_out", levels=(2, 3, 4), seed=0)}
+    assert len(chains) == 1_000 and not held_out & {row["prompt"] for row in chains}
+    for row in chains:
+        steps, total = row["completion"].split(";"), None
+        for step, asked in zip(steps, re.findall(r"[+-]\d", row["prompt"]), strict=True):
+            a, sign, b, result = re.fullmatch(r"(\d+)([+-])(\d)=(\d+)", step).groups()
+            assert sign + b == asked and OPERATORS[sign](int(a), int(b)) == int(result)
+            assert total is None or int(a) == total
+            total = int(result)
+    for row in rows:
+        for fact in row["completion"].split(";"):
+            a, sign, b, result = re.fullmatch(r"(\d+)(?:([-+%])(\d+)=|>)(\d+)", fact).groups()
+            assert int(a) > int(result) if sign is None else OPERATORS[sign](int(a), int(b)) == int(result)
