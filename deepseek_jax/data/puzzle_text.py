@@ -78,19 +78,21 @@ def _fact(rng: np.random.Generator) -> tuple[str, str]:
     return f"{number}{sign}{digit}", f"{number}{sign}{digit}={result}"
 
 
-def demonstrations(puzzles: Sequence[Puzzle], *, mixed: float, seed: int) -> list[dict[str, Any]]:
-    """Conversations that work puzzles out.
+def demonstrations(puzzles: Sequence[Puzzle], *, mixed: float, guessed: float, seed: int) -> list[dict[str, Any]]:
+    """Conversations that come to the right answer.
 
     Args:
         puzzles: that are asked.
         mixed: share of thoughts that are in the other language than the question.
+        guessed: share of thoughts that have no steps.
         seed: of which.
     """
     other: Mapping[Language, Language] = {"en": "zh", "zh": "en"}
-    strays = np.random.default_rng((seed, 0x4C414E47)).random(len(puzzles)) < mixed
+    rng = np.random.default_rng((seed, 0x4C414E47))
+    strays, guesses = rng.random(len(puzzles)) < mixed, rng.random(len(puzzles)) < guessed
     return [
-        chat(of.question, completion(of, other[of.language] if stray else of.language))
-        for of, stray in zip(puzzles, strays, strict=True)
+        chat(of.question, completion(of, other[of.language] if stray else of.language, worked=not guess))
+        for of, stray, guess in zip(puzzles, strays, guesses, strict=True)
     ]
 
 
