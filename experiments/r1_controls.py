@@ -107,9 +107,11 @@ def stages(config: Config) -> list[Stage]:
 
 
 def updates_of_equal_seconds(run: Path) -> int:
-    """Updates of the cold start that take as long as it and RL-1 together took, by the clock of their steps."""
+    """Updates of the cold start that take as long as it and RL-1 together took, by the median of either's steps, which
+    compilations and a pause do not count in."""
     seconds = {name: [row["step_time"] for row in read_metrics(run / name)] for name in ("cold_start", "rl_1")}
-    return len(seconds["cold_start"]) + round(sum(seconds["rl_1"]) / median(seconds["cold_start"]))
+    of_imitation, of_rl = (median(of) for of in seconds.values())
+    return len(seconds["cold_start"]) + round(len(seconds["rl_1"]) * of_rl / of_imitation)
 
 
 def beside(first: Path, second: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from experiments.r1_controls import IMITATION, VARIANTS, Config, stages, updates
 @pytest.fixture
 def run(tmp_path):
     """As much of a run as the list of controls reads: 4 updates of about 2 s, then 3 steps of 10 s."""
-    for name, seconds in {"cold_start": (9.0, 2.0, 2.0, 2.0), "rl_1": (10.0, 10.0, 10.0)}.items():
+    for name, seconds in {"cold_start": (9.0, 2.0, 2.0, 2.0), "rl_1": (50.0, 10.0, 10.0)}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "stage.json").write_text(json.dumps({"outputs": {}}))
         rows = [{"stage": "x", "step": step, "time": 0.0, "step_time": of} for step, of in enumerate(seconds, 1)]
