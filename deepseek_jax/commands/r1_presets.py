@@ -50,13 +50,17 @@ PAPER: dict[str, Options] = {
 }
 
 _SMALL_SFT: Options = {"batch_size": 32, "lr": 2e-3, "warmup": 20, "bias_gamma": 1e-3, "eval_rows": 32}
-_SMALL_SFT |= {"pack": True, "loss_mean": "examples", "eval_every": 10_000, "save_every": 200}
+_SMALL_SFT |= {"pack": True, "max_length": 128, "loss_mean": "examples", "eval_every": 10_000, "save_every": 200}
 _SMALL_RL: Options = {
     "prompts_per_step": 32,
-    "group_size": 16,
+    "group_size": 8,
     "max_new_tokens": 64,
-    "lr": 1e-4,
+    "pack": True,
+    "lr": 2e-4,
     "beta": 0.001,
+    "bias_gamma": 0.0,  # routes that move by themselves are noise here
+    "loss_type": "dapo",  # a long right answer counts as much a token as a short one
+    "scale_rewards": "batch",  # a group that differs in language alone counts less than one that differs in accuracy
     "language": "row",
     "weight_accuracy": 1.0,
     "weight_format": 0.3,
@@ -67,15 +71,16 @@ _SMALL_RL: Options = {
     "save_every": 25,
 }
 LAPTOP: dict[str, Options] = {
-    "questions": {"train": 3_000, "held_out": 400, "demonstrations": 600, "facts": 6_000, "mixed": 0.3}
-    | {"easy": [1, 2], "train_levels": [2, 3, 4], "held_out_levels": [3, 4]},
-    "base": _SMALL_SFT | {"epochs": 3.0},
-    "cold_start": _SMALL_SFT | {"epochs": 4.0, "lr": 1e-3},
-    "rl_1": _SMALL_RL | {"steps": 120},
-    "rejection": {"samples": 4, "temperature": 1.0, "top_p": 1.0, "max_tokens": 64, "batch": 64, "limit": 800}
-    | {"form": "tags", "thought_language": "row", "keep": 2},
+    "questions": {"train": 3_000, "held_out": 400, "demonstrations": 1_800, "facts": 6_000}
+    | {"mixed": 0.3, "guessed": 0.6}
+    | {"easy": [1, 2, 3], "train_levels": [2, 3, 4], "held_out_levels": [3, 4]},
+    "base": _SMALL_SFT | {"epochs": 5.0, "lr": 3e-3, "batch_size": 48},
+    "cold_start": _SMALL_SFT | {"epochs": 7.0, "lr": 1e-3},
+    "rl_1": _SMALL_RL | {"steps": 60},
+    "rejection": {"samples": 4, "temperature": 1.0, "top_p": 1.0, "max_tokens": 64, "batch": 64, "limit": 1_200}
+    | {"form": "tags", "thought_language": "row", "keep": 3},
     "mixture": {"general_share": 0.25},
-    "sft": _SMALL_SFT | {"epochs": 4.0, "lr": 1e-3},
+    "sft": _SMALL_SFT | {"epochs": 12.0, "batch_size": 48},
     "rl_2": _SMALL_RL | {"steps": 40, "temperature": 0.7, "late_step": 10, "late_weight": 0.25},
     "distill": {"epochs": 1.0, "batch_size": 64, "lr": 3e-4, "warmup": 5, "bias_gamma": 1e-3, "max_new_tokens": 64}
     | {"eval_rows": 32, "eval_every": 10_000, "save_every": 50},

@@ -58,7 +58,9 @@ class Maker(NamedTuple):
             rows = {
                 "train": [p.row() for p in of("train", options["train"], options["train_levels"])],
                 "held_out": [p.row() for p in of("held_out", options["held_out"], options["held_out_levels"])],
-                "demonstrations": demonstrations(easy, mixed=options["mixed"], seed=self.seed),
+                "demonstrations": demonstrations(
+                    easy, mixed=options["mixed"], guessed=options["guessed"], seed=self.seed
+                ),
                 "facts": facts(options["facts"], self.seed),
                 "general": general(self.seed),
                 "general_prompts": general_prompts(),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.data.arithmetic import TEMPLATE
-from deepseek_jax.data.puzzles import LARGEST, MODULI, STORY, Language, Puzzle, completion
+from deepseek_jax.data.puzzles import LARGEST, MODULI, STORY, Language, Puzzle, chain, completion, part_of
 from deepseek_jax.text.tokenizer import Tokenizer
 
 ALPHABET = (
@@ -37,21 +37,34 @@ def puzzle_tokenizer() -> Tokenizer:
 
 
 def facts(count: int, seed: int) -> list[dict[str, Any]]:
-    """What a base model has seen: rows of one to five equations or comparisons that have nothing to do with each other.
+    """What a base model has seen: rows of one to five equations or comparisons that have nothing to do with each other,
+    and as many of chains that are worked out.
 
-    They stand in the place of pre-training. None holds a question, a thought or a tag.
+    They stand in the place of pre-training. None holds a question, a thought or a tag, and none is a chain that is held
+    out. Small numbers come more often.
     """
     rng = np.random.default_rng((seed, 0x46414354))
     rows = []
-    for _ in range(count):
+    for number in range(count):
+        if number % 2:
+            rows.append(_worked(rng))
+            continue
         pairs = [_fact(rng) for _ in range(int(rng.integers(1, _FACTS + 1)))]
         prompt, learnt = (";".join(side) for side in zip(*pairs, strict=True))
         rows.append({"prompt": prompt, "completion": learnt})
     return rows
 
 
+def _worked(rng: np.random.Generator) -> dict[str, Any]:
+    while True:
+        puzzle = chain(rng, int(rng.integers(2, _FACTS)), "en")
+        if part_of(puzzle) == "train":
+            asked = re.sub(r"[^0-9+-]", "", puzzle.question)
+            return {"prompt": asked, "completion": ";".join(puzzle.steps)}
+
+
 def _fact(rng: np.random.Generator) -> tuple[str, str]:
-    kind, number = rng.random(), int(rng.integers(0, LARGEST + 1))
+    kind, number = rng.random(), int(rng.integers(0, LARGEST + 1, size=2).min())
     if kind < 0.1:
         modulus = int(rng.choice(MODULI))
         return f"{number}%{modulus}", f"{number}%{modulus}={number % modulus}"
@@ -65,19 +78,21 @@ def _fact(rng: np.random.Generator) -> tuple[str, str]:
     return f"{number}{sign}{digit}", f"{number}{sign}{digit}={result}"
 
 
-def demonstrations(puzzles: Sequence[Puzzle], *, mixed: float, seed: int) -> list[dict[str, Any]]:
-    """Conversations that work puzzles out.
+def demonstrations(puzzles: Sequence[Puzzle], *, mixed: float, guessed: float, seed: int) -> list[dict[str, Any]]:
+    """Conversations that come to the right answer.
 
     Args:
         puzzles: that are asked.
         mixed: share of thoughts that are in the other language than the question.
+        guessed: share of thoughts that have no steps.
         seed: of which.
     """
     other: Mapping[Language, Language] = {"en": "zh", "zh": "en"}
-    strays = np.random.default_rng((seed, 0x4C414E47)).random(len(puzzles)) < mixed
+    rng = np.random.default_rng((seed, 0x4C414E47))
+    strays, guesses = rng.random(len(puzzles)) < mixed, rng.random(len(puzzles)) < guessed
     return [
-        chat(of.question, completion(of, other[of.language] if stray else of.language))
-        for of, stray in zip(puzzles, strays, strict=True)
+        chat(of.question, completion(of, other[of.language] if stray else of.language, worked=not guess))
+        for of, stray, guess in zip(puzzles, strays, guesses, strict=True)
     ]
 
 

@@ -95,9 +95,19 @@ def thought(puzzle: Puzzle, language: Language | None = None) -> str:
     return first + then.join(puzzle.steps[:-1]) + (last if len(puzzle.steps) > 1 else "") + puzzle.steps[-1]
 
 
-def completion(puzzle: Puzzle, language: Language | None = None) -> str:
-    """What a model is to imitate: the thought, then the answer, in R1-Zero's tags."""
-    return f"<think>{thought(puzzle, language)}</think><answer>{puzzle.answer}</answer>"
+def guess(puzzle: Puzzle, language: Language | None = None) -> str:
+    """A thought that has no steps, in words of a language, the question's own by default.
+
+    >>> guess(chain(np.random.default_rng(0), 2, "en"))
+    ' so 5'
+    """
+    return _THOUGHT[language or puzzle.language][2] + puzzle.answer
+
+
+def completion(puzzle: Puzzle, language: Language | None = None, *, worked: bool = True) -> str:
+    """What a model is to imitate: the thought, of steps or a guess, then the answer, in R1-Zero's tags."""
+    text = thought(puzzle, language) if worked else guess(puzzle, language)
+    return f"<think>{text}</think><answer>{puzzle.answer}</answer>"
 
 
 def draw(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.data.puzzle_text import demonstrations, facts, general, general_prompts, puzzle_tokenizer, unwritable
-from deepseek_jax.data.puzzles import FAMILIES, LARGEST, check_row, completion, draw, is_right, part_of, thought
+from deepseek_jax.data.puzzles import FAMILIES, LARGEST, check_row, completion, draw, guess, is_right, part_of, thought
 from deepseek_jax.evals.graders import Graders
 from deepseek_jax.evals.rewarding import task_reward
 from deepseek_jax.rewards.language import language_reward
@@ -126,7 +126,13 @@ def test_thoughts_are_in_the_language_they_are_asked_for(drawn):
 
 def test_the_small_tokenizer_writes_everything_and_reads_it_back(drawn):
     tokenizer = puzzle_tokenizer()
-    texts = [text for part in drawn.values() for p in part for text in (p.question, completion(p), thought(p, "zh"))]
+    texts = [
+        text
+        for part in drawn.values()
+        for p in part
+        for text in (p.question, completion(p), completion(p, worked=False))
+    ]
+    texts += [of for part in drawn.values() for p in part for of in (thought(p, "zh"), guess(p, "en"), guess(p, "zh"))]
     texts += [text for row in facts(200, 0) for text in row.values()]
     texts += [message["content"] for row in general(0) for message in row["messages"]]
     texts += [row["question"] for row in general_prompts()]
@@ -155,10 +161,40 @@ def test_rewards_are_of_the_rows_own_rule_and_language(drawn):
 
 
 def test_strays_of_language_are_as_many_as_asked_for(drawn):
-    rows = demonstrations(drawn["train"], mixed=0.25, seed=0)
+    rows = demonstrations(drawn["train"], mixed=0.25, guessed=0.0, seed=0)
     strays = [thought(p) not in row["messages"][1]["content"] for p, row in zip(drawn["train"], rows, strict=True)]
     assert np.mean(strays) == pytest.approx(0.25, abs=0.03)
     assert not any(
         thought(p) not in row["messages"][1]["content"]
-        for p, row in zip(drawn["train"], demonstrations(drawn["train"], mixed=0.0, seed=0), strict=True)
+        for p, row in zip(drawn["train"], demonstrations(drawn["train"], mixed=0.0, guessed=0.0, seed=0), strict=True)
     )
+
+
+def test_a_base_reads_right_equations_and_no_chain_that_is_held_out():
+    rows = facts(2_000, 0)
+    chains = [row for row in rows if ";" in row["completion"] and ";" not in row["prompt"]]
+    held_out = {re.sub("[^0-9+-]", "", p.question) for p in draw(500, part="held_out", levels=(2, 3, 4), seed=0)}
+    assert len(chains) == 1_000 and not held_out & {row["prompt"] for row in chains}
+    for row in chains:
+        steps, total = row["completion"].split(";"), None
+        for step, asked in zip(steps, re.findall(r"[+-]\d", row["prompt"]), strict=True):
+            a, sign, b, result = re.fullmatch(r"(\d+)([+-])(\d)=(\d+)", step).groups()
+            assert sign + b == asked and OPERATORS[sign](int(a), int(b)) == int(result)
+            assert total is None or int(a) == total
+            total = int(result)
+    for row in rows:
+        for fact in row["completion"].split(";"):
+            a, sign, b, result = re.fullmatch(r"(\d+)(?:([-+%])(\d+)=|>)(\d+)", fact).groups()
+            assert int(a) > int(result) if sign is None else OPERATORS[sign](int(a), int(b)) == int(result)
+
+
+def test_as_many_demonstrations_guess_as_asked_for_and_all_are_right(drawn):
+    puzzles = drawn["train"]
+    rows = demonstrations(puzzles, mixed=0.0, guessed=0.6, seed=0)
+    texts = [row["messages"][1]["content"] for row in rows]
+    assert np.mean([thought(p) not in text for p, text in zip(puzzles, texts, strict=True)]) == pytest.approx(
+        0.6, abs=0.03
+    )
+    for puzzle, text in zip(puzzles, texts, strict=True):
+        assert is_right(puzzle.row(), extract_answer(text))
+        assert language_reward(language=puzzle.language)([""], [text], [[]]) == [1.0]
