@@ -24,6 +24,7 @@ _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _MAX_PARTS = 200_000
+_DRAIN_SECONDS, _DRAIN_BYTES = 0.5, 1 << 20
 
 
 class Guard:
@@ -59,6 +60,7 @@ class Guard:
             body = await self._body(scope, receive, answer)
             await self._run(scope, body, receive, answer)
         except ApiError as error:
+            await _drain(receive, answer)
             await answer.refuse(scope, receive, error)
         finally:
             about = {"id": answer.id, "method": scope["method"], "path": scope["path"], "status": answer.status}
@@ -98,6 +100,7 @@ class Guard:
     async def _body(self, scope: Scope, receive: Receive, answer: "_Answer") -> bytes:
         """All of it, which may be parsed."""
         if scope["method"] != "POST" or scope["path"] not in self._takes_body:
+            await _drain(receive, answer)
             return b""
         try:
             async with asyncio.timeout(self._settings.body_seconds):
@@ -154,6 +157,19 @@ class Guard:
         scope["notes"]["ended"] = next((why for why, task in ends.items() if not task.cancelled()), "out of time")
         if scope["notes"]["ended"] == "out of time" and answer.status is None:
             raise ApiError(504, f"the answer took more than {self._settings.call_seconds:g} s; ask for fewer tokens")
+
+
+async def _drain(receive: Receive, answer: "_Answer") -> None:
+    """Read on in a body that nobody wants, if it comes soon: closing over unread bytes would reset the connection."""
+    size, more = 0, answer.closes
+    try:
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            while more and size <= _DRAIN_BYTES:
+                message = await receive()
+                size += len(message.get("body", b""))
+                more = message.get("more_body", False)
+    except TimeoutError:
+        return
 
 
 class _Answer:

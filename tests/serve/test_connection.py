@@ -158,3 +158,22 @@ def test_files_are_allowed_for_every_call(monkeypatch, capsys):
     assert limits == [(4096, 4096)] and not capsys.readouterr().err
     allow_files(5000)
     assert limits == [(4096, 4096)] and "raise ulimit -n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["TRACE", "DELETE", "POST"])
+def test_a_body_that_no_route_wants_costs_nobody_the_answer(method):
+    """To close over bytes that were not read resets the connection, and takes the answer with it."""
+
+    async def main():
+        async with listening(Scripted(tokenizer(), "ok")) as (_, port):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(f"{method} /v1/models HTTP/1.1\r\nHost: localhost\r\nContent-Length: 120000\r\n\r\n".encode())
+            for _ in range(2):
+                await asyncio.sleep(0.1)
+                writer.write(b"x" * 60_000)
+            await asyncio.sleep(0.2)
+            said = await asyncio.wait_for(reader.read(), 10)
+            writer.close()
+            return said
+
+    assert asyncio.run(main()).startswith(b"HTTP/1.1 40")
