@@ -15,8 +15,8 @@ FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 # DESIGN's order, from what knows nothing to what strings everything together.
 ROOMS = (
-    "interrupt compilation_cache config distributed sharding ops parallel model checkpoint text data generation "
-    "rewards rl report train evals plan testing serve commands cli __main__"
+    "interrupt compilation_cache own_code config distributed sharding ops parallel model checkpoint text data "
+    "generation rewards rl report train evals plan testing serve commands cli __main__"
 ).split()
 OUTSIDE = {"experiments", "tools", "tests"}
 FORBIDDEN_MODULES = {"torch", "transformers", "pickle"}

@@ -1,14 +1,12 @@
 """Reward functions of one's own, named as FILE.py:function on the command line."""
 
 import hashlib
-import importlib.util
 import math
-import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from deepseek_jax.own_code import run_file
 from deepseek_jax.rewards.protocol import RewardFunction
 
 
@@ -32,16 +30,7 @@ class OwnReward(NamedTuple):
             ValueError: the file raises something, or has no such function.
         """
         name = f"_reward_{self.digest}"
-        spec = importlib.util.spec_from_file_location(name, self.file)
-        assert spec is not None and spec.loader is not None
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except Exception as problem:  # the user's code may raise anything
-            frames = traceback.extract_tb(problem.__traceback__)
-            lines = [frame.lineno for frame in frames if frame.filename == str(self.file)]
-            place = f"{self.file}:{lines[-1]}" if lines else str(self.file)
-            raise ValueError(f"reward: {place}: raised {type(problem).__name__}: {problem}; mend the file") from problem
+        module = run_file(self.file, name, kind="reward")
         function = getattr(module, self.function, None)
         if not callable(function):
             there = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == name]

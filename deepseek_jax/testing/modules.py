@@ -1,12 +1,10 @@
 """The kernels that modules declare at their top level."""
 
-import importlib.util
-import sys
-import traceback
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+from deepseek_jax.own_code import run_file
 from deepseek_jax.testing.kernel import Kernel
 
 OURS = ("attention", "experts", "logprobs", "paged", "products", "sampling", "transports")
@@ -25,17 +23,7 @@ def kernels_of(file: Path) -> list[Kernel]:
     """
     if file.suffix != ".py" or not file.is_file():
         raise ValueError(f"module: {file}: no such .py file")
-    name = f"_kernels_of_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file.resolve())
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as problem:  # the user's code may raise anything
-        frames = traceback.extract_tb(problem.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(file.resolve())]
-        place = f"{file}:{lines[-1]}" if lines else str(file)
-        raise ValueError(f"module: {place}: raised {type(problem).__name__}: {problem}; mend the file") from problem
+    module = run_file(file, f"_kernels_of_{file.stem}", kind="module")
     found = _kernels_in(module)
     if not found:
         raise ValueError(f"module: {file}: no kernel, wanted a deepseek_jax.testing.Kernel at its top level")
