@@ -167,6 +167,16 @@ def test_the_best_tokens_are_a_sorts(seed, kind, V):
     assert all(len(set(row)) == 7 and 0 <= min(row) and max(row) < V for row in ids.tolist())
 
 
+def test_the_two_zeros_are_equals_of_which_the_earlier_token_is_best():
+    """As in the greedy choice, `jnp.argmax`; top_k alone ranks 0.0 above -0.0."""
+    logits = np.full((2, 300), -1.0, np.float32)
+    logits[0, [3, 9, 280]] = -0.0, 0.0, -0.0
+    logits[1, [260, 261]] = -0.0, 0.0
+    _, ids = map(np.asarray, best(logits, 2))
+    assert ids.tolist() == [[3, 9], [260, 261]]
+    assert ids[:, 0].tolist() == jnp.argmax(logits, axis=-1).tolist()
+
+
 @pytest.mark.parametrize("V", [5, 256, 600])
 def test_evenly_spread_noise_gives_every_token_its_share(V):
     """n noises (i + 1/2) / n give a token floor or ceil of n p, but for rounding: within 2 of n p."""
