@@ -192,7 +192,7 @@ class Server:
         self._reader.start()
         try:
             self._wait()
-        except BaseException:
+        except BaseException:  # Ctrl-C too: there is no __exit__ yet that would end the server
             self._process.kill()
             raise
         return self
@@ -275,7 +275,7 @@ class _Client(asyncio.Protocol):
         self.done = asyncio.get_running_loop().create_future()
         self.begin = time.perf_counter()
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         transport.write(self._sent)
 

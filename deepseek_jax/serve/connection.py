@@ -30,7 +30,7 @@ class Connection(H11Protocol):
     log: Callable[[Mapping[str, Any]], None]
     _late: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self._watch()
 

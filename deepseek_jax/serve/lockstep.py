@@ -87,7 +87,8 @@ def _add(engine: Engine, grammars: Grammars, order: Mapping[str, Any]) -> None:
         salt=order["salt"],
         constraint=constraint,
     )
-    assert id == order["id"], "engines that are asked alike number alike"
+    if id != order["id"]:
+        raise RuntimeError(f"request {order['id']} of process 0 is {id} here: the engines were not asked alike")
 
 
 def _plain(sampling: SamplingConfig) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def _in_other_ways(
     if kernel.platform == "tpu":
         try:
             beside("model of a TPU", programs.run(arguments, "model"))
-        except Exception:
+        except Exception:  # whatever it was, the model's state would stay for the next call
             pltpu.reset_tpu_interpret_mode_state()
             raise
     arrays, compiled = programs.program(arguments)
