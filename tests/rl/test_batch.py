@@ -186,3 +186,10 @@ def test_first_fit_by_hand():
 def test_a_sample_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match="width: got 3, wanted at least 4"):
         pack([[7, 7]], [completion([8, 9, 1])], np.zeros(1), width=3, per_row=2, rows_of=1)
+
+
+def test_a_sample_goes_where_its_prompt_is_though_an_earlier_row_has_room_for_both():
+    texts = [Text("a", 5, 9), Text("b", 4, 9), Text("b", 4, 2)]  # rows of 20: a leaves 6, too few for b's first
+    slots = fit_shared(texts, 20, 4)
+    assert [slot.row for slot in slots] == [0, 1, 1]
+    assert slots[1].prompt == slots[2].prompt and slots[2].start == slots[1].start + 9
