@@ -38,7 +38,8 @@ from deepseek_jax.ops.paged_attention import grouped_paged
 from deepseek_jax.ops.pool import KVCache
 from deepseek_jax.ops.transposed import Transposed
 from deepseek_jax.plan.model_bytes import cache_bytes_per_token
-from tools.benchmark import peer_of, spread
+from tools.suite.peers import Peer
+from tools.suite.table import spread
 
 MIB = 1 << 20
 First = Literal["all", "engine", "none"]
@@ -166,7 +167,7 @@ def prefix(
     prompts = [begin + rng.integers(0, config.vocab_size, own).tolist() for _ in range(requests)]
     load = Load(prompts, 1, [1] * requests, 0.0)
     contestants = {
-        name: _ours(config, graphdef, weights, load, prefix_caching=caches)
+        name: our_engine(config, graphdef, weights, load, prefix_caching=caches)
         for name, caches in (("with", True), ("without", False))
     }
     seconds = _timed(contestants, rounds, "all" if first else "none")
@@ -309,7 +310,7 @@ def _compare(
     first: First,
 ):
     """Time the engine beside the others, and print a table."""
-    contestants: dict[str, Callable[[], float]] = {"engine": _ours(config, graphdef, weights, load)}
+    contestants: dict[str, Callable[[], float]] = {"engine": our_engine(config, graphdef, weights, load)}
     with _static(before, model, load) as static:
         if static is not None:
             contestants["static batches"] = static
@@ -335,7 +336,7 @@ def _timed(contestants: dict[str, Callable[[], float]], rounds: int, first: Firs
     return seconds
 
 
-def _ours(
+def our_engine(
     config: ModelConfig, graphdef: nnx.GraphDef, weights: nnx.State, load: Load, *, prefix_caching: bool = True
 ) -> Callable[[], float]:
     """As a `Generator` runs it, with a limit of its own for every request."""
@@ -363,11 +364,11 @@ def _ours(
 
 
 def _theirs(model: Path, load: Load) -> Callable[[], float]:
-    generate, ids = peer_of(model), np.asarray(load.prompts)
+    peer, ids = Peer(model), np.asarray(load.prompts)
 
     def once() -> float:
         start = time.perf_counter()
-        generate(ids, max(load.lengths))
+        peer.generate(ids, max(load.lengths))
         return time.perf_counter() - start
 
     return once

@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +22,17 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import track
 
-from deepseek_jax.checkpoint.folder import Model, load_model
-from deepseek_jax.checkpoint.save import save_model
+from deepseek_jax.checkpoint.folder import load_model
 from deepseek_jax.cli import run
 from deepseek_jax.config import preset
-from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE
-from deepseek_jax.data.examples import Prompt
 from deepseek_jax.generation.completion import Completion
-from deepseek_jax.generation.generator import Generator
 from deepseek_jax.model.decoder import Decoder, split
 from deepseek_jax.ops.logprobs import logprobs_of_logits, token_logprobs
-from deepseek_jax.rewards.combine import combine
 from deepseek_jax.rl.batch import Batch, make_batch, pack
 from deepseek_jax.rl.loss import GRPOLossConfig
 from deepseek_jax.rl.objective import frozen_scores, grpo_objective
 from deepseek_jax.rl.shared_rows import shared_shape, work_of
 from deepseek_jax.text.tokenizer import Tokenizer
-from deepseek_jax.train.grpo import GRPOTrainer
-from deepseek_jax.train.grpo_config import GRPOConfig
 from deepseek_jax.train.optimizer import OptimizerConfig, make_optimizer
 from deepseek_jax.train.step import StepConfig, init_state, make_train_step
 from experiments.ppo.critic import critic_from
@@ -72,7 +64,7 @@ def step(
     """Seconds of a whole GRPO step (sampling, reward, update) beside TRL's GRPOTrainer on the same weights, float32.
 
     Both draw exactly `tokens` tokens a sample, at temperature 1, and make one AdamW update, the gradient clipped at
-    norm 1. The steps are made in turn, TRL's first.
+    norm 1. The steps are made in turn.
 
     Args:
         model: Hugging Face folder; without it a tiny DeepSeek-V3 is made (preset `tiny`).
@@ -86,19 +78,22 @@ def step(
         experts: routed experts of the tiny model, 8 of them a token in 8 groups, as in R1 with its 256; None is the
             preset.
     """
-    if find_spec("trl") is None:
-        raise ValueError("trl is not installed: pip install torch==2.13.0, then pip install -e '.[oracle]'")
+    lacking = why_none("transformers", "trl")
+    if lacking:
+        raise ValueError(lacking)
     with tempfile.TemporaryDirectory() as name:
-        folder = model or _tiny(Path(name) / "model", experts)
+        folder = model or tiny(Path(name) / "model", experts)
         texts = ["12+34=?", "5+6+7+8=?"] if model is None else ["A train leaves the", "Four friends share"]
         texts = [texts[place % 2] for place in range(prompts)]
         if prompt_tokens is not None:
             texts = [_repeated(text, prompt_tokens, Tokenizer.from_folder(folder)) for text in texts]
-        seconds: list[tuple[float, float]] = []
-        ours = _our_step(folder, texts, group_size, tokens, kl, share_prompts, seconds)
-        times = _beside_trl(folder, texts, group_size, tokens, kl, rounds, ours, Path(name))
-    _print_pair("step", times, ("deepseek_jax", "TRL"))
-    sampling, update = (statistics.median(part) for part in zip(*seconds[1:], strict=True))
+        load = StepLoad(texts, group_size, tokens, kl)
+        ours = OurSteps(folder, load, share_prompts=share_prompts)
+        with trl_steps(folder, load) as theirs:
+            calls = [ours, theirs]
+            pairs = [tuple(call() for call in calls) for _ in range(rounds + 1)][1:]
+    _print_pair("step", pairs, ("deepseek_jax", "TRL"))
+    sampling, update = (statistics.median(part) for part in zip(*ours.parts[1:], strict=True))
     print(f"of ours {sampling:.3f} s are sampling and reward, {update:.3f} s the update")
 
 
@@ -109,119 +104,6 @@ def _repeated(text: str, tokens: int, tokenizer: Tokenizer) -> str:
     while len(tokenizer.encode(repeated, add_bos=False)) < tokens:
         repeated += " " + next(words)
     return repeated
-
-
-def _our_step(
-    folder: Path,
-    texts: Sequence[str],
-    group_size: int,
-    tokens: int,
-    kl: float,
-    share_prompts: bool,
-    seconds: list[tuple[float, float]],
-) -> Callable[[], None]:
-    """A step, which notes the seconds of its sampling and of its update."""
-    model, tokenizer = load_model(folder), Tokenizer.from_folder(folder)
-    config = GRPOConfig(
-        steps=100,
-        prompts_per_step=len(texts),
-        group_size=group_size,
-        max_new_tokens=tokens,
-        loss=GRPOLossConfig(beta=kl),
-        lr=1e-6,
-        balance_alpha=0.0,
-        bias_gamma=0.0,
-        share_prompts=share_prompts,
-    )
-    asked = [Prompt(text, tokenizer.encode(text, add_bos=False), {}) for text in texts]
-    width = max(len(p.tokens) for p in asked) + tokens - 1
-    reward = combine({"vowels": _vowels}, {"vowels": 1.0})
-    trainer = GRPOTrainer(
-        config, model, tokenizer, Generator(model.config, model.graphdef), reward, width=width, seed=0
-    )
-    endless = dataclasses.replace(trainer.rollout_worker.sampling, stop_ids=())
-    trainer.rollout_worker = dataclasses.replace(trainer.rollout_worker, sampling=endless)
-    held = [trainer.first_state()]
-
-    def one() -> None:
-        learned = trainer.step(held[0], lambda: asked, 0)
-        assert all(len(c.tokens) == tokens for c in learned.rollout.completions)
-        seconds.append((learned.metrics["rollout_time"], learned.metrics["update_time"]))
-        held[0] = jax.block_until_ready(learned.state)
-
-    return one
-
-
-def _vowels(prompts, completions, completion_ids, **columns) -> list[float]:
-    """A reward that costs nothing and differs within a group."""
-    return [sum(letter in "aeiou13579" for letter in text) / (1 + len(text)) for text in completions]
-
-
-def _beside_trl(folder, texts, group_size, tokens, kl, rounds, ours, scratch) -> list[tuple[float, float]]:
-    """Pairs of seconds, ours and TRL's; our step is made after each of TRL's."""
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
-    from trl import GRPOConfig as TheirConfig
-    from trl import GRPOTrainer as TheirTrainer
-
-    own = Tokenizer.from_folder(folder)
-    end = own.decode([own.eos_ids[0]], skip_special=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token=end, pad_token=end)
-    config = TheirConfig(
-        output_dir=str(scratch / "trl"),
-        per_device_train_batch_size=len(texts) * group_size,
-        num_generations=group_size,
-        max_completion_length=tokens,
-        max_steps=rounds + 1,
-        learning_rate=1e-6,
-        beta=kl,
-        loss_type="grpo",
-        temperature=1.0,
-        generation_kwargs={"min_new_tokens": tokens},
-        gradient_checkpointing=False,
-        max_grad_norm=1.0,
-        bf16=False,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        shuffle_dataset=False,
-    )
-    pairs: list[tuple[float, float]] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            theirs = time.perf_counter() - self.start
-            pairs.append((_seconds(ours), theirs))
-
-    trainer = TheirTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        reward_funcs=lambda completions, **_: _vowels(None, completions, None),
-        args=config,
-        train_dataset=Dataset.from_dict({"prompt": list(texts) * (rounds + 1)}),
-        processing_class=tokenizer,
-        callbacks=[Clock()],
-    )
-    trainer.train()
-    return pairs[1:]
-
-
-def _tiny(folder: Path, experts: int | None) -> Path:
-    tokenizer = Tokenizer.characters(ALPHABET, chat_template=TEMPLATE)
-    config = dataclasses.replace(
-        preset("tiny"), vocab_size=32, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_ids[0]
-    )
-    if experts is not None:
-        like_r1 = {"n_routed_experts": experts, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4}
-        config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, **like_r1))
-    graphdef, weights = split(Decoder(config, rngs=nnx.Rngs(0)))
-    save_model(Model(config, graphdef, weights), folder, tokenizer=tokenizer.files)
-    return folder
 
 
 def prompts(

@@ -40,7 +40,7 @@ from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.serve.connection import allow_files
 from deepseek_jax.text.think import opens_thought, split_thinking
 from deepseek_jax.text.tokenizer import Tokenizer
-from tools.benchmark import spread
+from tools.suite.table import spread
 
 MIB = 1 << 20
 DROPPED, SLOW = 3, 20  # one in so many

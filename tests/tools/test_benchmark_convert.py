@@ -1,4 +1,4 @@
-"""tools/benchmark.py convert: the checkpoint that it makes, how it measures a process, and what it prints."""
+"""tools/benchmark_convert.py: the checkpoint that it makes, how it measures a process, and what it prints."""
 
 import json
 import re
@@ -14,8 +14,8 @@ from safetensors import deserialize
 from deepseek_jax.checkpoint.names import published
 from deepseek_jax.config import from_hf, to_hf
 from deepseek_jax.model.decoder import abstract_weights
-from tools import benchmark
-from tools.benchmark import convert, sized_config, timed, write_checkpoint
+from tools import benchmark_convert
+from tools.benchmark_convert import convert, sized_config, timed, write_checkpoint
 
 TINY = 0.003  # gigabytes: three layers, width 64
 BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory):
     """A checkpoint in shards of a megabyte, and its configuration."""
     folder, config = tmp_path_factory.mktemp("benchmark") / "hf", sized_config(TINY)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "SHARD", 1_000_000)
+        patch.setattr(benchmark_convert, "SHARD", 1_000_000)
         write_checkpoint(config, folder, seed=1)
     return folder, config
 
@@ -123,7 +123,7 @@ def test_the_peak_of_a_process_is_measured_though_it_gave_the_memory_back(tmp_pa
     """Between the 200 MiB that it held and 30 MiB more, an interpreter's own being about 10."""
     code = "import time; x = bytearray(b'1' * (100 << 20)); del x; time.sleep(0.3)"  # twice 100 MiB at once
     measured = timed([sys.executable, "-c", code], tmp_path, tmp_path)
-    assert 200 < measured.peak / benchmark.MIB < 230
+    assert 200 < measured.peak / benchmark_convert.MIB < 230
     assert 0.3 < measured.seconds
 
 
@@ -143,7 +143,7 @@ def tools(tmp_path, monkeypatch):
     folder.mkdir()
     for name in ("convert_hf.py", "export_hf.py"):
         (folder / name).write_text(FAITHFUL)
-    monkeypatch.setattr(benchmark, "TOOLS", folder)
+    monkeypatch.setattr(benchmark_convert, "TOOLS", folder)
     return folder
 
 
@@ -171,11 +171,11 @@ def test_one_bit_of_an_export_is_enough(tools, tmp_path):
 
 
 def test_a_tensor_that_is_not_exported_is_missed(checkpoint):
-    wanted = benchmark._digests(checkpoint[0])
+    wanted = benchmark_convert._digests(checkpoint[0])
     got = {name: value for name, value in wanted.items() if name != "lm_head.weight"}
     with pytest.raises(ValueError, match="1 of .* 'lm_head.weight': got None"):
-        benchmark._require_identical(got, wanted)
-    benchmark._require_identical(wanted, wanted)
+        benchmark_convert._require_identical(got, wanted)
+    benchmark_convert._require_identical(wanted, wanted)
 
 
 def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):

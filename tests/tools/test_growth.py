@@ -1,0 +1,44 @@
+"""tools/growth.py: exponents, crossings, and that a point can be measured."""
+
+import math
+
+import pytest
+
+from deepseek_jax.config import preset
+from deepseek_jax.plan.model_flops import prefill_flops
+from tools import growth
+from tools.growth import Setting, exponents, first_where
+
+
+def test_an_exponent_of_a_sum_is_between_those_of_its_parts_and_the_last_nearer_to_the_larger():
+    values = [2.0**n for n in range(8)]
+    fitted, last = exponents(values, [100 * v + v**2 for v in values])
+    assert 1 < fitted < last < 2
+    assert math.isclose(exponents(values, [7 * v**1.5 for v in values])[0], 1.5, abs_tol=1e-3)
+
+
+@pytest.mark.parametrize("least", [1, 2, 77, 1 << 20])
+def test_the_first_number_from_which_something_holds(least):
+    assert first_where(lambda n: n >= least) == least
+
+
+def test_what_never_holds():
+    assert first_where(lambda n: False) is None
+
+
+def test_attention_overtakes_where_its_flops_do():
+    config = preset("r1-671b")
+    at = first_where(lambda n: growth._attends_more(prefill_flops(config, 1, n)))
+    for tokens, more in ((at - 1, False), (at, True), (2 * at, True)):
+        flops = prefill_flops(config, 1, tokens)
+        assert (2 * flops.attention > flops.total) == more
+
+
+def test_a_table_of_crossings(capsys):
+    growth.crossings(models=("v2-lite",))
+    assert len(capsys.readouterr().out.splitlines()) == 7
+
+
+@pytest.mark.parametrize("step", ["prefill", "decode", "train"])
+def test_a_point_is_measured(step):
+    assert growth._call(step, Setting(context=16, experts=4, batch=2, layers=1))() > 0

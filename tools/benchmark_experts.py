@@ -1,0 +1,81 @@
+"""Time of the routed experts as their number doubles, interleaved in one run, medians as Markdown."""
+
+if __name__ == "__main__":
+    from deepseek_jax.interrupt import end_at_once
+
+    end_at_once()
+
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from deepseek_jax.cli import run
+from deepseek_jax.ops.experts import expert_mlp
+
+
+def experts(
+    *,
+    counts: tuple[int, ...] = (16, 32, 64, 128),
+    rows: int = 4096,
+    width: int = 256,
+    inner: int = 128,
+    k: int = 4,
+    rounds: int = 15,
+) -> None:
+    """Time of the routed experts as their number doubles at a fixed number a token, forward and gradient.
+
+    Args:
+        counts: numbers of experts.
+        rows: tokens.
+        width: model width.
+        inner: expert width.
+        k: experts a token.
+        rounds: timed rounds, all counts in turn.
+    """
+    functions = {count: _expert_layer(count, rows, width, inner, k) for count in counts}
+    times: dict[tuple[int, str], list[float]] = {}
+    for _ in track(range(rounds), description="rounds", transient=True, console=Console(stderr=True)):
+        for count, kinds in functions.items():
+            for kind, function in kinds.items():
+                times.setdefault((count, kind), []).append(_seconds(function))
+    print("| experts | forward ms | x the half | forward and gradient ms | x the half |\n|---|---|---|---|---|")
+    for count in counts:
+        cells = []
+        for kind in ("forward", "gradient"):
+            now = statistics.median(times[count, kind])
+            half = [b / a for a, b in zip(times.get((count // 2, kind), []), times[count, kind], strict=False)]
+            cells += [f"{now * 1e3:.1f}", f"{statistics.median(half):.2f}" if half else "-"]
+        print(f"| {count} | {' | '.join(cells)} |")
+
+
+def _expert_layer(count: int, rows: int, width: int, inner: int, k: int) -> dict[str, Callable]:
+    rng = np.random.default_rng(count)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    x, mixing = normal(rows, width), jnp.full((rows, k), 1 / k)
+    chosen = jnp.asarray(np.argsort(rng.random((rows, count)), axis=1)[:, :k], jnp.int32)
+    weights = normal(count, width, inner), normal(count, width, inner), normal(count, inner, width)
+    forward = jax.jit(expert_mlp)
+    gradient = jax.jit(
+        jax.grad(lambda x, mixing, chosen, *w: jnp.sum(expert_mlp(x, mixing, chosen, *w) ** 2), (0, 3, 4, 5))
+    )
+    kinds = {"forward": forward, "gradient": gradient}
+    calls = {kind: lambda f=f: jax.block_until_ready(f(x, mixing, chosen, *weights)) for kind, f in kinds.items()}
+    for call in calls.values():
+        call()
+    return calls
+
+
+def _seconds(function: Callable) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    run(experts)
