@@ -132,7 +132,7 @@ def grpo(of: Subject, sizes: Sizes) -> Iterator[Case]:
     """Samples a second of whole GRPO steps: one question of few and of many tokens, beside TRL's GRPOTrainer."""
     tokenizer = Tokenizer.from_folder(of.folder)
     for length in sizes.grpo_prompts:
-        load = StepLoad([repeated("1+2=? ", length, tokenizer)], sizes.group, sizes.tokens)
+        load = StepLoad([repeated("1+2=?", length, tokenizer)], sizes.group, sizes.tokens)
         lacking = why_none("transformers", "trl")
         case = lambda load=load, length=length, **peer: Case(
             suite="grpo",

@@ -88,7 +88,7 @@ def torch_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, dtype: str) -> 
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    to_torch = lambda x: torch.from_numpy(np.asarray(x, np.float32)).to(device, getattr(torch, dtype)).requires_grad_()
+    to_torch = lambda x: torch.from_numpy(np.array(x, np.float32)).to(device, getattr(torch, dtype)).requires_grad_()
     query, key, value = to_torch(q.swapaxes(1, 2)), to_torch(k), to_torch(v)
 
     def once() -> None:
