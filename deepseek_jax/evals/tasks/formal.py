@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from deepseek_jax.data.sources import Row
-from deepseek_jax.evals.fields import lines, name_of, text, value
+from deepseek_jax.evals.fields import lines, maybe, name_of, text
 from deepseek_jax.evals.graders import Graders
 from deepseek_jax.evals.outer import run_outer
 from deepseek_jax.evals.running import need_sandbox, tried
@@ -24,8 +24,8 @@ _CLOSES = {"/-": "-/", "(*": "*)", "--": "\n"}
 
 def _read(row: Row, number: int) -> Problem:
     statement = text(row, "formal_statement", "statement")
-    more = {"header": str(value(row, "header") or ""), "file": str(value(row, "file_name") or "Problem.lean")}
-    more |= {"statement": statement, "informal": str(value(row, "informal_prefix", "informal_statement") or "")}
+    more = {"header": maybe(row, "header"), "file": maybe(row, "file_name") or "Problem.lean"}
+    more |= {"statement": statement, "informal": maybe(row, "informal_prefix", "informal_statement")}
     if "/" in more["file"] or more["file"] in ("main.py", "inputs.json", ".", ".."):
         raise ValueError(f"'file_name': got {more['file']!r}, wanted a plain name such as Problem.lean")
     return Problem(id=name_of(row, number, "name", "id"), question=statement, more=more)
