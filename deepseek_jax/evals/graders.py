@@ -1,5 +1,6 @@
 """What grading needs open while it lasts: the mathematical grader's processes, limits of programs, outer programs."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,10 @@ class GraderConfig:
     language: str | None = None
     seconds: float | None = None
     allow_unsandboxed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise ValueError(f"seconds: got {self.seconds}, wanted more than 0")
 
 
 @dataclass

@@ -96,7 +96,7 @@ def test_the_command_writes_what_is_left(tmp_path, capsys):
     ]
     with pytest.raises(ValueError, match="exists already"):
         main((data,), **given, decontaminate=out)
-    with pytest.raises(ValueError, match="benchmark_data: got 'aime24', wanted NAME=FILE"):
+    with pytest.raises(ValueError, match="benchmark_data: got 'aime24=x', wanted data of gsm8k"):
         main((data,), benchmark="gsm8k", benchmark_data=("aime24=x",))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "clean.jsonl",
