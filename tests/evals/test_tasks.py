@@ -133,6 +133,15 @@ def test_choice_verdicts(graded):
     found = graded("gpqa", GPQA, *given)
     assert scores(found) == [1, 1, 1, 0, 0, 0, 0]
     assert [grade.lenient for grade in found] == [1, 1, 1, 0, 0, 1, 0]
+    marked = (
+        "**Answer**: C",
+        "*Answer:* C",
+        "- Answer: C",
+        "**Final Answer**: **C**",
+        "__Answer__: C (red)",
+        "Answer C",
+    )
+    assert scores(graded("gpqa", GPQA, *marked)) == [1, 1, 1, 1, 1, 0]
     pro = {"question": "?", "options": list("abcdefghij"), "answer": "J", "answer_index": 9, "question_id": 7}
     assert scores(graded("mmlu_pro", pro, "Answer: J", "Answer: A")) == [1, 0]
     mmlu = {"question": "?", "choices": ["x", "y", "z", "w"], "answer": 1, "subject": "law"}
