@@ -291,7 +291,27 @@ def test_codeforces_with_and_without_its_checker(graded):
     (found,) = graded("codeforces", broken, ones)
     assert found.score is None and "checker" in found.reason
     by_file = fenced("n = int(open('input.txt').read())\nopen('output.txt', 'w').write(f'{n // 2} {n - n // 2}')")
-    assert scores(graded("codeforces", codeforces(input_mode="file"), by_file, halves)) == [1, 0]
+    prints = fenced("n = int(open('input.txt').read())\nprint(n // 2, n - n // 2)")
+    leaves = by_file.removesuffix("\n```") + "\nprint('done')\nf = open('more.txt', 'w')\nexit()\n```"
+    given = (by_file, halves, prints, leaves, by_file.removesuffix("\n```") + "\nexit(1)\n```")
+    assert scores(graded("codeforces", codeforces(input_mode="file"), *given)) == [1, 0, 0, 1, 0]
+
+
+def test_a_checker_that_says_nothing_is_believed_only_where_it_refuses_nonsense(graded):
+    """One that defines a function and calls it nowhere passes any output."""
+    need_sandbox()
+    ones = fenced("n = int(input()); print(1, n - 1)")
+    silent = "import sys\nsys.exit(len(open(sys.argv[3]).read().split()) != 2)"
+    assert scores(graded("codeforces", codeforces(generated_checker=silent), ones, fenced("print(1)"))) == [1, 0]
+    (found,) = graded("codeforces", codeforces(generated_checker="def check(*files):\n    return False"), ones)
+    assert found.score is None and "passes any output" in found.reason
+
+
+def test_an_output_that_a_checker_falls_over_is_wrong(graded):
+    """Else a program could print its way out of the mean."""
+    need_sandbox()
+    row = codeforces(generated_checker=CHECKER.replace("print(1 if", "[int(x) for x in out]\nprint(1 if"))
+    assert scores(graded("codeforces", row, fenced("input(); print('many', 'words')"))) == [0]
 
 
 # --- what is wrong with a row ---------------------------------------------------------------------
