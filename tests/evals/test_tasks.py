@@ -15,6 +15,7 @@ from deepseek_jax.evals.task import Answered
 from deepseek_jax.evals.tasks import TASKS, task_named
 from deepseek_jax.evals.tasks.choice import gpqa_order
 from deepseek_jax.evals.tasks.contests import livecodebench_tests
+from deepseek_jax.rewards.math import Verdict
 from deepseek_jax.rewards.sandbox import available
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -95,6 +96,15 @@ def test_mathematical_verdicts_strict_and_lenient(graded):
     )
     assert [(each.score, each.lenient) for each in found] == [(1, 1), (1, 1), (0, 1), (0, 0), (0, 0), (0, 0)]
     assert [each.answer for each in found] == ["4", "4.0", None, None, None, None]
+
+
+def test_a_grader_that_fails_on_the_lenient_answer_leaves_the_strict_score(graded, graders, monkeypatch):
+    """One without a box is wrong, whatever else stands in it."""
+    verdict = lambda pair: Verdict(False, "died", "signal 9") if pair[0] == "x" else Verdict(pair[0] == "4", "exact")
+    monkeypatch.setattr(graders.math, "grade", lambda pairs: list(map(verdict, pairs)))
+    found = graded("gsm8k", GSM8K, "The answer is x", r"\boxed{x}", r"\boxed{4}")
+    assert [(each.score, each.lenient) for each in found] == [(0, None), (None, None), (1, 1)]
+    assert [each.reason for each in found] == ["", "died: signal 9", ""]
 
 
 def test_a_prompt_that_opens_the_thought_hides_its_answers(graded):
