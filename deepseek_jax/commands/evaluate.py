@@ -65,10 +65,10 @@ def main(config: Config) -> None:
             if benchmark.task is PATCHES:
                 _write_predictions(config, benchmark, held, of_model["model"])
         before = read_json(config.output / SUMMARY) if (config.output / SUMMARY).exists() else {}
-        curves = {name: values["thinking"] for name, values in found.items() if "thinking" in values}
-        if curves:
+        known = {**before, **found}
+        if curves := {name: values["thinking"] for name, values in known.items() if "thinking" in values}:
             draw_curves(curves, config.output / CURVES)
-        write_json(config.output / SUMMARY, {**before, **found})
+        write_json(config.output / SUMMARY, known)
     for name, values in found.items():
         print(distributed.printable(_line(name, values)))
     print(distributed.printable(f"summary: {config.output / SUMMARY}   samples: {held.path}"))
