@@ -84,9 +84,11 @@ def parsed(found: Any, name: str) -> Any:
 
 
 def letter(row: Row, count: int, *names: str) -> str:
-    """A right option's letter, from a letter or its number from 0."""
+    """A right option's letter, from a letter or its number from 0, which tables have as text."""
     found = value(row, *names)
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:count]
+    if isinstance(found, str) and re.fullmatch(r"\s*[0-9]{1,2}\s*", found):
+        found = int(found)
     if isinstance(found, int) and not isinstance(found, bool) and 0 <= found < count:
         return letters[found]
     if isinstance(found, str) and len(found.strip()) == 1 and found.strip().upper() in letters:

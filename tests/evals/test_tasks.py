@@ -156,6 +156,8 @@ def test_choice_verdicts(graded):
     assert scores(graded("mmlu_pro", pro, "Answer: J", "Answer: A")) == [1, 0]
     mmlu = {"question": "?", "choices": ["x", "y", "z", "w"], "answer": 1, "subject": "law"}
     assert scores(graded("mmlu", mmlu, "Answer: B", "Answer: A")) == [1, 0]
+    table = mmlu | {"choices": '["x", "y", "z", "w"]', "answer": "1"}  # as CSV has it
+    assert scores(graded("mmlu", table, "Answer: B", "Answer: A")) == [1, 0]
     assert scores(graded("mmlu", mmlu, " B", " A\n\nQuestion", style="lm-eval")) == [1, 0]
     written = TASKS["mmlu_pro"].style("simple-evals").write
     assert "one of ABCDEFGHIJ." in written(TASKS["mmlu_pro"].read(pro, 0))
