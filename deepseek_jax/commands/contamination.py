@@ -53,9 +53,13 @@ def main(
         raise ValueError("data: got none, wanted files of training data, folders of such, or names on the hub")
     if not 0 <= share <= 1:
         raise ValueError(f"share: got {share}, wanted 0 to 1")
-    for path in (report, decontaminate):
-        if path is not None:
-            refuse_existing(path)
+    outputs = [path for path in (report, decontaminate) if path is not None]
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise ValueError(f"report: got {report}, which --decontaminate writes too, wanted two files")
+    for path in outputs:
+        refuse_existing(path)
+        if not path.parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.parent}, wanted one that is there; make it")
     tasks = [task_named(name) for name in dict.fromkeys(benchmark.replace(" ", "").split(","))]
     files = files_of([task.name for task in tasks], benchmark_data, "benchmark_data")
     sources = [open_source(name) for name in data]
