@@ -10,8 +10,8 @@ from deepseek_jax.checkpoint.files import refuse_existing, write_whole
 from deepseek_jax.data.sources import Row, Source, open_source
 from deepseek_jax.distributed import printable
 from deepseek_jax.evals.contamination import LEAST, SHARE, Overlap, overlaps
-from deepseek_jax.evals.task import Problem, Task
-from deepseek_jax.evals.tasks import task_named
+from deepseek_jax.evals.task import Problem
+from deepseek_jax.evals.tasks import files_of, task_named
 from deepseek_jax.report.progress import Progress
 
 _SHOWN = 5
@@ -42,7 +42,8 @@ def main(
     Args:
         data: training data: files (.jsonl, .json, .csv, .parquet), folders of such, or names on the hub.
         benchmark: names with commas, as of `evaluate`, such as math500,aime24.
-        benchmark_data: NAME=FILE of each benchmark whose rows are not to be fetched from the hub.
+        benchmark_data: NAME=FILE of each benchmark whose rows are not to be fetched from the hub; a plain FILE of a
+            single one.
         ngram: words of a run, 8 to 13; longer ones miss more problems that were told in other words.
         share: a row holds a problem when runs that both have cover this share of the problem's words; 0 takes any run.
         report: a .jsonl file to write, a line an overlap of any share: row, benchmark, problem, share, shared words.
@@ -52,11 +53,15 @@ def main(
         raise ValueError("data: got none, wanted files of training data, folders of such, or names on the hub")
     if not 0 <= share <= 1:
         raise ValueError(f"share: got {share}, wanted 0 to 1")
-    for path in (report, decontaminate):
-        if path is not None:
-            refuse_existing(path)
+    outputs = [path for path in (report, decontaminate) if path is not None]
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise ValueError(f"report: got {report}, which --decontaminate writes too, wanted two files")
+    for path in outputs:
+        refuse_existing(path)
+        if not path.parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.parent}, wanted one that is there; make it")
     tasks = [task_named(name) for name in dict.fromkeys(benchmark.replace(" ", "").split(","))]
-    files = _files(tasks, benchmark_data)
+    files = files_of([task.name for task in tasks], benchmark_data, "benchmark_data")
     sources = [open_source(name) for name in data]
     rows = [(source, number) for source in sources for number in range(len(source))]
     compared = []
@@ -74,17 +79,6 @@ def main(
         dirty = {overlap.row for of in compared for overlap in of.held}
         _write(decontaminate, [place for number, place in enumerate(rows) if number not in dirty])
         print(printable(f"wrote {decontaminate}: {len(rows) - len(dirty)} of {len(rows)} rows, {len(dirty)} left out"))
-
-
-def _files(tasks: Sequence[Task], given: Sequence[str]) -> dict[str, str]:
-    files = dict(each.partition("=")[::2] for each in given)
-    for name, file in files.items():
-        if not file or name not in {task.name for task in tasks}:
-            raise ValueError(
-                f"benchmark_data: got {name!r}, wanted NAME=FILE with a name of --benchmark, such as "
-                f"{tasks[0].name}=FILE"
-            )
-    return files
 
 
 def _told(rows: Sequence[tuple[Source, int]], progress: Progress) -> Iterator[Row]:

@@ -21,7 +21,8 @@ from deepseek_jax.distributed import say
 from deepseek_jax.evals.budgets import curve, cut_by, draw_curves
 from deepseek_jax.evals.drawing import Drawer, EngineDrawer
 from deepseek_jax.evals.graders import Graders
-from deepseek_jax.evals.run import Benchmark, draw, run
+from deepseek_jax.evals.outer import language_here
+from deepseek_jax.evals.run import Benchmark, check, draw, run
 from deepseek_jax.evals.samples import Samples
 from deepseek_jax.evals.server import ServerDrawer
 from deepseek_jax.evals.summary import records, summary
@@ -52,9 +53,11 @@ def main(config: Config) -> None:
     for benchmark in benchmarks:
         benchmark.task.ready(Graders(config.grading))
     drawer, of_model = _drawer(config)
+    for benchmark in benchmarks:
+        check(benchmark, drawer)
     with locked(config.output, advice="wait for it or stop it, or choose another --output"):
-        _enter(config, of_model, settings)
         held = Samples(config.output)
+        _enter(config, of_model, settings, held)
         with Graders(config.grading) as graders:
             found = {of.task.name: _evaluated(config, of, drawer, graders, held) for of in benchmarks}
         held.put_in_order([task.name for task in asked.tasks])
@@ -62,10 +65,10 @@ def main(config: Config) -> None:
             if benchmark.task is PATCHES:
                 _write_predictions(config, benchmark, held, of_model["model"])
         before = read_json(config.output / SUMMARY) if (config.output / SUMMARY).exists() else {}
-        curves = {name: values["thinking"] for name, values in found.items() if "thinking" in values}
-        if curves:
+        known = {**before, **found}
+        if curves := {name: values["thinking"] for name, values in known.items() if "thinking" in values}:
             draw_curves(curves, config.output / CURVES)
-        write_json(config.output / SUMMARY, {**before, **found})
+        write_json(config.output / SUMMARY, known)
     for name, values in found.items():
         print(distributed.printable(_line(name, values)))
     print(distributed.printable(f"summary: {config.output / SUMMARY}   samples: {held.path}"))
@@ -99,7 +102,11 @@ def _benchmark(config: Config, task: Task) -> tuple[Benchmark, dict[str, Any]]:
             "of it by --data FILE"
         ) from None
     problems = task.problems(source, asked.limit)
-    return Benchmark(task, problems, asked.prompt_style, asked.samples, config.drawing.seed), {"digest": source.digest}
+    graded = {"seconds": config.grading.seconds, "checker": list(config.grading.checker)}
+    if task.name == PORT.name:
+        graded["language"] = language_here(config.grading.language)  # it is asked for, too
+    told = {"digest": source.digest, **{name: of for name, of in graded.items() if of}}
+    return Benchmark(task, problems, asked.prompt_style, asked.samples, config.drawing.seed), told
 
 
 def _drawer(config: Config) -> tuple[Drawer, dict[str, Any]]:
@@ -134,12 +141,18 @@ def _drawer(config: Config) -> tuple[Drawer, dict[str, Any]]:
     return drawer, {"model": fingerprint(folder), **told}
 
 
-def _enter(config: Config, of_model: Mapping[str, Any], benchmarks: Mapping[str, Any]) -> None:
+def _enter(config: Config, of_model: Mapping[str, Any], benchmarks: Mapping[str, Any], held: Samples) -> None:
     """Refuse a folder that holds samples of other settings; write what it holds now."""
     path = config.output / SETTINGS
+    if len(held) and not path.exists():
+        raise ValueError(
+            f"{path}: is missing, so that nobody knows of what settings {held.path} is; choose another --output"
+        )
     style = {"prompt_style": config.asked.prompt_style, "system": config.asked.system}
     now = {**of_model, **dataclasses.asdict(config.drawing), **style}
-    before = read_json(path) if path.exists() else {"benchmarks": {}}
+    before = read_json(path) if path.exists() and len(held) else {"benchmarks": {}}  # no samples have no settings
+    if not isinstance(before.get("benchmarks"), dict):
+        raise ValueError(f"{path}: got no benchmarks, wanted what `evaluate` wrote; choose another --output")
     names = before.keys() - {"benchmarks"}
     for name in sorted(names):
         if before[name] != now.get(name):
@@ -148,9 +161,11 @@ def _enter(config: Config, of_model: Mapping[str, Any], benchmarks: Mapping[str,
                 "settings to go on with them, or another --output"
             )
     for name, told in benchmarks.items():
-        if before["benchmarks"].get(name, told) != told:
+        then = before["benchmarks"].get(name, told)
+        if held.of(name) and then != told:
+            what = "data" if then.get("digest") != told["digest"] else "settings of grading"
             raise ValueError(
-                f"{path}: the samples of {name} there are of other data; give the same --data, or another --output"
+                f"{path}: the samples of {name} there are of other {what}; give the same, or another --output"
             )
     write_json(path, {**now, "benchmarks": {**before["benchmarks"], **benchmarks}})
 

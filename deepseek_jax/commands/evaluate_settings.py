@@ -9,7 +9,7 @@ import tyro
 from deepseek_jax.commands.generate_settings import EngineOptions, by_option
 from deepseek_jax.evals.graders import GraderConfig
 from deepseek_jax.evals.task import StyleName, Task
-from deepseek_jax.evals.tasks import task_named
+from deepseek_jax.evals.tasks import files_of, task_named
 from deepseek_jax.generation.sampling_config import SamplingConfig
 
 
@@ -57,9 +57,12 @@ class BenchmarkOptions:
 
     def source(self, task: Task) -> str:
         """Where a benchmark's rows are."""
-        named = dict(each.split("=", 1) for each in self.data if each.partition("=")[0] == task.name)
-        plain = [each for each in self.data if each.partition("=")[0] not in {of.name for of in self.tasks}]
-        return named.get(task.name) or (plain[0] if plain else task.hub)
+        return self.files.get(task.name, task.hub)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The data that is named, by benchmark."""
+        return files_of([task.name for task in self.tasks], self.data, "data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,17 +131,9 @@ class Config:
         if asked.benchmark:
             for task in asked.tasks:
                 task.style(asked.prompt_style)
-            self._check_data()
+            _ = asked.files
         _ = asked.budgets
         self.sampling(())
-
-    def _check_data(self) -> None:
-        names = [task.name for task in self.asked.tasks]
-        plain = [each for each in self.asked.data if each.partition("=")[0] not in names]
-        if len(plain) > 1 or (plain and len(names) > 1):
-            raise ValueError(
-                f"data: got {plain[0]!r} for {', '.join(names)}, wanted NAME=FILE, such as {names[0]}=FILE"
-            )
 
     def sampling(self, stop_ids: tuple[int, ...]) -> SamplingConfig:
         """The settings that an engine draws by; ValueError names the option that is wrong."""

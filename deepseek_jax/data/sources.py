@@ -81,6 +81,8 @@ def open_source(name: str) -> Source:
         ValueError: nothing of that name, no rows, a row group or file that cannot be read, or a library that is not
             installed.
     """
+    if not name.strip():  # Path("") is the current folder
+        raise ValueError(f"data: got {name!r}, wanted a file, a folder, a pattern, or a hub data set as owner/name")
     path = Path(name)
     if path.is_file():
         return _nonempty(_open_file(path))

@@ -1,6 +1,7 @@
 """Evaluations side by side, and beside published results: tables, settings that differ, paired tests, costs."""
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,9 +29,13 @@ class Run(NamedTuple):
     samples: Samples
 
     def scores(self, benchmark: str) -> dict[str, list[float | None]]:
-        """Of each problem, by its number and id, the scores of its samples without a budget of thinking."""
+        """Of each problem, by its number and id, the scores of its samples without a budget of thinking: of those that
+        the summary is of, for the folder may have more."""
         found: dict[str, list[float | None]] = {}
+        problems, samples = (self.summary[benchmark].get(name, math.inf) for name in ("problems", "samples"))
         for record in self.samples.of(benchmark):
+            if record["number"] >= problems or record["sample"] >= samples:
+                continue
             found.setdefault(f"{record['number']}: {record['id']}", []).append(record["score"])
         return found
 
@@ -64,7 +69,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
             raise ValueError(f"{path}: no such file; wanted a folder that `deepseek-jax evaluate --output` wrote")
         summary = read_json(path)
         for name, values in summary.items():
-            if not isinstance(values, dict) or "pass@1" not in values:
+            if not isinstance(values, dict) or not isinstance(values.get("pass@1", ""), float | int | None):
                 raise ValueError(f"{path}: {name!r}: got no 'pass@1', wanted a summary that `evaluate` wrote")
         config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
         name = folder.resolve().name if short else str(folder)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,13 +25,36 @@ def text(row: Row, *names: str) -> str:
     wanted = " or ".join(map(repr, names))
     if found is None:
         raise ValueError(f"no field {wanted} among {', '.join(map(str, row))}")
+    told = _as_text(found, wanted)
+    if not told.strip():
+        raise ValueError(f"{wanted}: got {found!r:.80}, which is blank, wanted text")
+    return told
+
+
+def maybe(row: Row, *names: str) -> str:
+    """A field that is text or a number, as text, "" where there is none; ValueError where it is neither."""
+    found = value(row, *names)
+    return "" if found is None else _as_text(found, " or ".join(map(repr, names)))
+
+
+def _as_text(found: Any, wanted: str) -> str:
     if isinstance(found, bool) or not isinstance(found, str | int | float):
         raise ValueError(f"{wanted}: got {found!r:.80}, wanted text")
     if isinstance(found, float) and not math.isfinite(found):
         raise ValueError(f"{wanted}: got {found!r}, wanted a finite number or text")
-    if not str(found).strip():
-        raise ValueError(f"{wanted}: got {found!r:.80}, which is blank, wanted text")
+    if isinstance(found, str) and re.search("[\ud800-\udfff]", found):
+        raise ValueError(f"{wanted}: holds half a surrogate pair, which is no text; correct it")
     return str(found)
+
+
+def amount(row: Row, name: str, default: float, *, most: float) -> float:
+    """A field that is a number above 0, or what stands for it where there is none; ValueError where it is no such."""
+    found = value(row, name)
+    if found is None:
+        return default
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found <= most:
+        raise ValueError(f"{name!r}: got {found!r:.80}, wanted a number above 0, {most:g} at most")
+    return float(found)
 
 
 def texts(row: Row, *names: str) -> tuple[str, ...]:
@@ -38,7 +62,15 @@ def texts(row: Row, *names: str) -> tuple[str, ...]:
     found = parsed(value(row, *names), names[0])
     if not isinstance(found, list | tuple) or not found or not all(isinstance(each, str) for each in found):
         raise ValueError(f"{names[0]!r}: got {found!r:.80}, wanted a list of texts")
-    return tuple(found)
+    return tuple(_as_text(each, repr(names[0])) for each in found)
+
+
+def objects(found: Any, name: str) -> list[dict[str, Any]]:
+    """A list of objects, or JSON text of one; [] where there is none."""
+    given = parsed(found, name) if found else []
+    if not isinstance(given, list | tuple) or not all(isinstance(each, dict) for each in given):
+        raise ValueError(f"{name!r}: got {given!r:.80}, wanted a list of objects")
+    return list(given)
 
 
 def parsed(found: Any, name: str) -> Any:
@@ -52,9 +84,11 @@ def parsed(found: Any, name: str) -> Any:
 
 
 def letter(row: Row, count: int, *names: str) -> str:
-    """A right option's letter, from a letter or its number from 0."""
+    """A right option's letter, from a letter or its number from 0, which tables have as text."""
     found = value(row, *names)
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:count]
+    if isinstance(found, str) and re.fullmatch(r"\s*[0-9]{1,2}\s*", found):
+        found = int(found)
     if isinstance(found, int) and not isinstance(found, bool) and 0 <= found < count:
         return letters[found]
     if isinstance(found, str) and len(found.strip()) == 1 and found.strip().upper() in letters:
@@ -75,5 +109,4 @@ def lines(*parts: str | None) -> str:
 
 def joined(row: Row, names: Sequence[str]) -> str:
     """Texts of several fields, of which the last must be there, with a space between two."""
-    found = [value(row, name) for name in names[:-1]]
-    return " ".join([*(str(part).strip() for part in found if isinstance(part, str)), text(row, names[-1])])
+    return " ".join([*(part for name in names[:-1] if (part := maybe(row, name).strip())), text(row, names[-1])])

@@ -5,7 +5,9 @@ import re
 from deepseek_jax.text.answers import extract_answer
 from deepseek_jax.text.think import after_thoughts
 
-_ANSWER_LINE = re.compile(r"^[\s*_>#]*(?:the\s+)?(?:final\s+)?answer\s*[:：]\s*(.*?)\s*$", re.IGNORECASE | re.MULTILINE)
+_ANSWER_LINE = re.compile(
+    r"^[\s*_>#-]*(?:the\s+)?(?:final\s+)?answer[\s*_]*[:：]\s*(.*?)\s*$", re.IGNORECASE | re.MULTILINE
+)
 _HASHES = re.compile(r"#### (-?[0-9.,]+)")
 _MAX_CHARS = 2_000
 

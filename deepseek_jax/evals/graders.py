@@ -1,5 +1,6 @@
 """What grading needs open while it lasts: the mathematical grader's processes, limits of programs, outer programs."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -18,8 +19,9 @@ class GraderConfig:
             with __ for the slash.
         checker: of formal: a command that checks a file, its words apart; {file} stands for the file's name.
         folders: what outer programs (compilers, the checker) see of this machine, read-only, beside their own folders.
-        language: of port: the language to port to; None takes the first whose compiler is here.
-        seconds: of a program on one test of livecodebench, codeforces and port; None takes the benchmark's own.
+        language: of port: the language to port to, cpp, c or javascript; None takes the first whose tools are here.
+        seconds: of a program on one test of livecodebench, codeforces and port, of formal's checker, or of all tests of
+            a repository of swebench; None takes the benchmark's own.
         allow_unsandboxed: run programs of the model even where they cannot be isolated. Do not.
     """
 
@@ -29,6 +31,10 @@ class GraderConfig:
     language: str | None = None
     seconds: float | None = None
     allow_unsandboxed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise ValueError(f"seconds: got {self.seconds}, wanted more than 0")
 
 
 @dataclass

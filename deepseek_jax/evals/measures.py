@@ -56,6 +56,22 @@ def bootstrap(scores: Sequence[Scores], *, share: float = 0.95) -> tuple[float, 
     return float(low), float(high)
 
 
+def interval(scores: Sequence[Scores], *, share: float = 0.95) -> tuple[float, float] | None:
+    """The bootstrap's; where no sample is right, or every one, the exact one of as many problems, for resamples of
+    equal problems would leave no doubt. None where none is graded.
+
+    Source: Clopper and Pearson, The Use of Confidence or Fiducial Limits (Biometrika 1934).
+
+    >>> [round(bound, 3) for bound in interval([[0.0]] * 10)]
+    [0.0, 0.308]
+    """
+    means = _means(scores)
+    if not means.size or means.min() != means.max() or means[0] not in (0.0, 1.0):
+        return bootstrap(scores, share=share)
+    least = ((1 - share) / 2) ** (1 / means.size)  # as many would all be right by chance
+    return (least, 1.0) if means[0] else (0.0, 1 - least)
+
+
 def pass_at_k(right: int, count: int, k: int) -> float:
     """Without bias, the chance that one of k samples is right, from `right` of `count`.
 

@@ -42,6 +42,17 @@ class Benchmark(NamedTuple):
         return Wanted(style.write(self.problems[key.number]), seed, style.stop, budget)
 
 
+def check(benchmark: Benchmark, drawer: Drawer) -> None:
+    """Refuse a problem that the model cannot be asked, before anything is drawn or written; ValueError names it."""
+    name = benchmark.task.name
+    for number, problem in enumerate(benchmark.problems):
+        try:
+            drawer.check([benchmark.wanted(Key(name, number, 0))])
+        except ValueError as told:
+            reason = str(told).removeprefix("prompt 0: ")
+            raise ValueError(f"{name}: problem {number} ({problem.id:.60}): {reason}") from None
+
+
 def run(benchmark: Benchmark, drawer: Drawer, graders: Graders, held: Samples, progress: Progress) -> None:
     """Draw and grade what is not there yet.
 
@@ -51,9 +62,6 @@ def run(benchmark: Benchmark, drawer: Drawer, graders: Graders, held: Samples, p
         graders: open.
         held: the samples that are there; new ones are added as they are graded.
         progress: shows how many are done, and the running score with its error.
-
-    Raises:
-        ValueError: a prompt that the model cannot take.
     """
     draw(benchmark, [key for key in benchmark.keys() if held.get(key) is None], drawer, graders, held, progress)
 
@@ -70,7 +78,6 @@ def draw(
     if not missing:
         return
     wanted = [benchmark.wanted(key) for key in missing]
-    drawer.check(wanted)
     grading = _Grading(benchmark, graders, held, progress)
     before = time.perf_counter()
     try:

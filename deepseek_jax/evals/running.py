@@ -18,7 +18,22 @@ _CHECKER_LIMITS = Limits(seconds=30.0)
 _PASSED, _FAILED = {"1", "1.0", "ok", "true", "yes", "accepted", "correct"}, {"0", "0.0", "false", "no", "wrong"}
 # Runs another file of its folder as the main program, with these arguments.
 _AS_MAIN = "import runpy, sys\nsys.argv = {argv!r}\nsys.path[0] = '.'\nrunpy.run_path({file!r}, run_name='__main__')\n"
-_PRINT_FILE = "import os\nif os.path.exists('output.txt'):\n    print(open('output.txt').read(), end='')\n"
+# Reads input.txt and writes output.txt; what it prints is no answer. It may end by sys.exit().
+_BY_FILE = """
+import os, runpy, sys
+out = os.dup(1)
+os.dup2(2, 1)
+sys.argv, sys.path[0] = ["solution.py"], "."
+try:
+    runpy.run_path("solution.py", run_name="__main__")
+except SystemExit as end:
+    if end.code:
+        raise
+if os.path.exists("output.txt"):
+    with open("output.txt", "rb") as found, os.fdopen(out, "wb") as told:
+        told.write(found.read())
+"""
+_NONSENSE = "no answer of any kind"
 
 
 def fenced(program: str) -> str:
@@ -67,9 +82,8 @@ def run_on(program: Program, test: InputOutput, *, by_file: bool, allow_unsandbo
     room = max(program.limits.output_bytes, len(test.output.encode(errors="replace")) + _OUTPUT_ROOM)
     limits = replace(program.limits, output_bytes=room)
     if by_file:
-        source = _AS_MAIN.format(argv=["solution.py"], file="solution.py") + _PRINT_FILE
         files = {"solution.py": program.source, "input.txt": test.input}
-        program = replace(program, source=source, files=files, limits=limits)
+        program = replace(program, source=_BY_FILE, files=files, limits=limits)
     else:
         program = replace(program, stdin=test.input, limits=limits)
     return run_program(program, allow_unsandboxed=allow_unsandboxed)
@@ -106,7 +120,24 @@ def passes_all(
 
 
 def _checked(checker: str, test: InputOutput, printed: str, config: GraderConfig) -> bool:
-    """What a checker says of an output: its first word is 1 or 0, or its exit status speaks for it."""
+    """What a checker says of an output: its first word is 1 or 0, or its exit status speaks for it.
+
+    One that falls over an output refuses it, if it takes the right one; one without a word passes an output, if it
+    does not pass nonsense.
+    """
+    said = _said(checker, test, printed, config)
+    if said == "nothing" and _said(checker, test, _NONSENSE, config) == "nothing":
+        raise TestsUnusable("checker: says nothing and passes any output, wanted 1 or 0; correct the row")
+    if said not in ("right", "wrong", "nothing") and _said(checker, test, test.output, config) not in (
+        "right",
+        "nothing",
+    ):
+        raise TestsUnusable(f"checker: {said}, wanted 1 or 0; correct the row")
+    return said in ("right", "nothing")
+
+
+def _said(checker: str, test: InputOutput, printed: str, config: GraderConfig) -> str:
+    """ "right", "wrong", "nothing" where it ends well without a word, or how it failed."""
     names = ("input.txt", "correct_output.txt", "solution_output.txt")
     files = dict(zip(names, (test.input, test.output, printed), strict=True)) | {"checker.py": checker}
     source = _AS_MAIN.format(argv=["checker.py", *names], file="checker.py")
@@ -115,9 +146,9 @@ def _checked(checker: str, test: InputOutput, printed: str, config: GraderConfig
     words = ran.stdout.decode(errors="replace").split()
     word = words[0].casefold().strip(".,:!") if words else ""
     if ran.kind == "ok" and (word in _PASSED or not word):
-        return True
+        return "right" if word else "nothing"
     if word in _FAILED or (ran.kind == "error" and not word and not ran.stderr.rstrip().endswith(b"Error")
                            and b"Traceback" not in ran.stderr):  # fmt: skip
-        return False
-    said = ran.stderr.decode(errors="replace").strip().splitlines()[-1:] or [" ".join(words)[:80]]
-    raise TestsUnusable(f"checker: {ran.kind}: {said[0]!r}, wanted 1 or 0; correct the row")
+        return "wrong"
+    last = ran.stderr.decode(errors="replace").strip().splitlines()[-1:] or [" ".join(words)[:80]]
+    return f"{ran.kind}: {last[0]!r}"

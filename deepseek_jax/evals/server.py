@@ -89,6 +89,8 @@ class ServerDrawer:
             (choice,) = answer["choices"]
             message, usage = choice["message"], answer.get("usage") or {}
             text, thought = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning")
+            if not isinstance(text, str) or not isinstance(thought, str | None):
+                raise TypeError(f"a content that is no text: {message!r:.80}")
             finish = choice.get("finish_reason")
             tokens = int(usage.get("completion_tokens") or 0)
             told = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from deepseek_jax.evals.graders import Graders
-from deepseek_jax.evals.measures import bootstrap, by_group, clustered, elo, mean_of, pass_at, several, vote
+from deepseek_jax.evals.measures import by_group, clustered, elo, interval, mean_of, pass_at, several, vote
 from deepseek_jax.evals.run import Benchmark
 from deepseek_jax.evals.samples import Samples
 from deepseek_jax.rewards.language import written_in
@@ -44,7 +44,7 @@ def summary(
     values: dict[str, Any] = {
         "pass@1": None if found is None else found.mean,
         "stderr": None if found is None else found.stderr,
-        "interval": bootstrap(scores),
+        "interval": interval(scores),
         "n": 0 if found is None else found.n,
         "problems": len(rows),
         "samples": benchmark.samples,

@@ -12,8 +12,8 @@ from deepseek_jax.text.answers import Extraction, answer_of
 _LEAD = re.compile(
     r"^(?:the\s+)?(?:(?:correct|final|best)\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s+", re.IGNORECASE
 )
-# A letter, and either nothing after it or a mark and the option's text.
-_NAMED = re.compile(r"([(\[]?)\s*([a-z])\s*(?:([)\].:,;]+)\s*(.*))?", re.DOTALL)
+# A letter, and either nothing after it or a mark and the option's text, which may stand in brackets.
+_NAMED = re.compile(r"([(\[]?)\s*([a-z])\s*(?:([)\].:,;]+|(?<=\s)[-–—](?=\s)|(?<=\s)(?=\())\s*(.*))?", re.DOTALL)
 
 
 def choice_reward(*, letters: str = "ABCDE", extraction: Extraction = "strict") -> RewardFunction:
@@ -127,6 +127,7 @@ def _chosen(answer: str, options: dict[str, str]) -> str | None:
     if match is None or match[2].upper() not in options or (match[1] and not match[3]):
         return None
     letter, rest = match[2].upper(), (match[4] or "").strip()
+    rest = rest[1:-1] if re.fullmatch(r"\([^()]*\)", rest) else rest
     if not rest or rest == options[letter]:
         return letter
     unknown = not any(options.values())

@@ -106,7 +106,8 @@ def language_reward(*, language: str | None) -> RewardFunction:
 def _check_known(language: Any) -> None:
     if language not in LANGUAGES:
         raise ValueError(
-            f"language_reward: language: got {language!r}, wanted one of {', '.join(LANGUAGES)}; use its two letters"
+            f"language_reward: language: got {language!r:.80}, wanted one of {', '.join(LANGUAGES)}; "
+            "use its two letters"
         )
 
 

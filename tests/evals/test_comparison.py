@@ -76,6 +76,20 @@ def test_a_difference_has_a_paired_test(runs):
     assert row[3].startswith("+66.7 ± ")
 
 
+def test_a_test_is_of_the_samples_that_the_summary_is_of(tmp_path, runs):
+    """The folder may have more, of a run with more samples or a higher limit."""
+    more = folder(
+        tmp_path / "more", [[0.0, 1.0], [1.0, 1.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]
+    )
+    summary = json.loads((more / "summary.json").read_text())
+    summary["aime24"] |= {"problems": 5, "samples": 1}
+    (more / "summary.json").write_text(json.dumps(summary))
+    (run,) = read_runs([more])
+    assert run.scores("aime24") == {f"{number}: p{number}": [float(number == 1)] for number in range(5)}
+    found = paired(runs[0], run, "aime24")
+    assert (found.n, found.mean, found.p, found.test) == (5, 0.0, 1.0, "mcnemar")
+
+
 def test_other_data_are_not_paired(tmp_path, runs):
     (other,) = read_runs([folder(tmp_path / "three", [[1.0]] * 7, digest="d2")])
     assert paired(runs[0], other, "aime24") == "other data"

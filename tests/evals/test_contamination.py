@@ -96,8 +96,12 @@ def test_the_command_writes_what_is_left(tmp_path, capsys):
     ]
     with pytest.raises(ValueError, match="exists already"):
         main((data,), **given, decontaminate=out)
-    with pytest.raises(ValueError, match="benchmark_data: got 'aime24', wanted NAME=FILE"):
+    with pytest.raises(ValueError, match="benchmark_data: got 'aime24=x', wanted data of gsm8k"):
         main((data,), benchmark="gsm8k", benchmark_data=("aime24=x",))
+    with pytest.raises(ValueError, match="x, which --decontaminate writes too, wanted two files"):
+        main((data,), **given, decontaminate=tmp_path / "x", report=tmp_path / "no" / ".." / "x")
+    with pytest.raises(ValueError, match="there is no folder .*no, wanted one that is there"):
+        main((data,), **given, decontaminate=tmp_path / "no" / "x")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "clean.jsonl",
         "report.jsonl",

@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from deepseek_jax.evals.measures import bootstrap, clustered, elo, pass_at, pass_at_k, several, vote
+from deepseek_jax.evals.measures import bootstrap, clustered, elo, interval, pass_at, pass_at_k, several, vote
 
 
 def test_one_sample_a_problem_has_the_binomial_error():
@@ -56,7 +56,16 @@ def test_the_bootstrap_interval_is_that_of_the_normal_law_for_many_problems():
     found, (low, high) = clustered(scores), bootstrap(scores)
     assert low == pytest.approx(found.mean - 1.96 * found.stderr, abs=2e-3)
     assert high == pytest.approx(found.mean + 1.96 * found.stderr, abs=2e-3)
-    assert bootstrap(scores) == (low, high)
+    assert bootstrap(scores) == (low, high) == interval(scores)
+
+
+def test_the_interval_of_none_or_all_right_is_the_exact_one():
+    """Under its bound no, or every, problem is right with a chance of 2.5 %; samples of a problem add nothing."""
+    for count in (1, 2, 20, 500):
+        low, high = interval([[0.0] * 3] * count)
+        assert low == 0.0 and (1 - high) ** count == pytest.approx(0.025)
+        assert interval([[1.0]] * count) == pytest.approx((1 - high, 1.0))
+    assert interval([[None]]) is None and interval([[0.5]] * 3) == (0.5, 0.5)
 
 
 def test_the_vote_counts_equal_answers_together():

@@ -6,7 +6,7 @@ import pytest
 
 from deepseek_jax.data.sources import open_source
 from deepseek_jax.evals.graders import GraderConfig, Graders
-from deepseek_jax.evals.outer import LANGUAGES, language_here
+from deepseek_jax.evals.outer import LANGUAGES, Ran, language_here
 from deepseek_jax.evals.patches import applied, read_diff
 from deepseek_jax.evals.task import Answered
 from deepseek_jax.evals.tasks import TASKS
@@ -155,7 +155,7 @@ def test_a_proof_is_right_where_the_checker_ends_with_0(graded):
 
 def test_comments_that_never_close_cost_no_time():
     """A hundred thousand openings, in one pass."""
-    for opening in ("/- ", "(* ", "-- "):
+    for opening in ("/- ", "(* ", "-- ", 'r#" ', '" ', "import x\n", "\n"):
         assert not claims(opening * 100_000, STATEMENT)
 
 
@@ -164,6 +164,64 @@ def test_a_statement_is_claimed_up_to_its_proof():
     assert claims("theorem two : 1 + 1 = 2 := rfl", "theorem two : 1 + 1 = 2 := by")
     assert not claims("theorem two : 1 + 1 = 3 := by rfl", STATEMENT)
     assert not claims("-- theorem two : 1 + 1 = 2 := by rfl", STATEMENT)
+
+
+FALSE = "theorem two : 1 + 1 = 3"
+CHEATS = {
+    "a weaker statement": f"{FALSE} ∨ True := by simp",
+    "a statement under a condition": f"{FALSE} → True := by simp",
+    "in a string": f'def s := "{FALSE} := by simp"',
+    "in a raw string": f'def s := r#"{FALSE} := by "simp""#',
+    "in a comment in a comment": f"/- /- -/ {FALSE} := by simp -/",
+    "behind the end": f"#exit\n{FALSE} := by simp",
+    "a sign of another meaning": f'notation:50 a " = " b => True\n{FALSE} := by trivial',
+    "a number of another value": f"local instance : OfNat Nat 3 := ⟨2⟩\n{FALSE} := by rfl",
+    "a tactic of another meaning": f"macro_rules | `(tactic| simp) => `(tactic| trivial)\n{FALSE} := by simp",
+    "from what is false": f"variable (h : False)\ninclude h\n{FALSE} := by exact h.elim",
+    "unchecked": f"set_option debug.skipKernelTC true\n{FALSE} := by simp",
+    "run while it is checked": f"#eval IO.Process.exit 0\n{FALSE} := by simp",
+    "by the compiler's word": f"{FALSE} := by exact Lean.ofReduceBool _ _ rfl",
+    "without the rest": f"{FALSE} := by stop simp",
+    "the header in a comment": f"/- import Arithmetic -/\nprelude\n{FALSE} := by simp",
+}
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """Scores of files by a checker that passes everything, and what it was given."""
+
+    def run(words, *, files, **settings):
+        given.update(files)
+        return [Ran(0, "", "")]
+
+    def of(block, **row):
+        problem = TASKS["formal"].read(FORMAL | {"formal_statement": f"{FALSE} := by sorry"} | row, 0)
+        answer = Answered(problem, TASKS["formal"].style("deepseek"), "", f"```\n{block}\n```")
+        with Graders(GraderConfig(checker=("any",))) as graders:
+            return TASKS["formal"].grade([answer], graders)[0].score
+
+    given: dict[str, str] = {}
+    monkeypatch.setattr("deepseek_jax.evals.tasks.formal.run_outer", run)
+    of.given = given
+    return of
+
+
+@pytest.mark.parametrize("kind", CHEATS)
+def test_no_statement_is_proved(checked, kind):
+    """By a file that a checker passes."""
+    assert checked(CHEATS[kind]) == 0.0
+
+
+def test_an_honest_file_is_checked_under_the_header_of_the_benchmark(checked):
+    lemma = '/-- easy -/\nlemma one : 1 = 1 := by\n  rfl -- "quoted"\n'
+    assert checked(f"import Mathlib\nimport Other\n{lemma}{FALSE} :=\n  by\n  simp") == 1.0
+    assert checked.given == {"Problem.lean": f"import Arithmetic\n\n{lemma}{FALSE} :=\n  by\n  simp"}
+    assert checked(f"import Arithmetic\n\n{FALSE} := one") == 1.0
+    assert checked(f"def c := '\"'\n{FALSE} := one") == 1.0
+    coq = {"formal_statement": "Theorem two : 1 + 1 = 2.\nProof. Admitted.", "file_name": "two.v", "header": ""}
+    assert checked("(* (* *) *) Theorem two : 1 + 1 = 2.\nProof. reflexivity. Qed.", **coq) == 1.0
+    assert checked("Theorem two : 1 + 1 = 2.\nAbort.", **coq) == 0.0
+    assert "one ```coq block" in TASKS["formal"].style("deepseek").write(TASKS["formal"].read(FORMAL | coq, 0))
 
 
 # --- porting --------------------------------------------------------------------------------------

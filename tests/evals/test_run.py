@@ -222,6 +222,11 @@ def test_a_server_that_refuses_ends_the_run_in_one_line(server, monkeypatch):
     with pytest.raises(ValueError, match="status 400: .*no such model.*goes on from the samples") as told:
         list(drawer([Wanted("refuse", 0)]))
     assert "\n" not in str(told.value)
+    for content in ([{"type": "text", "text": "4"}], 4):
+        odd = {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
+        monkeypatch.setattr(drawer, "_asked", lambda path, body, odd=odd: odd)
+        with pytest.raises(ValueError, match="got an answer that is none .*a content that is no text"):
+            list(drawer([Wanted("ask", 0)]))
     with pytest.raises(ValueError, match="server: got 'localhost:1', wanted an address such as http"):
         ServerDrawer("localhost:1", "toy", {}, batch=1)
     with pytest.raises(ValueError, match="server_key: got 'NO_SUCH_VARIABLE'"):

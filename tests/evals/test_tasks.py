@@ -15,6 +15,7 @@ from deepseek_jax.evals.task import Answered
 from deepseek_jax.evals.tasks import TASKS, task_named
 from deepseek_jax.evals.tasks.choice import gpqa_order
 from deepseek_jax.evals.tasks.contests import livecodebench_tests
+from deepseek_jax.rewards.math import Verdict
 from deepseek_jax.rewards.sandbox import available
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -97,6 +98,15 @@ def test_mathematical_verdicts_strict_and_lenient(graded):
     assert [each.answer for each in found] == ["4", "4.0", None, None, None, None]
 
 
+def test_a_grader_that_fails_on_the_lenient_answer_leaves_the_strict_score(graded, graders, monkeypatch):
+    """One without a box is wrong, whatever else stands in it."""
+    verdict = lambda pair: Verdict(False, "died", "signal 9") if pair[0] == "x" else Verdict(pair[0] == "4", "exact")
+    monkeypatch.setattr(graders.math, "grade", lambda pairs: list(map(verdict, pairs)))
+    found = graded("gsm8k", GSM8K, "The answer is x", r"\boxed{x}", r"\boxed{4}")
+    assert [(each.score, each.lenient) for each in found] == [(0, None), (None, None), (1, 1)]
+    assert [each.reason for each in found] == ["", "died: signal 9", ""]
+
+
 def test_a_prompt_that_opens_the_thought_hides_its_answers(graded):
     assert scores(graded("gsm8k", GSM8K, r"\boxed{4}", r"\boxed{5}</think>\boxed{4}", prompt="<think>\n")) == [0, 1]
 
@@ -133,10 +143,21 @@ def test_choice_verdicts(graded):
     found = graded("gpqa", GPQA, *given)
     assert scores(found) == [1, 1, 1, 0, 0, 0, 0]
     assert [grade.lenient for grade in found] == [1, 1, 1, 0, 0, 1, 0]
+    marked = (
+        "**Answer**: C",
+        "*Answer:* C",
+        "- Answer: C",
+        "**Final Answer**: **C**",
+        "__Answer__: C (red)",
+        "Answer C",
+    )
+    assert scores(graded("gpqa", GPQA, *marked)) == [1, 1, 1, 1, 1, 0]
     pro = {"question": "?", "options": list("abcdefghij"), "answer": "J", "answer_index": 9, "question_id": 7}
     assert scores(graded("mmlu_pro", pro, "Answer: J", "Answer: A")) == [1, 0]
     mmlu = {"question": "?", "choices": ["x", "y", "z", "w"], "answer": 1, "subject": "law"}
     assert scores(graded("mmlu", mmlu, "Answer: B", "Answer: A")) == [1, 0]
+    table = mmlu | {"choices": '["x", "y", "z", "w"]', "answer": "1"}  # as CSV has it
+    assert scores(graded("mmlu", table, "Answer: B", "Answer: A")) == [1, 0]
     assert scores(graded("mmlu", mmlu, " B", " A\n\nQuestion", style="lm-eval")) == [1, 0]
     written = TASKS["mmlu_pro"].style("simple-evals").write
     assert "one of ABCDEFGHIJ." in written(TASKS["mmlu_pro"].read(pro, 0))
@@ -282,7 +303,27 @@ def test_codeforces_with_and_without_its_checker(graded):
     (found,) = graded("codeforces", broken, ones)
     assert found.score is None and "checker" in found.reason
     by_file = fenced("n = int(open('input.txt').read())\nopen('output.txt', 'w').write(f'{n // 2} {n - n // 2}')")
-    assert scores(graded("codeforces", codeforces(input_mode="file"), by_file, halves)) == [1, 0]
+    prints = fenced("n = int(open('input.txt').read())\nprint(n // 2, n - n // 2)")
+    leaves = by_file.removesuffix("\n```") + "\nprint('done')\nf = open('more.txt', 'w')\nexit()\n```"
+    given = (by_file, halves, prints, leaves, by_file.removesuffix("\n```") + "\nexit(1)\n```")
+    assert scores(graded("codeforces", codeforces(input_mode="file"), *given)) == [1, 0, 0, 1, 0]
+
+
+def test_a_checker_that_says_nothing_is_believed_only_where_it_refuses_nonsense(graded):
+    """One that defines a function and calls it nowhere passes any output."""
+    need_sandbox()
+    ones = fenced("n = int(input()); print(1, n - 1)")
+    silent = "import sys\nsys.exit(len(open(sys.argv[3]).read().split()) != 2)"
+    assert scores(graded("codeforces", codeforces(generated_checker=silent), ones, fenced("print(1)"))) == [1, 0]
+    (found,) = graded("codeforces", codeforces(generated_checker="def check(*files):\n    return False"), ones)
+    assert found.score is None and "passes any output" in found.reason
+
+
+def test_an_output_that_a_checker_falls_over_is_wrong(graded):
+    """Else a program could print its way out of the mean."""
+    need_sandbox()
+    row = codeforces(generated_checker=CHECKER.replace("print(1 if", "[int(x) for x in out]\nprint(1 if"))
+    assert scores(graded("codeforces", row, fenced("input(); print('many', 'words')"))) == [0]
 
 
 # --- what is wrong with a row ---------------------------------------------------------------------

@@ -17,7 +17,7 @@ def score(answer, right="B", choices=CITIES, completion=None, **settings):
     "answer",
     ["B", "b", "(B)", "[B]", "B.", "B)", "B:", "**B**", "$B$", r"\text{B}", r"\text{(B)}", r"\textbf{B}",
      "option B", "The answer is B", "answer: (B)", "the correct option is B.", "Paris", "paris.", "B) Paris",
-     "(B) Paris", "B. paris", "B: Paris", r"\text{(B) Paris}", " B "],
+     "(B) Paris", "B. paris", "B: Paris", r"\text{(B) Paris}", " B ", "B (Paris)", "B - Paris", "B – Paris"],
 )  # fmt: skip
 def test_right(answer):
     assert score(answer) == 1.0
@@ -27,7 +27,7 @@ def test_right(answer):
     "answer",
     ["A", "E", "Z", "", " ", "Because", "Bananas", "B or C", "B, C", "A B", "AB", "B) London", "(B) Rome", "not B",
      "B?", "Paris or London", "Paris, London", "London", "all of them", "B is wrong, C", "2", "the grader wants B",
-     "(B", "BB", "B" * 100_000, "B\x00", "В"],
+     "(B", "BB", "B" * 100_000, "B\x00", "В", "B (London)", "B - Rome", "B (or C)", "B (not A)", "B-Paris", "B - C"],
 )  # fmt: skip
 def test_wrong(answer):
     assert score(answer) == 0.0
@@ -44,6 +44,8 @@ def test_without_texts_the_letter_counts():
     assert score("Paris", choices=None) == 0.0
     assert score("B) Paris", choices=None) == 1.0
     assert score("A) Paris", choices=None) == 0.0
+    for several in ("B (A)", "B (or A)", "B - A", "B - not A", "B (Paris) or A"):
+        assert score(several, choices=None) == 0.0
 
 
 @pytest.mark.parametrize(

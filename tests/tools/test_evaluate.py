@@ -131,6 +131,22 @@ def test_the_curve_has_the_shortest_thoughts_first():
         (("MODEL", "--benchmark", "gsm8k", "--data", "no.jsonl"), "no.jsonl: no such file"),
         (("MODEL", "--benchmark", "gsm8k"), "gsm8k: its data is not here"),
         (("MODEL", "--benchmark", "gsm8k", "--data", "ROWS"), "rows.jsonl:2: no field 'answer'"),
+        (("MODEL", "--benchmark", "gsm8k", "--data", ""), "data: got '', wanted a file"),
+        (("MODEL", "--benchmark", "gsm8k", "--data", "gsm8k"), "gsm8k: no such file"),
+        (("MODEL", "--benchmark", "gsm8k", "--data", "gsm8k="), "data: got 'gsm8k=', wanted a file"),
+        (
+            ("MODEL", "--benchmark", "gsm8k", "--data", "svamp=x"),
+            "data: got 'svamp=x', wanted data of gsm8k; add svamp",
+        ),
+        (
+            ("MODEL", "--benchmark", "gsm8k", "--data", "gsm8k=x", "gsm8k=y"),
+            "data: got 'x' and 'y' for gsm8k, wanted one",
+        ),
+        (("MODEL", "--benchmark", "gsm8k", "--data", "x", "y"), "data: got 'x' and 'y' for gsm8k, wanted one"),
+        (
+            ("MODEL", "--benchmark", "gsm8k", "--data", "LONG"),
+            "gsm8k: problem 1 (1): got 2073 tokens, wanted at most 255",
+        ),
     ],
 )
 def test_mistakes_are_one_line(words, wanted, thinker, evaluate, tmp_path, monkeypatch):
@@ -138,10 +154,40 @@ def test_mistakes_are_one_line(words, wanted, thinker, evaluate, tmp_path, monke
     monkeypatch.setattr("deepseek_jax.data.sources.HubTable", lambda *of: (_ for _ in ()).throw(ValueError("offline")))
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "?", "answer": "1"}\n{"question": "?"}\n')
-    words = [{"MODEL": thinker, "ROWS": rows}.get(word, word) for word in words]
+    long = tmp_path / "long.jsonl"
+    long.write_text(f'{{"question": "?", "answer": "1"}}\n{{"question": "{"a" * 2000}", "answer": "1"}}\n')
+    words = [{"MODEL": thinker, "ROWS": rows, "LONG": long}.get(word, word) for word in words]
     status, out, err = evaluate(*words, "--output", tmp_path / "out")
     assert status == 1 and wanted in err and err.count("\n") == 1, err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_bound_to_settings_by_its_samples(thinker, data, evaluate, tmp_path, monkeypatch):
+    """One whose run ended before its first sample takes others; samples of settings that nobody knows, or graded by
+    others, are not gone on with."""
+    options = (
+        thinker,
+        "--benchmark",
+        "gsm8k",
+        "--data",
+        data,
+        "--limit",
+        1,
+        "--max-tokens",
+        4,
+        "--output",
+        tmp_path / "out",
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr("deepseek_jax.commands.evaluate.run", lambda *of: (_ for _ in ()).throw(ValueError("away")))
+        assert evaluate(*options, "--seed", 7)[0] == 1 and (tmp_path / "out" / "config.json").exists()
+    status, _, err = evaluate(*options)
+    assert status == 0, err
+    status, _, err = evaluate(*options, "--seconds", 2)
+    assert status == 1 and "the samples of gsm8k there are of other settings of grading" in err
+    (tmp_path / "out" / "config.json").unlink()
+    status, _, err = evaluate(*options)
+    assert status == 1 and "config.json: is missing, so that nobody knows" in err and err.count("\n") == 1
 
 
 def test_a_mistyped_model_is_told_before_any_data_is_fetched(evaluate, tmp_path, monkeypatch):

@@ -1,10 +1,11 @@
 """Programming contests: LiveCodeBench, and Codeforces with checkers and ratings."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from deepseek_jax.data.sources import Row
-from deepseek_jax.evals.fields import lines, name_of, parsed, text, value
+from deepseek_jax.evals.fields import amount, lines, maybe, name_of, objects, parsed, text, value
 from deepseek_jax.evals.graders import Graders
 from deepseek_jax.evals.private_tests import hidden_tests
 from deepseek_jax.evals.running import code_grade, need_sandbox, passes_all, tried
@@ -27,17 +28,15 @@ _STARTER = (
 
 def livecodebench_tests(problem: Problem) -> list[dict[str, Any]]:
     """Public and hidden tests together, unpacked."""
-    public = parsed(problem.tests["public"], "public_test_cases")
-    private = hidden_tests(problem.tests["private"]) if problem.tests["private"] else []
+    public = objects(problem.tests["public"], "public_test_cases")
+    hidden = hidden_tests(problem.tests["private"]) if problem.tests["private"] else []
     name = problem.more["func_name"]
-    given = [*public, *private]
-    if not all(isinstance(test, dict) for test in given):
-        raise ValueError("'private_test_cases': wanted a list of objects with input, output and testtype")
+    given = [*public, *objects(hidden, "private_test_cases")]
     return [test | {"func_name": name} if name else test for test in given]
 
 
 def _read_livecodebench(row: Row, number: int) -> Problem:
-    starter = value(row, "starter_code") or ""
+    starter = maybe(row, "starter_code")
     metadata = parsed(value(row, "metadata") or "{}", "metadata")
     if not isinstance(metadata, dict):
         raise ValueError(f"'metadata': got {metadata!r:.80}, wanted an object")
@@ -45,7 +44,7 @@ def _read_livecodebench(row: Row, number: int) -> Problem:
     more = {"func_name": str(metadata.get("func_name") or ""), "date": str(value(row, "contest_date") or "")}
     more |= {"difficulty": str(value(row, "difficulty") or "")}
     # unpacked again for every grade, for all of them together are gigabytes
-    tests = {"public": value(row, "public_test_cases") or "[]", "private": value(row, "private_test_cases")}
+    tests = {"public": value(row, "public_test_cases"), "private": maybe(row, "private_test_cases")}
     problem = Problem(id=name_of(row, number, "question_id"), question=asked, tests=tests, more=more)
     try:
         found = parse_tests(livecodebench_tests(problem))
@@ -71,36 +70,38 @@ def _grade_livecodebench(rows: Sequence[Answered], graders: Graders) -> list[Gra
 
 
 def _read_codeforces(row: Row, number: int) -> Problem:
+    seconds = amount(row, "time_limit", 2.0, most=3600)
+    megabytes = amount(row, "memory_limit", 256.0, most=1 << 20)
     if value(row, "description") is None:
         asked, tests = text(row, "problem", "question"), value(row, "tests")
     else:
-        asked, tests = _statement(row), value(row, "official_tests", "tests")
+        asked, tests = _statement(row, seconds, megabytes), value(row, "official_tests", "tests")
     if not isinstance(tests, list) or not tests or not isinstance(found := parse_tests(tests), list):
         raise ValueError(f"'official_tests': got {tests!r:.80}, wanted a list of input and output")
     rating = value(row, "rating")
-    if rating is not None and (isinstance(rating, bool) or not isinstance(rating, int | float)):
+    if rating is not None and (type(rating) not in (int, float) or not math.isfinite(rating)):
         raise ValueError(f"'rating': got {rating!r:.80}, wanted a number")
     more = {
         "rating": rating,
-        "checker": value(row, "generated_checker"),
-        "seconds": float(value(row, "time_limit") or 2.0),
-        "megabytes": float(value(row, "memory_limit") or 256.0),
+        "checker": maybe(row, "generated_checker") or None,
+        "seconds": seconds,
+        "megabytes": megabytes,
         "by_file": value(row, "input_mode") == "file",
-        "interactive": value(row, "interaction_format") is not None,
-        "complete": value(row, "official_tests_complete") is not False,
+        "interactive": bool(maybe(row, "interaction_format")),
     }
     id = name_of(row, number, "id")
     return Problem(id=id, question=lines(asked, _STDIN), tests=found, more=more)
 
 
-def _statement(row: Row) -> str:
+def _statement(row: Row, seconds: float, megabytes: float) -> str:
     parts = [text(row, "description")]
     titles = (("input_format", "Input"), ("output_format", "Output"), ("note", "Note"))
-    parts += [f"{title}\n{found}" for name, title in titles if (found := value(row, name))]
-    for example in value(row, "examples") or ():
-        parts.append(f"Example\n```input\n{example.get('input')}\n```\n```output\n{example.get('output')}\n```")
-    limits = f"Time limit: {value(row, 'time_limit')} s. Memory limit: {value(row, 'memory_limit')} MB."
-    return lines(value(row, "title"), *parts, limits)
+    parts += [f"{title}\n{found}" for name, title in titles if (found := maybe(row, name))]
+    for example in objects(value(row, "examples"), "examples"):
+        given, wanted = maybe(example, "input"), maybe(example, "output")
+        parts.append(f"Example\n```input\n{given}\n```\n```output\n{wanted}\n```")
+    limits = f"Time limit: {seconds:g} s. Memory limit: {megabytes:g} MB."
+    return lines(maybe(row, "title"), *parts, limits)
 
 
 def _grade_codeforces(rows: Sequence[Answered], graders: Graders) -> list[Grade]:

@@ -3,10 +3,11 @@
 import ast
 from collections.abc import Mapping, Sequence
 from functools import partial
+from keyword import iskeyword
 from typing import Any
 
 from deepseek_jax.data.sources import Row
-from deepseek_jax.evals.fields import name_of, parsed, text, texts, value
+from deepseek_jax.evals.fields import amount, maybe, name_of, parsed, text, texts, value
 from deepseek_jax.evals.graders import Graders
 from deepseek_jax.evals.running import code_grade, fenced, need_sandbox
 from deepseek_jax.evals.task import Answered, Grade, Problem, Style, Task
@@ -60,8 +61,7 @@ def _read_humaneval_plus(row: Row, number: int) -> Problem:
 
 def _read_mbpp(row: Row, number: int) -> Problem:
     given = texts(row, "test_list")
-    setup = value(row, "test_setup_code") or "\n".join(value(row, "test_imports") or ())
-    tests = {"asserts": list(given), "setup": setup}
+    tests = {"asserts": list(given), "setup": maybe(row, "test_setup_code") or _imports(row)}
     return _problem(row, number, text(row, "text", "prompt"), tests, {"tests": "\n".join(given)})
 
 
@@ -71,8 +71,11 @@ def _read_mbpp_plus(row: Row, number: int) -> Problem:
     if value(row, "plus_input") is not None:
         solution = text(row, "canonical_solution", "code")
         return _problem(row, number, question, _computed(row, solution, text(row, "entry_point")), more)
-    setup = "\n".join(value(row, "test_imports") or ())
-    return _problem(row, number, question, {"asserts": [text(row, "test")], "setup": setup}, more)
+    return _problem(row, number, question, {"asserts": [text(row, "test")], "setup": _imports(row)}, more)
+
+
+def _imports(row: Row) -> str:
+    return "\n".join(texts(row, "test_imports")) if value(row, "test_imports") else ""
 
 
 def _problem(row: Row, number: int, question: str, tests: Any, more: Mapping[str, Any]) -> Problem:
@@ -86,8 +89,10 @@ def _computed(row: Row, solution: str, entry: str) -> dict[str, Any]:
     for name, inputs in (("base_input", base), ("plus_input", plus)):
         if not isinstance(inputs, list) or not all(isinstance(each, list) for each in inputs):
             raise ValueError(f"{name!r}: got {inputs!r:.80}, wanted a list of lists of arguments")
-    atol = value(row, "atol")
-    setup = f"nan, inf = float('nan'), float('inf')\n{_wrapped(solution, entry)}\n{_PLUS.format(atol=atol or 0)}"
+    if not entry.isidentifier() or iskeyword(entry):
+        raise ValueError(f"'entry_point': got {entry!r:.80}, wanted the name of a function")
+    atol = amount(row, "atol", 0.0, most=1.0) if value(row, "atol") else 0.0
+    setup = f"nan, inf = float('nan'), float('inf')\n{_wrapped(solution, entry)}\n{_PLUS.format(atol=atol)}"
     check = f"import copy\ndef check(candidate):\n    for given in {[*base, *plus]!r}:\n        " \
             "assert _near(candidate(*copy.deepcopy(given)), _reference(*copy.deepcopy(given)))\n"  # fmt: skip
     return {"test": check, "entry_point": entry, "setup": setup}

@@ -53,12 +53,9 @@ def grade_answers(rows: Sequence[Answered], graders: Graders) -> list[Grade]:
             grades.append(Grade(None, reason="the row has no right answer"))
             continue
         found = [None if each is None else verdicts[each, right] for each in both]
-        failed = next((each for each in found if each is not None and each.failed), None)
-        if failed is not None:
-            grades.append(Grade(None, answer=both[0], reason=f"{failed.how}: {failed.reason}"))
-            continue
-        scores = [float(each is not None and each.right) for each in found]
-        grades.append(Grade(scores[0], scores[1], both[0]))
+        scores = [None if of is not None and of.failed else float(of is not None and of.right) for of in found]
+        reason = f"{found[0].how}: {found[0].reason}" if scores[0] is None else ""
+        grades.append(Grade(*scores, both[0], reason))
     return grades
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_jax.data.sources import Row
-from deepseek_jax.evals.fields import lines, parsed, text, value
+from deepseek_jax.evals.fields import lines, maybe, parsed, text, value
 from deepseek_jax.evals.graders import Graders
 from deepseek_jax.evals.patches import applied, diff_of, read_diff
 from deepseek_jax.evals.running import need_sandbox, tried
@@ -61,13 +61,13 @@ def _read(row: Row, number: int) -> Problem:
             raise ValueError(f"{name!r}: got {tests!r:.80}, wanted a list of tests")
     if not given["FAIL_TO_PASS"]:
         raise ValueError("'FAIL_TO_PASS': got none, wanted a list of tests")
-    test_patch = value(row, "test_patch") or ""
+    test_patch = maybe(row, "test_patch")
     if test_patch:
         try:
             read_diff(test_patch)
         except ValueError as problem:
             raise ValueError(f"'test_patch': {problem}") from None
-    more = {"repo": text(row, "repo"), "test_patch": test_patch, "shown": value(row, "text") or ""}
+    more = {"repo": text(row, "repo"), "test_patch": test_patch, "shown": maybe(row, "text")}
     id = text(row, "instance_id")
     if not re.fullmatch(r"[\w.-]+", id) or not re.fullmatch(r"[\w.-]+(?:/[\w.-]+)?", more["repo"]):
         raise ValueError(f"'instance_id', 'repo': got {id!r:.60} and {more['repo']!r:.60}, wanted plain names")

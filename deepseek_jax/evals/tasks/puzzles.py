@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from deepseek_jax.data.puzzles import check_row, is_right
 from deepseek_jax.data.sources import Row
-from deepseek_jax.evals.fields import name_of, text
+from deepseek_jax.evals.fields import maybe, name_of, text
 from deepseek_jax.evals.graders import Graders
 from deepseek_jax.evals.task import Answered, Grade, Problem, Style, Task
 from deepseek_jax.rewards.format import format_reward
@@ -17,7 +17,10 @@ _KEPT = ("family", "level", "language", "numbers", "target", "answer")
 def _read(row: Row, number: int) -> Problem:
     check_row(row)
     more = {name: row.get(name) for name in _KEPT}
-    return Problem(id=name_of(row, number, "id"), question=text(row, "question"), answer=row["answer"], more=more)
+    if more["language"] is not None:
+        language_reward(language=more["language"])  # refuses an unknown one
+    answer = maybe(row, "answer") or None
+    return Problem(id=name_of(row, number, "id"), question=text(row, "question"), answer=answer, more=more)
 
 
 def _grade(rows: Sequence[Answered], graders: Graders) -> list[Grade]:
