@@ -15,6 +15,7 @@ from limits import storage, strategies
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deepseek_jax.serve.errors import ApiError
+from deepseek_jax.serve.patience import Patience
 from deepseek_jax.serve.replies import refused
 from deepseek_jax.serve.settings import ServeConfig
 
@@ -63,6 +64,7 @@ class Guard:
             await _drain(receive, answer)
             await answer.refuse(scope, receive, error)
         finally:
+            answer.close()
             about = {"id": answer.id, "method": scope["method"], "path": scope["path"], "status": answer.status}
             self._answered(about | {"seconds": round(time.monotonic() - began, 4)} | scope["notes"])
 
@@ -179,34 +181,38 @@ class _Answer:
         id: of the request.
         closes: the connection ends with it.
         status: of the answer, once it began.
-        stuck: done when the client takes nothing any more.
+        stuck: done when the client takes nothing any more; what is being sent then waits to be ended.
     """
 
     def __init__(self, send: Send, seconds: float, id: str, *, closes: bool):
         self._send, self._seconds, self.id, self.closes = send, seconds, id, closes
         self.status: int | None = None
         self.stuck: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._patience = Patience(seconds, self._give_up)
 
     async def send(self, message: Message) -> None:
-        """Pass a message on; where that takes too long, wait to be ended."""
+        """Pass a message on."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             more = {"X-Request-Id": self.id, "X-Content-Type-Options": "nosniff"}
             more |= {"Connection": "close"} if self.closes else {}
             headers = [*message.get("headers", ()), *((k.lower().encode(), v.encode()) for k, v in more.items())]
             message = {**message, "headers": headers}
-        try:
-            async with asyncio.timeout(self._seconds):
-                await self._send(message)
-        except TimeoutError:
-            if not self.stuck.done():
-                self.stuck.set_result(None)
-            await asyncio.Event().wait()
+        with self._patience:
+            await self._send(message)
 
     async def refuse(self, scope: Scope, receive: Receive, error: ApiError) -> None:
         """Answer with an error."""
         async with asyncio.timeout(self._seconds):
             await refused(error)(scope, receive, self.send)
+
+    def close(self) -> None:
+        """Nothing is sent any more."""
+        self._patience.close()
+
+    def _give_up(self) -> None:
+        if not self.stuck.done():
+            self.stuck.set_result(None)
 
 
 class _Rates:
