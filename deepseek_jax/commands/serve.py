@@ -99,7 +99,7 @@ def engine_of(config: Config, folder: Path, give: Callable[[list], None] | None 
     if not tokenizer.eos_ids:
         say(f"{folder}: names no end-of-sequence token; answers end at their limits alone", kind="warning")
     several = distributed.process_count() > 1
-    layout, dtype = layout_of(model, config.engine.options, every=several), dtype_of(config.engine.dtype)
+    layout, dtype = layout_of(model, every=several, **config.engine.mesh), dtype_of(config.engine.dtype)
     wanted = config.engine.engine
     wanted.of_scheduler(model, layout, dtype)  # refuses what the model cannot do, before it is loaded
     loaded = load_model(folder, dtype=dtype, layout=layout, quantization=config.engine.quantization)
