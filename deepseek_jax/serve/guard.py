@@ -6,7 +6,6 @@ import math
 import re
 import secrets
 import time
-import traceback
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -36,6 +35,7 @@ class Guard:
         settings: of the server.
         takes_body: paths that a body may be posted to; of others none is read.
         answered: told of every answer: its path, status, seconds and the notes that routes made.
+        failed: called where an exception that nobody expected is handled.
     """
 
     def __init__(
@@ -44,8 +44,10 @@ class Guard:
         settings: ServeConfig,
         takes_body: Collection[str],
         answered: Callable[[Mapping[str, Any]], None],
+        failed: Callable[[], None],
     ):
         self._app, self._settings, self._takes_body, self._answered = app, settings, takes_body, answered
+        self._failed = failed
         self._rates = _Rates(settings.rate_limit)
         self._keys = [key.encode() for key in settings.api_keys]
 
@@ -146,7 +148,7 @@ class Guard:
                 running.result()
                 return
         except Exception:  # a mistake of ours: the client has its answer, and the operator the traceback
-            traceback.print_exc()
+            self._failed()
             scope["notes"]["ended"] = "failed"
             if answer.status is None:
                 raise ApiError(500, "the server made a mistake; its log says which") from None

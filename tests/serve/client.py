@@ -17,6 +17,7 @@ from deepseek_jax.generation.requests import Request
 from deepseek_jax.serve.app import application
 from deepseek_jax.serve.calls import Served
 from deepseek_jax.serve.engine_thread import EngineThread
+from deepseek_jax.serve.log import Log
 from deepseek_jax.serve.metrics import Metrics
 from deepseek_jax.serve.prompts import Prompts
 from deepseek_jax.serve.server import http_server, listen
@@ -270,7 +271,8 @@ async def serving(engine, **settings):
     deaths: list[BaseException] = []
     config = ServeConfig(**{"names": ("tiny", "other"), "rate_limit": None, **settings})
     thread = EngineThread(engine, max_waiting=config.max_waiting, on_death=deaths.append)
-    served = Served(thread, prompts_of(engine.tokenizer), config, Metrics(thread, config.names[0]))
+    log = Log()
+    served = Served(thread, prompts_of(engine.tokenizer), config, Metrics(thread, config.names[0], log), log)
     client = Client(application(served), served)
     client.deaths = deaths
     thread.start()
