@@ -127,13 +127,13 @@ def asked_for(requests: int, tokens: int) -> list[Asked]:
     """Questions whose answers have from half to one and a half times as many tokens."""
     chains = draw_chains(requests, terms=5, largest=9, operators="+*", modulus=10, seed=0)
     lengths = np.random.default_rng(0).integers(tokens - tokens // 2, tokens + tokens // 2, requests, endpoint=True)
-    return [Asked(of.question, number, int(length)) for number, (of, length) in enumerate(zip(chains, lengths))]
+    return [
+        Asked(of.question, number, int(length)) for number, (of, length) in enumerate(zip(chains, lengths, strict=True))
+    ]
 
 
 @contextmanager
-def _side_by_side(
-    model: Path | None, asked: list[Asked], slots: int
-) -> Iterator[tuple[Engine, Server, list[Asked]]]:
+def _side_by_side(model: Path | None, asked: list[Asked], slots: int) -> Iterator[tuple[Engine, Server, list[Asked]]]:
     """An engine in this process and a server in its own, of the same model and settings, both warm."""
     allow_files(len(asked))
     options = ServingOptions(max_num_seqs=slots)

@@ -34,7 +34,9 @@ class Log:
 
     def note(self, about: Mapping[str, Any]) -> None:
         """A line of JSON: when, what, how long, how many tokens. Never a prompt or an answer."""
-        told = {name: printable(value)[:_MOST_TEXT] if isinstance(value, str) else value for name, value in about.items()}
+        told = {
+            name: printable(value)[:_MOST_TEXT] if isinstance(value, str) else value for name, value in about.items()
+        }
         self._add(json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **told}))
 
     def failure(self) -> None:
