@@ -24,6 +24,7 @@ from deepseek_jax.cli import run
 from deepseek_jax.commands.serve import engine_of
 from deepseek_jax.commands.serve_settings import Config, HttpOptions, ServingOptions
 from deepseek_jax.commands.toy import small_model
+from deepseek_jax.compilation_cache import keep_compiled
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE, draw_chains
 from deepseek_jax.generation.engine import Engine
 from deepseek_jax.generation.sampling_config import SamplingConfig
@@ -136,6 +137,7 @@ def asked_for(requests: int, tokens: int) -> list[Asked]:
 def _side_by_side(model: Path | None, asked: list[Asked], slots: int) -> Iterator[tuple[Engine, Server, list[Asked]]]:
     """An engine in this process and a server in its own, of the same model and settings, both warm."""
     allow_files(len(asked))
+    keep_compiled()  # the server has the same programs
     options = ServingOptions(max_num_seqs=slots)
     with tempfile.TemporaryDirectory() as scratch:
         folder = _toy(Path(scratch) / "toy") if model is None else model

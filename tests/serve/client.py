@@ -285,10 +285,11 @@ async def serving(engine, **settings):
 
 @asynccontextmanager
 async def listening(engine, **settings):
-    """The same behind a port of this machine; yields the client and the port."""
+    """The same behind a port of this machine; yields the client, whose `end` begins the end, and the port."""
     async with serving(engine, **settings) as client:
         client.served.engine.start = client.served.prompts.warm_up = client.served.prompts.close = lambda: None
         server = http_server(client.served)
+        client.end = lambda: setattr(server, "should_exit", True)
         with listen("127.0.0.1", 0) as listener:
             running = asyncio.ensure_future(server.serve(sockets=[listener]))
             await client.until(lambda: server.started)
