@@ -13,7 +13,7 @@ from deepseek_jax.serve.documents import replies
 from deepseek_jax.serve.engine_thread import Wanted
 from deepseek_jax.serve.errors import ApiError
 from deepseek_jax.serve.prompts import Prompt
-from deepseek_jax.serve.replies import EventStream, JsonReply
+from deepseek_jax.serve.replies import EventStream, JsonReply, events_with
 from deepseek_jax.serve.sampling import sampling_of, thinks
 from deepseek_jax.serve.schemas import ChatBody, Message, ResponseFormat, StreamOptions
 from deepseek_jax.serve.streams import Part
@@ -124,16 +124,17 @@ def _ending(choice: Choice) -> dict[str, Any]:
     return {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_text}
 
 
-async def _events(asked: _Asked, idle: float) -> AsyncGenerator[list[dict[str, Any]], None]:
+async def _events(asked: _Asked, idle: float) -> AsyncGenerator[list[str], None]:
     """The chunks of a stream, those of a time together; none where nothing came for a while."""
-    wanted = asked.body.stream_options or StreamOptions()
-    yield [_chunk(asked, number, {"role": "assistant", "content": ""}) for number in range(len(asked.choices))]
+    wanted, event = asked.body.stream_options or StreamOptions(), events_with(asked.common)
+    first = {"role": "assistant", "content": ""}
+    yield [event(_chunk(asked, number, first)) for number in range(len(asked.choices))]
     async for parts in asked.call.parts(idle):
-        chunks = [chunk for part in parts for chunk in await _chunks(asked, part)]
+        chunks = [event(chunk) for part in parts for chunk in await _chunks(asked, part)]
         if chunks or not parts:
             yield chunks
     if wanted.include_usage:
-        yield [asked.common | {"choices": [], "usage": _usage(asked)}]
+        yield [event({"choices": [], "usage": _usage(asked)})]
 
 
 async def _chunks(asked: _Asked, part: Part) -> list[dict[str, Any]]:
@@ -155,7 +156,7 @@ def _chunk(asked: _Asked, number: int, delta: dict[str, str], **more: Any) -> di
     if wanted is not None and wanted.include_usage:
         usage = {"usage": _usage(asked) if wanted.continuous_usage_stats else None}
     choice = {"index": number, "delta": delta, "logprobs": None, "finish_reason": None, **more}
-    return {**asked.common, **usage, "choices": [choice]}
+    return {**usage, "choices": [choice]}
 
 
 def _delta(kind: str, text: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from deepseek_jax.serve.calls import Call, Served, first_seed, new_id
 from deepseek_jax.serve.documents import replies
 from deepseek_jax.serve.engine_thread import Wanted
 from deepseek_jax.serve.errors import ApiError
-from deepseek_jax.serve.replies import EventStream, JsonReply
+from deepseek_jax.serve.replies import EventStream, JsonReply, events_with
 from deepseek_jax.serve.sampling import sampling_of
 from deepseek_jax.serve.schemas import CompletionBody, StreamOptions
 from deepseek_jax.serve.streams import Part
@@ -134,9 +134,9 @@ async def _whole(call: Call, texts: list[_Text], common: dict[str, Any]) -> dict
 
 async def _events(
     call: Call, body: CompletionBody, texts: list[_Text], common: dict[str, Any], idle: float
-) -> AsyncGenerator[list[dict[str, Any]], None]:
+) -> AsyncGenerator[list[str], None]:
     """The chunks of a stream, those of a time together; none where nothing came for a while."""
-    wanted = body.stream_options or StreamOptions()
+    wanted, event = body.stream_options or StreamOptions(), events_with(common)
     usage = lambda: (
         {"usage": call.usage(texts) if wanted.continuous_usage_stats else None} if wanted.include_usage else {}
     )
@@ -147,8 +147,8 @@ async def _events(
             ending = texts[part.number].ending if part.finished else {"finish_reason": None}
             if text or logprobs or part.finished:
                 choice = {"index": part.number, "text": text, "logprobs": logprobs, **ending}
-                chunks.append({**common, **usage(), "choices": [choice]})
+                chunks.append(event({**usage(), "choices": [choice]}))
         if chunks or not parts:
             yield chunks
     if wanted.include_usage:
-        yield [common | {"choices": [], "usage": call.usage(texts)}]
+        yield [event({"choices": [], "usage": call.usage(texts)})]

@@ -281,6 +281,7 @@ async def serving(engine, **settings):
         yield client
     finally:
         thread.close()
+        log.flush(5)
 
 
 @asynccontextmanager
