@@ -1,7 +1,8 @@
 # A server: docker build -t deepseek-jax . ; a GPU's: docker build --build-arg EXTRAS=serve,cuda13 -t deepseek-jax .
 FROM python:3.12-slim
 ARG EXTRAS=serve
-RUN useradd --create-home deepseek
+# what is compiled is kept in .cache: mount a volume there, and the next container starts warm
+RUN useradd --create-home deepseek && install -d -o deepseek -g deepseek /home/deepseek/.cache
 COPY . /source
 RUN pip install --no-cache-dir "/source[${EXTRAS}]" && rm -rf /source
 USER deepseek

@@ -18,10 +18,13 @@ STATUS = 130
 def end_at_once() -> None:
     """For programs, at their start: from here on, Ctrl-C ends the process as it stands.
 
-    Where the signal is ignored, as under nohup, it stays so.
+    Where the signal is ignored, as under nohup, it stays so. The first process of a container, which the kernel spares
+    every signal that it has no handler for, gets one for SIGTERM.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
+    if os.getpid() == 1 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda *of: os._exit(128 + signal.SIGTERM))
 
 
 def raise_from_here() -> bool:

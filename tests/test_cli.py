@@ -2,6 +2,8 @@
 
 import io
 import os
+import signal
+import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
@@ -147,3 +149,12 @@ def test_a_warning_is_one_line_without_source(capsys, monkeypatch):
     run(careful)
     assert capsys.readouterr() == ("done\n", "warning: a file of \\x1b[2Jothers\n")
     assert warnings.showwarning is shown
+
+
+@pytest.mark.parametrize("pid, status", [(1, 128 + signal.SIGTERM), (2, -signal.SIGTERM)])
+def test_a_containers_first_process_hears_of_a_sigterm(pid, status):
+    """The kernel gives process 1 no signal that it has no handler for, so that a container would not stop."""
+    code = (
+        f"import os, signal; os.getpid = lambda: {pid}; from deepseek_jax.interrupt import end_at_once; end_at_once(); "
+    )
+    assert subprocess.run([sys.executable, "-c", code + "signal.raise_signal(signal.SIGTERM)"]).returncode == status

@@ -5,23 +5,13 @@ if __name__ == "__main__":
 
     end_at_once()
 
-import asyncio
-import contextlib
-import json
 import os
 import random
-import re
-import signal
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-import urllib.request
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,42 +24,29 @@ from deepseek_jax.cli import run
 from deepseek_jax.commands.serve import engine_of
 from deepseek_jax.commands.serve_settings import Config, HttpOptions, ServingOptions
 from deepseek_jax.commands.toy import small_model
+from deepseek_jax.compilation_cache import keep_compiled
 from deepseek_jax.data.arithmetic import ALPHABET, TEMPLATE, draw_chains
 from deepseek_jax.generation.engine import Engine
 from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.serve.connection import allow_files
 from deepseek_jax.text.think import opens_thought, split_thinking
 from deepseek_jax.text.tokenizer import Tokenizer
+from tools.serve_load import Asked, Level, Read, Server, processor_seconds, stream
+from tools.serve_speaker import CHUNK_TOKENS
 from tools.suite.table import spread
 
 MIB = 1 << 20
 DROPPED, SLOW = 3, 20  # one in so many
 PAUSE = 0.2  # seconds that a slow reader takes nothing after each read
-START_SECONDS = 600
+SPEAKER = Path(__file__).with_name("serve_speaker.py")
 
 
-class Asked(NamedTuple):
-    """A request of the load."""
+class Cost(NamedTuple):
+    """Of a load: seconds, and seconds of processors of who answered and of the clients."""
 
-    question: str
-    seed: int
-    tokens: int
-
-
-class Load(NamedTuple):
-    """What is asked for, and how."""
-
-    asked: list[Asked]
-    slots: int
-
-    @property
-    def serving(self) -> ServingOptions:
-        return ServingOptions(max_num_seqs=self.slots)
-
-    def body(self, of: Asked) -> bytes:
-        turns = [{"role": "user", "content": of.question}]
-        wanted = {"messages": turns, "seed": of.seed, "max_tokens": of.tokens, "min_tokens": of.tokens}
-        return json.dumps(wanted | {"stream": True}).encode()
+    seconds: float
+    processor: float
+    clients: float = 0.0
 
 
 def streams(
@@ -77,52 +54,168 @@ def streams(
 ) -> None:
     """All requests at once over a loopback connection each, every answer a stream, beside the bare engine.
 
-    A round is the requests by the engine alone, then by the server with all streams read to their ends. After the
-    rounds comes one with a third of the clients going away midway and one in twenty reading slowly. Every text is
-    compared with the one that the engine drew for that request, and what the server holds is looked at before and
-    after. Ends with an error where a stream failed, was mixed up, or left anything behind.
+    A round is the requests by the engine alone and by the server with all streams read to their ends, the one first
+    that was second before. After the rounds comes one with a third of the clients going away midway and one in twenty
+    reading slowly. Every text is compared with the one that the engine drew for that request, and what the server holds
+    is looked at before and after. Ends with an error where a stream failed, was mixed up, or left anything behind.
 
     Args:
         model: Hugging Face folder; None makes the train command's small model from random weights.
         requests: how many.
         tokens: of an answer in the mean; they have from half as many to half as many more, and so end apart.
         slots: requests that run at a time.
-        rounds: timed rounds, engine and server in turn.
+        rounds: timed rounds.
     """
-    allow_files(requests)
+    with _side_by_side(model, asked_for(requests, tokens), slots) as (engine, server, asked):
+        costs, found, expected = _rounds(engine, server, asked, requests, rounds)
+        level = server.settled()
+        _print_costs(costs, asked, slots)
+        print("\n| streams | first text after, s: p50 | p99 | between reads with text, ms: p50 | p99 |")
+        print("|---|---|---|---|---|", flush=True)
+        _print_latencies("all read to the end", found)
+        _storm(server, asked, expected, level)
+
+
+def overhead(model: Path | None = None, /, *, requests: int = 96, tokens: int = 64, slots: int = 32, rounds: int = 5):
+    """What a server takes beside the bare engine, with as many requests in flight as there are slots in both.
+
+    As one ends the next is sent, or added. Prompts are tokens beforehand for the engine alone; for the server that is
+    its work. Processor time is that of the process which has the engine, with its tokenizers' processes; the clients'
+    is another's, but they share this machine's processors with the server.
+
+    Args:
+        model: Hugging Face folder; None makes the train command's small model from random weights.
+        requests: of a round.
+        tokens: of an answer in the mean.
+        slots: requests in flight.
+        rounds: timed rounds, of both, the one first that was second before.
+    """
+    with _side_by_side(model, asked_for(requests, tokens), slots) as (engine, server, asked):
+        costs, _, _ = _rounds(engine, server, asked, slots, rounds)
+        _print_costs(costs, asked, slots)
+
+
+def chunks(*, requests: int = 192, slots: int = 64, seconds: float = 0.02, rounds: int = 3) -> None:
+    """Processor time that a server takes for a request, and for a chunk of its stream, over an engine that takes none.
+
+    Args:
+        requests: of a round.
+        slots: in flight.
+        seconds: that a step takes, in which each of them gets a chunk.
+        rounds: of short answers and of long ones, in turn.
+    """
+    few, many = 4, 64
+    found: dict[int, list[float]] = {few: [], many: []}
+    with Server(SPEAKER, "--slots", slots, "--seconds", seconds) as server:
+        for _ in range(rounds + 1):
+            for count, taken in found.items():
+                asked = [Asked("1+2", number, count * CHUNK_TOKENS) for number in range(requests)]
+                before = server.processor_seconds
+                reads, _ = stream(server.port, asked, in_flight=slots)
+                taken.append((server.processor_seconds - before) / requests)
+                if any(not read.ended for read in reads):
+                    raise ValueError("chunks: got a stream without its end")
+    a_chunk = [(long - short) / (many - few) * 1e6 for short, long in zip(found[few][1:], found[many][1:], strict=True)]
+    a_request = [short * 1e6 - few * chunk for short, chunk in zip(found[few][1:], a_chunk, strict=True)]
+    print(f"{slots} streams in flight, microseconds of processor time, median (min to max)\n")
+    print(f"| a chunk of {CHUNK_TOKENS} tokens | {spread(a_chunk, 0)} |\n| a request | {spread(a_request, 0)} |")
+
+
+# --- both sides -----------------------------------------------------------------------------------
+
+
+def asked_for(requests: int, tokens: int) -> list[Asked]:
+    """Questions whose answers have from half to one and a half times as many tokens."""
     chains = draw_chains(requests, terms=5, largest=9, operators="+*", modulus=10, seed=0)
     lengths = np.random.default_rng(0).integers(tokens - tokens // 2, tokens + tokens // 2, requests, endpoint=True)
-    triples = zip(chains, range(requests), lengths.tolist(), strict=True)
-    load = Load([Asked(of.question, number, length) for of, number, length in triples], slots)
+    return [
+        Asked(of.question, number, int(length)) for number, (of, length) in enumerate(zip(chains, lengths, strict=True))
+    ]
+
+
+@contextmanager
+def _side_by_side(model: Path | None, asked: list[Asked], slots: int) -> Iterator[tuple[Engine, Server, list[Asked]]]:
+    """An engine in this process and a server in its own, of the same model and settings, both warm."""
+    allow_files(len(asked))
+    keep_compiled()  # the server has the same programs
+    options = ServingOptions(max_num_seqs=slots)
     with tempfile.TemporaryDirectory() as scratch:
         folder = _toy(Path(scratch) / "toy") if model is None else model
-        engine = engine_of(Config(model=folder, engine=load.serving, http=HttpOptions()), folder)
+        engine = engine_of(Config(model=folder, engine=options, http=HttpOptions()), folder)
         for _ in track(engine.warm_up(), "compiling", transient=True, console=Console(stderr=True)):
             pass
-        expected = _bare(engine, load)[0]
-        with Server(folder, load) as server:
-            _told(server.calm(load)[0], expected, range(requests))  # the first touch of everything
-            level = server.settled()
-            times: dict[str, list[float]] = {"bare engine": [], "server": []}
-            found = []
-            for _ in track(range(rounds), "rounds", transient=True, console=Console(stderr=True)):
-                times["bare engine"].append(_bare(engine, load)[1])
-                found, seconds = server.calm(load)
-                times["server"].append(seconds)
-                _told(found, expected, range(requests))
-            _print_rates(times, load)
-            _print_latencies("all read to the end", found)
-            _storm(server, load, expected, level)
+        words = ["-m", "deepseek_jax", "serve", folder, "--port", "0", "--rate-limit", "None"]
+        words += ["--max-waiting", len(asked), "--max-num-seqs", slots]
+        with Server(*words) as server:
+            yield engine, server, asked
 
 
-def _storm(server: "Server", load: Load, expected: Sequence[tuple[str, str]], level: "Level") -> None:
+def _rounds(
+    engine: Engine, server: Server, asked: list[Asked], in_flight: int, rounds: int
+) -> tuple[dict[str, list[Cost]], list[Read], list[tuple[str, str]]]:
+    """Costs of both by round, the last reads, and what the engine alone drew, which every stream must be."""
+    expected, _ = _bare(engine, asked, in_flight)
+    found, _ = _served(server, asked, in_flight)  # the first touch of everything
+    told(found, expected, range(len(asked)))
+    costs: dict[str, list[Cost]] = {"bare engine": [], "server": []}
+    for number in track(range(rounds), "rounds", transient=True, console=Console(stderr=True)):
+        for who in sorted(costs, reverse=number % 2 == 1):
+            if who == "server":
+                found, cost = _served(server, asked, in_flight)
+                told(found, expected, range(len(asked)))
+            else:
+                again, cost = _bare(engine, asked, in_flight)
+                if again != expected:
+                    raise ValueError("bare engine: got other texts than before, wanted the same")
+            costs[who].append(cost)
+    return costs, found, expected
+
+
+def _served(server: Server, asked: list[Asked], in_flight: int) -> tuple[list[Read], Cost]:
+    before, of_clients = server.processor_seconds, time.process_time()
+    found, seconds = stream(server.port, asked, in_flight=in_flight)
+    return found, Cost(seconds, server.processor_seconds - before, time.process_time() - of_clients)
+
+
+def _bare(engine: Engine, asked: list[Asked], in_flight: int) -> tuple[list[tuple[str, str]], Cost]:
+    """Thought and answer of each request, and what all took."""
+    drawing = {"temperature": 0.6, "top_p": 0.95, "stop_ids": engine.tokenizer.eos_ids}
+    prompts = [engine.tokenizer.chat([{"role": "user", "content": of.question}]) for of in asked]
+    texts: dict[int, str] = {}
+    waiting = iter(zip(asked, prompts, strict=True))
+
+    def add() -> None:
+        for of, prompt in waiting:
+            sampling = SamplingConfig(max_new_tokens=of.tokens, min_new_tokens=of.tokens, **drawing)
+            texts[engine.add(prompt, sampling, seed=of.seed)] = ""
+            return
+
+    begin, before = time.perf_counter(), processor_seconds(os.getpid())
+    for _ in range(in_flight):
+        add()
+    for update in engine.run():
+        texts[update.id] += update.text
+        if update.finished:
+            add()
+    cost = Cost(time.perf_counter() - begin, processor_seconds(os.getpid()) - before)
+    opened = [opens_thought(engine.tokenizer.decode(prompt[-16:], skip_special=False)) for prompt in prompts]
+    return [split_thinking(text, opened=of) for text, of in zip(texts.values(), opened, strict=True)], cost
+
+
+def _toy(folder: Path) -> Path:
+    tokenizer = Tokenizer.characters(ALPHABET, chat_template=TEMPLATE)
+    save_model(small_model(tokenizer, seed=0), folder, tokenizer=tokenizer.files)
+    return folder
+
+
+def _storm(server: Server, asked: list[Asked], expected: Sequence[tuple[str, str]], level: Level) -> None:
     """Clients that go and clients that are slow, and what is left after them."""
-    rng, count = random.Random(0), len(load.asked)
+    rng, count = random.Random(0), len(asked)
     drops = {number: rng.randrange(1, 6) for number in range(0, count, DROPPED)}
     pauses = {number: PAUSE for number in range(1, count, SLOW) if number not in drops}
-    found, _ = asyncio.run(_all(server.port, load, drops, pauses))
+    found, _ = stream(server.port, asked, in_flight=count, drops=drops, pauses=pauses)
     kept = [number for number in range(count) if number not in drops]
-    _told(found, expected, kept)
+    told(found, expected, kept)
     _print_latencies("a third dropped", [found[number] for number in kept if number not in pauses])
     after = server.settled()
     print(
@@ -135,225 +228,10 @@ def _storm(server: "Server", load: Load, expected: Sequence[tuple[str, str]], le
         raise ValueError(f"streams: got {after} after dropped streams, wanted {level}, as before them")
 
 
-# --- the engine alone -----------------------------------------------------------------------------
-
-
-def _toy(folder: Path) -> Path:
-    tokenizer = Tokenizer.characters(ALPHABET, chat_template=TEMPLATE)
-    save_model(small_model(tokenizer, seed=0), folder, tokenizer=tokenizer.files)
-    return folder
-
-
-def _bare(engine: Engine, load: Load) -> tuple[list[tuple[str, str]], float]:
-    """Thought and answer of each request, and the seconds that all took."""
-    drawing = {"temperature": 0.6, "top_p": 0.95, "stop_ids": engine.tokenizer.eos_ids}
-    prompts = [engine.tokenizer.chat([{"role": "user", "content": of.question}]) for of in load.asked]
-    texts: dict[int, str] = {}
-    begin = time.perf_counter()
-    for of, prompt in zip(load.asked, prompts, strict=True):
-        sampling = SamplingConfig(max_new_tokens=of.tokens, min_new_tokens=of.tokens, **drawing)
-        texts[engine.add(prompt, sampling, seed=of.seed)] = ""
-    for update in engine.run():
-        texts[update.id] += update.text
-    seconds = time.perf_counter() - begin
-    opened = [opens_thought(engine.tokenizer.decode(prompt[-16:], skip_special=False)) for prompt in prompts]
-    return [split_thinking(text, opened=of) for text, of in zip(texts.values(), opened, strict=True)], seconds
-
-
-# --- the server -----------------------------------------------------------------------------------
-
-
-class Level(NamedTuple):
-    """What a server holds that nobody asks: bytes of memory, share of the cache's blocks, open files."""
-
-    resident: int
-    blocks: float
-    files: int
-
-
-class Server:
-    """`deepseek-jax serve` in a process of its own."""
-
-    def __init__(self, folder: Path, load: Load):
-        words = ["--port", "0", "--rate-limit", "None", "--max-waiting", str(len(load.asked))]
-        words += ["--max-num-seqs", str(load.slots)]
-        command = [sys.executable, "-m", "deepseek_jax", "serve", str(folder), *words]
-        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        self._said: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self.port = 0
-
-    def _read(self) -> None:
-        for line in self._process.stderr:
-            if not line.startswith("{"):  # a request
-                self._said.append(line)
-
-    def __enter__(self) -> "Server":
-        self._reader.start()
-        try:
-            self._wait()
-        except BaseException:  # Ctrl-C too: there is no __exit__ yet that would end the server
-            self._process.kill()
-            raise
-        return self
-
-    def _wait(self) -> None:
-        end = time.monotonic() + START_SECONDS
-        while time.monotonic() < end and self._process.poll() is None:
-            found = re.search(r"http://127\.0\.0\.1:(\d+)", "".join(self._said))
-            if found:
-                self.port = int(found[1])
-                with contextlib.suppress(OSError):
-                    self._ask("/ready")
-                    return
-            time.sleep(0.2)
-        raise ValueError(f"the server did not start: {' '.join(self._said[-3:])}")
-
-    def __exit__(self, *of: object) -> None:
-        self._process.send_signal(signal.SIGTERM)
-        try:
-            self._process.wait(60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-        self._reader.join(10)
-
-    def _ask(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
-            return answer.read().decode()
-
-    def calm(self, load: Load) -> tuple[list["Read"], float]:
-        """All streams, each read to its end."""
-        return asyncio.run(_all(self.port, load, {}, {}))
-
-    def settled(self) -> Level:
-        """What it holds once nothing runs."""
-        end = time.monotonic() + 30
-        while True:
-            text = self._ask("/metrics")
-            value = lambda name, text=text: float(re.search(rf"^vllm:{name}{{[^\n]* (\S+)$", text, re.MULTILINE)[1])
-            running = value("num_requests_running") + value("num_requests_waiting")
-            files = len(os.listdir(f"/proc/{self._process.pid}/fd"))
-            if not running:
-                break
-            if time.monotonic() > end:
-                raise ValueError(f"streams: {running:g} requests run still, 30 s after the last client went")
-            time.sleep(0.05)
-        time.sleep(0.5)  # for closed connections to be forgotten
-        files = len(os.listdir(f"/proc/{self._process.pid}/fd"))
-        resident = int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self._process.pid}/status").read_text())[1]) << 10
-        return Level(resident, value("kv_cache_usage_perc"), files)
-
-
-# --- the clients ----------------------------------------------------------------------------------
-
-
-@dataclass
-class Read:
-    """What a client was sent, and when, in seconds from its call."""
-
-    status: int
-    texts: list[tuple[float, str, str]]  # when, thought, answer
-    ended: bool
-    problem: str | None
-
-    @property
-    def whole(self) -> tuple[str, str]:
-        return "".join(of for _, of, _ in self.texts), "".join(of for _, _, of in self.texts)
-
-    @property
-    def times(self) -> list[float]:
-        """Of the reads that had text."""
-        return sorted({when for when, _, _ in self.texts})
-
-
-class _Client(asyncio.Protocol):
-    """One stream; it only keeps what comes, so that it costs the machine little."""
-
-    def __init__(self, sent: bytes, drop_after: int | None, pause: float | None):
-        self._sent, self._drop_after, self._pause = sent, drop_after, pause
-        self.parts: list[tuple[float, bytes]] = []
-        self.done = asyncio.get_running_loop().create_future()
-        self.begin = time.perf_counter()
-
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        transport.write(self._sent)
-
-    def data_received(self, data: bytes) -> None:
-        self.parts.append((time.perf_counter() - self.begin, data))
-        if self._drop_after is not None and len(self.parts) > self._drop_after:
-            self._transport.abort()
-        elif self._pause is not None:
-            self._transport.pause_reading()
-            asyncio.get_running_loop().call_later(self._pause, self._go_on)
-
-    def _go_on(self) -> None:
-        if not self._transport.is_closing():
-            self._transport.resume_reading()
-
-    def connection_lost(self, problem: Exception | None) -> None:
-        self.done.set_result(None)
-
-
-async def _all(port: int, load: Load, drops: dict[int, int], pauses: dict[int, float]) -> tuple[list[Read], float]:
-    """All streams at once, and the seconds from the first call to the last byte."""
-    loop, clients = asyncio.get_running_loop(), []
-    bodies = [load.body(of) for of in load.asked]
-    begin = time.perf_counter()
-    for number, body in enumerate(bodies):
-        head = (
-            f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}"
-        )
-        sent = f"{head}\r\nContent-Type: application/json\r\n\r\n".encode() + body
-        line = socket.socket()
-        if number in pauses:
-            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        line.setblocking(False)
-        await loop.sock_connect(line, ("127.0.0.1", port))
-        make = lambda sent=sent, number=number: _Client(sent, drops.get(number), pauses.get(number))
-        clients.append((await loop.create_connection(make, sock=line))[1])
-    await asyncio.gather(*(client.done for client in clients))
-    seconds = time.perf_counter() - begin
-    return [_read(client.parts) for client in clients], seconds
-
-
-def _read(parts: Sequence[tuple[float, bytes]]) -> Read:
-    """The events of a stream in chunks, each at the time of the read that completed it."""
-    held, status, read = b"", 0, Read(0, [], False, None)
-    for when, data in parts:
-        held += data
-        if not status:
-            head, blank, rest = held.partition(b"\r\n\r\n")
-            if not blank:
-                continue
-            status, held = int(head.split()[1]), rest
-            read.status = status
-        for line in re.findall(rb"data: (.*)\n\n", held):
-            _note(read, when, line)
-        held = held[held.rfind(b"\n\n") + 2 :] if b"\n\n" in held else held
-    if status != 200:
-        read.problem = held.decode(errors="replace")[:200]
-    return read
-
-
-def _note(read: Read, when: float, line: bytes) -> None:
-    if line == b"[DONE]":
-        read.ended = True
-        return
-    event = json.loads(line)
-    if "error" in event:
-        read.problem = event["error"]["message"]
-        return
-    for choice in event["choices"]:
-        delta = choice["delta"]
-        if delta.get("reasoning_content") or delta.get("content"):
-            read.texts.append((when, delta.get("reasoning_content") or "", delta.get("content") or ""))
-
-
 # --- what is told ---------------------------------------------------------------------------------
 
 
-def _told(found: Sequence[Read], expected: Sequence[tuple[str, str]], numbers: Sequence[int]) -> None:
+def told(found: Sequence[Read], expected: Sequence[tuple[str, str]], numbers: Sequence[int]) -> None:
     """Every one of these streams is whole, and its request's own.
 
     Raises:
@@ -367,15 +245,20 @@ def _told(found: Sequence[Read], expected: Sequence[tuple[str, str]], numbers: S
             raise ValueError(f"stream {number}: got {read.whole!r:.200}, wanted {expected[number]!r:.200}")
 
 
-def _print_rates(times: dict[str, list[float]], load: Load) -> None:
-    total = sum(of.tokens for of in load.asked)
-    print(f"{len(load.asked)} requests, {total} tokens of answers, {load.slots} at a time\n")
-    print("| | seconds, median (min to max) | tok/s | x the engine's time |\n|---|---|---|---|")
-    for name, seconds in times.items():
-        ratios = [a / b for a, b in zip(seconds, times["bare engine"], strict=True)]
-        print(f"| {name} | {spread(seconds)} | {total / statistics.median(seconds):.0f} | {spread(ratios)} |")
-    print("\n| streams | first text after, s: p50 | p99 | between reads with text, ms: p50 | p99 |")
-    print("|---|---|---|---|---|", flush=True)
+def _print_costs(costs: dict[str, list[Cost]], asked: Sequence[Asked], slots: int) -> None:
+    total = sum(of.tokens for of in asked)
+    print(f"{len(asked)} requests, {total} tokens of answers, {slots} at a time; median (min to max)\n")
+    print("| | seconds | tok/s | x the engine's | processor seconds | x the engine's | clients' processor seconds |")
+    print("|---|---|---|---|---|---|---|")
+    for who, of in costs.items():
+        ratios = [
+            spread([getattr(a, what) / getattr(b, what) for a, b in zip(of, costs["bare engine"], strict=True)])
+            for what in ("seconds", "processor")
+        ]
+        seconds, processor, clients = ([getattr(cost, name) for cost in of] for name in Cost._fields)
+        rate = f"{total / statistics.median(seconds):.0f}"
+        cells = [who, spread(seconds), rate, ratios[0], spread(processor), ratios[1], spread(clients)]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def _print_latencies(name: str, found: Sequence[Read]) -> None:
@@ -387,4 +270,4 @@ def _print_latencies(name: str, found: Sequence[Read]) -> None:
 
 
 if __name__ == "__main__":
-    run({"streams": streams})
+    run({"streams": streams, "overhead": overhead, "chunks": chunks})

@@ -23,6 +23,7 @@ from deepseek_jax.cli import run
 from deepseek_jax.commands.serve import engine_of
 from deepseek_jax.commands.serve_settings import Config, ServingOptions
 from deepseek_jax.commands.toy import ToyOptions
+from deepseek_jax.compilation_cache import keep_compiled
 from deepseek_jax.evals.graders import Graders
 from deepseek_jax.evals.task import Answered, Problem
 from deepseek_jax.evals.tasks import task_named
@@ -101,6 +102,7 @@ def main(
     else:
         lines = data.read_text().splitlines()[:questions]
         problems = [task_named(task).read(json.loads(line), number) for number, line in enumerate(lines)]
+    keep_compiled()
     engine = engine_of(Config(model=model, engine=ServingOptions(max_num_seqs=slots, max_model_len=None)), model)
     prompts = Prompts(engine.tokenizer, engine.config.vocab_size)
     turn = lambda of: [{"role": "user", "content": TEMPLATES[domain].format(of.question)}]

@@ -14,7 +14,7 @@ from deepseek_jax.checkpoint.hub import model_folder
 from deepseek_jax.checkpoint.lock import locked
 from deepseek_jax.checkpoint.model_folder import load_config
 from deepseek_jax.commands.evaluate_settings import COMMON, Config
-from deepseek_jax.commands.generate import layout_of
+from deepseek_jax.commands.generate import engine_layout
 from deepseek_jax.commands.options import command
 from deepseek_jax.data.sources import open_source
 from deepseek_jax.distributed import say
@@ -123,7 +123,7 @@ def _drawer(config: Config) -> tuple[Drawer, dict[str, Any]]:
     tokenizer, architecture = Tokenizer.from_folder(folder), load_config(folder)
     if not tokenizer.eos_ids:
         say(f"{config.model}: names no end-of-sequence token; sampling ends at --max-tokens alone", kind="warning")
-    layout, dtype = layout_of(architecture, config.engine), dtype_of(config.engine.dtype)
+    layout, dtype = engine_layout(architecture, config.engine), dtype_of(config.engine.dtype)
     settings = dataclasses.replace(BATCHES, max_num_seqs=config.engine.batch, **config.engine.of_engine)
     settings.of_scheduler(architecture, layout, dtype)  # refuses what the model cannot do
     loaded = load_model(folder, dtype=dtype, layout=layout, quantization=config.engine.quantization)

@@ -55,7 +55,7 @@ def main(config: Config) -> None:
     most = model.max_position_embeddings if talks else MAX_TOKENS
     sampling = config.drawing(tokenizer.eos_ids, max_tokens=most)
     check(folder, model, tokenizer, asked, sampling)
-    layout, dtype = layout_of(model, config.engine), dtype_of(config.engine.dtype)
+    layout, dtype = engine_layout(model, config.engine), dtype_of(config.engine.dtype)
     job = _Job(config, tokenizer, asked, sampling)
     settings = _talking(config) if talks else _completing(job, model)
     settings.of_scheduler(model, layout, dtype)  # refuses what the model cannot do
@@ -114,14 +114,17 @@ def _talks(config: Config) -> bool:
     return True
 
 
-def layout_of(model: ModelConfig, engine: EngineOptions, *, every: bool = False) -> Layout:
-    """How a model lies on the devices; on one of them where nothing is said, unless it is to be on every one."""
-    expert, tensor = engine.serve_expert, engine.serve_tensor
+def engine_layout(model: ModelConfig, engine: EngineOptions) -> Layout:
+    """How a model lies on the devices."""
+    return layout_of(model, expert=engine.serve_expert, tensor=engine.serve_tensor)
+
+
+def layout_of(model: ModelConfig, *, every: bool = False, **sizes: int | None) -> Layout:
+    """How a model lies on the devices; on one of them where no size is given, unless it is to be on every one."""
     lanes = lanes_of(jax.default_backend())
-    if expert is None and tensor is None and not every:
+    if all(size is None for size in sizes.values()) and not every:
         return dataclasses.replace(LOCAL, lanes=lanes)
-    replicas = Layout(mesh=make_mesh(data=jax.device_count()), lanes=lanes)
-    return serving_layout(model, replicas, expert=expert, tensor=tensor)
+    return serving_layout(model, Layout(mesh=make_mesh(data=jax.device_count()), lanes=lanes), **sizes)
 
 
 def _completing(job: _Job, model: ModelConfig) -> EngineConfig:

@@ -93,13 +93,16 @@ def engine_of(config: Config, folder: Path, give: Callable[[list], None] | None 
         give: tells the other processes what is asked of the engine; None where nobody follows it.
     """
     from deepseek_jax.serve.lockstep import LeadingEngine
+    from deepseek_jax.serve.prompts import chats
 
     make = Engine if give is None else partial(LeadingEngine, give=give)
     tokenizer, model = Tokenizer.from_folder(folder), load_config(folder)
     if not tokenizer.eos_ids:
         say(f"{folder}: names no end-of-sequence token; answers end at their limits alone", kind="warning")
+    if not chats(tokenizer):
+        say(f"{folder}: has no chat template; /v1/completions alone answers", kind="warning")
     several = distributed.process_count() > 1
-    layout, dtype = layout_of(model, config.engine.options, every=several), dtype_of(config.engine.dtype)
+    layout, dtype = layout_of(model, every=several, **config.engine.mesh), dtype_of(config.engine.dtype)
     wanted = config.engine.engine
     wanted.of_scheduler(model, layout, dtype)  # refuses what the model cannot do, before it is loaded
     loaded = load_model(folder, dtype=dtype, layout=layout, quantization=config.engine.quantization)

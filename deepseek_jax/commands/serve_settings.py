@@ -81,8 +81,11 @@ class ServingOptions:
         max_num_batched_tokens: tokens computed in a step.
         decode_steps: tokens of a completion between two looks at the others, and at clients that have gone.
         gpu_memory_utilization: share of a device's free memory for the cache.
-        tensor_parallel_size: parts of heads, inner widths and vocabulary; what is left of the devices are replicas.
-        serve_expert: groups that whole experts are divided between, with tensor_parallel_size.
+        mesh_data: replicas of the model. Where a size of the mesh is given, it is of all devices, of every process, and
+            the others are chosen to suit the model; without any the model is on one device, and in several processes
+            on all.
+        mesh_expert: groups that whole experts are divided between, with mesh_tensor.
+        mesh_tensor: parts of heads, inner widths and vocabulary.
         dtype: of weights, activations and cache; auto is bfloat16 on accelerators and float32 on the CPU.
         quantization: projections as they are kept and computed from, as of `generate`.
         kv_cache_dtype: what the cache keeps instead: fp8 and int8 are codes with a scale a token and head.
@@ -96,8 +99,9 @@ class ServingOptions:
     max_num_batched_tokens: int = 1024
     decode_steps: int = 4
     gpu_memory_utilization: float = 0.9
-    tensor_parallel_size: int | None = None
-    serve_expert: int | None = None
+    mesh_data: int | None = None
+    mesh_expert: int | None = None
+    mesh_tensor: Annotated[int | None, tyro.conf.arg(aliases=("--tensor-parallel-size",))] = None
     dtype: Precision = "auto"
     quantization: Quantization = "none"
     kv_cache_dtype: CacheDType = "auto"
@@ -107,8 +111,13 @@ class ServingOptions:
     @property
     def options(self) -> EngineOptions:
         """Those of `generate` among them."""
-        same = ("dtype", "quantization", "kv_cache_dtype", "speculate", "draft_tokens", "serve_expert")
-        return EngineOptions(serve_tensor=self.tensor_parallel_size, **{name: getattr(self, name) for name in same})
+        same = ("dtype", "quantization", "kv_cache_dtype", "speculate", "draft_tokens")
+        return EngineOptions(**{name: getattr(self, name) for name in same})
+
+    @property
+    def mesh(self) -> dict[str, int | None]:
+        """Sizes of its axes, those that are to be chosen None."""
+        return {axis: getattr(self, f"mesh_{axis}") for axis in ("data", "expert", "tensor")}
 
     @property
     def engine(self) -> EngineConfig:
@@ -154,6 +163,6 @@ class Config:
 
 COMMON = (
     *("model", "host", "port", "served_model_name", "api_key", "rate_limit", "max_model_len", "max_num_seqs"),
-    *("gpu_memory_utilization", "tensor_parallel_size", "dtype", "quantization", "speculate"),
+    *("gpu_memory_utilization", "mesh_tensor", "dtype", "quantization", "speculate"),
 )
 """The options that the short help shows."""

@@ -18,10 +18,12 @@ NONE = "None"
 
 
 class Option(NamedTuple):
-    """An option of a command: the group that it is shown in, from the outermost, and the type of its values."""
+    """An option of a command: the group that it is shown in, from the outermost, the type of its values, and other
+    names that it has."""
 
     group: tuple[str, ...]
     wanted: Any
+    others: tuple[str, ...] = ()
 
 
 def options_of(settings: type, group: tuple[str, ...] = ()) -> dict[str, Option]:
@@ -35,7 +37,8 @@ def options_of(settings: type, group: tuple[str, ...] = ()) -> dict[str, Option]
             name = next((note.name for note in notes if getattr(note, "name", None)), field.name)
             below = options_of(inner, (*group, name))
         else:
-            below = {field.name: Option(group, inner)}
+            others = [other for note in notes for other in getattr(note, "aliases", None) or ()]
+            below = {field.name: Option(group, inner, tuple(other.strip("-").replace("-", "_") for other in others))}
         assert not found.keys() & below.keys(), f"{settings.__name__}: two options of one name"
         found |= below
     return found
@@ -76,9 +79,11 @@ def read_settings(path: Path, settings: type) -> dict[str, Any]:
             names the file, the key and what is wanted.
     """
     options = options_of(settings)
+    others = {other: name for name, option in options.items() for other in option.others}
     found: dict[str, Any] = {}
     for group, key, value in _pairs(_parsed(path), (), {option.group for option in options.values()}, path):
         name, table = key.replace("-", "_"), f"[{'.'.join(group)}] " if group else ""
+        name = others.get(name, name)
         option = options.get(name)
         if option is None:
             near = difflib.get_close_matches(name, options, 1)

@@ -23,6 +23,7 @@ def serving_layout(
     config: ModelConfig,
     trained: Layout,
     *,
+    data: int | None = None,
     expert: int | None = None,
     tensor: int | None = None,
     unrolled: bool = False,
@@ -35,8 +36,8 @@ def serving_layout(
     Args:
         config: the architecture.
         trained: the layout of training.
-        expert, tensor: sizes of its mesh. What is not given is chosen: the largest that the model's numbers allow,
-            `tensor` up to 16.
+        data, expert, tensor: sizes of its mesh, all devices together. What is not given is chosen: the largest `expert`
+            and `tensor` that the model's numbers allow, `tensor` up to 16.
         unrolled: layers one by one, also where those that are trained are scanned.
 
     Raises:
@@ -44,28 +45,50 @@ def serving_layout(
     """
     found = dataclasses.replace(trained, scan_layers=trained.scan_layers and not unrolled)
     if trained.mesh is None:
-        if (expert or 1) * (tensor or 1) > 1:
-            raise ValueError(f"mesh: expert {expert or 1} x tensor {tensor or 1} do not divide the one device in use")
+        if (data or 1) * (expert or 1) * (tensor or 1) > 1:
+            raise ValueError(f"mesh: {_named(data, expert, tensor)} do not divide the one device in use")
         return found
-    found = found.serving(**serving_sizes(config, trained.mesh.size, expert=expert, tensor=tensor))
+    found = found.serving(**serving_sizes(config, trained.mesh.size, data=data, expert=expert, tensor=tensor))
     found.check(config)
     return found
 
 
 def serving_sizes(
-    config: ModelConfig, devices: int, *, expert: int | None = None, tensor: int | None = None
+    config: ModelConfig,
+    devices: int,
+    *,
+    data: int | None = None,
+    expert: int | None = None,
+    tensor: int | None = None,
 ) -> dict[str, int]:
     """Sizes of the axes of the mesh of `serving_layout`: the largest `tensor` by which all the model's numbers divide.
 
     Raises:
-        ValueError: given sizes that do not divide the devices.
+        ValueError: given sizes that do not divide the devices, or a size of `data` that leaves some of them out.
     """
-    given = (expert or 1) * (tensor or 1)
-    if devices % given:
-        raise ValueError(f"mesh: expert {expert or 1} x tensor {tensor or 1} do not divide the {devices} devices")
+    for axis, size in {"data": data, "expert": expert, "tensor": tensor}.items():
+        if size is not None and size < 1:
+            raise ValueError(f"mesh: got {axis} {size}, wanted at least 1")
+    if devices % ((data or 1) * (expert or 1) * (tensor or 1)):
+        raise ValueError(f"mesh: {_named(data, expert, tensor)} do not divide the {devices} devices")
+    sizes = _sizes_of_a_model(config, devices // (data or 1), expert, tensor)
+    if data is not None and sizes["data"] > 1:
+        divided = f"expert {sizes['expert']} x tensor {sizes['tensor']}"
+        raise ValueError(
+            f"mesh: got data {data} for {devices} devices and a model over {divided}, wanted {data * sizes['data']}"
+        )
+    return sizes | {"data": sizes["data"] * (data or 1)}
+
+
+def _named(data: int | None, expert: int | None, tensor: int | None) -> str:
+    replicas = "" if data is None else f"data {data} x "
+    return f"{replicas}expert {expert or 1} x tensor {tensor or 1}"
+
+
+def _sizes_of_a_model(config: ModelConfig, devices: int, expert: int | None, tensor: int | None) -> dict[str, int]:
     tensors = [tensor]
     if tensor is None:
-        most = _most_tensor(config, devices // given, expert or 1)
+        most = _most_tensor(config, devices // (expert or 1), expert or 1)
         tensors = [of for of in range(most, 0, -1) if most % of == 0]
     meshes = [_with_tensor(config, devices, expert, of) for of in tensors]
     return next((sizes for sizes in meshes if misfit(config, "serve", sizes) is None), meshes[-1])

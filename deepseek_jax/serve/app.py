@@ -1,10 +1,7 @@
 """The application: routes behind their guard, errors in OpenAI's form."""
 
-import json
-import sys
 from collections.abc import Mapping
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -14,7 +11,6 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from deepseek_jax import __version__
-from deepseek_jax.distributed import printable
 from deepseek_jax.serve import chat, chat_page, completions, reasoning
 from deepseek_jax.serve.calls import Served
 from deepseek_jax.serve.documents import REFUSALS
@@ -51,16 +47,9 @@ def application(served: Served) -> ASGIApp:
     def answered(about: Mapping[str, Any]) -> None:
         route = about["path"] if about["path"] in known else "other"
         served.metrics.answered(route, about["status"] or 0)
-        log(about)
+        served.log.note(about)
 
-    return Guard(app, served.settings, posted, answered)
-
-
-def log(about: Mapping[str, Any]) -> None:
-    """A line of JSON on standard error: when, what, how long, how many tokens. Never a prompt or an answer."""
-    told = {name: printable(value)[:200] if isinstance(value, str) else value for name, value in about.items()}
-    line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **told}
-    print(json.dumps(line), file=sys.stderr, flush=True)
+    return Guard(app, served.settings, posted, answered, served.log.failure)
 
 
 @router.get("/health", responses={200: {"description": "The process lives."}})

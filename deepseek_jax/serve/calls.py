@@ -9,6 +9,7 @@ from deepseek_jax.generation.engine import Update
 from deepseek_jax.generation.live import Live
 from deepseek_jax.serve.engine_thread import EngineThread, Wanted, status_of
 from deepseek_jax.serve.errors import ApiError, of_field
+from deepseek_jax.serve.log import Log
 from deepseek_jax.serve.metrics import Metrics
 from deepseek_jax.serve.prompts import Prompts
 from deepseek_jax.serve.sampling import NAMES
@@ -24,14 +25,15 @@ class Served:
         prompts: of its model's tokenizer.
         settings: of the server.
         metrics: counts and times.
+        log: what is said of calls.
 
     Attributes:
         drains: no call is taken any more.
         created: when the server began, in seconds since 1970.
     """
 
-    def __init__(self, engine: EngineThread, prompts: Prompts, settings: ServeConfig, metrics: Metrics):
-        self.engine, self.prompts, self.settings, self.metrics = engine, prompts, settings, metrics
+    def __init__(self, engine: EngineThread, prompts: Prompts, settings: ServeConfig, metrics: Metrics, log: Log):
+        self.engine, self.prompts, self.settings, self.metrics, self.log = engine, prompts, settings, metrics, log
         self.drains = False
         self.created = int(time.time())
 
@@ -106,7 +108,7 @@ class Call:
         if update.finished:
             reason = "error" if update.live.error else "stop" if update.live.stopped else "length"
             self.notes.setdefault("finish", []).append(reason)
-            self._watch.finished(number, len(update.live.request.tokens) - update.live.request.prompt_length, reason)
+            self._watch.finished(reason)
         self._watch.drew(number, len(update.tokens), update.live.request.prompt_length)
 
     async def parts(self, idle: float | None = None) -> AsyncIterator[list[Part]]:

@@ -1,7 +1,7 @@
 """/v1/chat/completions."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request
@@ -13,9 +13,10 @@ from deepseek_jax.serve.documents import replies
 from deepseek_jax.serve.engine_thread import Wanted
 from deepseek_jax.serve.errors import ApiError
 from deepseek_jax.serve.prompts import Prompt
-from deepseek_jax.serve.replies import JsonReply, event_stream
+from deepseek_jax.serve.replies import EventStream, JsonReply, events_with
 from deepseek_jax.serve.sampling import sampling_of, thinks
 from deepseek_jax.serve.schemas import ChatBody, Message, ResponseFormat, StreamOptions
+from deepseek_jax.serve.streams import Part
 from deepseek_jax.serve.structured import Grammar
 
 router = APIRouter()
@@ -38,10 +39,11 @@ async def chat(body: ChatBody, request: Request) -> Response:
     prompt, wanted = await _wanted(served, body)
     call = await served.begin(wanted, request.scope)
     choices = [Choice(served.prompts, opened=prompt.opened) for _ in wanted]
-    common = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": model}
+    kind = "chat.completion.chunk" if body.stream else "chat.completion"
+    common = {"id": new_id("chatcmpl"), "object": kind, "created": int(time.time()), "model": model}
     asked = _Asked(body, call, choices, common)
     if body.stream:
-        return event_stream(_events(asked, served.settings.keep_alive_seconds), call.end)
+        return EventStream(_events(asked, served.settings.keep_alive_seconds), call.end)
     try:
         return JsonReply(await _whole(asked))
     finally:
@@ -115,42 +117,46 @@ async def _whole(asked: _Asked) -> dict[str, Any]:
         message |= {"reasoning_content": thought, "reasoning": thought}
         logprobs = await choice.logprobs(0) if asked.body.logprobs else None
         found.append({"index": number, "message": message, "logprobs": logprobs, **_ending(choice)})
-    return asked.common | {"object": "chat.completion", "choices": found, "usage": _usage(asked)}
+    return asked.common | {"choices": found, "usage": _usage(asked)}
 
 
 def _ending(choice: Choice) -> dict[str, Any]:
     return {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_text}
 
 
-async def _events(asked: _Asked, idle: float) -> AsyncIterator[dict[str, Any] | None]:
-    """The chunks of a stream; None where nothing came for a while."""
-    head = asked.common | {"object": "chat.completion.chunk"}
-    wanted = asked.body.stream_options or StreamOptions()
-    of_chunk = lambda: (
-        {"usage": _usage(asked) if wanted.continuous_usage_stats else None} if wanted.include_usage else {}
-    )
-    of_choice = {"logprobs": None, "finish_reason": None}
-    chunk = lambda number, delta, **more: (
-        head | of_chunk() | {"choices": [{"index": number, "delta": delta, **of_choice, **more}]}
-    )
-    for number in range(len(asked.choices)):
-        yield chunk(number, {"role": "assistant", "content": ""})
+async def _events(asked: _Asked, idle: float) -> AsyncGenerator[list[str], None]:
+    """The chunks of a stream, those of a time together; none where nothing came for a while."""
+    wanted, event = asked.body.stream_options or StreamOptions(), events_with(asked.common)
+    first = {"role": "assistant", "content": ""}
+    yield [event(_chunk(asked, number, first)) for number in range(len(asked.choices))]
     async for parts in asked.call.parts(idle):
-        if not parts:
-            yield None
-        for part in parts:
-            choice = asked.choices[part.number]
-            start = len(choice.tokens)
-            pieces = await choice.feed(part)
-            more = {"logprobs": await choice.logprobs(start)} if asked.body.logprobs and part.tokens else {}
-            deltas = [_delta(*piece) for piece in pieces] or ([{}] if more else [])
-            for delta in deltas:
-                yield chunk(part.number, delta, **more)
-                more = {}
-            if part.finished:
-                yield chunk(part.number, {}, **_ending(choice))
+        chunks = [event(chunk) for part in parts for chunk in await _chunks(asked, part)]
+        if chunks or not parts:
+            yield chunks
     if wanted.include_usage:
-        yield head | {"choices": [], "usage": _usage(asked)}
+        yield [event({"choices": [], "usage": _usage(asked)})]
+
+
+async def _chunks(asked: _Asked, part: Part) -> list[dict[str, Any]]:
+    """What a part of a completion has to tell."""
+    choice = asked.choices[part.number]
+    start = len(choice.tokens)
+    pieces = await choice.feed(part)
+    more = {"logprobs": await choice.logprobs(start)} if asked.body.logprobs and part.tokens else {}
+    deltas = [_delta(*piece) for piece in pieces] or ([{}] if more else [])
+    found = [_chunk(asked, part.number, delta, **(more if at == 0 else {})) for at, delta in enumerate(deltas)]
+    if part.finished:
+        found.append(_chunk(asked, part.number, {}, **_ending(choice)))
+    return found
+
+
+def _chunk(asked: _Asked, number: int, delta: dict[str, str], **more: Any) -> dict[str, Any]:
+    wanted = asked.body.stream_options
+    usage = {}
+    if wanted is not None and wanted.include_usage:
+        usage = {"usage": _usage(asked) if wanted.continuous_usage_stats else None}
+    choice = {"index": number, "delta": delta, "logprobs": None, "finish_reason": None, **more}
+    return {**usage, "choices": [choice]}
 
 
 def _delta(kind: str, text: str) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """/v1/completions: texts or tokens to go on with, and to be scored."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,7 +13,7 @@ from deepseek_jax.serve.calls import Call, Served, first_seed, new_id
 from deepseek_jax.serve.documents import replies
 from deepseek_jax.serve.engine_thread import Wanted
 from deepseek_jax.serve.errors import ApiError
-from deepseek_jax.serve.replies import JsonReply, event_stream
+from deepseek_jax.serve.replies import EventStream, JsonReply, events_with
 from deepseek_jax.serve.sampling import sampling_of
 from deepseek_jax.serve.schemas import CompletionBody, StreamOptions
 from deepseek_jax.serve.streams import Part
@@ -82,7 +82,7 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     texts = [_Text(served, body, tokens, echoed[number // samples]) for number, tokens in enumerate(each)]
     common = {"id": new_id("cmpl"), "object": "text_completion", "created": int(time.time()), "model": model}
     if body.stream:
-        return event_stream(_events(call, body, texts, common, served.settings.keep_alive_seconds), call.end)
+        return EventStream(_events(call, body, texts, common, served.settings.keep_alive_seconds), call.end)
     try:
         return JsonReply(await _whole(call, texts, common))
     finally:
@@ -134,23 +134,21 @@ async def _whole(call: Call, texts: list[_Text], common: dict[str, Any]) -> dict
 
 async def _events(
     call: Call, body: CompletionBody, texts: list[_Text], common: dict[str, Any], idle: float
-) -> AsyncIterator[dict[str, Any] | None]:
-    """The chunks of a stream; None where nothing came for a while."""
-    wanted = body.stream_options or StreamOptions()
+) -> AsyncGenerator[list[str], None]:
+    """The chunks of a stream, those of a time together; none where nothing came for a while."""
+    wanted, event = body.stream_options or StreamOptions(), events_with(common)
     usage = lambda: (
         {"usage": call.usage(texts) if wanted.continuous_usage_stats else None} if wanted.include_usage else {}
     )
     async for parts in call.parts(idle):
-        if not parts:
-            yield None
+        chunks = []
         for part in parts:
             text, logprobs = await texts[part.number].feed(part)
             ending = texts[part.number].ending if part.finished else {"finish_reason": None}
             if text or logprobs or part.finished:
-                yield (
-                    common
-                    | usage()
-                    | {"choices": [{"index": part.number, "text": text, "logprobs": logprobs, **ending}]}
-                )
+                choice = {"index": part.number, "text": text, "logprobs": logprobs, **ending}
+                chunks.append(event({**usage(), "choices": [choice]}))
+        if chunks or not parts:
+            yield chunks
     if wanted.include_usage:
-        yield common | {"choices": [], "usage": call.usage(texts)}
+        yield [event({"choices": [], "usage": call.usage(texts)})]

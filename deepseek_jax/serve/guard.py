@@ -6,7 +6,6 @@ import math
 import re
 import secrets
 import time
-import traceback
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from limits import storage, strategies
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deepseek_jax.serve.errors import ApiError
+from deepseek_jax.serve.patience import Patience
 from deepseek_jax.serve.replies import refused
 from deepseek_jax.serve.settings import ServeConfig
 
@@ -35,6 +35,7 @@ class Guard:
         settings: of the server.
         takes_body: paths that a body may be posted to; of others none is read.
         answered: told of every answer: its path, status, seconds and the notes that routes made.
+        failed: called where an exception that nobody expected is handled.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class Guard:
         settings: ServeConfig,
         takes_body: Collection[str],
         answered: Callable[[Mapping[str, Any]], None],
+        failed: Callable[[], None],
     ):
         self._app, self._settings, self._takes_body, self._answered = app, settings, takes_body, answered
+        self._failed = failed
         self._rates = _Rates(settings.rate_limit)
         self._keys = [key.encode() for key in settings.api_keys]
 
@@ -63,6 +66,7 @@ class Guard:
             await _drain(receive, answer)
             await answer.refuse(scope, receive, error)
         finally:
+            answer.close()
             about = {"id": answer.id, "method": scope["method"], "path": scope["path"], "status": answer.status}
             self._answered(about | {"seconds": round(time.monotonic() - began, 4)} | scope["notes"])
 
@@ -144,7 +148,7 @@ class Guard:
                 running.result()
                 return
         except Exception:  # a mistake of ours: the client has its answer, and the operator the traceback
-            traceback.print_exc()
+            self._failed()
             scope["notes"]["ended"] = "failed"
             if answer.status is None:
                 raise ApiError(500, "the server made a mistake; its log says which") from None
@@ -179,34 +183,38 @@ class _Answer:
         id: of the request.
         closes: the connection ends with it.
         status: of the answer, once it began.
-        stuck: done when the client takes nothing any more.
+        stuck: done when the client takes nothing any more; what is being sent then waits to be ended.
     """
 
     def __init__(self, send: Send, seconds: float, id: str, *, closes: bool):
         self._send, self._seconds, self.id, self.closes = send, seconds, id, closes
         self.status: int | None = None
         self.stuck: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._patience = Patience(seconds, self._give_up)
 
     async def send(self, message: Message) -> None:
-        """Pass a message on; where that takes too long, wait to be ended."""
+        """Pass a message on."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             more = {"X-Request-Id": self.id, "X-Content-Type-Options": "nosniff"}
             more |= {"Connection": "close"} if self.closes else {}
             headers = [*message.get("headers", ()), *((k.lower().encode(), v.encode()) for k, v in more.items())]
             message = {**message, "headers": headers}
-        try:
-            async with asyncio.timeout(self._seconds):
-                await self._send(message)
-        except TimeoutError:
-            if not self.stuck.done():
-                self.stuck.set_result(None)
-            await asyncio.Event().wait()
+        with self._patience:
+            await self._send(message)
 
     async def refuse(self, scope: Scope, receive: Receive, error: ApiError) -> None:
         """Answer with an error."""
         async with asyncio.timeout(self._seconds):
             await refused(error)(scope, receive, self.send)
+
+    def close(self) -> None:
+        """Nothing is sent any more."""
+        self._patience.close()
+
+    def _give_up(self) -> None:
+        if not self.stuck.done():
+            self.stuck.set_result(None)
 
 
 class _Rates:

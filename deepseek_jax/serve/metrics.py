@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from deepseek_jax.serve.engine_thread import EngineThread
+from deepseek_jax.serve.log import Log
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
@@ -21,11 +22,12 @@ class Metrics:
     Args:
         engine: whose state is read when it is asked for.
         model: its name, the label of all.
+        log: whose lost lines are counted.
     """
 
-    def __init__(self, engine: EngineThread, model: str):
+    def __init__(self, engine: EngineThread, model: str, log: Log):
         self.model, self._registry = model, CollectorRegistry()
-        self._registry.register(_OfEngine(engine, model))
+        self._registry.register(_OfServer(engine, model, log))
         made = {"registry": self._registry}
         self._prompt = Counter("vllm:prompt_tokens", "Tokens of prompts.", _LABELS, **made).labels(model)
         self._drawn = Counter("vllm:generation_tokens", "Tokens drawn.", _LABELS, **made).labels(model)
@@ -71,7 +73,7 @@ class Watch:
             metrics._between.observe((now - self._last[number]) / tokens)
         self._last[number] = now
 
-    def finished(self, number: int, tokens: int, reason: str) -> None:
+    def finished(self, reason: str) -> None:
         """A completion ended."""
         self._metrics._success.labels(self._metrics.model, reason).inc()
         self._metrics._whole.observe(time.monotonic() - self._began)
@@ -81,11 +83,11 @@ class Watch:
         self._metrics._success.labels(self._metrics.model, "abort").inc()
 
 
-class _OfEngine:
-    """Reads the engine's own counts; integers, which may be read from any thread."""
+class _OfServer:
+    """Reads the counts of the engine and the log; integers, which may be read from any thread."""
 
-    def __init__(self, engine: EngineThread, model: str):
-        self._thread, self._model = engine, model
+    def __init__(self, engine: EngineThread, model: str, log: Log):
+        self._thread, self._model, self._log = engine, model, log
 
     def collect(self) -> Iterator[Metric]:
         engine, scheduler = self._thread.engine, self._thread.engine.scheduler
@@ -108,6 +110,7 @@ class _OfEngine:
             "vllm:spec_decode_num_draft_tokens": ("Drafts.", done.offered),
             "vllm:spec_decode_num_accepted_tokens": ("Drafts that were right.", done.accepted),
             "deepseek_jax:compile_misses": ("Programs compiled after the warm-up.", max(0, missed)),
+            "deepseek_jax:log_lines_lost": ("Lines of the log that could not be written.", self._log.lost),
         }
         for family, found in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, (text, value) in found.items():

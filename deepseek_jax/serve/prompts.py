@@ -27,6 +27,11 @@ class Prompt(NamedTuple):
     opened: bool
 
 
+def chats(tokenizer: Tokenizer) -> bool:
+    """Whether conversations can be put to its model."""
+    return tokenizer.chat_template is not None or tokenizer.chat_encoding is not None
+
+
 class Prompts:
     """What a server does with its model's tokenizer.
 
@@ -61,7 +66,13 @@ class Prompts:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def chat(self, messages: Sequence[dict[str, Any]], thinking: bool | None) -> Prompt:
-        """A conversation under the model's template; True opens a thought where the template does not."""
+        """A conversation under the model's template; True opens a thought where the template does not.
+
+        Raises:
+            ValueError: the model has no template, or one that refuses the conversation.
+        """
+        if not chats(self.tokenizer):
+            raise ValueError("messages: got a conversation for a model without a chat template; ask /v1/completions")
         switches = {} if thinking is None else dict.fromkeys(self._switches, thinking)
         prompt = self._seen(self._untrusted.chat(messages, **switches))
         if thinking and not prompt.opened:

@@ -1,23 +1,25 @@
 """Answers: JSON, and streams of server-sent events."""
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from typing import Any
 
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from deepseek_jax.serve.errors import ApiError
 
 KEEP_ALIVE = ": keep-alive\n\n"
 DONE = "data: [DONE]\n\n"
+_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
 class JsonReply(JSONResponse):
     """JSON whose every character outside ASCII is spelled out, halves of surrogate pairs too."""
 
     def render(self, content: Any) -> bytes:
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+        return _encode(content).encode()
 
 
 def refused(error: ApiError) -> JsonReply:
@@ -25,40 +27,43 @@ def refused(error: ApiError) -> JsonReply:
     return JsonReply(error.body, status_code=error.status, headers=error.headers)
 
 
-class _Stream(StreamingResponse):
-    """One that is ended however it ends, also where nothing of it was ever asked for."""
+class EventStream(Response):
+    """Server-sent events as they come.
 
-    def __init__(self, lines: AsyncIterator[str], end: Callable[[], None]):
-        super().__init__(lines, media_type="text/event-stream")
-        self.headers["Cache-Control"] = "no-cache"
-        self.headers["X-Accel-Buffering"] = "no"
-        self._end = end
+    Args:
+        events: those that there are at a time, as text, which are sent together; none are a sign of life. An `ApiError`
+            that it raises is the last event.
+        end: called when the answer ends, in whatever way, also where nothing of it was ever asked for.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[Sequence[str], None], end: Callable[[], None]):
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events, self._end = events, end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = lambda text, more: {"type": "http.response.body", "body": text.encode(), "more_body": more}
+        last = DONE
         try:
-            await super().__call__(scope, receive, send)
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            try:
+                async with aclosing(self._events) as every:
+                    async for events in every:
+                        await send(body("".join(events) or KEEP_ALIVE, more=True))
+            except ApiError as error:
+                last = f"data: {_encode(error.body)}\n\n{DONE}"
+            await send(body(last, more=False))
         finally:
             self._end()
 
 
-def event_stream(events: AsyncIterator[dict[str, Any] | None], end: Callable[[], None]) -> StreamingResponse:
-    """Events as they come.
+def events_with(common: dict[str, Any]) -> Callable[[dict[str, Any]], str]:
+    """Makes events that have a part in common, which is written down once.
 
-    Args:
-        events: None is a sign of life. An `ApiError` that it raises is the last event.
-        end: called when the answer ends, in whatever way.
+    >>> events_with({"id": "a"})({"choices": []})
+    'data: {"id":"a","choices":[]}\\n\\n'
     """
-    return _Stream(_lines(events), end)
-
-
-async def _lines(events: AsyncIterator[dict[str, Any] | None]) -> AsyncIterator[str]:
-    try:
-        async for event in events:
-            yield KEEP_ALIVE if event is None else _line(event)
-    except ApiError as error:
-        yield _line(error.body)
-    yield DONE
-
-
-def _line(event: dict[str, Any]) -> str:
-    return f"data: {json.dumps(event, allow_nan=False, separators=(',', ':'))}\n\n"
+    head = f"data: {_encode(common)[:-1]},"
+    return lambda event: f"{head}{_encode(event)[1:]}\n\n"

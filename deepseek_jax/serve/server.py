@@ -14,16 +14,18 @@ import uvicorn
 from deepseek_jax.distributed import say
 from deepseek_jax.generation.engine import Engine
 from deepseek_jax.interrupt import end
-from deepseek_jax.serve.app import application, log
+from deepseek_jax.serve.app import application
 from deepseek_jax.serve.calls import Served
 from deepseek_jax.serve.connection import allow_files, protocol
 from deepseek_jax.serve.engine_thread import EngineThread
 from deepseek_jax.serve.errors import ApiError
+from deepseek_jax.serve.log import Log
 from deepseek_jax.serve.metrics import Metrics
 from deepseek_jax.serve.prompts import Prompts
 from deepseek_jax.serve.settings import ServeConfig
 
 _LAST_SECONDS = 5.0  # for clients to hear of an end, before the process ends without them
+_LOG_SECONDS = 2.0  # for the log's last lines
 
 _SWITCH_SECONDS = 5e-4  # else the engine's thread, back from the device, waits 5 ms for an event loop that is busy
 
@@ -54,7 +56,7 @@ def http_server(served: Served) -> uvicorn.Server:
     settings = served.settings
     config = uvicorn.Config(
         application(served),
-        http=protocol(settings.head_seconds, log),
+        http=protocol(settings.head_seconds, served.log.note),
         access_log=False,
         log_level="error",
         server_header=False,
@@ -77,8 +79,9 @@ class Process:
 
     def __init__(self, engine: Engine, settings: ServeConfig):
         thread = EngineThread(engine, max_waiting=settings.max_waiting, on_death=self._died)
-        metrics = Metrics(thread, settings.names[0])
-        self.served = Served(thread, Prompts(engine.tokenizer, engine.config.vocab_size), settings, metrics)
+        log = Log()
+        metrics = Metrics(thread, settings.names[0], log)
+        self.served = Served(thread, Prompts(engine.tokenizer, engine.config.vocab_size), settings, metrics, log)
         self._server: uvicorn.Server | None = None
         self._interrupted = False
 
@@ -91,7 +94,10 @@ class Process:
         """
         allow_files(self.served.engine.most)
         sys.setswitchinterval(_SWITCH_SECONDS)
-        asyncio.run(self._serve(listener))
+        try:
+            asyncio.run(self._serve(listener))
+        finally:
+            self.served.log.flush(_LOG_SECONDS)
         if self._interrupted:
             raise KeyboardInterrupt
         if self.served.engine.problem is not None:
@@ -123,10 +129,11 @@ class Process:
 
     def _died(self, problem: BaseException) -> None:
         """In the engine's thread: a server without an engine ends, whatever its clients do."""
-        said = " ".join(str(problem).split()) or type(problem).__name__
-        say(f"the engine has ended: {type(problem).__name__}: {said:.500}")
-        if self._server is not None:
-            self._server.should_exit = True
         timer = threading.Timer(_LAST_SECONDS, os._exit, (1,))
         timer.daemon = True
         timer.start()
+        if self._server is not None:
+            self._server.should_exit = True
+        said = " ".join(str(problem).split()) or type(problem).__name__
+        with contextlib.suppress(OSError):  # a full disk is not to keep calls from hearing of it
+            say(f"the engine has ended: {type(problem).__name__}: {said:.500}")

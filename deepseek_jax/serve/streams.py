@@ -6,10 +6,12 @@ nobody up, and its box is no larger than its completions.
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from deepseek_jax.generation.engine import Update
 from deepseek_jax.generation.live import Live
+from deepseek_jax.serve.patience import Patience
 
 
 @dataclass(kw_only=True)
@@ -48,7 +50,8 @@ class Box:
         self.left = count
         self.on_update: Callable[[int, Update], None] = lambda number, update: None
         self._parts: dict[int, Part] = {}
-        self._event = asyncio.Event()
+        self._news = False
+        self._waiter: asyncio.Future[None] | None = None
         self._error: BaseException | None = None
 
     def put(self, number: int, update: Update) -> None:
@@ -63,7 +66,7 @@ class Box:
             if update.live.error is not None:
                 self._error = update.live.error
         self.on_update(number, update)
-        self._event.set()
+        self._tell()
 
     def accept(self) -> None:
         """All of the call's requests are in the engine."""
@@ -76,7 +79,15 @@ class Box:
         if not self.accepted.done():
             self.accepted.set_exception(error)
             self.accepted.exception()  # looked at, also where nobody waits any more
-        self._event.set()
+        self._tell()
+
+    def _tell(self) -> None:
+        self._news = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def parts(self, idle: float | None = None) -> AsyncIterator[list[Part]]:
         """What is new, until all completions are finished; an empty list where nothing came for `idle` seconds.
@@ -84,18 +95,29 @@ class Box:
         Raises:
             BaseException: what `fail` was told, or a completion's own error.
         """
-        while True:
-            try:
-                await asyncio.wait_for(self._event.wait(), idle)
-            except TimeoutError:
-                yield []
-                continue
-            self._event.clear()
-            if self._error is not None:
-                raise self._error
-            parts, self._parts = list(self._parts.values()), {}
-            last = self.left == 0
-            if parts:
-                yield parts
-            if last:
-                return
+        patience = None if idle is None else Patience(idle, self._wake)
+        try:
+            while True:
+                if not self._news:
+                    await self._wait(patience)
+                if not self._news:
+                    yield []
+                    continue
+                self._news = False
+                if self._error is not None:
+                    raise self._error
+                parts, self._parts = list(self._parts.values()), {}
+                last = self.left == 0
+                if parts:
+                    yield parts
+                if last:
+                    return
+        finally:
+            if patience is not None:
+                patience.close()
+
+    async def _wait(self, patience: Patience | None) -> None:
+        """For news, or for patience to end."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        with patience or nullcontext():
+            await self._waiter

@@ -17,6 +17,7 @@ from deepseek_jax.generation.requests import Request
 from deepseek_jax.serve.app import application
 from deepseek_jax.serve.calls import Served
 from deepseek_jax.serve.engine_thread import EngineThread
+from deepseek_jax.serve.log import Log
 from deepseek_jax.serve.metrics import Metrics
 from deepseek_jax.serve.prompts import Prompts
 from deepseek_jax.serve.server import http_server, listen
@@ -270,7 +271,8 @@ async def serving(engine, **settings):
     deaths: list[BaseException] = []
     config = ServeConfig(**{"names": ("tiny", "other"), "rate_limit": None, **settings})
     thread = EngineThread(engine, max_waiting=config.max_waiting, on_death=deaths.append)
-    served = Served(thread, prompts_of(engine.tokenizer), config, Metrics(thread, config.names[0]))
+    log = Log()
+    served = Served(thread, prompts_of(engine.tokenizer), config, Metrics(thread, config.names[0], log), log)
     client = Client(application(served), served)
     client.deaths = deaths
     thread.start()
@@ -279,14 +281,16 @@ async def serving(engine, **settings):
         yield client
     finally:
         thread.close()
+        log.flush(5)
 
 
 @asynccontextmanager
 async def listening(engine, **settings):
-    """The same behind a port of this machine; yields the client and the port."""
+    """The same behind a port of this machine; yields the client, whose `end` begins the end, and the port."""
     async with serving(engine, **settings) as client:
         client.served.engine.start = client.served.prompts.warm_up = client.served.prompts.close = lambda: None
         server = http_server(client.served)
+        client.end = lambda: setattr(server, "should_exit", True)
         with listen("127.0.0.1", 0) as listener:
             running = asyncio.ensure_future(server.serve(sockets=[listener]))
             await client.until(lambda: server.started)

@@ -1,7 +1,10 @@
 """/v1/chat/completions: thoughts and answers apart, whole and streamed, against the faults that other servers had."""
 
+import json
+
 import pytest
 
+from deepseek_jax.text.tokenizer import Tokenizer
 from tests.serve.client import OPENING, TEMPLATE, Scripted, run, tokenizer
 
 THOUGHT = "\nSo 1+1.\n"
@@ -212,3 +215,21 @@ def test_control_tokens_in_a_users_text_are_text():
     control = set(range(9))
     assert [token for token in tokens if token in control] == [1, 7, 8]
     assert engine.tokenizer.encode(evil, add_bos=False) != tokens[2:-1]
+
+
+def test_a_model_without_a_template_says_which_route_it_answers(tmp_path):
+    tokenizer(TEMPLATE).save(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    plain = Scripted(Tokenizer.from_folder(tmp_path), "ok")
+
+    async def ask(client):
+        reasoning = await client.ask("/v1/reasoning", {"prompt": "1"})
+        return await client.chat(), reasoning, await client.ask("/v1/completions", {"prompt": "1"})
+
+    *refused, text = run(ask, plain)
+    for reply in refused:
+        assert reply.status == 400 and "without a chat template; ask /v1/completions" in reply.error["message"]
+    assert text.status == 200 and text.json["choices"][0]["text"] == "ok"

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from deepseek_jax.serve.connection import allow_files
+from deepseek_jax.serve.server import listen
 from tests.serve.client import Scripted, listening, tokenizer
 
 BODY = json.dumps({"messages": [{"role": "user", "content": "1"}]}).encode()
@@ -177,3 +178,28 @@ def test_a_body_that_no_route_wants_costs_nobody_the_answer(method):
             return said
 
     assert asyncio.run(main()).startswith(b"HTTP/1.1 40")
+
+
+def test_the_port_is_free_while_the_last_answers_are_finished():
+    """So that the next server can start."""
+
+    async def main():
+        engine = Scripted(tokenizer(), "x" * 50, seconds=0.02)
+        async with listening(engine) as (client, port):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(POST + length())
+            await client.until(lambda: engine.lives)
+            client.end()
+            while True:
+                try:
+                    listen("127.0.0.1", port).close()
+                    break
+                except OSError:
+                    await asyncio.sleep(0.02)
+            ran = bool(engine.lives)
+            said = await asyncio.wait_for(reader.read(), 10)
+            writer.close()
+            return ran, said
+
+    ran, said = asyncio.run(main())
+    assert ran and b"x" * 50 in said

@@ -1,7 +1,11 @@
 """Who may ask, how much, how long; and what becomes of a call whose client is slow or gone."""
 
 import asyncio
+import contextlib
+import io
 import json
+import sys
+import threading
 
 import pytest
 
@@ -262,6 +266,7 @@ def test_the_log_has_no_prompt_and_no_answer(capsys):
         await client.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": secret}]})
         await client.ask("/v1/chat/completions", {"messages": secret})
         await client.ask("/v1/\x1b[2Jsomewhere", headers={"X-Request-Id": "mine-1"})
+        client.served.log.flush(10)
 
     run(ask, engine("the-answer"))
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
@@ -270,6 +275,51 @@ def test_the_log_has_no_prompt_and_no_answer(capsys):
     text = json.dumps(lines)
     assert secret not in text and "the-answer" not in text and lines[2]["id"] == "mine-1"
     assert lines[2]["path"] == "/v1/\\x1b[2Jsomewhere"
+
+
+class Stuck(io.StringIO):
+    """A pipe whose reader takes nothing until it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.goes_on = threading.Event()
+
+    def write(self, text: str) -> int:
+        self.goes_on.wait(30)
+        return super().write(text)
+
+
+def test_a_log_that_nobody_reads_holds_no_call_up(monkeypatch):
+    """What there is room for comes when the reader goes on; what there is none for is counted."""
+    pipe = Stuck()
+    monkeypatch.setattr(sys, "stderr", pipe)
+
+    async def ask(client):
+        client.served.log._lines.maxsize = 3
+        statuses = [(await client.chat(max_tokens=1)).status for _ in range(6)]
+        lost = client.served.log.lost
+        pipe.goes_on.set()
+        await client.until(lambda: pipe.getvalue().count("\n") == 6 - lost)
+        return statuses, lost, (await client.ask("/metrics")).body.decode()
+
+    statuses, lost, metrics = run(ask, engine())
+    assert statuses == [200] * 6 and lost in (2, 3)  # one may be on its way beside the three that wait
+    assert f'deepseek_jax:log_lines_lost_total{{model_name="tiny"}} {lost:.1f}' in metrics
+
+
+def test_a_log_on_a_full_disk_costs_lines_and_no_answers(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+
+        async def ask(client):
+            statuses = [(await client.chat(max_tokens=1)).status for _ in range(3)]
+            client.served.log.flush(10)
+            return statuses, client.served.log.lost
+
+        assert run(ask, engine()) == ([200] * 3, 3)
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
 
 
 def test_metrics_have_the_names_that_dashboards_know():

@@ -84,13 +84,13 @@ def answers(server) -> list:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", [0, 1])
-def test_two_processes_answer_as_one_and_end_together(model_folder, told):
+@pytest.mark.parametrize("told, mesh", [(0, ()), (1, ("--mesh-data", "4", "--mesh-tensor", "2"))])
+def test_two_processes_answer_as_one_and_end_together(model_folder, told, mesh):
     """A SIGTERM to either lets the answers finish."""
     with Server(model_folder, *FEW) as alone:
         alone.wait_until_ready()
         expected = answers(alone)
-    server, other = servers(model_folder, *FEW)
+    server, other = servers(model_folder, *FEW, *mesh)
     with server, other:
         server.wait_until_ready()
         assert answers(server) == expected

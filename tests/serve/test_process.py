@@ -17,6 +17,8 @@ from types import MappingProxyType
 import pytest
 
 from deepseek_jax.commands.serve import main
+from deepseek_jax.commands.serve_settings import Config
+from deepseek_jax.commands.settings_file import read_settings
 from tests.flags import environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,12 +157,23 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(model_folder, c
         (["--max-model-len", "100000"], "max_model_len: got 100000, wanted 1 to 192"),
         (["--gpu-memory-utilization", "2"], "gpu_memory_utilization: got 2.0, wanted more than 0, at most 1"),
         (["--speculate", "mtp"], "drafts: got"),
-        (["--tensor-parallel-size", "3"], "do not divide the 1 devices"),
+        (["--tensor-parallel-size", "3"], "mesh: expert 1 x tensor 3 do not divide the 1 devices"),
+        (["--mesh-data", "2", "--mesh-tensor", "3"], "mesh: data 2 x expert 1 x tensor 3 do not divide the 1 devices"),
     ],
 )
 def test_a_setting_that_cannot_be_is_one_line(model_folder, command_line, words, said):
     status, _, error = command_line(main)(model_folder, "--port", "0", *words)
     assert status == 1 and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["mesh_tensor", "mesh-tensor", "tensor_parallel_size", "tensor-parallel-size"])
+def test_a_file_of_settings_may_have_vllms_name_of_the_mesh(tmp_path, name):
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"{name}: 4\nmesh_data: 2\n")
+    assert read_settings(file, Config) == {"mesh_tensor": 4, "mesh_data": 2}
+    file.write_text(f"{name}: 4\n{'mesh_tensor' if 'size' in name else 'tensor_parallel_size'}: 2\n")
+    with pytest.raises(ValueError, match="is there twice"):
+        read_settings(file, Config)
 
 
 def test_without_a_model_the_one_that_training_made_is_served(command_line, monkeypatch, tmp_path):

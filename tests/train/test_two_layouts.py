@@ -331,16 +331,35 @@ def test_on_eight_devices_at_length(law, thorough):
         ("distill-qwen-32b", 16, {}, {"data": 2, "expert": 1, "tensor": 8}),
         ("distill-qwen-1.5b", 8, {}, {"data": 4, "expert": 1, "tensor": 2}),
         ("distill-qwen-1.5b", 8, {"tensor": 1}, {"data": 8, "expert": 1, "tensor": 1}),
+        ("distill-qwen-1.5b", 8, {"data": 4}, {"data": 4, "expert": 1, "tensor": 2}),
+        ("r1-671b", 64, {"data": 4}, {"data": 4, "expert": 1, "tensor": 16}),
+        ("r1-671b", 64, {"data": 2, "tensor": 4}, {"data": 2, "expert": 8, "tensor": 4}),
+        ("r1-671b", 64, {"data": 2, "expert": 8, "tensor": 4}, {"data": 2, "expert": 8, "tensor": 4}),
     ],
 )
 def test_the_mesh_to_sample_on_suits_the_model(name, devices, given, wanted):
     assert serving_sizes(preset(name), devices, **given) == wanted
 
 
+@pytest.mark.parametrize("given", [{"tensor": 0}, {"expert": -2}, {"data": 0}])
+def test_sizes_of_nothing_are_refused(given):
+    with pytest.raises(ValueError, match="mesh: got .*, wanted at least 1"):
+        serving_sizes(preset("r1-671b"), 8, **given)
+
+
 @pytest.mark.parametrize(("given", "message"), [({"tensor": 3}, "tensor 3"), ({"expert": 16}, "expert 16")])
 def test_sizes_that_do_not_divide_the_devices_are_refused(given, message):
     with pytest.raises(ValueError, match=f"{message}.* do not divide the 8 devices"):
         serving_sizes(preset("r1-671b"), 8, **given)
+
+
+def test_replicas_that_leave_devices_out_are_refused():
+    with pytest.raises(ValueError, match="data 3 x expert 1 x tensor 1 do not divide the 8 devices"):
+        serving_sizes(preset("distill-qwen-1.5b"), 8, data=3)
+    with pytest.raises(ValueError, match="got data 2 for 8 devices and a model over expert 1 x tensor 2, wanted 4"):
+        serving_sizes(preset("distill-qwen-1.5b"), 8, data=2)
+    with pytest.raises(ValueError, match="got data 1 for 64 devices and a model over expert 2 x tensor 4, wanted 8"):
+        serving_sizes(preset("r1-671b"), 64, data=1, expert=2, tensor=4)
 
 
 def test_without_a_mesh_weights_are_the_very_same_arrays():
