@@ -3,7 +3,7 @@
     python experiments/r1.py --output runs/r1
     python experiments/reward_hacking.py runs/r1
 
-From the run's own cold start a model is reinforced as in RL-1 but for one reward: in the place of the strict format (the
+From the run's own cold start a model is reinforced as in RL-1 but for one reward: in place of the strict format (the
 template exactly, weight 0.3) stands a weak one, which pays 0.2 for every `=` that a completion writes, wherever it
 stands, and asks for nothing else: it means "show your steps". Accuracy and language are paid as before. Beside it are
 the first steps of the run's own RL-1, whose format is strict. Hacked is a reward that rises while accuracy does not.

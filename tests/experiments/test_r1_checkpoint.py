@@ -1,4 +1,4 @@
-"""The data of a given checkpoint's recipe: asked as the benchmark asks, easier ones shown, none held out that is learnt."""
+"""Data of the recipe on a given checkpoint: asked as the benchmark asks, easier sums shown, none held out that is learnt."""
 
 import dataclasses
 import json
