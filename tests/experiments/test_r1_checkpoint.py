@@ -1,4 +1,4 @@
-"""Data of the recipe on a given checkpoint: asked as the benchmark asks, easier sums shown, none held out that is learnt."""
+"""The recipe on a given checkpoint: asked as the benchmark asks, easier sums shown, none held out that is learnt."""
 
 import dataclasses
 import json
