@@ -71,12 +71,12 @@ _SMALL_RL: Options = {
     "save_every": 25,
 }
 LAPTOP: dict[str, Options] = {
-    "questions": {"train": 3_000, "held_out": 400, "demonstrations": 1_800, "facts": 6_000}
+    "questions": {"train": 3_000, "held_out": 400, "demonstrations": 3_000, "facts": 10_000}
     | {"mixed": 0.3, "guessed": 0.6}
     | {"easy": [1, 2, 3], "train_levels": [2, 3, 4], "held_out_levels": [3, 4]},
     "base": _SMALL_SFT | {"epochs": 5.0, "lr": 3e-3, "batch_size": 48},
     "cold_start": _SMALL_SFT | {"epochs": 7.0, "lr": 1e-3},
-    "rl_1": _SMALL_RL | {"steps": 60},
+    "rl_1": _SMALL_RL | {"steps": 80},
     "rejection": {"samples": 4, "temperature": 1.0, "top_p": 1.0, "max_tokens": 64, "batch": 64, "limit": 1_200}
     | {"form": "tags", "thought_language": "row", "keep": 3},
     "mixture": {"general_share": 0.25},
