@@ -76,7 +76,7 @@ LAPTOP: dict[str, Options] = {
     | {"easy": [1, 2, 3], "train_levels": [2, 3, 4], "held_out_levels": [3, 4]},
     "base": _SMALL_SFT | {"epochs": 5.0, "lr": 3e-3, "batch_size": 48},
     "cold_start": _SMALL_SFT | {"epochs": 7.0, "lr": 1e-3},
-    "rl_1": _SMALL_RL | {"steps": 80},
+    "rl_1": _SMALL_RL | {"steps": 60},
     "rejection": {"samples": 4, "temperature": 1.0, "top_p": 1.0, "max_tokens": 64, "batch": 64, "limit": 1_200}
     | {"form": "tags", "thought_language": "row", "keep": 3},
     "mixture": {"general_share": 0.25},
