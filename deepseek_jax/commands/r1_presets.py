@@ -71,7 +71,7 @@ _SMALL_RL: Options = {
     "save_every": 25,
 }
 LAPTOP: dict[str, Options] = {
-    "questions": {"train": 3_000, "held_out": 400, "demonstrations": 1_800, "facts": 6_000}
+    "questions": {"train": 3_000, "held_out": 400, "demonstrations": 3_000, "facts": 10_000}
     | {"mixed": 0.3, "guessed": 0.6}
     | {"easy": [1, 2, 3], "train_levels": [2, 3, 4], "held_out_levels": [3, 4]},
     "base": _SMALL_SFT | {"epochs": 5.0, "lr": 3e-3, "batch_size": 48},
