@@ -53,8 +53,9 @@ class Kernel:
             integers stay what they are. With `gradients`, written in jax.numpy. Where its result is NaN, that of the
             kernel is undefined and not looked at.
         inputs: makes the arguments of an example.
-        sizes: for each name the values that are tried, the simplest first. A program is compiled for each combination,
-            so that there should be few. They are of `inputs`, which makes shapes and static arguments of them.
+        sizes: for each name the values that are tried, the simplest first and the one that is most at the edge last.
+            A search tries so many combinations of them, and compiles programs for each. They are of `inputs`, which
+            makes shapes and static arguments of them.
         ragged: for each name what is drawn, given the sizes.
         dtypes: that are tried, the simplest first.
         tolerance: by dtype, as a part of the largest magnitude in the twin's result, each array for itself.

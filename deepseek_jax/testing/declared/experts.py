@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.ops.experts import Tiles, expert_mlp, ragged_matmul, tiled_matmul
-from deepseek_jax.parallel.rows import swiglu_groups
+from deepseek_jax.parallel.rows import swiglu_groups, take_rows
 from deepseek_jax.testing import Draw, Kernel, choices, group_sizes, order, split
 
 _TILES = {"W": (8, 20), "E": (1, 4), "K": (8,), "N": (16,), "rows": (1, 4, 32)}
@@ -151,4 +151,36 @@ SWIGLU_GROUPS = Kernel(
     dead_gradients="undefined",
     numbers=EXPERT_MLP.numbers,
     compiled=({"W": 1024, "E": 32, "D": 1024, "M": 512},),
+)
+
+
+# --- rows by index -------------------------------------------------------------------------------
+
+
+def _taken_inputs(draw: Draw) -> dict[str, np.ndarray]:
+    """Every row at most `a` times, in any order, and some places without one."""
+    n, a, m, D = draw.of("n", "a", "m", "D")
+    index = np.full(m, n)
+    some = min(m, n * a)
+    index[:some] = draw.ids.permutation(np.repeat(np.arange(n), a))[:some]
+    empty = {0: np.zeros(m, bool), 1: draw.ids.random(m) < 0.5, 2: np.ones(m, bool)}[int(draw.ragged["empty"])]
+    index = np.where(empty, n, draw.ids.permutation(index)).astype(np.int32)
+    back = np.full((n, a), m, np.int32)
+    for row in range(n):
+        places = np.flatnonzero(index == row)
+        back[row, : len(places)] = places
+    return {"x": draw.numbers(n, D), "index": index, "back": back}
+
+
+TAKE_ROWS = Kernel(
+    name="take_rows",
+    run=take_rows,
+    twin=lambda x, index, back: jnp.where((index < len(x))[:, None], x[np.minimum(index, len(x) - 1)], 0),
+    inputs=_taken_inputs,
+    sizes={"n": (1, 7), "a": (1, 3), "m": (1, 20), "D": (4,)},
+    ragged={"empty": choices(0, 1, 2)},
+    tolerance={"float32": 0.0, "bfloat16": 0.0},
+    gradients=("x",),
+    gradient_tolerance={"float32": 2.0**-22, "bfloat16": 2.0**-8},
+    compiled=({"n": 1024, "a": 8, "m": 8192, "D": 1024},),
 )
