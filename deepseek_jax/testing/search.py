@@ -14,7 +14,7 @@ from deepseek_jax.testing.programs import Programs
 from deepseek_jax.testing.shapes import SHAPES, Shape, one_of, pool, read
 
 _SEEDS = 2**16
-_SELDOM = 32  # one example in so many is thorough, and no more than there are shapes
+_SELDOM, _MOST = 32, 8  # one example in so many is thorough, and so many at most
 _ENOUGH = 16  # examples, of which some have a result to compare
 
 
@@ -83,7 +83,7 @@ def search(
     """
     found, programs = Found(), Programs(kernel)
     among, start = pool(kernel, shapes, seed), time.process_time()
-    thorough = min(-(-examples // _SELDOM), len(among))
+    thorough = min(-(-examples // _SELDOM), _MOST)
 
     def add(case: Case, held: Held) -> None:
         found._add(case, held)

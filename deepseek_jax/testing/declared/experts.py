@@ -1,5 +1,7 @@
 """Grouped products: rows sorted by group, each group with a matrix of its own."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +15,11 @@ _ON_TPU = {"W": (16, 144), "E": (1, 4), "K": (128,), "N": (128,)}
 _LARGE = {"W": 4096, "E": 16, "K": 2048, "N": 1408}
 
 
-def group_of_rows(sizes: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """The group of each row, and whether it has one."""
-    ends = np.cumsum(sizes)
-    group = np.searchsorted(ends, np.arange(rows), side="right")
-    return np.minimum(group, len(sizes) - 1), np.arange(rows) < ends[-1]
+def group_of_rows(sizes: Any, rows: int, numpy: Any = np) -> tuple[Any, Any]:
+    """The group of each row, and whether it has one, in NumPy or jax.numpy."""
+    ends = numpy.cumsum(sizes)
+    group = numpy.searchsorted(ends, np.arange(rows), side="right")
+    return numpy.minimum(group, len(sizes) - 1), np.arange(rows) < ends[-1]
 
 
 def _inputs(draw: Draw) -> dict[str, object]:
@@ -29,7 +31,7 @@ def _inputs(draw: Draw) -> dict[str, object]:
 
 
 def _twin(lhs, rhs, sizes, **_):
-    group, filled = group_of_rows(sizes, lhs.shape[0])
+    group, filled = group_of_rows(sizes, lhs.shape[0], jnp)
     return jnp.where(filled[:, None], jnp.einsum("wk,wkn->wn", lhs, rhs[group]), jnp.nan)
 
 
@@ -97,7 +99,7 @@ def mlp_twin(x, weights, experts, gate, up, down):
     """Of rows [..., D], one choice of each at a time."""
     E, out = gate.shape[0], 0.0
     for a in range(experts.shape[-1]):
-        chosen = np.minimum(experts[..., a], E - 1)
+        chosen = jnp.minimum(experts[..., a], E - 1)
         into = lambda matrix, chosen=chosen: jnp.einsum("...d,...dm->...m", x, matrix[chosen])
         hidden = jax.nn.silu(into(gate)) * into(up)
         there = (experts[..., a] < E)[..., None]
@@ -132,7 +134,7 @@ def _swiglu_inputs(draw: Draw) -> dict[str, object]:
 
 
 def _swiglu_twin(rows, gate, up, down, sizes):
-    group, filled = group_of_rows(sizes, rows.shape[0])
+    group, filled = group_of_rows(sizes, rows.shape[0], jnp)
     into = lambda x, matrix: jnp.einsum("wd,wdm->wm", x, matrix[group])
     out = into(jax.nn.silu(into(rows, gate)) * into(rows, up), down)
     return jnp.where(filled[:, None], out, jnp.nan)
@@ -175,7 +177,7 @@ def _taken_inputs(draw: Draw) -> dict[str, np.ndarray]:
 TAKE_ROWS = Kernel(
     name="take_rows",
     run=take_rows,
-    twin=lambda x, index, back: jnp.where((index < len(x))[:, None], x[np.minimum(index, len(x) - 1)], 0),
+    twin=lambda x, index, back: jnp.where((index < len(x))[:, None], x[jnp.minimum(index, len(x) - 1)], 0),
     inputs=_taken_inputs,
     sizes={"n": (1, 7), "a": (1, 3), "m": (1, 20), "D": (4,)},
     ragged={"empty": choices(0, 1, 2)},

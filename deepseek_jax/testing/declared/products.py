@@ -150,8 +150,8 @@ def _grouped_low_rank_inputs(draw: Draw) -> dict[str, Any]:
 
 
 def _grouped_low_rank_twin(lhs, w, a, b, sizes):
-    group, filled = group_of_rows(sizes, lhs.shape[0])
-    times = lambda x, matrix: jnp.einsum("wk,wkn->wn", x, jnp.asarray(matrix)[group])
+    group, filled = group_of_rows(sizes, lhs.shape[0], jnp)
+    times = lambda x, matrix: jnp.einsum("wk,wkn->wn", x, matrix[group])
     return jnp.where(filled[:, None], times(lhs, w) + 2 * times(times(lhs, a), b), jnp.nan)
 
 
