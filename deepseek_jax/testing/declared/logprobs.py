@@ -22,6 +22,7 @@ _ALIKE: dict[str, Any] = {
     "tolerance": {"float32": 2.0**-20, "bfloat16": 2.0**-20},
     "gradients": ("hidden", "head"),
     "gradient_tolerance": {"float32": 2.0**-16, "bfloat16": 2.0**-6},
+    "gradient_noise": {"float32": 2.0**-19, "bfloat16": 2.0**-19},  # a token that is certain has none
     "numbers": ("normal", "whole", "zeros"),
 }
 
