@@ -28,7 +28,9 @@ def experts(
     k: int = 4,
     rounds: int = 15,
 ) -> None:
-    """Time of the routed experts as their number doubles at a fixed number a token, forward and gradient.
+    """Time of the routed experts as their number doubles at a fixed number a token, forward and gradients.
+
+    Gradients of the tokens and, beside them, of the weights too, which are as large as all experts are.
 
     Args:
         counts: numbers of experts.
@@ -44,10 +46,11 @@ def experts(
         for count, kinds in functions.items():
             for kind, function in kinds.items():
                 times.setdefault((count, kind), []).append(_seconds(function))
-    print("| experts | forward ms | x the half | forward and gradient ms | x the half |\n|---|---|---|---|---|")
+    heads = ("forward ms", "with gradients of tokens ms", "and of weights ms")
+    print(f"| experts | {' | x the half | '.join(heads)} | x the half |\n{'|---' * 7}|")
     for count in counts:
         cells = []
-        for kind in ("forward", "gradient"):
+        for kind in functions[count]:
             now = statistics.median(times[count, kind])
             half = [b / a for a, b in zip(times.get((count // 2, kind), []), times[count, kind], strict=False)]
             cells += [f"{now * 1e3:.1f}", f"{statistics.median(half):.2f}" if half else "-"]
@@ -61,10 +64,9 @@ def _expert_layer(count: int, rows: int, width: int, inner: int, k: int) -> dict
     chosen = jnp.asarray(np.argsort(rng.random((rows, count)), axis=1)[:, :k], jnp.int32)
     weights = normal(count, width, inner), normal(count, width, inner), normal(count, inner, width)
     forward = jax.jit(expert_mlp)
-    gradient = jax.jit(
-        jax.grad(lambda x, mixing, chosen, *w: jnp.sum(expert_mlp(x, mixing, chosen, *w) ** 2), (0, 3, 4, 5))
-    )
-    kinds = {"forward": forward, "gradient": gradient}
+    loss = lambda x, mixing, chosen, *w: jnp.sum(expert_mlp(x, mixing, chosen, *w) ** 2)
+    gradients = {"tokens": (0, 1), "weights": (0, 1, 3, 4, 5)}
+    kinds = {"forward": forward} | {kind: jax.jit(jax.grad(loss, of)) for kind, of in gradients.items()}
     calls = {kind: lambda f=f: jax.block_until_ready(f(x, mixing, chosen, *weights)) for kind, f in kinds.items()}
     for call in calls.values():
         call()

@@ -31,6 +31,7 @@ def main(
     module: Path | None = None,
     examples: int = 100,
     seed: int = 0,
+    shapes: int = 24,
     case: str | None = None,
     compile: bool = True,
     json: bool = False,
@@ -43,15 +44,17 @@ def main(
         kernel: names of kernels; none is all of them.
         module: a file that declares kernels (docs/kernels.md); without it, those of this project are meant.
         examples: of each kernel.
-        seed: of the choice of examples.
+        seed: of the choice of shapes and of examples.
+        shapes: different ones that a kernel is tried in at most; programs are compiled for each.
         case: the JSON of one example to try in their place, as a fault is reported with.
         compile: for TPUs and GPUs, as far as their compilers are installed (extras pod and gpu-compiler).
         json: print one JSON object, by kernel, in place of the table.
     """
     if find_spec("hypothesis") is None:
         raise ValueError("kernels: hypothesis is not installed; pip install 'deepseek_jax[test]'")
-    if examples < 1:
-        raise ValueError(f"examples: got {examples}, wanted 1 or more")
+    for name, number in (("examples", examples), ("shapes", shapes)):
+        if number < 1:
+            raise ValueError(f"{name}: got {number}, wanted 1 or more")
     from deepseek_jax.testing import modules  # what it needs is installed
 
     known = modules.declared() if module is None else modules.kernels_of(module)
@@ -60,7 +63,7 @@ def main(
         raise ValueError(f"case: got it with {len(chosen)} kernels, wanted one; name it with --kernel")
     _provide_devices(chosen)
     targets = _compilers() if compile and case is None else {}
-    results = {of.name: _tried(of, examples, seed, case, targets, quiet=json) for of in chosen}
+    results = {of.name: _tried(of, (examples, seed, shapes), case, targets, quiet=json) for of in chosen}
     if json:
         print(dumps({name: _as_json(found, module, name) for name, found in results.items()}, indent=2))
     else:
@@ -97,17 +100,17 @@ def _compilers() -> dict[str, bool]:
 
 
 def _tried(
-    of: "Kernel", examples: int, seed: int, case: str | None, targets: dict[str, bool], *, quiet: bool
+    of: "Kernel", how: tuple[int, int, int], case: str | None, targets: dict[str, bool], *, quiet: bool
 ) -> "Found":
     from deepseek_jax.testing.search import check, search
     from deepseek_jax.testing.targets import compile_for, targets_of
 
     if case is not None:
         return check(of, of.case(case))
-    console = Console(stderr=True, quiet=quiet)
+    (examples, seed, shapes), console = how, Console(stderr=True, quiet=quiet)
     with Progress(examples, of.name, console=console) as progress:
         tell = lambda found: progress.update(found.examples, error=f"{found.worst:.2g}", programs=f"{found.programs}")
-        found = search(of, examples, seed=seed, tell=tell)
+        found = search(of, examples, seed=seed, shapes=shapes, tell=tell)
     for name in targets_of(of) if of.compiled and not found.fault else ():
         if targets.get(name):
             found.compiled[name] = compile_for(of, name)
@@ -121,6 +124,7 @@ def _as_json(found: "Found", module: Path | None, name: str) -> dict[str, Any]:
         "worst_error": found.worst,
         "worst_case": found.worst_case and asdict(found.worst_case),
         "programs": found.programs,
+        "seconds": round(found.seconds, 1),
         "compiled": found.compiled,
         "fault": fault and {"law": fault.law, "said": fault.said, "case": fault.case and asdict(fault.case)},
         "reproduce": _reproduction(found, module, name),
@@ -139,16 +143,17 @@ def _reproduction(found: "Found", module: Path | None, name: str) -> str | None:
 
 def _show(results: dict[str, "Found"], targets: dict[str, bool], module: Path | None) -> None:
     console = Console(width=None if Console().is_terminal else _WIDTH)
-    table = Table("kernel", "examples", "worst error", "of", "programs", "compiles for", "")
+    table = Table("kernel", "examples", "worst error", "of", "programs", "s", "compiles for", "")
     for name, found in results.items():
         said = [of for of, problem in found.compiled.items() if not problem]
         worst = found.worst_case
         of = "" if worst is None else f"{worst.dtype}, {worst.numbers}"
         verdict = "FAULTY" if found.fault else "does NOT compile" if any(found.compiled.values()) else "no fault"
-        cells = [str(found.examples), f"{found.worst:.2f}", of, str(found.programs), " ".join(said) or "-", verdict]
-        table.add_row(printable(name), *cells)
+        numbers = [str(found.examples), f"{found.worst:.2f}", of, str(found.programs), f"{found.seconds:.0f}"]
+        table.add_row(printable(name), *numbers, " ".join(said) or "-", verdict)
     console.print(table)
-    console.print(f"Errors are parts of what is allowed. Devices: {jax.device_count()} {jax.default_backend()}.")
+    devices = f"{jax.device_count()} {jax.default_backend()}"
+    console.print(f"Errors are parts of what is allowed, s of this process's processors. Devices: {devices}.")
     if missing := [name for name, there in targets.items() if not there]:
         console.print(f"Not compiled for {', '.join(missing)}: no compiler (extras pod, gpu-compiler).")
     for line in _faults(results, module):

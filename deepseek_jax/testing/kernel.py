@@ -50,11 +50,13 @@ class Kernel:
             numbers, texts or None, are static: a program is compiled for each of their values. Of a `platform` it also
             takes `interpret`, which goes to `pallas_call`; with several `devices` it takes those, as `devices`.
         twin: the same in float64, of the same arguments as NumPy arrays: what is a number among them is float64,
-            integers stay what they are. With `gradients`, written in jax.numpy. Where its result is NaN, that of the
-            kernel is undefined and not looked at.
+            integers stay what they are. With `gradients` it is compiled: written in jax.numpy, and of no value of an
+            array does it make a choice in Python. Where its result is NaN, that of the kernel is undefined and not
+            looked at.
         inputs: makes the arguments of an example.
-        sizes: for each name the values that are tried, the simplest first. A program is compiled for each combination,
-            so that there should be few. They are of `inputs`, which makes shapes and static arguments of them.
+        sizes: for each name the values that are tried, the simplest first and the one that is most at the edge last.
+            A search tries so many combinations of them, and compiles programs for each. They are of `inputs`, which
+            makes shapes and static arguments of them.
         ragged: for each name what is drawn, given the sizes.
         dtypes: that are tried, the simplest first.
         tolerance: by dtype, as a part of the largest magnitude in the twin's result, each array for itself.
@@ -62,6 +64,7 @@ class Kernel:
             allowed, which broadcasts to the result, or a tuple of these for a tuple of results.
         gradients: arguments that have one.
         gradient_tolerance: by dtype, as a part of the largest magnitude of an argument's gradient; None is `tolerance`.
+        gradient_noise: by dtype, what is allowed beside: of terms that cancel, their rounding is left.
         dead_gradients: whether what reaches nothing has a gradient of 0, or one that is undefined and not looked at.
         numbers: kinds that are tried, the simplest first.
         invariances: changes of the arguments under which the result is the same.
@@ -81,6 +84,7 @@ class Kernel:
     bound: Bound | None = None
     gradients: Sequence[str] = ()
     gradient_tolerance: Mapping[str, float] | None = None
+    gradient_noise: Mapping[str, float] = field(default_factory=dict)
     dead_gradients: Literal["zero", "undefined"] = "zero"
     numbers: Sequence[str] = NUMBERS
     invariances: Sequence[Invariance] = ()

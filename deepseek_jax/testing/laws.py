@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from deepseek_jax.testing.draw import Draw
 from deepseek_jax.testing.invariance import Arguments
 from deepseek_jax.testing.kernel import Case, Fault, Kernel
-from deepseek_jax.testing.programs import Programs, apart, callable_of, on_arrays, pulled
+from deepseek_jax.testing.programs import Programs, apart, callable_of, on_arrays
 
 
 class Held(NamedTuple):
@@ -48,7 +48,7 @@ def _examine(kernel: Kernel, programs: Programs, case: Case) -> Held:
     clean, arguments, noisy = (kernel.inputs(Draw(case, dead)) for dead in ("zero", "nan", "noise"))
     wide = on_arrays(_wide, clean)
     with jax.enable_x64(True):
-        want = jax.tree.map(np.asarray, kernel.twin(**wide))
+        want = programs.exact(wide)
     allowed = _allowed(kernel, case.dtype, want, wide)
     beside = lambda law, got: compared(law, got, want, allowed)
     got = programs.run(arguments)
@@ -78,15 +78,14 @@ def _gradients(kernel, programs, case, given, want, beside, got) -> float:
     out, found = programs.pull(arguments, d_out)
     beside("values before a gradient", out)
     with jax.enable_x64(True):
-        _, wanted = pulled(kernel.twin, kernel.gradients)(wide, jax.tree.map(_wide, d_out))
-    wanted = jax.tree.map(np.asarray, wanted)
+        wanted = programs.exact_gradients(wide, jax.tree.map(_wide, d_out))
     if kernel.dead_gradients == "undefined":
         is_dead = lambda argument, one: np.where(np.isnan(_wide(argument)), np.nan, one)
         wanted = {name: jax.tree.map(is_dead, arguments[name], wanted[name]) for name in wanted}
-    tolerances = kernel.gradient_tolerance or kernel.tolerance
-    worst = 0.0
+    tolerance = (kernel.gradient_tolerance or kernel.tolerance)[case.dtype]
+    noise, worst = kernel.gradient_noise.get(case.dtype, 0.0), 0.0
     for name, one in wanted.items():
-        allowed = jax.tree.map(lambda of: tolerances[case.dtype] * _largest(of), one)
+        allowed = jax.tree.map(lambda of: tolerance * _largest(of) + noise, one)
         worst = max(worst, compared(f"gradient of {name}", found[name], one, allowed))
     return worst
 

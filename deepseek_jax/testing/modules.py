@@ -7,12 +7,13 @@ from types import ModuleType
 from deepseek_jax.own_code import run_file
 from deepseek_jax.testing.kernel import Kernel
 
-OURS = ("attention", "experts", "logprobs", "paged", "products", "sampling", "transports")
+OURS = ("attention", "causal", "experts", "logprobs", "paged", "products", "sampling", "transports")
 
 
 def declared() -> list[Kernel]:
     """Those of this project: every function of it that computes what another one does, in another way."""
-    return [kernel for name in OURS for kernel in _kernels_in(import_module(f"deepseek_jax.testing.declared.{name}"))]
+    modules = [import_module(f"deepseek_jax.testing.declared.{name}") for name in OURS]
+    return list({id(kernel): kernel for module in modules for kernel in _kernels_in(module)}.values())
 
 
 def kernels_of(file: Path) -> list[Kernel]:

@@ -26,8 +26,8 @@ class Programs:
 
     @property
     def count(self) -> int:
-        """How many were compiled."""
-        return len(self._compiled)
+        """How many were compiled of the kernel."""
+        return sum(kind in ("run", "pull") for kind, *_ in self._compiled)
 
     def run(self, arguments: Arguments, mode: Mode = "own") -> Any:
         """The result.
@@ -52,6 +52,22 @@ class Programs:
         function = pulled(partial(callable_of(self.kernel), **static), self.kernel.gradients)
         compiled = self._once("pull", function, arrays, tuple(static.items()))
         return self._called(compiled, arrays, d_out)
+
+    def exact(self, arguments: Arguments) -> Any:
+        """The twin's result; of one that has gradients, which is all in jax.numpy, in compiled form too."""
+        if not self.kernel.gradients:
+            return jax.tree.map(np.asarray, self.kernel.twin(**arguments))
+        arrays, static = apart(arguments)
+        function = partial(self.kernel.twin, **static)
+        compiled = self._once("twin", lambda arrays: function(**arrays), arrays, tuple(static.items()))
+        return self._called(compiled, arrays)
+
+    def exact_gradients(self, arguments: Arguments, d_out: Any) -> dict[str, Any]:
+        """The twin's, by argument."""
+        arrays, static = apart(arguments)
+        function = pulled(partial(self.kernel.twin, **static), self.kernel.gradients)
+        compiled = self._once("twin's pull", function, arrays, tuple(static.items()))
+        return self._called(compiled, arrays, d_out)[1]
 
     def _called(self, compiled: Callable[..., Any], *given: Any) -> Any:
         try:

@@ -1,6 +1,7 @@
 """Tries examples of a kernel, and makes one that breaks a law small."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import hypothesis
@@ -10,9 +11,10 @@ from hypothesis import strategies as st
 from deepseek_jax.testing.kernel import Case, Fault, Kernel
 from deepseek_jax.testing.laws import Held, examine
 from deepseek_jax.testing.programs import Programs
+from deepseek_jax.testing.shapes import SHAPES, Shape, one_of, pool, read
 
 _SEEDS = 2**16
-_SELDOM = 32  # one example in so many is thorough
+_SELDOM, _MOST = 32, 8  # one example in so many is thorough, and so many at most
 _ENOUGH = 16  # examples, of which some have a result to compare
 
 
@@ -27,6 +29,7 @@ class Found:
         compared: how many numbers of the result, in all examples.
         fault: with the smallest example that has one.
         programs: how many were compiled.
+        seconds: of this process's processors.
         compiled: for each accelerator "" where it compiles, else what its compiler says.
     """
 
@@ -36,6 +39,7 @@ class Found:
     compared: int = 0
     fault: Fault | None = None
     programs: int = 0
+    seconds: float = 0.0
     compiled: dict[str, str] = field(default_factory=dict)
 
     def _add(self, case: Case, held: Held) -> None:
@@ -46,14 +50,14 @@ class Found:
 
 
 @st.composite
-def cases(draw: st.DrawFn, kernel: Kernel, thorough: bool = False) -> Case:
-    """Examples of a kernel, which shrink to the first of its sizes, dtypes and numbers, no counts, and seed 0."""
-    sizes = {name: draw(st.sampled_from(values)) for name, values in kernel.sizes.items()}
+def cases(draw: st.DrawFn, kernel: Kernel, shapes: Sequence[Shape] | None = None, thorough: bool = False) -> Case:
+    """Examples of a kernel, which shrink to the first of these shapes, its first numbers, no counts, and seed 0."""
+    sizes, dtype = read(kernel, draw(one_of(shapes or pool(kernel))))
     ragged = {name: draw(of(sizes)) for name, of in kernel.ragged.items()}
     return Case(
         sizes=sizes,
         ragged=ragged,
-        dtype=draw(st.sampled_from(kernel.dtypes)),
+        dtype=dtype,
         numbers=draw(st.sampled_from(kernel.numbers)),
         seed=draw(st.integers(0, _SEEDS - 1)),
         thorough=thorough,
@@ -61,31 +65,39 @@ def cases(draw: st.DrawFn, kernel: Kernel, thorough: bool = False) -> Case:
 
 
 def search(
-    kernel: Kernel, examples: int = 100, *, seed: int = 0, tell: Callable[[Found], None] = lambda found: None
+    kernel: Kernel,
+    examples: int = 100,
+    *,
+    seed: int = 0,
+    shapes: int = SHAPES,
+    tell: Callable[[Found], None] = lambda found: None,
 ) -> Found:
     """Tries examples until one breaks a law: first what each costs little, then a few by all laws.
 
     Args:
         kernel: what is tested.
         examples: how many.
-        seed: of the choice of examples.
+        seed: of the choice of shapes and of examples.
+        shapes: how many different ones at most; programs are compiled for each.
         tell: called after each.
     """
     found, programs = Found(), Programs(kernel)
-    thorough = -(-examples // _SELDOM)
+    among, start = pool(kernel, shapes, seed), time.process_time()
+    thorough = min(-(-examples // _SELDOM), _MOST)
 
     def add(case: Case, held: Held) -> None:
         found._add(case, held)
         found.programs = programs.count
         tell(found)
 
-    for count, strategy in ((examples - thorough, cases(kernel)), (thorough, cases(kernel, True))):
+    for count, is_thorough in ((examples - thorough, False), (thorough, True)):
         if count and found.fault is None:
+            strategy = cases(kernel, among, is_thorough)
             found.fault = _first_fault(kernel, programs, strategy, count, seed, add)
     found.examples += found.fault is not None
     if found.fault is None and not found.compared and examples >= _ENOUGH:
         found.fault = Fault("values", "the twin's results are empty or NaN: nothing was compared")
-    found.programs = programs.count
+    found.programs, found.seconds = programs.count, time.process_time() - start
     return found
 
 

@@ -10,11 +10,12 @@ from deepseek_jax.ops import attention
 from deepseek_jax.ops.paged_attention import attend_partial, finish, join
 from deepseek_jax.testing import Draw, Kernel, counts, order, split
 
-_SCALE = 0.3
+SCALE = 0.3
 _ROUNDING = 2.0**-21
 
 
-def _softmax(scores, mask):
+def softmax(scores, mask):
+    """Over the keys that a query sees, at least one."""
     weights = jax.nn.softmax(jnp.where(mask, scores, -1e300), axis=-1)
     return jnp.where(mask, weights, 0)
 
@@ -28,7 +29,7 @@ def _mask(draw: Draw) -> np.ndarray:
 
 def _bound(tolerance, keys, values, queries):
     """Of the largest value, a part for roundings and a part for what the scores' are off."""
-    size = _SCALE * np.max(np.abs(queries), initial=0) * np.max(np.abs(keys), initial=0) * queries.shape[-1]
+    size = SCALE * np.max(np.abs(queries), initial=0) * np.max(np.abs(keys), initial=0) * queries.shape[-1]
     return np.max(np.abs(values), initial=0) * (tolerance + _ROUNDING * size)
 
 
@@ -43,7 +44,7 @@ def _grouped_inputs(draw: Draw) -> dict[str, Any]:
 
 def _grouped_twin(q, k, v, mask):
     k, v = (jnp.repeat(of, q.shape[2] // of.shape[1], axis=1) for of in (k, v))
-    weights = _softmax(_SCALE * jnp.einsum("btnk,bnsk->bnts", q, k), mask[:, None])
+    weights = softmax(SCALE * jnp.einsum("btnk,bnsk->bnts", q, k), mask[:, None])
     return jnp.einsum("bnts,bnsh->btnh", weights, v)
 
 
@@ -51,7 +52,7 @@ def _in_two_parts(q, k, v, mask):
     """The keys in halves, each attended to alone: queries may see nothing of one of them."""
     half = k.shape[2] // 2
     parts = [
-        attend_partial(q, k[:, :, at], v[:, :, at], mask[:, :, at], _SCALE) for at in (slice(half), slice(half, None))
+        attend_partial(q, k[:, :, at], v[:, :, at], mask[:, :, at], SCALE) for at in (slice(half), slice(half, None))
     ]
     return finish(join(*parts), q.dtype)
 
@@ -69,7 +70,7 @@ _OF_HEADS: dict[str, Any] = {
 }
 ATTEND = Kernel(
     name="attend",
-    run=lambda q, k, v, mask: attention.attend(q, k, v, mask, _SCALE),
+    run=lambda q, k, v, mask: attention.attend(q, k, v, mask, SCALE),
     gradients=("q", "k", "v"),
     gradient_tolerance={"float32": 2.0**-16, "bfloat16": 2.0**-5},
     numbers=("normal", "whole", "zeros"),
@@ -92,7 +93,7 @@ def _latent_inputs(draw: Draw) -> dict[str, Any]:
 def _latent_twin(q_nope, q_rope, c, k_rope, w_k, w_v, mask):
     k, v = jnp.einsum("bsc,cnk->bnsk", c, w_k), jnp.einsum("bsc,cnh->bnsh", c, w_v)
     scores = jnp.einsum("btnk,bnsk->bnts", q_nope, k) + jnp.einsum("btnr,bsr->bnts", q_rope, k_rope)
-    return jnp.einsum("bnts,bnsh->btnh", _softmax(_SCALE * scores, mask[:, None]), v)
+    return jnp.einsum("bnts,bnsh->btnh", softmax(SCALE * scores, mask[:, None]), v)
 
 
 _LATENT_ROWS = {"q_nope": 0, "q_rope": 0, "c": 0, "k_rope": 0, "mask": 0}
@@ -110,10 +111,10 @@ _OF_LATENTS: dict[str, Any] = {
     "compiled": ({"B": 2, "T": 256, "S": 512, "N": 16, "K": 128, "R": 64, "C": 512, "H": 128},),
 }
 ATTEND_EXPANDED = Kernel(
-    name="attend_expanded", run=lambda **of: attention.attend_expanded(**of, scale=_SCALE), **_OF_LATENTS
+    name="attend_expanded", run=lambda **of: attention.attend_expanded(**of, scale=SCALE), **_OF_LATENTS
 )
 ATTEND_ABSORBED = Kernel(
-    name="attend_absorbed", run=lambda **of: attention.attend_absorbed(**of, scale=_SCALE), **_OF_LATENTS
+    name="attend_absorbed", run=lambda **of: attention.attend_absorbed(**of, scale=SCALE), **_OF_LATENTS
 )
 
 
@@ -123,7 +124,7 @@ ATTEND_ABSORBED = Kernel(
 def _in_blocks(q, k, v, rows, shards):
     def attend_rows(q, positions, keys):
         mask = attention.causal_rows(positions, keys, q.shape[0])
-        return attention.attend(q, k[:, :, :keys], v[:, :, :keys], mask, _SCALE)
+        return attention.attend(q, k[:, :, :keys], v[:, :, :keys], mask, SCALE)
 
     return attention.in_blocks(attend_rows, q, rows=rows, shards=shards)
 

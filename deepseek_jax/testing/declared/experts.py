@@ -1,11 +1,13 @@
 """Grouped products: rows sorted by group, each group with a matrix of its own."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.ops.experts import Tiles, expert_mlp, ragged_matmul, tiled_matmul
-from deepseek_jax.parallel.rows import swiglu_groups
+from deepseek_jax.parallel.rows import swiglu_groups, take_rows
 from deepseek_jax.testing import Draw, Kernel, choices, group_sizes, order, split
 
 _TILES = {"W": (8, 20), "E": (1, 4), "K": (8,), "N": (16,), "rows": (1, 4, 32)}
@@ -13,11 +15,11 @@ _ON_TPU = {"W": (16, 144), "E": (1, 4), "K": (128,), "N": (128,)}
 _LARGE = {"W": 4096, "E": 16, "K": 2048, "N": 1408}
 
 
-def group_of_rows(sizes: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """The group of each row, and whether it has one."""
-    ends = np.cumsum(sizes)
-    group = np.searchsorted(ends, np.arange(rows), side="right")
-    return np.minimum(group, len(sizes) - 1), np.arange(rows) < ends[-1]
+def group_of_rows(sizes: Any, rows: int, numpy: Any = np) -> tuple[Any, Any]:
+    """The group of each row, and whether it has one, in NumPy or jax.numpy."""
+    ends = numpy.cumsum(sizes)
+    group = numpy.searchsorted(ends, np.arange(rows), side="right")
+    return numpy.minimum(group, len(sizes) - 1), np.arange(rows) < ends[-1]
 
 
 def _inputs(draw: Draw) -> dict[str, object]:
@@ -29,7 +31,7 @@ def _inputs(draw: Draw) -> dict[str, object]:
 
 
 def _twin(lhs, rhs, sizes, **_):
-    group, filled = group_of_rows(sizes, lhs.shape[0])
+    group, filled = group_of_rows(sizes, lhs.shape[0], jnp)
     return jnp.where(filled[:, None], jnp.einsum("wk,wkn->wn", lhs, rhs[group]), jnp.nan)
 
 
@@ -97,7 +99,7 @@ def mlp_twin(x, weights, experts, gate, up, down):
     """Of rows [..., D], one choice of each at a time."""
     E, out = gate.shape[0], 0.0
     for a in range(experts.shape[-1]):
-        chosen = np.minimum(experts[..., a], E - 1)
+        chosen = jnp.minimum(experts[..., a], E - 1)
         into = lambda matrix, chosen=chosen: jnp.einsum("...d,...dm->...m", x, matrix[chosen])
         hidden = jax.nn.silu(into(gate)) * into(up)
         there = (experts[..., a] < E)[..., None]
@@ -132,7 +134,7 @@ def _swiglu_inputs(draw: Draw) -> dict[str, object]:
 
 
 def _swiglu_twin(rows, gate, up, down, sizes):
-    group, filled = group_of_rows(sizes, rows.shape[0])
+    group, filled = group_of_rows(sizes, rows.shape[0], jnp)
     into = lambda x, matrix: jnp.einsum("wd,wdm->wm", x, matrix[group])
     out = into(jax.nn.silu(into(rows, gate)) * into(rows, up), down)
     return jnp.where(filled[:, None], out, jnp.nan)
@@ -151,4 +153,36 @@ SWIGLU_GROUPS = Kernel(
     dead_gradients="undefined",
     numbers=EXPERT_MLP.numbers,
     compiled=({"W": 1024, "E": 32, "D": 1024, "M": 512},),
+)
+
+
+# --- rows by index -------------------------------------------------------------------------------
+
+
+def _taken_inputs(draw: Draw) -> dict[str, np.ndarray]:
+    """Every row at most `a` times, in any order, and some places without one."""
+    n, a, m, D = draw.of("n", "a", "m", "D")
+    index = np.full(m, n)
+    some = min(m, n * a)
+    index[:some] = draw.ids.permutation(np.repeat(np.arange(n), a))[:some]
+    empty = {0: np.zeros(m, bool), 1: draw.ids.random(m) < 0.5, 2: np.ones(m, bool)}[int(draw.ragged["empty"])]
+    index = np.where(empty, n, draw.ids.permutation(index)).astype(np.int32)
+    back = np.full((n, a), m, np.int32)
+    for row in range(n):
+        places = np.flatnonzero(index == row)
+        back[row, : len(places)] = places
+    return {"x": draw.numbers(n, D), "index": index, "back": back}
+
+
+TAKE_ROWS = Kernel(
+    name="take_rows",
+    run=take_rows,
+    twin=lambda x, index, back: jnp.where((index < len(x))[:, None], x[jnp.minimum(index, len(x) - 1)], 0),
+    inputs=_taken_inputs,
+    sizes={"n": (1, 7), "a": (1, 3), "m": (1, 20), "D": (4,)},
+    ragged={"empty": choices(0, 1, 2)},
+    tolerance={"float32": 0.0, "bfloat16": 0.0},
+    gradients=("x",),
+    gradient_tolerance={"float32": 2.0**-22, "bfloat16": 2.0**-8},
+    compiled=({"n": 1024, "a": 8, "m": 8192, "D": 1024},),
 )

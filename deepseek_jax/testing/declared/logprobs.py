@@ -16,18 +16,20 @@ from deepseek_jax.testing import Draw, Kernel, choices
 
 _TEMPERATURE, _PENALTY = 0.7, 1.3
 _OUTSIDE = -1e30
-_MESHES = {"data": {"data": 8}, "tensor": {"fsdp": 2, "tensor": 4}, "context": {"data": 2, "context": 2, "tensor": 2}}
+MESHES = {"data": {"data": 8}, "tensor": {"fsdp": 2, "tensor": 4}, "context": {"data": 2, "context": 2, "tensor": 2}}
 # logits are added up in float32 whatever their factors' dtype; only gradients are products in it
 _ALIKE: dict[str, Any] = {
     "tolerance": {"float32": 2.0**-20, "bfloat16": 2.0**-20},
     "gradients": ("hidden", "head"),
     "gradient_tolerance": {"float32": 2.0**-16, "bfloat16": 2.0**-6},
+    "gradient_noise": {"float32": 2.0**-19, "bfloat16": 2.0**-19},  # a token that is certain has none
     "numbers": ("normal", "whole", "zeros"),
 }
 
 
-def _layout(devices: Sequence[Any], mesh: str) -> Layout:
-    return Layout(mesh=make_mesh(devices, **_MESHES[mesh]), workload="train", remat="nothing")
+def layout_of(devices: Sequence[Any], mesh: str) -> Layout:
+    """One of `MESHES` of eight devices, to train on."""
+    return Layout(mesh=make_mesh(devices, **MESHES[mesh]), workload="train", remat="nothing")
 
 
 # --- log-probs -----------------------------------------------------------------------------------
@@ -94,7 +96,7 @@ def _run(hidden, head, tokens, support, penalised, chunk):
 
 def _run_sharded(hidden, head, tokens, support, penalised, mesh, devices):
     words = {"support_BTW": support, "penalised_BTW": penalised}
-    layout = _layout(devices, mesh)
+    layout = layout_of(devices, mesh)
     return sharded_logprobs(hidden, head, tokens, layout, temperature=_TEMPERATURE, penalty=_PENALTY, **words)
 
 
@@ -115,7 +117,7 @@ SHARDED_LOGPROBS = Kernel(
     twin=_twin,
     bound=_bound,
     inputs=lambda draw: {**_inputs(draw), "mesh": draw.sizes["mesh"]},
-    sizes={"B": (8,), "T": (2, 6), "D": (8,), "V": (64, 160), "mesh": tuple(_MESHES)},
+    sizes={"B": (8,), "T": (2, 6), "D": (8,), "V": (64, 160), "mesh": tuple(MESHES)},
     ragged={"as_sampled": choices(0, 1)},
     compiled=({"B": 8, "T": 512, "D": 1024, "V": 32768, "mesh": "tensor"},),
     devices=8,
@@ -166,7 +168,7 @@ def _run_divergences(hidden, head, teachers, tokens, direction, chunk):
 
 
 def _run_sharded_divergences(hidden, head, teachers, tokens, direction, mesh, devices):
-    return sharded_divergences(hidden, head, teachers, tokens, _of(direction), _layout(devices, mesh))
+    return sharded_divergences(hidden, head, teachers, tokens, _of(direction), layout_of(devices, mesh))
 
 
 TOKEN_DIVERGENCES = Kernel(
@@ -185,7 +187,7 @@ SHARDED_DIVERGENCES = Kernel(
     twin=_divergence_twin,
     bound=_divergence_bound,
     inputs=lambda draw: {**_divergence_inputs(draw), "mesh": draw.sizes["mesh"]},
-    sizes={"B": (8,), "T": (2,), "D": (8,), "V": (64,), "mesh": tuple(_MESHES), "direction": ("forward", "reverse")},
+    sizes={"B": (8,), "T": (2,), "D": (8,), "V": (64,), "mesh": tuple(MESHES), "direction": ("forward", "reverse")},
     compiled=({"B": 8, "T": 256, "D": 1024, "V": 32768, "mesh": "tensor", "direction": "reverse"},),
     devices=8,
     **_ALIKE,

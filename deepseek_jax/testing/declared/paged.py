@@ -10,7 +10,10 @@ from deepseek_jax.ops import paged_attention as plain
 from deepseek_jax.ops.codes import SCALE
 from deepseek_jax.ops.indexer import choose_paged
 from deepseek_jax.ops.kernels import paged_decode
-from deepseek_jax.ops.pool import KVCache, LatentCache
+from deepseek_jax.ops.pool import CacheView, KVCache, LatentCache
+from deepseek_jax.parallel.attention import over_pool, read_blocks
+from deepseek_jax.parallel.causal_attention import causal_attention
+from deepseek_jax.sharding import LOCAL
 from deepseek_jax.testing import Draw, Kernel, choices, counts, order, split
 
 _OF_SCORES = 0.3
@@ -156,6 +159,69 @@ LATENT_PAGED = _kernel("latent_paged", plain.latent_paged)
 LATENT_PAGED_CODES = _kernel("latent_paged_codes", plain.latent_paged, coded=True)
 GROUPED_PAGED = _kernel("grouped_paged", plain.grouped_paged, heads=True)
 GROUPED_PAGED_CODES = _kernel("grouped_paged_codes", plain.grouped_paged, heads=True, coded=True)
+
+
+# --- new tokens, among themselves and over what was there before them ----------------------------
+
+
+def _continued_inputs(draw: Draw) -> dict[str, object]:
+    B, T, N, G, K, M, s = draw.of("B", "T", "N", "G", "K", "M", "s")
+    before, P = draw.ragged["before"], B * M + 1
+    table = 1 + draw.ids.permutation(B * M).reshape(B, M).astype(np.int32)
+    table = draw.dead(table, np.arange(M) >= -(-before // s)[:, None], below=P)
+    free = np.ones((P, s), bool)
+    for row, count in zip(table, before, strict=True):
+        free[row[np.arange(count) // s], np.arange(count) % s] = False
+    k, v = (draw.dead(draw.numbers(P, G, s, K), free[:, None, :, None]) for _ in range(2))
+    new = {"q": draw.numbers(B, T, N, K), "k": draw.numbers(B, G, T, K), "v": draw.numbers(B, G, T, K)}
+    return {**new, "pool": KVCache(k, v), "table_BM": table, "before": before, "valid": draw.ragged["valid"]}
+
+
+def _continued(q, k, v, pool, table_BM, before, valid):
+    at = jnp.arange(q.shape[1])
+    view = CacheView.of(table_BM, before[:, None] + at, at < valid[:, None])
+    of_pool = lambda first: read_blocks(pool, view, None, first, q.dtype, LOCAL)[:2]
+    own = causal_attention(q, k, v, None, scale=_OF_SCORES, layout=LOCAL, sums=True)
+    return over_pool(q, own, view, of_pool, pool, _OF_SCORES)
+
+
+def _joined(q, k, v, pool, table_BM, before, valid):
+    """As rows whose keys lie in one block each."""
+    (B, G, T, K), room = k.shape, table_BM.shape[1] * pool.k.shape[2]
+    at = np.arange(room + T)
+    at = np.where(at < before[:, None], at, np.minimum(at - before[:, None] + room, room + T - 1))[:, None, :, None]
+    rows = lambda pool: np.moveaxis(pool[table_BM], 1, 2).reshape(B, G, room, K)
+    keys, values = (
+        np.take_along_axis(np.concatenate([rows(old), new], axis=2), at, axis=2)
+        for old, new in ((pool.k, k), (pool.v, v))
+    )
+    seen = np.where(np.arange(T) < valid[:, None], before[:, None] + np.arange(T) + 1, 0)
+    return [q], [keys], values, np.arange(B)[:, None], seen, _OF_SCORES
+
+
+def _continued_twin(valid, **arguments):
+    out = _attended(*_joined(valid=valid, **arguments))[0]
+    return np.where((np.arange(out.shape[1]) < valid[:, None])[..., None, None], out, np.nan)
+
+
+def _continued_bound(tolerance, **arguments):
+    parts = _joined(**arguments)
+    return np.max(np.abs(parts[2]), initial=0) * (tolerance + _ROUNDING * _attended(*parts)[1])
+
+
+OVER_POOL = Kernel(
+    name="over_pool",
+    run=_continued,
+    twin=_continued_twin,
+    bound=_continued_bound,
+    inputs=_continued_inputs,
+    sizes={"B": (1, 2), "T": (1, 3, 9), "N": (4,), "G": (1, 2), "K": (8,), "s": (4,), "M": (1, 5, 70)},
+    ragged={"before": counts(lambda of: of["s"] * of["M"], "B"), "valid": counts("T", "B")},
+    # what tokens attend to among themselves is rounded before it is joined
+    tolerance={"float32": 2.0**-19, "bfloat16": 2.0**-7},
+    invariances=tuple(law(q=0, k=0, v=0, table_BM=0, before=0, valid=0) for law in (order, split)),
+    compiled=({"B": 8, "T": 256, "N": 32, "G": 8, "K": 128, "s": 16, "M": 64},),
+)
 
 
 # --- chosen keys ---------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.ops.experts import Tiles, tiled_matmul
+from deepseek_jax.ops.experts import Tiles, grouped_matmul, tiled_matmul
 from deepseek_jax.ops.kernels.packed_matmul import packed_matmul
 from deepseek_jax.ops.low_rank import LowRank, product
 from deepseek_jax.ops.packed import Packed, Packing
@@ -138,4 +138,33 @@ LOW_RANK_PRODUCT = Kernel(
     numbers=("normal", "whole", "zeros", "large"),
     invariances=(order(x=0), split(x=0)),
     compiled=({"W": 256, "K": 2048, "N": 2048, "rank": 16},),
+)
+
+
+def _grouped_low_rank_inputs(draw: Draw) -> dict[str, Any]:
+    W, E, K, N, rank = draw.of("W", "E", "K", "N", "rank")
+    of = lambda rows, columns: draw.numbers(E, rows, columns, scale=rows**-0.5)
+    sizes = draw.ragged["sizes"]
+    lhs = draw.dead(draw.numbers(W, K), ~group_of_rows(sizes, W)[1][:, None])
+    return {"lhs": lhs, "w": of(K, N), "a": of(K, rank), "b": of(rank, N), "sizes": sizes}
+
+
+def _grouped_low_rank_twin(lhs, w, a, b, sizes):
+    group, filled = group_of_rows(sizes, lhs.shape[0], jnp)
+    times = lambda x, matrix: jnp.einsum("wk,wkn->wn", x, matrix[group])
+    return jnp.where(filled[:, None], times(lhs, w) + 2 * times(times(lhs, a), b), jnp.nan)
+
+
+GROUPED_LOW_RANK = Kernel(
+    name="grouped_low_rank",
+    run=lambda lhs, w, a, b, sizes: grouped_matmul(lhs, LowRank(w=w, a=a, b=b, scale=2.0), sizes),
+    twin=_grouped_low_rank_twin,
+    inputs=_grouped_low_rank_inputs,
+    sizes={"W": (8, 20), "E": (1, 4), "K": (8, 40), "N": (16,), "rank": (1, 4)},
+    ragged={"sizes": group_sizes("W", "E")},
+    tolerance=LOW_RANK_PRODUCT.tolerance,
+    gradients=("lhs", "w", "a", "b"),
+    dead_gradients="undefined",
+    numbers=LOW_RANK_PRODUCT.numbers,
+    compiled=({"W": 1024, "E": 16, "K": 1024, "N": 512, "rank": 16},),
 )
