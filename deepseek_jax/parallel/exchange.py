@@ -14,21 +14,23 @@ from jaxtyping import Array, Float, Int
 
 from deepseek_jax.parallel.rows import by_expert, exclusive, take_rows, window
 
+BLOCK = 8  # rows that a TPU keeps together: sent one by one, all would be laid out anew before and after
+
 
 class Entries(NamedTuple):
     """A device's entries in order of experts, and how many there are on every device. All int32."""
 
     experts: Int[Array, "w A"]
-    order: Int[Array, "n"]  # entries in order of experts, n = w A
+    order: Int[Array, "n"]  # entries in order of experts; w A for none, where each expert's are filled up to blocks
     position: Int[Array, "w A"]  # of each entry in that order
-    counts: Int[Array, "P P E"]  # by source, destination and the destination's expert
+    counts: Int[Array, "P P E"]  # of places in it, by source, destination and the destination's expert
 
 
 class Exchange(NamedTuple):
     """One round's journey."""
 
     slot: Int[Array, "w A"]  # of each entry; the number of slots for those of other rounds
-    entry: Int[Array, "slots"]  # in each slot; any in those that no entry has
+    entry: Int[Array, "slots"]  # in each slot; any, or w A, in those that no entry has
     sizes: Int[Array, "E"]  # how many rows arrive for each own expert, those of the first one first
     dispatch: Callable[[jax.Array], jax.Array]  # slots -> rows in order of experts
     combine: Callable[[jax.Array], jax.Array]  # rows in order of experts -> slots
@@ -59,10 +61,11 @@ def fixed_exchange(entries: Entries, number, room: int, over: tuple[str, ...]) -
     return Exchange(slot, entry, jnp.sum(sizes, axis=0), dispatch, combine)
 
 
-def ragged_exchange(entries: Entries, number, room: int, over: tuple[str, ...]) -> Exchange:
+def ragged_exchange(entries: Entries, number, room: int, over: tuple[str, ...], block: int = 1) -> Exchange:
     """By ragged_all_to_all: `room` rows a receiver, from whomever they come; a slot is an entry's place in order.
 
-    Each source's rows for an expert travel by themselves, and land where that expert's rows are.
+    Each source's rows for an expert travel by themselves, and land where that expert's rows are; in whole blocks, of
+    which counts, places and room are multiples.
     """
     me = jax.lax.axis_index(over)
     experts, order, position, counts = entries
@@ -71,8 +74,8 @@ def ragged_exchange(entries: Entries, number, room: int, over: tuple[str, ...]) 
     begins, ends = route.begins.ravel(), (route.begins + route.sends).ravel()
     inside = (position >= begins[experts]) & (position < ends[experts])
     slot = jnp.where(inside, position, order.size)
-    dispatch = lambda rows: ragged_move(order.size, room, over, rows, route)
-    combine = lambda rows: ragged_move(room, order.size, over, rows, route.reversed())
+    dispatch = lambda rows: ragged_move(order.size, room, over, block, rows, route)
+    combine = lambda rows: ragged_move(room, order.size, over, block, rows, route.reversed())
     return Exchange(slot, order, jnp.sum(route.receives, axis=0), dispatch, combine)
 
 
@@ -113,26 +116,28 @@ def _places(sizes):
     return exclusive(sizes.reshape(sizes.shape[0], -1), axis=1).reshape(sizes.shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def ragged_move(
-    room_here: int, room_there: int, over: tuple[str, ...], rows: Float[Array, "room_here D"], route: Route
+    room_here: int, room_there: int, over: tuple[str, ...], block: int, rows: Float[Array, "room_here D"], route: Route
 ) -> Float[Array, "room_there D"]:
-    """Rows along a route; rows of the result that nothing comes to are undefined.
+    """Rows along a route, in whole blocks of them; rows of the result that nothing comes to are undefined.
 
     `jax.lax.ragged_all_to_all` where it exists; on CPU, which has none, a gather with the same offsets.
     The gradient goes the route back, whose offsets are known here; jax's own rule has to exchange them.
     """
-    return _move(room_there, over, rows, route)
+    return _move(room_there, over, block, rows, route)
 
 
-def _move(room, over, rows, route):
+def _move(room, over, block, rows, route):
     branches = {"cpu": _move_emulated, "default": _move_ragged}
-    flat = (of.ravel() for of in route)
-    return jax.lax.platform_dependent(rows, *flat, **{name: partial(f, room, over) for name, f in branches.items()})
+    branches = {name: partial(move, room // block, over) for name, move in branches.items()}
+    blocks = rows.reshape(-1, block, rows.shape[1])
+    moved = jax.lax.platform_dependent(blocks, *(of.ravel() // block for of in route), **branches)
+    return moved.reshape(room, rows.shape[1])
 
 
 def _move_ragged(room, over, rows, begins, sends, lands, arrives, receives, comes_from):
-    buffer = jax.lax.empty((room, rows.shape[1]), rows.dtype)
+    buffer = jax.lax.empty((room, *rows.shape[1:]), rows.dtype)
     return jax.lax.ragged_all_to_all(rows, buffer, begins, sends, lands, receives, axis_name=over)
 
 
@@ -142,15 +147,15 @@ def _move_emulated(room, over, rows, begins, sends, lands, arrives, receives, co
     mine = (0 <= offset) & (offset < receives)
     source = jnp.argmax(mine, axis=1) // (arrives.size // everything.shape[0])
     place = jnp.sum(jnp.where(mine, comes_from + offset, 0), axis=1)
-    return jnp.where(jnp.any(mine, axis=1)[:, None], everything[source, place], 0)
+    return jnp.where(jnp.any(mine, axis=1)[:, None, None], everything[source, place], 0)
 
 
-def _move_forward(room_here, room_there, over, rows, route):
-    return _move(room_there, over, rows, route), route
+def _move_forward(room_here, room_there, over, block, rows, route):
+    return _move(room_there, over, block, rows, route), route
 
 
-def _move_backward(room_here, room_there, over, route, d):
-    return _move(room_here, over, d, route.reversed()), None
+def _move_backward(room_here, room_there, over, block, route, d):
+    return _move(room_here, over, block, d, route.reversed()), None
 
 
 ragged_move.defvjp(_move_forward, _move_backward)

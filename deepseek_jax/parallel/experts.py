@@ -13,11 +13,12 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax.ops.experts import expert_mlp
 from deepseek_jax.ops.low_rank import LowRank, Matrix, apart, together
 from deepseek_jax.ops.packed import Packed
-from deepseek_jax.parallel.exchange import Entries, Exchange, fixed_exchange, ragged_exchange
+from deepseek_jax.parallel.exchange import BLOCK, Entries, Exchange, fixed_exchange, ragged_exchange
 from deepseek_jax.parallel.rounds import in_rounds
-from deepseek_jax.parallel.rows import exclusive, sum_rows, swiglu_groups, take_rows, window
+from deepseek_jax.parallel.rows import exclusive, locate, sum_rows, swiglu_groups, take_rows, window
 from deepseek_jax.sharding import Transport
 
+_ROWS_OF_BLOCKS = 64  # of an expert, from one device in the mean, at least: blocks then waste a twentieth
 LAYER_OF = "layer_of_"  # names what reads one layer of so many, for the cost analysis of a compiled program
 
 
@@ -226,11 +227,10 @@ def _kept_round(room, number, arrays, numbers):
 
 
 def _into_slots(x, weights, entry, slot):
-    """Of the entry in each slot its row of x and its weight."""
-    return (
-        take_rows(x, entry // weights.shape[1], slot),
-        take_rows(weights.reshape(-1, 1), entry, slot.reshape(-1, 1)),
-    )
+    """Of the entry in each slot its row of x and its weight; of none some row and 0."""
+    by_row = take_rows(weights.reshape(-1, 1), entry, slot.reshape(-1, 1))
+    by_row = jnp.where((entry < weights.size)[:, None], by_row, 0)
+    return take_rows(x, entry // weights.shape[1], slot), by_row
 
 
 def _swiglu(rows, weights, matrices, sizes, layer):
@@ -243,18 +243,21 @@ def _swiglu(rows, weights, matrices, sizes, layer):
     return swiglu_groups(rows, *matrices, sizes, weights)
 
 
-def _sent(x, weights, experts, matrices, layer, terms, *, trip: Callable[..., Exchange], fullest, shares):
+def _sent(x, weights, experts, matrices, layer, terms, *, trip: Callable[..., Exchange], fullest, shares, block):
     """Rows travel to the devices of their experts and back."""
     devices = jax.lax.axis_size(terms.over)
-    order, position = _in_order(experts)
-    counts = jax.lax.all_gather(_counts(experts, devices * matrices[0].shape[-3]), terms.over)
+    number = devices * matrices[0].shape[-3]
+    block = block if experts.size >= _ROWS_OF_BLOCKS * number else 1
+    order, position, counts = _in_blocks(experts, number, block)
+    counts = jax.lax.all_gather(counts, terms.over)
     entries = Entries(experts, order, position, counts.reshape(devices, devices, -1))
-    balanced, worst = shares(experts.size, devices)
+    balanced, worst = shares(order.size, devices)
     room = _room(terms.capacity_factor, balanced, worst)
     rounds = -(-fullest(jnp.sum(entries.counts, axis=2)) // room)
     if terms.others:  # the same loop everywhere: all devices meet in its collectives
         rounds = jax.lax.pmax(rounds, terms.others)
-    one_round = partial(_sent_round, partial(trip, room=room, over=terms.over))
+    blocks = {"block": block} if block > 1 else {}
+    one_round = partial(_sent_round, partial(trip, room=room, over=terms.over, **blocks))
     numbers = (entries, layer)
     return _all_rounds(one_round, rounds, room < worst, (x, weights, matrices), numbers).astype(x.dtype)
 
@@ -275,12 +278,14 @@ _FIXED = partial(
     _sent,
     trip=fixed_exchange,
     fullest=jnp.max,
+    block=1,
     shares=lambda entries, devices: (entries / devices, entries),  # of a pair: even, and all that the source has
 )
 _RAGGED = partial(
     _sent,
     trip=ragged_exchange,
     fullest=lambda pairs: jnp.max(jnp.sum(pairs, axis=0)),
+    block=BLOCK,
     shares=lambda entries, devices: (entries, entries * devices),  # of a receiver: even, and all that there are
 )
 
@@ -307,6 +312,23 @@ def _in_order(experts):
     """Entries in order of experts, and the place of each in that order."""
     order = jnp.argsort(experts.ravel(), stable=True).astype(jnp.int32)
     return order, jnp.argsort(order).astype(jnp.int32).reshape(experts.shape)
+
+
+def _in_blocks(experts, number, block):
+    """The same of places in order of experts, each expert's filled up to whole blocks, and how many each then has.
+
+    `experts.size` in a place is none. What is nobody's has no place, and a number past the last.
+    """
+    order, position = _in_order(experts)
+    counts = _counts(experts, number)
+    if block == 1:
+        return order, position, counts
+    places = -(-counts // block) * block
+    begin, begins = exclusive(counts), exclusive(places)
+    slots = -(-(experts.size + (block - 1) * number) // block) * block
+    run, offset = locate(jnp.arange(slots, dtype=jnp.int32), begins, counts)
+    entry = jnp.where(run < number, order.at[begin[run] + offset].get(mode="clip"), experts.size)
+    return entry, jnp.where(experts < number, position + (begins - begin)[experts], slots), places
 
 
 def _counts(experts, number):

@@ -139,7 +139,7 @@ def test_the_logarithm_of_the_sum_has_its_gradient():
 
 
 def test_a_tile_that_segments_hide_is_not_computed():
-    """NaN there reaches nothing, though a weight of 0 times NaN would: values and gradients are those of its absence."""
+    """NaN there reaches nothing, though a weight of 0 times NaN would."""
     q, k, v, _, seed = inputs(12)
     segments = np.repeat([[1, 2, 3]], 2, axis=0).repeat(4, axis=1)
     prompt_of = np.where(segments == 3, 1, segments)  # the third of three tiles sees the first and itself

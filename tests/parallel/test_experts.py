@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.ops.experts import expert_mlp, tiled_matmul
 from deepseek_jax.parallel import exchange, rows
+from deepseek_jax.parallel import experts as experts_module
 from deepseek_jax.parallel.exchange import ragged_route
 from deepseek_jax.parallel.experts import routed_experts
 from deepseek_jax.parallel.rounds import in_rounds
@@ -176,15 +177,26 @@ def what_no_row_fills_reaches_nothing() -> None:
     move, matmul = exchange._move_emulated, rows.grouped_matmul
 
     def spoiling_move(room, axis, x, *route):
-        positions, arrives, receives = jnp.arange(room)[:, None], route[3], route[4]  # flat
-        came = jnp.any((positions >= arrives) & (positions < arrives + receives), axis=1, keepdims=True)
+        positions, arrives, receives = jnp.arange(room)[:, None], route[3], route[4]
+        came = jnp.any((positions >= arrives) & (positions < arrives + receives), axis=1)[:, None, None]
         return jnp.where(came, move(room, axis, x, *route), jnp.nan)
 
     exchange._move_emulated, rows.grouped_matmul = spoiling_move, spoiling_matmul
     try:
         equals_one_device(BOTH, "ragged_all_to_all", 1.0)
+        in_blocks(BOTH)
     finally:
         exchange._move_emulated, rows.grouped_matmul = move, matmul
+
+
+def in_blocks(where: Place = LONG) -> None:
+    """Rows that travel in blocks, which are part empty, in one round and in several."""
+    rows_of_blocks, experts_module._ROWS_OF_BLOCKS = experts_module._ROWS_OF_BLOCKS, 0
+    try:
+        for capacity_factor in (1.0, ENOUGH):
+            equals_one_device(where, "ragged_all_to_all", capacity_factor)
+    finally:
+        experts_module._ROWS_OF_BLOCKS = rows_of_blocks
 
 
 def every_transport_on_every_mesh() -> None:
@@ -239,6 +251,7 @@ QUICK = [
     a_layer_of_a_stack,
     only_a_round_that_may_not_suffice_is_followed_by_a_loop,
     what_no_row_fills_reaches_nothing,
+    in_blocks,
 ]
 AT_LENGTH = [
     every_transport_on_every_mesh,
