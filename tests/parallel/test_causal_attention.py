@@ -154,6 +154,27 @@ def test_chosen_keys_equal_a_mask(T, count):
     chosen_keys_equal_a_mask_of_float64_scores(LOCAL, T, packed=T > 256, count=count)
 
 
+def test_a_choice_of_keys_has_no_array_of_all_scores():
+    """Temporaries of value and gradient grow as the sequence does, but for a bit a pair; of all pairs, as its square."""
+
+    def memory(T):
+        shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
+        given = shape(1, T, 2, 8), shape(1, 2, T, 8), shape(1, 2, T, 8)
+        of_index = shape(1, T, 3, 8), shape(1, T, 3), shape(1, T, 8)
+
+        def loss(of_index, *of):
+            q, weights, k = of_index
+            index = Index(q=q, weights=weights, k=k, count=64)
+            return jnp.sum(causal_attention(*of, None, scale=SCALE, layout=LOCAL, index=index)[0] ** 2)
+
+        run = jax.jit(jax.grad(loss, argnums=(1, 2, 3)))
+        return run.lower(of_index, *given).compile().memory_analysis().temp_size_in_bytes
+
+    few, many = memory(2048), memory(4096)
+    assert many - 4096**2 / 8 < 2.2 * (few - 2048**2 / 8)
+    assert many < 4 * 4096**2 / 2
+
+
 @pytest.mark.parametrize("T", [1, 7, 256, 257, 400])
 def test_any_length_equals_all_pairs_at_once(T):
     equals_all_pairs_at_once(LOCAL, T, packed=T > 256)
