@@ -251,7 +251,8 @@ def _sent(x, weights, experts, matrices, layer, terms, *, trip: Callable[..., Ex
     order, position, counts = _in_blocks(experts, number, block)
     counts = jax.lax.all_gather(counts, terms.over)
     entries = Entries(experts, order, position, counts.reshape(devices, devices, -1))
-    balanced, worst = shares(order.size, devices)
+    mean = experts.size + (block - 1) * number // 2  # half of an expert's last block is empty
+    balanced, worst = shares(mean, order.size, devices)
     room = _room(terms.capacity_factor, balanced, worst)
     rounds = -(-fullest(jnp.sum(entries.counts, axis=2)) // room)
     if terms.others:  # the same loop everywhere: all devices meet in its collectives
@@ -279,14 +280,14 @@ _FIXED = partial(
     trip=fixed_exchange,
     fullest=jnp.max,
     block=1,
-    shares=lambda entries, devices: (entries / devices, entries),  # of a pair: even, and all that the source has
+    shares=lambda mean, most, devices: (mean / devices, most),  # of a pair: even, and all that the source has
 )
 _RAGGED = partial(
     _sent,
     trip=ragged_exchange,
     fullest=lambda pairs: jnp.max(jnp.sum(pairs, axis=0)),
     block=BLOCK,
-    shares=lambda entries, devices: (entries, entries * devices),  # of a receiver: even, and all that there are
+    shares=lambda mean, most, devices: (mean, most * devices),  # of a receiver: even, and all that there are
 )
 
 
