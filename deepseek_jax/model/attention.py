@@ -3,12 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import GQAConfig, MLAConfig, ModelConfig
 from deepseek_jax.model.layers import Maker, Step
 from deepseek_jax.ops import attention, indexer
-from deepseek_jax.ops.flash_attention import ATTENTION
 from deepseek_jax.ops.low_rank import columns, product, whole
 from deepseek_jax.ops.norm import layer_norm, rms_norm
 from deepseek_jax.ops.pool import KVCache, LatentCache
@@ -23,7 +21,6 @@ from deepseek_jax.parallel.attention import (
     write,
 )
 from deepseek_jax.parallel.causal_attention import causal_attention
-from deepseek_jax.sharding import Layout
 
 LATENT_EPS = 1e-6  # transformers and DeepSeek fix it for the latents' norms, whatever rms_norm_eps says
 INDEX_EPS = 1e-6  # and for the indexer's layer norm
@@ -57,11 +54,10 @@ class Indexer(nnx.Module):
         q = product(latent_BTQ, self.q[...]).reshape(*x_BTD.shape[:2], self.heads, -1)
         return self._rotate(q, step), x_BTD @ self.weights
 
-    @jax.named_scope("indexer")
-    def choose(self, queries: tuple[jax.Array, jax.Array], keys_BSZ: jax.Array, visible_BTS: jax.Array) -> jax.Array:
-        """Indices [B, T, U] of the index_topk best keys; there must be so many, though not so many visible ones."""
-        q, weights = queries
-        return indexer.select_keys(indexer.index_scores(q, keys_BSZ, weights), visible_BTS, self.count)
+    def chooser(self, queries: tuple[jax.Array, jax.Array], keys_BSZ: jax.Array) -> indexer.Index:
+        """What chooses the keys of whole sequences' queries; there must be more of these than it chooses."""
+        q, weights, k = jax.lax.stop_gradient((*queries, keys_BSZ))
+        return indexer.Index(q=q, weights=weights, k=k, count=self.count)
 
     def _rotate(self, x_BTJZ, step):
         first, rest = jnp.split(x_BTJZ, [self.rotated], axis=-1)
@@ -123,27 +119,13 @@ class LatentAttention(nnx.Module):
             return spell(read_blocks(pool, step.view, layer_idx, first, new.c.dtype, self.layout))
 
         k, v = spell(new)
-        if pool is None and self._chooses_among(k.shape[2]):
-            out = self._chosen(q, k, v, index, new.index, step)
-            return self._output(checkpoint_name(out, ATTENTION)), pool
-        place = {"scale": self.scale, "layout": self.layout, "prompt_of_BT": step.prompt_of_BT}
+        chooses = pool is None and self._chooses_among(k.shape[2])
+        of_indexer = self.indexer.chooser(index, new.index) if chooses else None
+        place = {"scale": self.scale, "layout": self.layout, "prompt_of_BT": step.prompt_of_BT, "index": of_indexer}
         out, log_sum = causal_attention(q, k, v, step.segments_BT, sums=pool is not None, **place)
         if pool is not None:
             out = over_pool(q, (out, log_sum), step.view, of_pool, pool, self.scale)
         return self._output(out), pool
-
-    def _chosen(self, q, k, v, index, index_keys, step):
-        """Of whole sequences over the keys that the indexer chooses, which are any: a block of queries at a time."""
-
-        def attend_rows(queries, positions_t, end):
-            q, index, *segments = queries
-            mask = _visible(positions_t, end, q.shape[0], segments, step)
-            if self._chooses_among(end):
-                mask = indexer.chosen_mask(self.indexer.choose(index, index_keys[:, :end], mask), mask)
-            return attention.attend(q, k[:, :, :end], v[:, :, :end], mask, self.scale)
-
-        queries = q, index, step.segments_BT, step.prompt_of_BT
-        return attention.in_blocks(attend_rows, queries, **_blocks(self.layout, q.shape, self.heads))
 
     def _absorbed(self, latent, new, index, step, pool, layer_idx):
         """Without leaving the latent space: the pool is read as it is, once for all heads."""
@@ -251,20 +233,3 @@ class GroupedAttention(nnx.Module):
 
     def _output(self, out_BTNH):
         return product(out_BTNH.reshape(*out_BTNH.shape[:2], -1), self.o[...])
-
-
-def _visible(columns_t, end: int, sequences: int, segments, step: Step) -> jax.Array:
-    """What queries in these columns of whole sequences see of the first `end` keys: in packed rows, of their sample.
-
-    `segments` are the queries' numbers and, where samples share prompts, those of their prompts; else None.
-    """
-    mask = attention.causal_rows(columns_t, end, sequences)
-    own_Bt, prompt_of_Bt = segments
-    return mask if own_Bt is None else attention.same_segment(mask, own_Bt, step.segments_BT[:, :end], prompt_of_Bt)
-
-
-def _blocks(layout: Layout, shape: tuple[int, ...], heads: int) -> dict[str, int]:
-    """How `attention.in_blocks` is to cut the queries: so that a chip's scores at once stay within bounds."""
-    B, T = shape[:2]
-    scores_a_row = -(-B // layout.parts("batch")) * -(-heads // layout.parts("tensor")) * T
-    return {"rows": attention.rows_at_once(scores_a_row), "shards": layout.parts("sequence")}

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.attention import ATTENTION
 from deepseek_jax.model.block import Layer
 from deepseek_jax.model.cache import Cache, stack_sizes
 from deepseek_jax.model.layers import Maker, MoE, Phase, RouterStats, Step
 from deepseek_jax.model.mtp import MTP, ahead, ahead_within
 from deepseek_jax.ops.attention import positions_within
+from deepseek_jax.ops.flash_attention import ATTENTION
 from deepseek_jax.ops.logprobs import project
 from deepseek_jax.ops.norm import rms_norm
 from deepseek_jax.ops.pool import CacheView, Pool

@@ -30,7 +30,7 @@ def expert_mlp(
 
     Args:
         x: rows, one a token.
-        weights: float32; applied to the experts' outputs, as in DeepSeek's code.
+        weights: float32; see `weighed_swiglu`.
         experts: int32. Of a whole stack of L layers all are of one layer, l E to (l + 1) E - 1. A number past the
             last expert is nobody's: it costs nothing and adds nothing.
         gate, up, down: the experts' matrices, [*L, E, D, M] twice and [*L, E, M, D].
@@ -43,12 +43,24 @@ def expert_mlp(
     order = jnp.argsort(flat, stable=True)
     groups = math.prod(gate.shape[:-2])
     sizes = jnp.sum(flat[:, None] == jnp.arange(groups), axis=0, dtype=jnp.int32)
-    rows = x[order // A]
-    hidden = jax.nn.silu(grouped_matmul(rows, gate, sizes)) * grouped_matmul(rows, up, sizes)
+    rows, by_row = x[order // A], weights.reshape(-1, 1)[order]
+    hidden = weighed_swiglu(grouped_matmul(rows, gate, sizes), grouped_matmul(rows, up, sizes), by_row)
     filled = (jnp.arange(flat.size) < jnp.sum(sizes))[:, None]
     out = jnp.where(filled, grouped_matmul(hidden, down, sizes), 0)
     back = jnp.argsort(order)
-    return jnp.einsum("wad,wa->wd", out[back].reshape(W, A, -1), weights).astype(x.dtype)
+    return jnp.sum(out[back].reshape(W, A, -1), axis=1, dtype=jnp.float32).astype(x.dtype)
+
+
+def weighed_swiglu(
+    gate: Float[Array, "W M"], up: Float[Array, "W M"], weights: Float[Array, "W 1"] | None
+) -> Float[Array, "W M"]:
+    """weights * silu(gate) * up in float32, rounded once to the dtype of up; without weights these are 1.
+
+    DeepSeek's code weighs the experts' outputs. Here their inputs to the last product are, which is linear: weights
+    then have their gradient where the hidden numbers are, and nobody computes, keeps or sends an output twice.
+    """
+    hidden = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+    return (hidden if weights is None else weights * hidden).astype(up.dtype)
 
 
 def grouped_matmul(lhs: Float[Array, "W K"], rhs: Matrix, sizes: Int[Array, "G"]) -> Float[Array, "W N"]:
@@ -110,8 +122,9 @@ def _ragged_backward(dtype, interpret, saved, d_out):
 
     lhs, rhs, sizes = saved
     d_out = d_out.astype(lhs.dtype)
-    rows = math.gcd(lhs.shape[0], 512)
-    d_rhs = tgmm(lhs.T, d_out, sizes, rhs.dtype, tiling=(rows, 512, 512), interpret=interpret)
+    # each operand is read once for every tile of the other's width
+    tiling = (math.gcd(lhs.shape[0], 512), 1024, 1024)
+    d_rhs = tgmm(lhs.T, d_out, sizes, rhs.dtype, tiling=tiling, interpret=interpret)
     return ragged_matmul(d_out, jnp.swapaxes(rhs, 1, 2), sizes), d_rhs, None
 
 

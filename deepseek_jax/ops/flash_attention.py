@@ -1,11 +1,13 @@
 """Causal attention of whole sequences a tile of scores at a time, forward and backward: no T x T array exists.
 
-The plain form, for all platforms. Tiles that the mask hides whole are not computed. The softmax is online; the gradient
-works a tile's weights out again from the logarithms of their sums, which are kept beside the result.
+The plain form, for all platforms. Tiles that are hidden whole, by their place, by segments or because no key of them is
+chosen, are not computed. The softmax is online; the gradient works a tile's weights out again from the logarithms of
+their sums, which are kept beside the result.
 
 Source: arXiv 2205.14135 (tiles, recomputation), arXiv 1805.02867 (online softmax).
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -13,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 ATTENTION = "attention"  # what remat may keep of a layer
 _HIDDEN = -0.7 * float(np.finfo(np.float32).max)  # finite: a row may see nothing of a tile
@@ -91,6 +93,7 @@ class Operands(NamedTuple):
         at: int32 [I, t], positions of the queries.
         q_segments, k_segments: int32 [I, B, t] and [J, B, s]; None where every row is one sequence.
         q_prompts: int32 [I, B, t], of the segments with the queries' prompts; None where samples share none.
+        bits: uint8 [I, B, t, J, s/8], of the keys that V3.2's indexer lets each query see; None where it has no say.
         pairs: int32 [count, 2], tiles of queries and of keys that meet.
     """
 
@@ -101,6 +104,7 @@ class Operands(NamedTuple):
     q_segments: jax.Array | None
     k_segments: jax.Array | None
     q_prompts: jax.Array | None
+    bits: jax.Array | None
     pairs: jax.Array
 
 
@@ -116,6 +120,7 @@ def flash_attention(
     *,
     side: int,
     scale: float,
+    bits: UInt8[Array, "I B t J bytes"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Attention of queries over the keys at positions up to their own, of their own segment.
 
@@ -129,6 +134,8 @@ def flash_attention(
         pairs: int32, of `Tiling.pairs`: tiles of queries and of keys that meet.
         side: of a tile; it divides T and S.
         scale: of the scores, which are float32, as are softmax and sums.
+        bits: of each tile of queries and each of keys what is chosen of what they see (`packed`), one key at least;
+            None is all.
 
     Returns:
         In the dtype of v; and float32, the logarithm of the sum of exp(score) over the keys that a query sees.
@@ -139,7 +146,7 @@ def flash_attention(
     by_tile = lambda x: jnp.moveaxis(x.reshape(B, -1, side), 1, 0)
     queries = jnp.transpose(q.reshape(B, T // side, side, G, N // G, -1), (1, 0, 3, 4, 2, 5))
     of = (*map(by_tile, segments or ()), None, None, None)[:3]
-    out, log_sum = _attend(Operands(queries, cut(k), cut(v), at.reshape(-1, side), *of, pairs), scale)
+    out, log_sum = _attend(Operands(queries, cut(k), cut(v), at.reshape(-1, side), *of, bits, pairs), scale)
     back = lambda x: jnp.moveaxis(jnp.moveaxis(x, 4, 2), 0, 1).reshape(B, T, N, *x.shape[5:])
     return back(out), back(log_sum)
 
@@ -155,12 +162,16 @@ def _forward(of: Operands, scale: float):
 
     def add(carried, pair):
         i, j = pair
-        top, total, summed = (x[i] for x in carried)
-        scores = _scores(of, i, j, scale)
-        new = jnp.maximum(top, scores.max(axis=-1))
-        kept, weights = jnp.exp(top - new), jnp.exp(scores - new[..., None])
-        here = _product("bgmts,bgsh->bgmth", weights.astype(of.v.dtype), of.v[j])
-        values = new, kept * total + weights.sum(axis=-1), kept[..., None] * summed + here
+        seen, (top, total, summed) = _seen(of, i, j), (x[i] for x in carried)
+
+        def met():
+            scores = _scores(of, i, j, seen, scale)
+            new = jnp.maximum(top, scores.max(axis=-1))
+            kept, weights = jnp.exp(top - new), jnp.exp(scores - new[..., None])
+            here = _product("bgmts,bgsh->bgmth", weights.astype(of.v.dtype), of.v[j])
+            return new, kept * total + weights.sum(axis=-1), kept[..., None] * summed + here
+
+        values = _where_seen(of, seen, met, lambda: (top, total, summed))
         return tuple(x.at[i].set(value) for x, value in zip(carried, values, strict=True)), None
 
     empty = jnp.full(lead, _HIDDEN), jnp.zeros(lead), jnp.zeros((*lead, of.v.shape[-1]))
@@ -177,34 +188,72 @@ def _backward(scale: float, kept, given):
 
     def add(carried, pair):
         i, j = pair
-        d_q, d_k, d_v = carried
-        q, k, v, d = of.q[i], of.k[j], of.v[j], d_out[i]
-        weights = jnp.exp(_scores(of, i, j, scale) - log_sum[i][..., None])
-        d_weights = _product("bgmth,bgsh->bgmts", d, v)
-        d_scores = (weights * (d_weights - inner[i][..., None]) * scale).astype(q.dtype)
-        d_q = d_q.at[i].add(_product("bgmts,bgsk->bgmtk", d_scores, k))
-        d_k = d_k.at[j].add(_product("bgmts,bgmtk->bgsk", d_scores, q))
-        d_v = d_v.at[j].add(_product("bgmts,bgmth->bgsh", weights.astype(v.dtype), d))
-        return (d_q, d_k, d_v), None
+        seen, q, k, v, d = _seen(of, i, j), of.q[i], of.k[j], of.v[j], d_out[i]
+
+        def met():
+            weights = jnp.exp(_scores(of, i, j, seen, scale) - log_sum[i][..., None])
+            d_weights = _product("bgmth,bgsh->bgmts", d, v)
+            d_scores = (weights * (d_weights - inner[i][..., None]) * scale).astype(q.dtype)
+            d_q, d_k = _product("bgmts,bgsk->bgmtk", d_scores, k), _product("bgmts,bgmtk->bgsk", d_scores, q)
+            return d_q, d_k, _product("bgmts,bgmth->bgsh", weights.astype(v.dtype), d)
+
+        parts = _where_seen(of, seen, met, lambda: tuple(jnp.zeros(x.shape) for x in (q, k, v)))
+        return tuple(x.at[at].add(part) for x, at, part in zip(carried, (i, j, j), parts, strict=True)), None
 
     empty = tuple(jnp.zeros(x.shape) for x in of[:3])
     found, _ = jax.lax.scan(add, empty, of.pairs)
     found = (d.astype(x.dtype) for d, x in zip(found, of[:3], strict=True))
-    return (Operands(*found, None, None, None, None, None),)
+    return (Operands(*found, None, None, None, None, None, None),)
 
 
 _attend.defvjp(lambda of, scale: _forward(of, scale), _backward)
 
 
-def _scores(of: Operands, i: jax.Array, j: jax.Array, scale: float) -> jax.Array:
-    """float32 [B, G, M, t, s] of one tile."""
+def _where_seen(of: Operands, seen: jax.Array, met: Callable, otherwise: Callable):
+    """What a tile gives; one that hides all its keys is not computed. By their places alone none does."""
+    if of.q_segments is None and of.bits is None:
+        return met()
+    return jax.lax.cond(jnp.any(seen), met, otherwise)
+
+
+def _seen(of: Operands, i: jax.Array, j: jax.Array) -> jax.Array:
+    """bool [B, t, s] of one tile, or [1, t, s] where all sequences are alike."""
     side = of.k.shape[3]
-    seen = (of.at[i][:, None] >= j * side + jnp.arange(side))[None]
-    if of.q_segments is not None:
-        same = of.q_segments[i][:, :, None] == of.k_segments[j][:, None, :]
-        if of.q_prompts is not None:
-            same |= of.q_prompts[i][:, :, None] == of.k_segments[j][:, None, :]
-        seen &= same
+    segments = of.q_segments, of.k_segments, of.q_prompts
+    numbers = (None if x is None else x[at] for x, at in zip(segments, (i, j, i), strict=True))
+    seen = sees(of.at[i], j * side + jnp.arange(side), *numbers)
+    return seen if of.bits is None else seen & unpacked(of.bits[i][:, :, j], side)
+
+
+def sees(
+    at: Int[Array, "t"],
+    keys: Int[Array, "s"],
+    q_segments: Int[Array, "B t"] | None = None,
+    k_segments: Int[Array, "B s"] | None = None,
+    q_prompts: Int[Array, "B t"] | None = None,
+) -> Bool[Array, "B t s"]:
+    """Whether queries see keys, by their positions and the numbers of their segments; B is 1 without these."""
+    seen = (at[:, None] >= keys)[None]
+    if q_segments is None:
+        return seen
+    same = q_segments[:, :, None] == k_segments[:, None, :]
+    if q_prompts is not None:
+        same |= q_prompts[:, :, None] == k_segments[:, None, :]
+    return seen & same
+
+
+def packed(mask: Bool[Array, "*B s"]) -> UInt8[Array, "*B bytes"]:
+    """Eight numbers a byte, the last byte filled up."""
+    return jnp.packbits(mask, axis=-1)
+
+
+def unpacked(bits: UInt8[Array, "*B bytes"], count: int) -> Bool[Array, "*B s"]:
+    """The first `count` numbers of `packed`."""
+    return jnp.unpackbits(bits, axis=-1, count=count).astype(bool)
+
+
+def _scores(of: Operands, i: jax.Array, j: jax.Array, seen: jax.Array, scale: float) -> jax.Array:
+    """float32 [B, G, M, t, s] of one tile."""
     scores = _product("bgmtk,bgsk->bgmts", of.q[i], of.k[j]) * scale
     return jnp.where(seen[:, None, None], scores, _HIDDEN)
 

@@ -7,11 +7,30 @@ no FP8 for them. The rotation spreads outliers before they are rounded to FP8; i
 products are the same without it (`test_a_hadamard_rotation_changes_no_score`).
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from deepseek_jax.ops.paged_attention import KEYS_AT_ONCE
+from deepseek_jax.ops.paged_attention import KEYS_AT_ONCE, in_parts
+from deepseek_jax.ops.sampling import highest_threshold, sortable
+
+_SCORES_AT_ONCE = 2**26  # 256 MiB
+_KEYS_SCORED = 1024  # at once, of which all heads' products exist
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["q", "weights", "k"], meta_fields=["count"])
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """What chooses the `count` keys that each query attends to: arguments of `index_scores`."""
+
+    q: Float[Array, "B T J Z"]
+    weights: Float[Array, "B T J"]
+    k: Float[Array, "B S Z"]
+    count: int
 
 
 def index_scores(
@@ -36,6 +55,22 @@ def index_scores(
     return jnp.sum(weights[..., None] * jax.nn.relu(dots * Z**-0.5), axis=2)
 
 
+def scores_by_blocks(
+    q: Float[Array, "B T J Z"],
+    weights: Float[Array, "B T J"],
+    block: Callable[[Int[Array, ""]], Float[Array, "B span Z"]],
+    blocks: int,
+    trips: Int[Array, ""] | int,
+) -> Float[Array, "B T S"]:
+    """`index_scores` of keys that come in so many blocks, of which the first `trips` are scored and the others 0."""
+    (B, T), span = q.shape[:2], jax.eval_shape(block, jax.ShapeDtypeStruct((), jnp.int32)).shape[1]
+
+    def add(trip, scores):
+        return jax.lax.dynamic_update_slice_in_dim(scores, index_scores(q, block(trip), weights), trip * span, axis=2)
+
+    return jax.lax.fori_loop(0, trips, add, jnp.zeros((B, T, blocks * span), jnp.float32))
+
+
 def select_keys(scores: Float[Array, "B T S"], visible: Bool[Array, "B T S"], count: int) -> Int[Array, "B T U"]:
     """The `count` visible keys of the highest scores, best first; among equals the earlier key.
 
@@ -46,11 +81,31 @@ def select_keys(scores: Float[Array, "B T S"], visible: Bool[Array, "B T S"], co
     return jax.lax.top_k(jnp.where(visible, scores, -jnp.inf), count)[1]
 
 
-def chosen_mask(chosen: Int[Array, "B T U"], visible: Bool[Array, "B T S"]) -> Bool[Array, "B T S"]:
-    """True for the keys that are both chosen and visible."""
-    B, T, _ = chosen.shape
-    rows, queries = jnp.arange(B)[:, None, None], jnp.arange(T)[:, None]
-    return visible & jnp.zeros(visible.shape, bool).at[rows, queries, chosen].set(True)
+def chosen_mask(scores: Float[Array, "B T S"], visible: Bool[Array, "B T S"], count: int) -> Bool[Array, "B T S"]:
+    """True for the keys of `select_keys` that are visible; found without a sort."""
+    ordered = sortable(scores)
+    enough = lambda at_least: jnp.sum(at_least & visible, axis=-1) >= count
+    least = highest_threshold(ordered, enough)[..., None]
+    above, ties = visible & (ordered > least), visible & (ordered == least)
+    left = count - jnp.sum(above, axis=-1, keepdims=True)
+    return above | (ties & (jnp.cumsum(ties, axis=-1) <= left))
+
+
+def choose_whole(
+    q: Float[Array, "B T J Z"],
+    weights: Float[Array, "B T J"],
+    k: Float[Array, "B S Z"],
+    visible: Bool[Array, "B T S"],
+    count: int,
+) -> Bool[Array, "B T S"]:
+    """`chosen_mask` of some queries of whole sequences. Keys behind the last one that any of them sees cost nothing."""
+    S = k.shape[1]
+    span = min(_KEYS_SCORED, S)
+    k = jnp.pad(k, ((0, 0), (0, -S % span), (0, 0)))
+    block = lambda trip: jax.lax.dynamic_slice_in_dim(k, trip * span, span, axis=1)
+    end = jnp.max(jnp.where(visible, jnp.arange(1, S + 1), 0))
+    scores = scores_by_blocks(q, weights, block, k.shape[1] // span, -(-end // span))
+    return chosen_mask(scores[..., :S], visible, count)
 
 
 def choose_paged(
@@ -63,7 +118,8 @@ def choose_paged(
 ) -> Int[Array, "B T U"]:
     """`select_keys` over a paged cache: positions of the `count` best of the keys that each query sees.
 
-    Scores are worked out for a few blocks at a time, as many times as the row that sees most needs.
+    Some queries at a time, so that there are never T x S scores; these are worked out for a few blocks at a time, as
+    many times as the row that sees most needs.
 
     Args:
         q, weights: as of `index_scores`.
@@ -72,17 +128,18 @@ def choose_paged(
         seen_BT: int32, how many keys a query sees, from the row's first.
         count: of keys.
     """
-    (B, T), size = seen_BT.shape, pool.shape[1]
+    B, size = seen_BT.shape[0], pool.shape[1]
     blocks = max(1, KEYS_AT_ONCE // size)
     table_BM = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % blocks)))
-    span = blocks * size
+    trips, keys = table_BM.shape[1] // blocks, table_BM.shape[1] * size
 
-    def add(trip, scores):
+    def block(trip):
         ids = jax.lax.dynamic_slice_in_dim(table_BM, trip * blocks, blocks, axis=1)
-        found = index_scores(q, pool[ids].reshape(B, span, -1), weights)
-        return jax.lax.dynamic_update_slice_in_dim(scores, found, trip * span, axis=2)
+        return pool[ids].reshape(B, blocks * size, -1)
 
-    keys = table_BM.shape[1] * size
-    trips = -(-jnp.max(seen_BT) // span)
-    scores = jax.lax.fori_loop(0, trips, add, jnp.zeros((B, T, keys), jnp.float32))
-    return select_keys(scores, jnp.arange(keys) < seen_BT[..., None], count)
+    def choose(of):
+        q, weights, seen = of
+        scores = scores_by_blocks(q, weights, block, trips, -(-jnp.max(seen) // (blocks * size)))
+        return select_keys(scores, jnp.arange(keys) < seen[..., None], count)
+
+    return in_parts(choose, (q, weights, seen_BT), _SCORES_AT_ONCE // (B * keys))

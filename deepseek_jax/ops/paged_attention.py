@@ -7,6 +7,7 @@ read. Has no gradient.
 Source: arXiv 2309.06180 (paged attention), arXiv 1805.02867 (online softmax).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -126,7 +127,7 @@ def chosen_paged(
 
     Source: DeepSeek-V3.2-Exp report section 1, equation 2.
     """
-    (B, T, U), (_, s, C), width = chosen_BTU.shape, pool.c.shape, q.shape[-1]
+    (B, _, U), (_, s, C), width = chosen_BTU.shape, pool.c.shape, q.shape[-1]
 
     def attend_some(of):
         q, chosen, seen = of  # [B, t, ...]
@@ -141,10 +142,16 @@ def chosen_paged(
         )
         return finish(part, q.dtype).reshape(*q.shape[:3], C)
 
-    together = max(1, _GATHERED_AT_ONCE // (B * U * width))
-    pieces = next(n for n in range(1, T + 1) if T % n == 0 and T // n <= together)
-    apart = lambda x: jnp.moveaxis(x.reshape(B, pieces, T // pieces, *x.shape[2:]), 1, 0)
-    out = jax.lax.map(attend_some, jax.tree.map(apart, (q, chosen_BTU, seen_BT)))
+    return in_parts(attend_some, (q, chosen_BTU, seen_BT), _GATHERED_AT_ONCE // (B * U * width))
+
+
+def in_parts(function: Callable[[tuple[Array, ...]], Array], of: tuple[Array, ...], most: int) -> Array:
+    """A function of queries [B, T, ...] that treats each by itself, called with `most` of T at a time, one at least."""
+    B, T = of[0].shape[:2]
+    pieces = next(n for n in range(1, T + 1) if T % n == 0 and T // n <= max(1, most))
+    if pieces == 1:
+        return function(of)
+    out = jax.lax.map(function, tuple(jnp.moveaxis(x.reshape(B, pieces, T // pieces, *x.shape[2:]), 1, 0) for x in of))
     return jnp.moveaxis(out, 0, 1).reshape(B, T, *out.shape[3:])
 
 

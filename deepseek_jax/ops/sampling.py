@@ -1,5 +1,7 @@
 """Drawing the next token: bias, penalties, top-k, top-p, min-p, and noise keyed by seed and position."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
@@ -73,17 +75,23 @@ def best_tokens(logits: Float[Array, "B V"], count: int) -> tuple[Float[Array, "
 
 def _keep_above_threshold(logits, enough):
     """The highest threshold whose kept set is enough, found bit by bit: 32 passes and no sort."""
-    ordered = _sortable(logits)
+    ordered = sortable(logits)
+    return jnp.where(ordered >= highest_threshold(ordered, enough)[:, None], logits, -jnp.inf)
+
+
+def highest_threshold(
+    ordered: UInt32[Array, "*B V"], enough: Callable[[Bool[Array, "*B V"]], Bool[Array, "*B"]]
+) -> UInt32[Array, "*B"]:
+    """The highest number that leaves enough of those from it on; 0 where all are not enough."""
 
     def body(i, threshold):
         trial = threshold | (jnp.uint32(1) << jnp.uint32(31 - i))
-        return jnp.where(enough(ordered >= trial[:, None]), trial, threshold)
+        return jnp.where(enough(ordered >= trial[..., None]), trial, threshold)
 
-    threshold = jax.lax.fori_loop(0, 32, body, jnp.zeros(logits.shape[0], jnp.uint32))
-    return jnp.where(ordered >= threshold[:, None], logits, -jnp.inf)
+    return jax.lax.fori_loop(0, 32, body, jnp.zeros(ordered.shape[:-1], jnp.uint32))
 
 
-def _sortable(x: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
+def sortable(x: Float[Array, "*B V"]) -> UInt32[Array, "*B V"]:
     """float32 as unsigned integers of the same order; -0.0 counts as 0.0."""
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x).astype(jnp.float32), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))

@@ -3,7 +3,9 @@
 Where devices share a sequence, each gets an early and a late run of its queries, so that all see as many keys.
 """
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +13,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.ops.attention import attend, causal_rows, same_segment
-from deepseek_jax.ops.flash_attention import ATTENTION, Tiling, flash_attention
+from deepseek_jax.ops.flash_attention import ATTENTION, Tiling, flash_attention, packed, sees
+from deepseek_jax.ops.indexer import Index, choose_whole
 from deepseek_jax.sharding import Layout
 
 _ALL_PAIRS = 256  # tokens of a sequence at most; a CPU takes longer for value and gradients by tiles
@@ -29,12 +32,13 @@ def causal_attention(
     scale: float,
     layout: Layout,
     prompt_of_BT: jax.Array | None = None,
+    index: Index | None = None,
     sums: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Attention of every token of a sequence over those up to it, of its own segment; no T x T array exists.
 
-    On TPU jax's kernel (`ops.kernels.splash`), elsewhere, and where samples share prompts, `ops.flash_attention`, and
-    for short sequences all pairs.
+    On TPU jax's kernel (`ops.kernels.splash`), elsewhere, and where samples share prompts or keys are chosen,
+    `ops.flash_attention`, and for short sequences all pairs.
 
     Args:
         q_BTNK: queries, from position 0; B is cut by "batch", T by "sequence", N by "tensor".
@@ -45,53 +49,63 @@ def causal_attention(
         layout: whose mesh, if there is one, divides these.
         prompt_of_BT: int32, the numbers of the segments with their prompts, which they see too (`model.decoder`); None
             where samples share none.
+        index: by which keys are chosen among those that a query sees; None: it attends to all.
         sums: whether to return the logarithms of the softmax's sums; then it has no gradient.
 
     Returns:
         [B, T, N, H] in the dtype of v; and those logarithms, float32 [B, T, N], or None.
     """
     T = q_BTNK.shape[1]
-    if T <= _ALL_PAIRS and layout.parts("sequence") == 1 and not sums and _platform(layout) != "tpu":
+    few = T <= _ALL_PAIRS and layout.parts("sequence") == 1 and not sums and index is None
+    if few and _platform(layout) != "tpu":
         mask = causal_rows(jnp.arange(T), T, q_BTNK.shape[0])
         mask = mask if segments_BT is None else same_segment(mask, segments_BT, segments_BT, prompt_of_BT)
         return checkpoint_name(attend(q_BTNK, k_BGSK, v_BGSH, mask, scale), ATTENTION), None
-    tiling, attend_tiles, tables, cuts = _form(q_BTNK, k_BGSK, layout, scale, sums, shared=prompt_of_BT is not None)
+    plainly = prompt_of_BT is not None or index is not None
+    tiling, attend_tiles, tables, cuts = _form(q_BTNK, k_BGSK, layout, scale, sums, plainly=plainly)
     axis = layout.cut("sequence")[0]
 
-    def local(tables, q, k, v, segments=None, of_keys=None, *prompt_of):
-        q = _dealt(q, tiling, axis)
-        k, v = (_padded(of, 2, tiling.keys) for of in (k, v))
+    def local(tables, q, k, v, segments, index):
+        dealt, padded = partial(_dealt, of=tiling, axis=axis), partial(_padded, size=tiling.keys)
         if segments is not None:
-            prompt_of = (_dealt(of, tiling, axis) for of in prompt_of)
-            segments = _dealt(segments, tiling, axis), _padded(of_keys, 1, tiling.keys), *prompt_of
-        return tuple(_collected(of, tiling, axis) for of in attend_tiles(q, k, v, segments, tables)[: 1 + sums])
+            of_queries, of_keys, prompt_of = segments
+            of_prompts = () if prompt_of is None else (dealt(prompt_of),)
+            segments = dealt(of_queries), padded(of_keys, axis=1), *of_prompts
+        bits = {}
+        if index is not None:
+            index = dataclasses.replace(
+                index, q=dealt(index.q), weights=dealt(index.weights), k=padded(index.k, axis=1)
+            )
+            bits = {"bits": _chosen(index, segments, tables[0][0], tiling.side, layout)}
+        found = attend_tiles(dealt(q), padded(k, axis=2), padded(v, axis=2), segments, tables, **bits)
+        return tuple(_collected(of, tiling, axis) for of in found[: 1 + sums])
 
-    packed = () if segments_BT is None else (segments_BT, segments_BT)
-    packed += () if prompt_of_BT is None else (prompt_of_BT,)
-    run = local if layout.mesh is None else _on_mesh(local, layout, cuts, segments=len(packed), sums=sums)
-    out, *log_sum = run(tables, q_BTNK, k_BGSK, v_BGSH, *packed)
+    segments = None if segments_BT is None else (segments_BT, segments_BT, prompt_of_BT)
+    run = local if layout.mesh is None else _on_mesh(local, layout, cuts, segments, index, sums=sums)
+    out, *log_sum = run(tables, q_BTNK, k_BGSK, v_BGSH, segments, index)
     return out, log_sum[0] if sums else None
 
 
-def _on_mesh(local: Callable, layout: Layout, cuts: Any, *, segments: int, sums: bool) -> Callable:
-    """Each device with its own part of the arguments, so many arrays of segments' numbers among them."""
+def _on_mesh(local: Callable, layout: Layout, cuts: Any, segments: Any, index: Index | None, *, sums: bool) -> Callable:
+    """Each device with its own part of the arguments."""
     spec = lambda *axes: layout.sharding(*axes).spec
     queries, keys = spec("batch", "sequence", "tensor", None), spec("batch", "tensor", None, None)
-    of_queries = spec("batch", "sequence")
-    numbers = (of_queries, spec("batch", None), of_queries)[:segments]
+    of_queries, of_keys = spec("batch", "sequence"), spec("batch", None)
+    numbers = segments and (of_queries, of_keys, None if segments[2] is None else of_queries)
+    indexed = index and dataclasses.replace(index, q=of_queries, weights=of_queries, k=of_keys)
     results = (queries, spec("batch", "sequence", "tensor"))[: 1 + sums]
-    given = (cuts, queries, keys, keys, *numbers)
+    given = (cuts, queries, keys, keys, numbers, indexed)
     # Unchecked: a kernel does not say over which axes its result differs.
     return jax.shard_map(local, mesh=layout.mesh, in_specs=given, out_specs=results, check_vma=False)
 
 
 def _form(
-    q: jax.Array, k: jax.Array, layout: Layout, scale: float, sums: bool, *, shared: bool
+    q: jax.Array, k: jax.Array, layout: Layout, scale: float, sums: bool, *, plainly: bool
 ) -> tuple[Tiling, Callable, Any, Any]:
     """The tiles, what attends with them on a device, and its tables with the way these are cut."""
     B, T, N, _ = q.shape
     parts = layout.parts("sequence")
-    if _platform(layout) == "tpu" and not shared:  # the kernel compares one number of a query with one of a key
+    if _platform(layout) == "tpu" and not plainly:  # the kernel compares one number of a query with one of a key
         from deepseek_jax.ops.kernels import splash  # Pallas is slow to import
 
         tiling = splash.tiling(T, parts)
@@ -103,13 +117,37 @@ def _form(
     scores = -(-B // layout.parts("batch")) * -(-N // layout.parts("tensor"))
     tiling = Tiling(T, parts, _side(-(-T // parts // (1 if parts == 1 else 2)), T, scores, _platform(layout)))
 
-    def plain(q, k, v, segments, tables):
+    def plain(q, k, v, segments, tables, bits=None):
         at, pairs = (of[0] for of in tables)
-        return flash_attention(q, k, v, segments, at, pairs, side=tiling.side, scale=scale)
+        return flash_attention(q, k, v, segments, at, pairs, side=tiling.side, scale=scale, bits=bits)
 
     tables = tuple(map(jnp.asarray, (tiling.positions(), tiling.pairs())))
     cut = None if layout.mesh is None else layout.sharding("sequence").spec
     return tiling, plain, tables, (cut, cut)
+
+
+def _chosen(index: Index, segments: Any, at: jax.Array, side: int, layout: Layout) -> jax.Array:
+    """The bits of the chosen keys for `flash_attention`, a tile of queries at a time.
+
+    Devices that have the same queries, for other heads, share the work.
+    """
+    B, tiles, keys = index.q.shape[0], at.size // side, index.k.shape[1]
+    q_segments, k_segments, q_prompts = (*(segments or (None, None)), None)[:3]
+
+    def of_tile(i):
+        rows = lambda x: None if x is None else jax.lax.dynamic_slice_in_dim(x, i * side, side, axis=1)
+        visible = sees(rows(at[None])[0], jnp.arange(keys), rows(q_segments), k_segments, rows(q_prompts))
+        visible = jnp.broadcast_to(visible, (B, side, keys))
+        chosen = choose_whole(rows(index.q), rows(index.weights), index.k, visible, index.count)
+        return packed(chosen.reshape(B, side, -1, side))
+
+    with jax.named_scope("indexer"):
+        sharing = layout.cut("tensor") if layout.parts("tensor") > 1 else ()
+        if not sharing:
+            return jax.lax.map(of_tile, jnp.arange(tiles))
+        own = -(-tiles // layout.parts("tensor"))
+        mine = jnp.minimum(jax.lax.axis_index(sharing) * own + jnp.arange(own), tiles - 1)
+        return jax.lax.all_gather(jax.lax.map(of_tile, mine), sharing, tiled=True)[:tiles]
 
 
 def _platform(layout: Layout) -> str:

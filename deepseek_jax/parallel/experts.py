@@ -13,11 +13,12 @@ from jaxtyping import Array, Float, Int
 from deepseek_jax.ops.experts import expert_mlp
 from deepseek_jax.ops.low_rank import LowRank, Matrix, apart, together
 from deepseek_jax.ops.packed import Packed
-from deepseek_jax.parallel.exchange import Entries, Exchange, fixed_exchange, ragged_exchange
+from deepseek_jax.parallel.exchange import BLOCK, Entries, Exchange, fixed_exchange, ragged_exchange
 from deepseek_jax.parallel.rounds import in_rounds
-from deepseek_jax.parallel.rows import by_expert, exclusive, swiglu_groups, take_rows, window
+from deepseek_jax.parallel.rows import exclusive, locate, sum_rows, swiglu_groups, take_rows, window
 from deepseek_jax.sharding import Transport
 
+_ROWS_OF_BLOCKS = 64  # of an expert, from one device in the mean, at least: blocks then waste a twentieth
 LAYER_OF = "layer_of_"  # names what reads one layer of so many, for the cost analysis of a compiled program
 
 
@@ -47,7 +48,7 @@ def routed_experts(
 
     Args:
         x_BTD: lies on the mesh with B over `rows` and T over `columns`, whole over `inner`; so do the next two.
-        weights_BTA: of the routing; they stay where they are, and are applied in float32.
+        weights_BTA: float32, of the routing; they travel with the rows (`ops.experts.weighed_swiglu`).
         experts_BTA: int32, 0 to E - 1; E is nobody's, costs nothing and adds nothing.
         gate_EDM: [*L, E, D, M] with E over `over`, D over `gathered`, M over `inner`; what low rank it has beside it as
             its axes. A packed one is cut by E alone.
@@ -218,32 +219,46 @@ def _kept_round(room, number, arrays, numbers):
     entry = order.at[positions].get(mode="fill", fill_value=order.size)
     inside = (position >= first) & (position < jnp.minimum(first + room, jnp.sum(counts)))
     slot = jnp.where(inside, position - first, room)
-    rows = take_rows(x, entry // weights.shape[1], slot)
-    return _added(_swiglu(rows, matrices, sizes, layer), weights, entry)
+    rows, by_row = _into_slots(x, weights, entry, slot)
+    out = _swiglu(rows, by_row, matrices, sizes, layer)
+    filled = (entry < weights.size)[:, None]
+    total = jnp.zeros(x.shape, jnp.float32)
+    return total.at[entry // weights.shape[1]].add(jnp.where(filled, out, 0).astype(jnp.float32), mode="drop")
 
 
-def _swiglu(rows, matrices, sizes, layer):
+def _into_slots(x, weights, entry, slot):
+    """Of the entry in each slot its row of x and its weight; of none some row and 0."""
+    by_row = take_rows(weights.reshape(-1, 1), entry, slot.reshape(-1, 1))
+    by_row = jnp.where((entry < weights.size)[:, None], by_row, 0)
+    return take_rows(x, entry // weights.shape[1], slot), by_row
+
+
+def _swiglu(rows, weights, matrices, sizes, layer):
     """Rows through the experts of a layer; the other layers of a stack get none, and are not read."""
     if layer is not None:
         stacks, experts = matrices[0].shape[:2]
         sizes = jax.lax.dynamic_update_slice(jnp.zeros(stacks * experts, sizes.dtype), sizes, (layer * experts,))
         with jax.named_scope(f"{LAYER_OF}{stacks}"):
-            return swiglu_groups(rows, *matrices, sizes)
-    return swiglu_groups(rows, *matrices, sizes)
+            return swiglu_groups(rows, *matrices, sizes, weights)
+    return swiglu_groups(rows, *matrices, sizes, weights)
 
 
-def _sent(x, weights, experts, matrices, layer, terms, *, trip: Callable[..., Exchange], fullest, shares):
+def _sent(x, weights, experts, matrices, layer, terms, *, trip: Callable[..., Exchange], fullest, shares, block):
     """Rows travel to the devices of their experts and back."""
     devices = jax.lax.axis_size(terms.over)
-    order, position = _in_order(experts)
-    counts = jax.lax.all_gather(_counts(experts, devices * matrices[0].shape[-3]), terms.over)
+    number = devices * matrices[0].shape[-3]
+    block = block if experts.size >= _ROWS_OF_BLOCKS * number else 1
+    order, position, counts = _in_blocks(experts, number, block)
+    counts = jax.lax.all_gather(counts, terms.over)
     entries = Entries(experts, order, position, counts.reshape(devices, devices, -1))
-    balanced, worst = shares(experts.size, devices)
+    mean = experts.size + (block - 1) * number // 2  # half of an expert's last block is empty
+    balanced, worst = shares(mean, order.size, devices)
     room = _room(terms.capacity_factor, balanced, worst)
     rounds = -(-fullest(jnp.sum(entries.counts, axis=2)) // room)
     if terms.others:  # the same loop everywhere: all devices meet in its collectives
         rounds = jax.lax.pmax(rounds, terms.others)
-    one_round = partial(_sent_round, partial(trip, room=room, over=terms.over))
+    blocks = {"block": block} if block > 1 else {}
+    one_round = partial(_sent_round, partial(trip, room=room, over=terms.over, **blocks))
     numbers = (entries, layer)
     return _all_rounds(one_round, rounds, room < worst, (x, weights, matrices), numbers).astype(x.dtype)
 
@@ -254,26 +269,25 @@ def _sent_round(trip, number, arrays, numbers):
     entries, layer = numbers
     go = trip(entries, number)
     with jax.named_scope("dispatch"):
-        arrived = go.dispatch(take_rows(x, go.entry // weights.shape[1], go.slot))
-        order, inverse = by_expert(go.starts, go.sizes, arrived.shape[0])
-        rows = take_rows(arrived, order, inverse[:, None])
-    out = _swiglu(rows, matrices, jnp.sum(go.sizes, axis=0), layer)
+        rows, by_row = map(go.dispatch, _into_slots(x, weights, go.entry, go.slot))
+    out = _swiglu(rows, by_row, matrices, go.sizes, layer)
     with jax.named_scope("combine"):
-        returned = go.combine(take_rows(out, inverse, order[:, None]))
-        return _combined(returned, weights, go.slot, go.entry)
+        return sum_rows(go.combine(out), go.slot, go.entry // weights.shape[1])
 
 
 _FIXED = partial(
     _sent,
     trip=fixed_exchange,
     fullest=jnp.max,
-    shares=lambda entries, devices: (entries / devices, entries),  # of a pair: even, and all that the source has
+    block=1,
+    shares=lambda mean, most, devices: (mean / devices, most),  # of a pair: even, and all that the source has
 )
 _RAGGED = partial(
     _sent,
     trip=ragged_exchange,
     fullest=lambda pairs: jnp.max(jnp.sum(pairs, axis=0)),
-    shares=lambda entries, devices: (entries, entries * devices),  # of a receiver: even, and all that there are
+    block=BLOCK,
+    shares=lambda mean, most, devices: (mean, most * devices),  # of a receiver: even, and all that there are
 )
 
 
@@ -295,25 +309,27 @@ def _all_rounds(one_round, count, several, arrays, numbers):
     return in_rounds(run, count, rest, (frozen, numbers))
 
 
-def _combined(rows, weights, slot, entry):
-    """sum_a weights[:, a] * rows[slot[:, a]] in float32, over the entries that have a slot."""
-    each = take_rows(rows, slot.ravel(), entry[:, None]).reshape(*slot.shape, -1)
-    return jnp.einsum("wad,wa->wd", each, weights, preferred_element_type=jnp.float32)
-
-
-def _added(rows, weights, entry):
-    """The same where only few entries have a row: rows times their weights, added up where they belong."""
-    count, width = weights.shape
-    weight = weights.ravel().at[entry].get(mode="fill", fill_value=0)
-    filled = (entry < weights.size)[:, None]
-    weighed = jnp.where(filled, rows, 0).astype(jnp.float32) * weight[:, None]
-    return jnp.zeros((count, rows.shape[1]), jnp.float32).at[entry // width].add(weighed, mode="drop")
-
-
 def _in_order(experts):
     """Entries in order of experts, and the place of each in that order."""
     order = jnp.argsort(experts.ravel(), stable=True).astype(jnp.int32)
     return order, jnp.argsort(order).astype(jnp.int32).reshape(experts.shape)
+
+
+def _in_blocks(experts, number, block):
+    """The same of places in order of experts, each expert's filled up to whole blocks, and how many each then has.
+
+    `experts.size` in a place is none. What is nobody's has no place, and a number past the last.
+    """
+    order, position = _in_order(experts)
+    counts = _counts(experts, number)
+    if block == 1:
+        return order, position, counts
+    places = -(-counts // block) * block
+    begin, begins = exclusive(counts), exclusive(places)
+    slots = -(-(experts.size + (block - 1) * number) // block) * block
+    run, offset = locate(jnp.arange(slots, dtype=jnp.int32), begins, counts)
+    entry = jnp.where(run < number, order.at[begin[run] + offset].get(mode="clip"), experts.size)
+    return entry, jnp.where(experts < number, position + (begins - begin)[experts], slots), places
 
 
 def _counts(experts, number):
@@ -321,5 +337,10 @@ def _counts(experts, number):
 
 
 def _room(capacity_factor: float, balanced: float, worst: int) -> int:
-    """Rows of a round: `capacity_factor` times the even share in whole eights, and never more than there can be."""
-    return min(8 * math.ceil(capacity_factor * balanced / 8), worst)
+    """Rows of a round: `capacity_factor` times the even share, and never more than there can be.
+
+    In whole eights; of many rows in whole tiles of the grouped products, a power of two that adds no more than 1/32.
+    """
+    wanted = math.ceil(capacity_factor * balanced)
+    whole = min(512, max(8, 1 << max(0, wanted // 32).bit_length() - 1)) if wanted >= 32 else 8
+    return min(whole * math.ceil(wanted / whole), worst)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deepseek_jax.ops.experts import grouped_matmul
+from deepseek_jax.ops.experts import grouped_matmul, weighed_swiglu
 from deepseek_jax.ops.low_rank import Matrix
 
 
@@ -16,25 +16,42 @@ def take_rows(x: Float[Array, "n D"], index: Int[Array, "m"], back: Int[Array, "
 
     Args:
         x: rows.
-        index: of rows; n gives a row of zeros.
-        back: where in the result each row of x stands, up to a times; m is nowhere.
+        index: of rows; n is none, and gives some row: zeros there would be a pass over memory of their own.
+        back: where in the result each row of x stands, up to a times; m is nowhere. What is given back in other
+            places, NaN or not, does not count.
     """
     return _taken(x, index)
 
 
+@jax.custom_vjp
+def sum_rows(x: Float[Array, "m D"], back: Int[Array, "n a"], index: Int[Array, "m"]) -> Float[Array, "n D"]:
+    """sum_a x[back[:, a]] in float32, m counting as zeros: the transpose of `take_rows`, as that is of this.
+
+    Args:
+        x: rows, of which those in no place of `back` do not count, NaN or not.
+        back: of rows.
+        index: in which row of the result each row of x is counted; n is in none.
+    """
+    return _summed(x, back)
+
+
 def _taken(x, index):
-    return x.at[index].get(mode="fill", fill_value=0)
+    return x.at[index].get(mode="clip")
 
 
-def _take_forward(x, index, back):
-    return _taken(x, index), back
+def _summed(x, back):
+    there = (back < x.shape[0])[..., None]
+    return jnp.sum(jnp.where(there, _taken(x, back), 0), axis=1, dtype=jnp.float32)
 
 
-def _take_backward(back, d):
-    return jnp.sum(_taken(d, back), axis=1, dtype=jnp.float32).astype(d.dtype), None, None
-
-
-take_rows.defvjp(_take_forward, _take_backward)
+take_rows.defvjp(
+    lambda x, index, back: (_taken(x, index), back),
+    lambda back, d: (_summed(d, back).astype(d.dtype), None, None),
+)
+sum_rows.defvjp(
+    lambda x, back, index: (_summed(x, back), (index, x[:0])),
+    lambda kept, d: (_taken(d.astype(kept[1].dtype), kept[0]), None, None),
+)
 
 
 def swiglu_groups(
@@ -43,15 +60,23 @@ def swiglu_groups(
     up: Matrix,
     down: Matrix,
     sizes: Int[Array, "G"],
+    weights: Float[Array, "W 1"] | None = None,
 ) -> Float[Array, "W D"]:
     """SwiGLU_e of the rows of each group e; the groups lie one after another. Of a stack, one layer's have rows.
 
     Rows past the last group cost nothing. They are undefined in the result, and nothing of them, NaN or not, reaches
-    the other rows or a gradient of the weights.
+    the other rows or a gradient of the matrices.
+
+    Args:
+        rows: sorted by group.
+        gate, up, down: the groups' matrices.
+        sizes: of the groups.
+        weights: float32, what each row's result is multiplied by; None is 1.
     """
     filled = (jnp.arange(rows.shape[0]) < jnp.sum(sizes))[:, None]
     hidden = lambda weight: jnp.where(filled, grouped_matmul(rows, weight, sizes), 0)
-    return grouped_matmul(jax.nn.silu(hidden(gate)) * hidden(up), down, sizes)
+    weights = None if weights is None else jnp.where(filled, weights, 0)
+    return grouped_matmul(weighed_swiglu(hidden(gate), hidden(up), weights), down, sizes)
 
 
 def by_expert(

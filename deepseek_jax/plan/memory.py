@@ -21,7 +21,8 @@ from deepseek_jax.sharding import LOCAL
 Moments = Literal["float32", "bfloat16"]
 PREFILL_TOKENS = 1024  # of one sequence that are prefilled at once
 CAPACITY_FACTOR = LOCAL.capacity_factor  # room for experts' rows beyond an even load
-_SCORES = 2**27  # at once, `ops.attention.rows_at_once`
+_SCORES = 2**27  # of a tile at most, `parallel.causal_attention`
+_KEYS_SCORED = 1024  # at once, `ops.indexer`
 _TILES = 8  # of scores along a sequence, `parallel.causal_attention`
 _LOGITS = 2**25  # at once, `ops.logprobs.positions_at_once`
 
@@ -89,7 +90,7 @@ def layer_activations(
 
     Returns:
         attention: queries, keys, values and output of all heads of this device; keys of the whole sequence.
-        scores: a tile's, float32, with the softmax beside them; where V3.2's indexer chooses, a block's and its own.
+        scores: a tile's, float32, with the softmax beside them; and what V3.2's indexer works on where it chooses.
         experts: the rows that this device's experts compute, with SLACK: input, gate, up, their product, output.
         dense: the same of the dense or the shared feed-forward.
         states: the residual stream, its norm, and what is added.
@@ -101,9 +102,7 @@ def layer_activations(
     else:
         key = value = a.head_dim
         keys = tokens * sizes.context * a.num_key_value_heads / sizes.tensor * 2 * key
-    ranking = _index_heads(config, length) / sizes.tensor
-    pairs = tokens * sizes.context * length
-    scores = min(_SCORES, pairs * N) * (1 + ranking / N) if ranking else min(_SCORES, pairs * N / _TILES**2)
+    scores = min(_SCORES, tokens * sizes.context * length * N / _TILES**2)
     routed = 0.0
     inner = config.intermediate_size if moe_layers(config) < config.num_hidden_layers else 0
     if config.moe is not None:
@@ -117,11 +116,20 @@ def layer_activations(
     twice = 1 if workload == "serve" else 2
     return {
         "attention": math.ceil(twice * number * (tokens * N * (key + value) + keys)),
-        "scores": math.ceil(twice * 2 * 4 * scores),
+        "scores": math.ceil(twice * 2 * 4 * scores + _choice(config, tokens * sizes.context / length, length, N)),
         "experts": math.ceil(twice * number * routed),
         "dense": math.ceil(twice * number * tokens * 3 * inner / sizes.tensor),
         "states": twice * number * 3 * tokens * D,
     }
+
+
+def _choice(config: ModelConfig, sequences: float, length: int, heads: float) -> float:
+    """Bytes that V3.2's indexer works on: a tile of queries' scores in two forms, and all its heads' for some keys."""
+    ranking = _index_heads(config, length)
+    if not ranking:
+        return 0
+    side = min(length / _TILES, (_SCORES / sequences / heads) ** 0.5)
+    return 4 * sequences * side * (2 * length + ranking * _KEYS_SCORED)
 
 
 def _index_heads(config: ModelConfig, keys: int) -> int:

@@ -138,6 +138,20 @@ def test_the_logarithm_of_the_sum_has_its_gradient():
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_a_tile_that_segments_hide_is_not_computed():
+    """NaN there reaches nothing, though a weight of 0 times NaN would."""
+    q, k, v, _, seed = inputs(12)
+    segments = np.repeat([[1, 2, 3]], 2, axis=0).repeat(4, axis=1)
+    prompt_of = np.where(segments == 3, 1, segments)  # the third of three tiles sees the first and itself
+    k[:, :, 4:8], v[:, :, 4:8], seed[:, 4:8] = np.nan, np.nan, 0
+    got = by_tiles(q, k, v, segments, seed, prompt_of, side=4)
+    k[:, :, 4:8], v[:, :, 4:8] = 0, 0
+    wanted = exact(q, k, v, segments, seed, prompt_of)
+    for place, axis in ((0, 1), (1, 1), (2, 1), (3, 2), (4, 2)):
+        kept = lambda of, axis=axis: np.delete(np.asarray(of), np.s_[4:8], axis=axis)
+        np.testing.assert_allclose(kept(got[place]), kept(wanted[place]), rtol=1e-5, atol=1e-6)
+
+
 def test_no_array_has_all_scores():
     """Temporaries of value and gradient grow as the sequence does, where the plain form's grow as its square."""
 

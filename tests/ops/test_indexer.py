@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepseek_jax.ops import indexer
 from deepseek_jax.ops.attention import (
     absorb,
     attend_absorbed,
@@ -14,14 +15,21 @@ from deepseek_jax.ops.attention import (
     causal_mask,
     project_values,
 )
-from deepseek_jax.ops.indexer import choose_paged, chosen_mask, index_scores, select_keys
+from deepseek_jax.ops.indexer import choose_paged, choose_whole, chosen_mask, index_scores, select_keys
 from deepseek_jax.ops.paged_attention import chosen_paged
 from deepseek_jax.ops.pool import LatentCache
 
 SCALE = 0.37
 sizes = st.sampled_from([1, 2, 5])
 scored = jax.jit(index_scores)
-selected = jax.jit(lambda *a: chosen_mask(select_keys(*a), a[1]), static_argnums=2)
+selected = jax.jit(chosen_mask, static_argnums=2)
+
+
+@jax.jit
+def among(chosen, visible):
+    """The mask of chosen keys' numbers."""
+    rows, queries = jnp.arange(len(chosen))[:, None, None], jnp.arange(chosen.shape[1])[:, None]
+    return visible & jnp.zeros(visible.shape, bool).at[rows, queries, chosen].set(True)
 
 
 def scores_twin(q, k, weights):
@@ -104,8 +112,13 @@ def test_selection_equals_sorting(T, keys, share, seed):
     rng = np.random.default_rng(seed)
     scores = rng.choice([-1.5, -0.0, 0.0, 0.5, 2.0], size=(2, T, S)).astype(np.float32)
     visible = rng.random((2, T, S)) < share
-    got = selected(jnp.asarray(scores), jnp.asarray(visible), count)
-    np.testing.assert_array_equal(got, selection_twin(scores, visible, count))
+    of = jnp.asarray(scores), jnp.asarray(visible)
+    wanted = selection_twin(scores, visible, count)
+    np.testing.assert_array_equal(selected(*of, count), wanted)
+    np.testing.assert_array_equal(among(ranked(*of, count), visible), wanted)
+
+
+ranked = jax.jit(select_keys, static_argnums=2)
 
 
 def test_a_query_gets_count_keys_or_all_that_it_sees():
@@ -142,10 +155,10 @@ def over_chosen(q_nope, q_rope, c, k_rope, w_k, w_v, chosen, visible):
 def test_gathering_equals_masking(masked):
     arrays, chosen, visible = attention_inputs()
     got = jax.jit(over_chosen)(*arrays, chosen, visible)
-    np.testing.assert_allclose(got, masked(*arrays, chosen_mask(chosen, visible), SCALE), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got, masked(*arrays, among(chosen, visible), SCALE), rtol=1e-4, atol=1e-5)
 
 
-def test_keys_are_chosen_over_blocks_as_over_a_whole_cache():
+def test_keys_are_chosen_over_blocks_as_over_a_whole_cache(monkeypatch):
     """Whatever the blocks, and whatever lies in those that nobody sees."""
     rng = np.random.default_rng(3)
     B, T, J, Z, S, size = 2, 3, 4, 6, 40, 4
@@ -157,6 +170,20 @@ def test_keys_are_chosen_over_blocks_as_over_a_whole_cache():
     got = jax.jit(choose_paged, static_argnums=5)(q, weights, pool, table, seen, 6)
     wanted = select_keys(index_scores(q, k, weights), jnp.arange(S) < seen[..., None], 6)
     np.testing.assert_array_equal(got, wanted)
+    monkeypatch.setattr(indexer, "_SCORES_AT_ONCE", B * S)  # a query at a time
+    apart = jax.jit(lambda *of: choose_paged(*of, 6))(q, weights, pool, table, seen)
+    np.testing.assert_array_equal(apart, wanted)
+
+
+@pytest.mark.parametrize("at_once", [4, 7, 100])
+def test_keys_of_whole_sequences_are_chosen_a_few_at_a_time(at_once, monkeypatch):
+    """Whatever lies behind the last key that a query sees: it is not scored."""
+    monkeypatch.setattr(indexer, "_KEYS_SCORED", at_once)
+    q, k, weights = inputs(5, 2, 3, 30, 4, 8)
+    visible = causal_mask(jnp.asarray([[2, 9, 11], [0, 4, 17]]), jnp.tile(jnp.arange(30), (2, 1)))
+    visible = visible.at[0, 2, :5].set(False)
+    got = jax.jit(lambda *of: choose_whole(*of, 5))(q, weights, k.at[:, 28:].set(jnp.nan), visible)
+    np.testing.assert_array_equal(got, selection_twin(scores_twin(*exact((q, k, weights))), np.asarray(visible), 5))
 
 
 def test_keys_that_were_not_chosen_are_not_read():

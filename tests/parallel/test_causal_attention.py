@@ -18,6 +18,7 @@ import pytest
 from jax.experimental import topologies
 
 from deepseek_jax.ops.attention import attend, causal_mask, same_segment
+from deepseek_jax.ops.indexer import Index
 from deepseek_jax.ops.kernels import splash
 from deepseek_jax.parallel import causal_attention as module
 from deepseek_jax.parallel.causal_attention import causal_attention
@@ -54,6 +55,32 @@ def equals_all_pairs_at_once(layout: Layout, T: int, packed: bool) -> None:
     np.testing.assert_allclose(out, plain(*given, ids), rtol=1e-4, atol=1e-5)
 
 
+def chosen_keys_equal_a_mask_of_float64_scores(layout: Layout, T: int, packed: bool, count: int) -> None:
+    """Values and gradients; the mask is of the formula and of a sort, all pairs at once."""
+    given, ids, seed = inputs(T, packed)
+    rng = np.random.default_rng(1)
+    iq, iw, ik = (rng.normal(size=of).astype(np.float32) for of in ((B, T, 3, 8), (B, T, 3), (B, T, 8)))
+    iw[:, ::3] = 0  # all keys are then liked as much, and the earliest are taken
+    at = np.arange(T)
+    visible = np.broadcast_to(at <= at[:, None], (B, T, T))
+    if packed:
+        visible = visible & (np.asarray(ids)[:, :, None] == np.asarray(ids)[:, None])
+    dots = np.maximum(np.einsum("btjz,bsz->btsj", iq.astype(np.float64), ik.astype(np.float64)), 0)
+    liked = np.where(visible, np.einsum("btsj,btj->bts", dots, iw.astype(np.float64)), -np.inf)
+    rank = np.argsort(np.argsort(-liked, axis=-1, kind="stable"), axis=-1)
+    mask = jnp.asarray(visible & (rank < count))
+    assert 0.05 < mask.mean() / visible.mean() < 0.9
+    index = Index(q=jnp.asarray(iq), weights=jnp.asarray(iw), k=jnp.asarray(ik), count=count)
+    of_layout = lambda *of: causal_attention(*of, ids, scale=SCALE, layout=layout, index=index)[0]
+    run = lambda f: jax.jit(jax.value_and_grad(lambda *of: jnp.sum(seed * f(*of)), argnums=(0, 1, 2)))(*given)
+    wanted = run(lambda *of: attend(*of, mask, SCALE))
+    for name, (got, of_mask) in zip(
+        ("y", "d q", "d k", "d v"), zip(*map(jax.tree.leaves, (run(of_layout), wanted)), strict=True), strict=True
+    ):
+        message = f"{name}, {T} tokens, packed {packed}, {layout.mesh}"
+        np.testing.assert_allclose(got, of_mask, rtol=1e-4, atol=2e-5, err_msg=message)
+
+
 def on_mesh(**sizes: int) -> Layout:
     return Layout(mesh=make_mesh(**sizes))
 
@@ -72,6 +99,12 @@ def devices_that_share_a_sequence_equal_all_pairs_at_once():
             equals_all_pairs_at_once(on_mesh(**sizes), T, packed)
     equals_all_pairs_at_once(on_mesh(context=8), 24, True)
     equals_all_pairs_at_once(on_mesh(context=8), 8, False)
+
+
+def devices_choose_keys_as_one_does():
+    """Those that have other heads of the same queries share the choice, of tiles that they divide or not."""
+    chosen_keys_equal_a_mask_of_float64_scores(on_mesh(context=2, tensor=2, data=2), 300, True, 20)
+    chosen_keys_equal_a_mask_of_float64_scores(Layout(mesh=make_mesh(jax.devices()[:2], tensor=2)), 40, False, 7)
 
 
 def a_shared_sequence_costs_a_device_half_of_its_rows():
@@ -95,6 +128,7 @@ def the_kernel_on_a_mesh_equals_all_pairs_at_once():
 LAWS = (
     devices_that_share_nothing_equal_all_pairs_at_once,
     devices_that_share_a_sequence_equal_all_pairs_at_once,
+    devices_choose_keys_as_one_does,
     a_shared_sequence_costs_a_device_half_of_its_rows,
 )
 SLOW = (the_kernel_on_a_mesh_equals_all_pairs_at_once,)
@@ -113,6 +147,32 @@ def test_the_kernel_on_a_mesh(found_slow):
 
 
 # --- one device ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("T", "count"), [(23, 6), (300, 40)])
+def test_chosen_keys_equal_a_mask(T, count):
+    chosen_keys_equal_a_mask_of_float64_scores(LOCAL, T, packed=T > 256, count=count)
+
+
+def test_a_choice_of_keys_has_no_array_of_all_scores():
+    """Temporaries of value and gradient grow as the sequence does, but for a bit a pair; of all pairs, as its square."""
+
+    def memory(T):
+        shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
+        given = shape(1, T, 2, 8), shape(1, 2, T, 8), shape(1, 2, T, 8)
+        of_index = shape(1, T, 3, 8), shape(1, T, 3), shape(1, T, 8)
+
+        def loss(of_index, *of):
+            q, weights, k = of_index
+            index = Index(q=q, weights=weights, k=k, count=64)
+            return jnp.sum(causal_attention(*of, None, scale=SCALE, layout=LOCAL, index=index)[0] ** 2)
+
+        run = jax.jit(jax.grad(loss, argnums=(1, 2, 3)))
+        return run.lower(of_index, *given).compile().memory_analysis().temp_size_in_bytes
+
+    few, many = memory(2048), memory(4096)
+    assert many - 4096**2 / 8 < 2.2 * (few - 2048**2 / 8)
+    assert many < 4 * 4096**2 / 2
 
 
 @pytest.mark.parametrize("T", [1, 7, 256, 257, 400])

@@ -17,10 +17,11 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.ops.experts import expert_mlp, tiled_matmul
 from deepseek_jax.parallel import exchange, rows
+from deepseek_jax.parallel import experts as experts_module
 from deepseek_jax.parallel.exchange import ragged_route
 from deepseek_jax.parallel.experts import routed_experts
 from deepseek_jax.parallel.rounds import in_rounds
-from deepseek_jax.parallel.rows import by_expert, swiglu_groups, take_rows
+from deepseek_jax.parallel.rows import by_expert, sum_rows, swiglu_groups, take_rows
 from deepseek_jax.sharding import AXES, make_mesh
 from tests.laws import fixture_of, found_of
 
@@ -177,14 +178,25 @@ def what_no_row_fills_reaches_nothing() -> None:
 
     def spoiling_move(room, axis, x, *route):
         positions, arrives, receives = jnp.arange(room)[:, None], route[3], route[4]
-        came = jnp.any((positions >= arrives) & (positions < arrives + receives), axis=1, keepdims=True)
+        came = jnp.any((positions >= arrives) & (positions < arrives + receives), axis=1)[:, None, None]
         return jnp.where(came, move(room, axis, x, *route), jnp.nan)
 
     exchange._move_emulated, rows.grouped_matmul = spoiling_move, spoiling_matmul
     try:
         equals_one_device(BOTH, "ragged_all_to_all", 1.0)
+        in_blocks(BOTH)
     finally:
         exchange._move_emulated, rows.grouped_matmul = move, matmul
+
+
+def in_blocks(where: Place = LONG) -> None:
+    """Rows that travel in blocks, which are part empty, in one round and in several."""
+    rows_of_blocks, experts_module._ROWS_OF_BLOCKS = experts_module._ROWS_OF_BLOCKS, 0
+    try:
+        for capacity_factor in (1.0, ENOUGH):
+            equals_one_device(where, "ragged_all_to_all", capacity_factor)
+    finally:
+        experts_module._ROWS_OF_BLOCKS = rows_of_blocks
 
 
 def every_transport_on_every_mesh() -> None:
@@ -239,6 +251,7 @@ QUICK = [
     a_layer_of_a_stack,
     only_a_round_that_may_not_suffice_is_followed_by_a_loop,
     what_no_row_fills_reaches_nothing,
+    in_blocks,
 ]
 AT_LENGTH = [
     every_transport_on_every_mesh,
@@ -373,14 +386,40 @@ def test_experts_that_the_axes_do_not_divide_are_refused(over, says):
 def test_taken_rows_have_the_gradient_of_an_index():
     """Rows taken twice, once and never, and places that take none."""
     x = jnp.arange(12.0).reshape(4, 3)
-    index = jnp.asarray([2, 0, 4, 2, 3])
-    back = jnp.asarray([[1, 5], [5, 5], [0, 3], [5, 4]])
-    d = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)
-    out, pull = jax.vjp(lambda x: take_rows(x, index, back), x)
-    np.testing.assert_array_equal(out, np.concatenate([x, np.zeros((1, 3))])[index])
-    wanted = np.zeros((5, 3), np.float32)
-    np.add.at(wanted, index, d)
-    np.testing.assert_allclose(pull(d)[0], wanted[:4], rtol=1e-6)
+    out, pull = jax.vjp(lambda x: take_rows(x, TAKEN, STANDS), x)
+    np.testing.assert_array_equal(out[HAVE], x[TAKEN[HAVE]])
+    d = given_back()
+    np.testing.assert_allclose(pull(d)[0], added_up(d), rtol=1e-6)
+
+
+def test_summed_rows_are_the_transpose_of_taken_ones():
+    """Of rows in bfloat16 the sums are float32, and the gradient is bfloat16 again."""
+    x = given_back()
+    out, pull = jax.vjp(lambda x: sum_rows(x, STANDS, TAKEN), x)
+    np.testing.assert_allclose(out, added_up(x), rtol=1e-6)
+    d = jnp.arange(12.0).reshape(4, 3)
+    np.testing.assert_array_equal(pull(d)[0][HAVE], d[TAKEN[HAVE]])
+    out, pull = jax.vjp(lambda x: sum_rows(x, STANDS, TAKEN), x.astype(jnp.bfloat16))
+    assert out.dtype == jnp.float32 and pull(d)[0].dtype == jnp.bfloat16
+
+
+# which of 4 rows is taken into each of 5 places, one of them taking none; and where each row then stands
+TAKEN = jnp.asarray([2, 0, 4, 2, 3])
+STANDS = jnp.asarray([[1, 5], [5, 5], [0, 3], [5, 4]])
+HAVE = np.asarray([0, 1, 3, 4])
+
+
+def given_back():
+    """Numbers for 5 places, NaN in the one that takes no row."""
+    d = np.random.default_rng(0).normal(size=(5, 3))
+    d[2] = np.nan
+    return jnp.asarray(d, jnp.float32)
+
+
+def added_up(d):
+    wanted = np.zeros((4, 3), np.float32)
+    np.add.at(wanted, np.asarray(TAKEN)[HAVE], np.asarray(d)[HAVE])
+    return wanted
 
 
 @st.composite
@@ -423,53 +462,55 @@ def test_rows_past_the_last_group_reach_nothing(monkeypatch):
 
 # --- the route of a ragged round, against what jax says ragged_all_to_all does with it -----------
 
-P = 4
+P, OWN = 4, 2
 
 
 @st.composite
 def loads(draw):
-    """How many rows each of P devices has for each, and room for a round."""
-    pairs = draw(st.lists(st.integers(0, 6), min_size=P * P, max_size=P * P))
-    return np.asarray(pairs, np.int32).reshape(P, P), draw(st.integers(1, 30))
+    """How many rows each of P devices has for each of every device's experts, and room for a round."""
+    count = P * P * OWN
+    counts = draw(st.lists(st.integers(0, 6), min_size=count, max_size=count))
+    return np.asarray(counts, np.int32).reshape(P, P, OWN), draw(st.integers(1, 30))
 
 
 @jax.jit
-def routes(pairs, first, room):
-    return [ragged_route(pairs, me, first, room) for me in range(P)]
+def routes(counts, first, room):
+    return [ragged_route(counts, me, first, room) for me in range(P)]
 
 
 def moved(operands, routes, room):
     """ragged_all_to_all as its documentation has it; -1 where nothing is written."""
     results = np.full((P, room), -1)
     for source, operand in enumerate(operands):
-        for target in range(P):
-            begin, size, lands = (int(a[target]) for a in routes[source][:3])
-            assert size == routes[target].receives[source] and 0 <= begin <= len(operand) - size
+        for target, own in itertools.product(range(P), range(OWN)):
+            begin, size, lands = (int(a[target, own]) for a in routes[source][:3])
+            assert size == routes[target].receives[source, own] and 0 <= begin <= len(operand) - size
             assert 0 <= lands <= room - size and (results[target, lands : lands + size] == -1).all()
+            assert size == 0 or lands == routes[target].arrives[source, own]
             results[target, lands : lands + size] = operand[begin : begin + size]
     return results
 
 
 @given(loads())
 def test_rounds_of_a_ragged_exchange_bring_every_row_there_and_back(load):
-    pairs, room = load
-    operands = [1000 * s + np.arange(total) for s, total in enumerate(pairs.sum(1))]
-    ends = pairs.cumsum(axis=1)
-    arrivals = [
-        np.concatenate([operands[s][ends[s, d] - pairs[s, d] : ends[s, d]] for s in range(P)]) for d in range(P)
-    ]
-    returned = np.full((P, 40), -1)
-    for first in range(0, pairs.sum(0).max(), room):
-        there = jax.tree.map(np.asarray, routes(pairs, first, room))
+    """There in order of experts, and of sources for each."""
+    counts, room = load
+    operands = [1000 * s + np.arange(of.sum()) for s, of in enumerate(counts)]
+    runs = [np.split(operand, of.cumsum()[:-1]) for operand, of in zip(operands, counts, strict=True)]
+    of_expert = lambda d, e: np.concatenate([runs[s][d * OWN + e] for s in range(P)])
+    arrivals = [np.concatenate([of_expert(d, e) for e in range(OWN)]) for d in range(P)]
+    returned = np.full((P, 60), -1)
+    for first in range(0, counts.sum((0, 2)).max(), room):
+        there = jax.tree.map(np.asarray, routes(counts, first, room))
         arrived = moved(operands, there, room)
         for d in range(P):
             wanted = arrivals[d][first : first + room]
             np.testing.assert_array_equal(arrived[d], [*wanted, *[-1] * (room - len(wanted))])
-        back = moved(arrived, [route.reversed() for route in there], 40)
+        back = moved(arrived, [route.reversed() for route in there], 60)
         assert (np.minimum(returned, back) == -1).all(), "a row came back twice"
         returned = np.maximum(returned, back)
     for s, operand in enumerate(operands):
-        np.testing.assert_array_equal(returned[s], [*operand, *[-1] * (40 - len(operand))])
+        np.testing.assert_array_equal(returned[s], [*operand, *[-1] * (60 - len(operand))])
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
