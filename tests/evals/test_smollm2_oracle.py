@@ -1,7 +1,7 @@
 """A real pretrained model on real questions: our verdicts are those of transformers' greedy answers to like prompts.
 
 SMOLLM2 names the model's folder; SMOLLM2_SAMPLES a folder that `deepseek-jax evaluate --temperature 0` wrote, else one
-is made of the first rows.
+is made of the first SMOLLM2_ROWS rows, 32 by default.
 """
 
 import json
@@ -17,7 +17,7 @@ from deepseek_jax.evals.tasks import TASKS
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 FILES = {"gsm8k": "gsm8k/test.jsonl", "svamp": "svamp/test.jsonl"}
-BATCH, ROWS, TOKENS = 32, 32, 256
+BATCH, ROWS, TOKENS = 100, int(os.environ.get("SMOLLM2_ROWS", "32")), 256
 
 pytestmark = [
     pytest.mark.oracle,
