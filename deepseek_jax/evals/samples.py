@@ -3,6 +3,7 @@
 A line is whole or it is not there: what a killed process left half-written is cut off at the next start.
 """
 
+import contextlib
 import json
 import os
 import threading
@@ -71,12 +72,22 @@ class Samples:
                 ) from None
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Add samples; when this returns a kill of the process does not lose them."""
+        """Add samples; when this returns a kill of the process does not lose them.
+
+        Raises:
+            OSError: the disk is full, say; none is added then, and no part of a line.
+        """
+        records = list(records)
         with self._lock:
-            with self.path.open("ab") as file:
-                for record in records:
-                    file.write(json_line(record))
-                    self._held[key_of(record)] = record
+            size = self.path.stat().st_size if self.path.exists() else 0
+            try:
+                with self.path.open("ab") as file:
+                    file.writelines(map(json_line, records))
+            except OSError as problem:
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, size)
+                raise OSError(problem.errno, problem.strerror, str(self.path)) from None
+            self._held |= {key_of(record): record for record in records}
 
     def put_in_order(self, benchmarks: Sequence[str]) -> None:
         """Write the file anew, by benchmark, budget, problem and sample."""

@@ -1,6 +1,7 @@
 """Benchmarks whose graders run more than Python: a patch under a repository's tests, a checker, a compiler."""
 
 import json
+import shutil
 
 import pytest
 
@@ -94,6 +95,29 @@ def test_a_patch_is_right_where_the_tests_pass(graded, repositories):
     assert (repositories / "me__calc" / "calc" / "add.py").read_text().endswith("a - b\n")
     (missing,) = graded(TASKS["swebench"], SWE | {"repo": "me/other"}, FIXED, repositories=repositories)
     assert missing.score is None and "no folder of the repository" in missing.reason
+
+
+def test_a_patch_is_wrong_only_where_the_own_one_of_the_row_passes(graded, repositories):
+    """Tests whose library is not here, or whose names are not pytest's, say nothing; a patch that keeps them from
+    starting is wrong, and so is one that forges what they say."""
+    wrong = FIXED.replace("a + b", "b - a")
+    (found,) = graded(TASKS["swebench"], SWE | {"patch": FIXED}, wrong, repositories=repositories)
+    assert found.score == 0.0
+    names = {"FAIL_TO_PASS": '["test_two (tests.test_add.AddTests)"]', "PASS_TO_PASS": "[]"}
+    (found,) = graded(TASKS["swebench"], SWE | names | {"patch": FIXED}, FIXED, repositories=repositories)
+    assert found.score is None and "1 of 1 tests fail with the row's own patch too, such as 'test_two (" in found.reason
+    under_a_file = "--- /dev/null\n+++ b/calc/add.py/x.py\n@@ -0,0 +1 @@\n+x = 1\n"
+    lines = ["import contextlib, os", "for out in range(3, 9):", "    with contextlib.suppress(OSError):",
+             "        os.write(out, b'[' * 99999)", "os._exit(0)"]  # fmt: skip
+    head = f"--- /dev/null\n+++ b/conftest.py\n@@ -0,0 +1,{len(lines)} @@\n"
+    forging = head + "".join(f"+{line}\n" for line in lines)
+    for row in (SWE, SWE | {"patch": FIXED}):
+        found = graded(TASKS["swebench"], row, FIXED + under_a_file, forging, repositories=repositories)
+        assert [grade.score for grade in found] == [0, 0]
+    lacking = shutil.copytree(repositories, repositories.with_name("lacking"))
+    (lacking / "me__calc" / "calc" / "__init__.py").write_text("import no_such_library\n")
+    (found,) = graded(TASKS["swebench"], SWE | {"patch": FIXED}, wrong, repositories=lacking)
+    assert found.score is None
 
 
 def test_predictions_have_the_form_of_swe_bench():

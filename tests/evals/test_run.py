@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -151,6 +152,24 @@ def test_a_sample_is_a_function_of_seed_benchmark_problem_and_number(benchmark):
     assert benchmark._replace(problems=benchmark.problems[:5]).wanted(Key("gsm8k", 4, 2)) == wanted
     others = [benchmark._replace(seed=1).wanted(Key("gsm8k", 4, 2)), benchmark.wanted(Key("gsm8k", 4, 1))]
     assert wanted.seed not in {other.seed for other in others}
+
+
+def test_a_full_disk_leaves_whole_lines(benchmark, tmp_path):
+    """So that what is added when there is room again begins a line of its own."""
+    ran(benchmark, MadeUp(), tmp_path / "whole")
+    lines = list(map(json.loads, (tmp_path / "whole" / "samples.jsonl").read_text().splitlines()))
+    held = Samples(tmp_path)
+    held.append(lines[:2])
+    before, limit = (tmp_path / "samples.jsonl").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, limit[1]))
+    try:
+        with pytest.raises(OSError, match="samples.jsonl"):
+            held.append(lines[2:4])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (tmp_path / "samples.jsonl").read_bytes() == before and len(held) == 2
+    held.append(lines[4:])
+    assert len(Samples(tmp_path)) == len(held) == 34
 
 
 def test_a_file_that_holds_no_samples_is_refused(tmp_path):

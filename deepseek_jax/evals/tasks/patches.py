@@ -12,8 +12,8 @@ from typing import Any
 
 from deepseek_jax.data.sources import Row
 from deepseek_jax.evals.fields import lines, maybe, parsed, text, value
-from deepseek_jax.evals.graders import Graders
-from deepseek_jax.evals.patches import applied, diff_of, read_diff
+from deepseek_jax.evals.graders import GraderConfig, Graders
+from deepseek_jax.evals.patches import FilePatch, applied, diff_of, read_diff
 from deepseek_jax.evals.running import need_sandbox, tried
 from deepseek_jax.evals.task import Answered, Grade, Problem, Style, Task
 from deepseek_jax.rewards.assertions import TestsUnusable
@@ -67,7 +67,12 @@ def _read(row: Row, number: int) -> Problem:
             read_diff(test_patch)
         except ValueError as problem:
             raise ValueError(f"'test_patch': {problem}") from None
-    more = {"repo": text(row, "repo"), "test_patch": test_patch, "shown": maybe(row, "text")}
+    more = {
+        "repo": text(row, "repo"),
+        "test_patch": test_patch,
+        "patch": maybe(row, "patch"),
+        "shown": maybe(row, "text"),
+    }
     id = text(row, "instance_id")
     if not re.fullmatch(r"[\w.-]+", id) or not re.fullmatch(r"[\w.-]+(?:/[\w.-]+)?", more["repo"]):
         raise ValueError(f"'instance_id', 'repo': got {id!r:.60} and {more['repo']!r:.60}, wanted plain names")
@@ -118,40 +123,70 @@ def _grade(rows: Sequence[Answered], graders: Graders) -> list[Grade]:
     """All of FAIL_TO_PASS and PASS_TO_PASS pass after the patch, which fits.
 
     The repository's code and its tests run in one process, as in SWE-bench: a patch that is made to deceive its own
-    tests can. What the patch does to files of the test patch is undone.
+    tests can. What the patch does to files of the test patch is undone. A patch is wrong only where the row's own one
+    passes; tests that fail with that too (a library that is not here, names that are not pytest's) give no score.
     """
-    return [tried(lambda row=row: _one(row, graders)) for row in rows]
+    return [tried(lambda row=row: _one(row, graders.config)) for row in rows]
 
 
-def _one(row: Answered, graders: Graders) -> Grade:
-    folder = folder_of(row.problem, graders.config.repositories)
+def _one(row: Answered, config: GraderConfig) -> Grade:
+    folder, more = folder_of(row.problem, config.repositories), row.problem.more
     if folder is None:
         return Grade(None, reason=f"no folder of the repository: {row.problem.id}")
-    files = _files(folder)
-    wanted = read_diff(row.problem.more["test_patch"]) if row.problem.more["test_patch"] else []
-    of_tests = {name for patch in wanted for name in (patch.before, patch.after) if name is not None}
     patch = patch_of(row)
-    if patch is None:
-        return Grade(0.0, parts={"applies": 0.0})
     try:
-        changed = applied(files, read_diff(patch))
+        changed = _changed(folder, read_diff(patch or ""), more["test_patch"])
     except ValueError:
         return Grade(0.0, parts={"applies": 0.0})
-    for name in of_tests:
+    tests = (*row.problem.tests["FAIL_TO_PASS"], *row.problem.tests["PASS_TO_PASS"])
+    passed = _passed(changed, tests, config)
+    if not set(tests) <= passed and (reason := _unusable(folder, more["patch"], more["test_patch"], tests, config)):
+        return Grade(None, reason=reason[:300])
+    return Grade(float(set(tests) <= passed), parts={"applies": 1.0, "tests": len(passed & set(tests)) / len(tests)})
+
+
+def _changed(folder: Path, patch: Sequence[FilePatch], test_patch: str) -> dict[str, bytes]:
+    """A repository with a patch and the test patch, which has the last word on its files.
+
+    Raises:
+        ValueError: the patch does not fit.
+        TestsUnusable: the test patch does not.
+    """
+    files = _files(folder)
+    changed = applied(files, patch)
+    wanted = read_diff(test_patch) if test_patch else []
+    for name in {name for each in wanted for name in (each.before, each.after) if name is not None}:
         changed.pop(name, None)
         if name in files:
             changed[name] = files[name]
     try:
-        changed = applied(changed, wanted)
+        return applied(changed, wanted)
     except ValueError as problem:
-        return Grade(None, reason=f"test_patch: {problem}"[:300])
-    tests = [*row.problem.tests["FAIL_TO_PASS"], *row.problem.tests["PASS_TO_PASS"]]
-    passed = _passed(changed, tests, graders)
-    return Grade(float(set(tests) <= passed), parts={"applies": 1.0, "tests": len(passed & set(tests)) / len(tests)})
+        raise TestsUnusable(f"test_patch: {problem}") from None
 
 
-def _passed(files: Mapping[str, bytes], tests: list[str], graders: Graders) -> set[str]:
-    """The tests that pass, by pytest's names of them."""
+@lru_cache(maxsize=1024)
+def _unusable(folder: Path, patch: str, test_patch: str, tests: tuple[str, ...], config: GraderConfig) -> str:
+    """Why tests say nothing: they fail with the row's own patch too, or do not start; "" where they do."""
+    try:
+        passed = _passed(
+            _changed(folder, read_diff(patch) if patch else [], test_patch), tests, config, must_start=True
+        )
+    except (ValueError, TestsUnusable) as problem:
+        return f"{problem}; check out the row's base_commit"
+    missing = [name for name in tests if name not in passed] if patch else []
+    if not missing:
+        return ""
+    return (
+        f"{len(missing)} of {len(tests)} tests fail with the row's own patch too, such as {missing[0]!r:.80}; they run "
+        "by pytest, beside numpy: put what else they import into the repository's folder"
+    )
+
+
+def _passed(
+    files: Mapping[str, bytes], tests: Sequence[str], config: GraderConfig, *, must_start: bool = False
+) -> set[str]:
+    """The tests that pass, by pytest's names of them; none where they do not start."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as tar:
         for name, content in files.items():
@@ -159,22 +194,22 @@ def _passed(files: Mapping[str, bytes], tests: list[str], graders: Graders) -> s
             entry.size, entry.mode = len(content), 0o644
             tar.addfile(entry, io.BytesIO(content))
     limits = Limits(
-        seconds=graders.config.seconds or _SECONDS,
+        seconds=config.seconds or _SECONDS,
         memory_bytes=4 << 30,
         processes=16,
         file_bytes=2 * packed.tell() + (256 << 20),
         output_bytes=16 << 20,
     )
     given = {"repository.tar": packed.getvalue(), "tests.json": json.dumps(tests), **_shim()}
-    folders = tuple(map(str, graders.config.folders))
+    folders = tuple(map(str, config.folders))
     program = Program(source=_RUNNER, files=given, limits=limits, packages=_PACKAGES, folders=folders)
-    ran = run_program(program, allow_unsandboxed=graders.config.allow_unsandboxed)
-    if not ran.stdout.startswith(b"r"):
+    ran = run_program(program, allow_unsandboxed=config.allow_unsandboxed)
+    if not ran.stdout.startswith(b"r") and must_start:
         last = ran.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise TestsUnusable(f"swebench: the tests did not start ({ran.kind}): {last}; pip install pytest")
     try:
         found = json.loads(ran.stdout[1:] or b"[]")
-    except ValueError:
+    except (ValueError, RecursionError):  # the repository's doing
         return set()
     return {name for name in found if isinstance(name, str)} if isinstance(found, list) else set()
 
