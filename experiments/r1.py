@@ -8,8 +8,8 @@ distill` distils on-policy instead). After every stage it is scored on held-out 
 than any demonstration. With `--model`, `--data`, `--held-out` and `--cold-start` the same stages train a checkpoint;
 `--preset paper` has R1's numbers, `--set` any other.
 
-Cost: five models of half a million parameters, one after the other: 16 minutes of one core, and some more to compile.
-Expected: 0, 12, 28, 33 and 35 % after base, cold start, RL-1, SFT and RL-2 (LOG.md, one seed). A killed run goes on
+Cost: five models of half a million parameters, one after the other: about 20 minutes of one core, compiling with it.
+Expected: 0, 15 and 57 % after base, cold start and RL-1 (LOG.md, two seeds). A killed run goes on
 when the same command is given again; what is done is not done again. report.html and summary.json tell of all stages;
 `tools/report.py RUN` writes them anew.
 """
