@@ -9,6 +9,7 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
 
@@ -32,14 +33,16 @@ def tiling(length: int, parts: int) -> Tiling:
 
 
 @lru_cache(maxsize=32)
-def kernel(of: Tiling, heads: int, *, sums: bool = False, interpret: bool = False) -> SplashAttentionKernel:
+def kernel(
+    of: Tiling, heads: int, *, sums: bool = False, interpret: bool | pltpu.InterpretParams = False
+) -> SplashAttentionKernel:
     """The kernel of some heads, for all devices that share a sequence: give each its part (`manual_sharding_spec`).
 
     Args:
         of: tiles, whose side is a multiple of 128.
         heads: of queries, on one device.
         sums: whether it returns the logarithms of the softmax's sums too; then it has no gradient.
-        interpret: run without a TPU.
+        interpret: run as plain JAX, on any device; or as jax's model of a TPU.
     """
     positions = of.positions()
     mask = splash.CausalMask((positions.size, of.keys))
