@@ -63,27 +63,32 @@ def causal_attention(
         return checkpoint_name(attend(q_BTNK, k_BGSK, v_BGSH, mask, scale), ATTENTION), None
     plainly = prompt_of_BT is not None or index is not None
     tiling, attend_tiles, tables, cuts = _form(q_BTNK, k_BGSK, layout, scale, sums, plainly=plainly)
+    segments = None if segments_BT is None else (segments_BT, segments_BT, prompt_of_BT)
+    run = _on_device(tiling, attend_tiles, layout, 1 + sums)
+    if layout.mesh is not None:
+        run = _on_mesh(run, layout, cuts, segments, index, sums=sums)
+    out, *log_sum = run(tables, q_BTNK, k_BGSK, v_BGSH, segments, index)
+    return out, log_sum[0] if sums else None
+
+
+def _on_device(tiling: Tiling, attend_tiles: Callable, layout: Layout, results: int) -> Callable:
+    """What a device does with its part of the arguments."""
     axis = layout.cut("sequence")[0]
+    dealt, padded = partial(_dealt, of=tiling, axis=axis), partial(_padded, size=tiling.keys)
 
     def local(tables, q, k, v, segments, index):
-        dealt, padded = partial(_dealt, of=tiling, axis=axis), partial(_padded, size=tiling.keys)
         if segments is not None:
             of_queries, of_keys, prompt_of = segments
             of_prompts = () if prompt_of is None else (dealt(prompt_of),)
             segments = dealt(of_queries), padded(of_keys, axis=1), *of_prompts
         bits = {}
         if index is not None:
-            index = dataclasses.replace(
-                index, q=dealt(index.q), weights=dealt(index.weights), k=padded(index.k, axis=1)
-            )
-            bits = {"bits": _chosen(index, segments, tables[0][0], tiling.side, layout)}
+            own = {"q": dealt(index.q), "weights": dealt(index.weights), "k": padded(index.k, axis=1)}
+            bits["bits"] = _chosen(dataclasses.replace(index, **own), segments, tables[0][0], tiling.side, layout)
         found = attend_tiles(dealt(q), padded(k, axis=2), padded(v, axis=2), segments, tables, **bits)
-        return tuple(_collected(of, tiling, axis) for of in found[: 1 + sums])
+        return tuple(_collected(of, tiling, axis) for of in found[:results])
 
-    segments = None if segments_BT is None else (segments_BT, segments_BT, prompt_of_BT)
-    run = local if layout.mesh is None else _on_mesh(local, layout, cuts, segments, index, sums=sums)
-    out, *log_sum = run(tables, q_BTNK, k_BGSK, v_BGSH, segments, index)
-    return out, log_sum[0] if sums else None
+    return local
 
 
 def _on_mesh(local: Callable, layout: Layout, cuts: Any, segments: Any, index: Index | None, *, sums: bool) -> Callable:

@@ -155,7 +155,7 @@ def test_chosen_keys_equal_a_mask(T, count):
 
 
 def test_a_choice_of_keys_has_no_array_of_all_scores():
-    """Temporaries of value and gradient grow as the sequence does, but for a bit a pair; of all pairs, as its square."""
+    """Temporaries of value and gradient grow as the sequence does, but for a bit a pair."""
 
     def memory(T):
         shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
