@@ -152,6 +152,9 @@ def test_choice_verdicts(graded):
         "Answer C",
     )
     assert scores(graded("gpqa", GPQA, *marked)) == [1, 1, 1, 1, 1, 0]
+    reasoned = ("C, because red is warm", "(C) since it is red", "C; for blue is cold", "B, because", "C, D", "C and B")
+    told = [f"Answer: {each}" for each in reasoned]
+    assert scores(graded("gpqa", GPQA, *told)) == [1, 1, 1, 0, 0, 0]
     pro = {"question": "?", "options": list("abcdefghij"), "answer": "J", "answer_index": 9, "question_id": 7}
     assert scores(graded("mmlu_pro", pro, "Answer: J", "Answer: A")) == [1, 0]
     mmlu = {"question": "?", "choices": ["x", "y", "z", "w"], "answer": 1, "subject": "law"}

@@ -1,6 +1,7 @@
 """Multiple choice: GPQA, MMLU, MMLU-Pro."""
 
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from string import ascii_uppercase
@@ -18,6 +19,7 @@ _SIMPLE = (
     "'Answer: $LETTER' (without quotes) where LETTER is one of {letters}. Think step by step before answering.\n\n"
     "{question}\n\n{options}"
 )
+_REASONED = re.compile(r"\(?([A-Z])\)?(?:\s*[,;.]\s+|\s+)(?:because|since|as|for|which|given)\b")
 _LM_EVAL = "{question}\n{options}\nAnswer:"
 
 
@@ -65,12 +67,18 @@ def grade_choices(rows: Sequence[Answered], graders: Graders) -> list[Grade]:
     grades = []
     for row in rows:
         found = row.style.strict(row.text)
-        chosen = None if found is None else chosen_option(found, row.problem.choices)
+        chosen = None if found is None else _option(found, row.problem.choices)
         guess = extract_lenient(row.text)
-        lax = chosen or (None if guess is None else chosen_option(guess, row.problem.choices))
+        lax = chosen or (None if guess is None else _option(guess, row.problem.choices))
         right = row.problem.answer
         grades.append(Grade(float(chosen == right), float(lax == right), chosen))
     return grades
+
+
+def _option(answer: str, choices: Sequence[str]) -> str | None:
+    """A letter, an option's text, or a letter with its reason behind it."""
+    reasoned = _REASONED.match(answer)
+    return chosen_option(answer, choices) or (chosen_option(reasoned[1], choices) if reasoned else None)
 
 
 def _same(pairs: Sequence[tuple[str, str]], graders: Graders) -> list[bool]:
