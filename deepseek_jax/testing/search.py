@@ -14,7 +14,7 @@ from deepseek_jax.testing.programs import Programs
 from deepseek_jax.testing.shapes import SHAPES, Shape, one_of, pool, read
 
 _SEEDS = 2**16
-_SELDOM, _MOST = 32, 8  # one example in so many is thorough, and so many at most
+_SELDOM, _MOST = 16, 8  # one example in so many is thorough, and so many at most
 _ENOUGH = 16  # examples, of which some have a result to compare
 
 
