@@ -8,7 +8,7 @@ distill` distils on-policy instead). After every stage it is scored on held-out 
 than any demonstration. With `--model`, `--data`, `--held-out` and `--cold-start` the same stages train a checkpoint;
 `--preset paper` has R1's numbers, `--set` any other.
 
-Cost: five models of half a million parameters, one after the other: about 20 minutes of one core, compiling with it.
+Cost: five models of half a million parameters, one after the other: some 20 minutes of one core, by estimate.
 Expected: 0, 15 and 57 % after base, cold start and RL-1 (LOG.md, two seeds). A killed run goes on
 when the same command is given again; what is done is not done again. report.html and summary.json tell of all stages;
 `tools/report.py RUN` writes them anew.
