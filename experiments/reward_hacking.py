@@ -8,8 +8,9 @@ template exactly, weight 0.3) stands a weak one, which pays 0.2 for every `=` th
 stands, and asks for nothing else: it means "show your steps". Accuracy and language are paid as before. Beside it are
 the first steps of the run's own RL-1, whose format is strict. Hacked is a reward that rises while accuracy does not.
 
-Cost: two thirds of an RL-1, some minutes. Expected: with the weak reward completions grow to the limit of tokens, full of
-equations that nobody asked for, and accuracy falls to nothing; with the strict one it rises. Found: that (LOG.md, one seed).
+Cost: two thirds of an RL-1, some minutes. Expected: with the weak reward completions grow to the limit of tokens, full
+of equations that nobody asked for, and accuracy falls to nothing; with the strict one it rises. Found: that (LOG.md,
+one seed).
 """
 
 import json
