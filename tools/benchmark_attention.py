@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.cli import run
-from deepseek_jax.ops.attention import attend, causal_rows, in_blocks, rows_at_once
+from deepseek_jax.ops.attention import attend, causal_mask
 from deepseek_jax.parallel.causal_attention import causal_attention
 from deepseek_jax.sharding import LOCAL
 
@@ -82,13 +82,8 @@ def _by_tiles(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | No
 
 
 def _all_pairs(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """In blocks of queries where the scores would exceed half a GiB."""
-    B, T, N, K = q.shape
-
-    def attend_rows(q, positions_t, end):
-        return attend(q, k[:, :, :end], v[:, :, :end], causal_rows(positions_t, end, B), K**-0.5)
-
-    return in_blocks(attend_rows, q, rows=rows_at_once(B * N * T), shards=1)
+    positions = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
+    return attend(q, k, v, causal_mask(positions, positions), q.shape[-1] ** -0.5)
 
 
 def _with_gradients(form: Callable, seed: jax.Array) -> Callable:

@@ -3,17 +3,11 @@
 Masks are boolean [B, T, S], true where a query may look. Softmax runs in float32.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from deepseek_jax.ops.low_rank import LowRank, einsum
-
-_SCORES_AT_ONCE = 2**27
-_SPANS = 8  # in how many steps the keys that a block of queries reads grow: 9/16 of all pairs instead of 1/2
 
 
 def causal_mask(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
@@ -138,62 +132,6 @@ def attend_latents(
     scores += jnp.einsum("btnr,bsr->bnts", q_rope, k_rope, preferred_element_type=jnp.float32)
     weights = _softmax(scores * scale, mask[:, None])
     return jnp.einsum("bnts,bsc->btnc", weights.astype(c.dtype), c)
-
-
-def in_blocks(
-    attend_rows: Callable[[Any, Int[Array, "t"], int], Float[Array, "B t N H"]], queries: Any, *, rows: int, shards: int
-) -> Float[Array, "B T N H"]:
-    """Causal attention of whole sequences, a block of queries at a time, so that not all scores exist at once.
-
-    Queries are cut into eight spans, of which each reads the keys up to its own end and no further, and each span
-    into blocks; the gradient works a block's scores out again. Few enough queries go in one piece.
-
-    Args:
-        attend_rows: (a block of the queries, its positions, number of keys to read from position 0) to its output.
-        queries: a tree of arrays [B, T, ...], from position 0.
-        rows: queries at a time at most; see `rows_at_once`.
-        shards: contiguous parts of the sequence that lie on different devices. With more than one, a block takes its
-            share of each, and every block reads all keys.
-    """
-    T = jax.tree.leaves(queries)[0].shape[1]
-    if rows >= T and shards == 1:
-        return attend_rows(queries, jnp.arange(T), T)
-    spans = _SPANS if shards == 1 and T % _SPANS == 0 else 1
-    length = T // spans
-    done = []
-    for start in range(0, T, length):
-        done.append(_span(attend_rows, queries, start, start + length, rows, shards))
-    return jnp.concatenate(done, axis=1) if spans > 1 else done[0]
-
-
-def _span(attend_rows, queries, start: int, end: int, rows: int, shards: int):
-    """The queries from `start` to `end`, block by block, over the keys before `end`."""
-    length, rows = end - start, max(rows, shards)  # a block has at least one row of every shard
-    queries = jax.tree.map(lambda q: q[:, start:end], queries)
-    count = next(n for n in range(1, length // shards + 1) if length % (shards * n) == 0 and length // n <= rows)
-    size = length // (shards * count)  # of a block's share of one shard
-    apart = lambda q: jnp.moveaxis(q.reshape(q.shape[0], shards, count, size, *q.shape[2:]), 2, 0)
-    positions = jnp.moveaxis(jnp.arange(start, end).reshape(shards, count, size), 1, 0)
-
-    @jax.checkpoint
-    def block(of):
-        part, at = of
-        joined = jax.tree.map(lambda q: q.reshape(q.shape[0], shards * size, *q.shape[3:]), part)
-        out = attend_rows(joined, at.reshape(-1), end)
-        return out.reshape(out.shape[0], shards, size, *out.shape[2:])
-
-    of_all = (jax.tree.map(apart, queries), positions)
-    if count == 1:
-        out = block(jax.tree.map(lambda a: a[0], of_all))[None]
-    else:
-        out = jax.lax.map(block, of_all)
-    out = jnp.moveaxis(out, 0, 2)
-    return out.reshape(out.shape[0], length, *out.shape[4:])
-
-
-def rows_at_once(scores_a_row: int) -> int:
-    """How many queries keep the scores at once within half a GiB of float32: 2^27 of them."""
-    return max(1, _SCORES_AT_ONCE // scores_a_row)
 
 
 def causal_rows(positions: Int[Array, "t"], keys: int, sequences: int) -> Bool[Array, "B t S"]:

@@ -16,8 +16,8 @@ from deepseek_jax.model.decoder import Decoder, abstract_weights, split
 from deepseek_jax.model.layers import RouterBias
 from deepseek_jax.model.scan_layers import stack_layers, unstack_layers
 from deepseek_jax.model.scoring import score
-from deepseek_jax.ops import attention
 from deepseek_jax.ops.attention import positions_within, same_segment
+from deepseek_jax.parallel import causal_attention
 from deepseek_jax.sharding import LOCAL, Layout
 from tests.checkpoint.folders import QWEN2, V3
 
@@ -163,8 +163,9 @@ def same(got: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
 def test_a_packed_batch_is_its_samples_one_a_row(kind, layout, blocks, monkeypatch):
     """Log-probs, entropies, the experts' choice, load, balance, and the gradient of every weight."""
     wanted = alone(kind)
-    if blocks:  # 32 scores a query and row: two queries at a time
-        monkeypatch.setattr(attention, "_SCORES_AT_ONCE", 2 * len(ROWS) * CONFIGS[kind].num_attention_heads * WIDTH)
+    if blocks:  # tiles of eight
+        monkeypatch.setattr(causal_attention, "_ALL_PAIRS", 0)
+        monkeypatch.setattr(causal_attention, "_SIDES", (8,))
     same(in_rows(kind, layout), wanted)
     assert np.abs(wanted["logprobs"]).max() > 2  # and they say something
 

@@ -6,11 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.ops import attention
 from deepseek_jax.ops.attention import positions_within, same_segment
 from deepseek_jax.parallel import causal_attention
 from deepseek_jax.sharding import LOCAL, Layout
-from tests.model.test_packing import CONFIGS, Texts, same, scored
+from tests.model.test_packing import Texts, same, scored
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -102,8 +101,7 @@ def test_samples_behind_one_prompt_are_samples_behind_their_own(kind, layout, bl
     In load and balance a prompt's token counts once for each of its samples that count.
     """
     wanted = alone(kind)
-    if blocks:  # two queries at a time where keys are chosen, else tiles of eight
-        monkeypatch.setattr(attention, "_SCORES_AT_ONCE", 2 * len(ROWS) * CONFIGS[kind].num_attention_heads * WIDTH)
+    if blocks:  # tiles of eight
         monkeypatch.setattr(causal_attention, "_ALL_PAIRS", 0)
         monkeypatch.setattr(causal_attention, "_SIDES", (8,))
     same(in_shared_rows(kind, layout), wanted)

@@ -10,8 +10,6 @@ from deepseek_jax.ops.attention import (
     attend_absorbed,
     attend_expanded,
     causal_mask,
-    causal_rows,
-    in_blocks,
 )
 
 B, T, S, N, K, R, H, C = 2, 3, 5, 4, 6, 4, 5, 7
@@ -93,44 +91,3 @@ def test_many_equal_keys_share_attention_evenly():
     v = jnp.arange(S, dtype=jnp.float32).reshape(1, 1, S, 1)
     out = attend(q, k, v, jnp.ones((1, 1, S), bool), SCALE)
     np.testing.assert_allclose(out.ravel(), [2.0], rtol=1e-6)
-
-
-# --- whole sequences, block by block -------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "length, rows, shards",
-    # the last two: fewer rows at a time than parts, of which a block takes one each all the same
-    [(16, 16, 1), (16, 2, 1), (16, 1, 1), (12, 5, 1), (16, 4, 4), (12, 3, 2), (16, 1, 4), (16, 3, 8)],
-)
-def test_blocks_equal_all_queries_at_once(length, rows, shards):
-    """In value and gradient: eight segments and one, blocks that divide them and not, and parts on several devices."""
-    q, k, v = single(*(rng.normal(size=(B, length, N, K)) for _ in range(3)))
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    seed = jnp.asarray(rng.normal(size=(B, length, N, K)), jnp.float32)
-
-    def blocks(q, k, v):
-        def attend_rows(q_BtNK, positions_t, end):
-            return attend(q_BtNK, k[:, :, :end], v[:, :, :end], causal_rows(positions_t, end, B), SCALE)
-
-        return in_blocks(attend_rows, q, rows=rows, shards=shards)
-
-    positions = jnp.tile(jnp.arange(length), (B, 1))
-    whole = lambda q, k, v: attend(q, k, v, causal_mask(positions, positions), SCALE)
-    run = lambda f: jax.jit(jax.value_and_grad(lambda *a: jnp.sum(seed * f(*a)), argnums=range(3)))(q, k, v)
-    for got, wanted in zip(*map(jax.tree.leaves, (run(blocks), run(whole))), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
-
-
-def test_blocks_skip_most_of_what_the_mask_hides():
-    """Of the products of all pairs, 9/16: eight segments of queries, each with the keys up to its end."""
-    q, k = jnp.ones((1, 256, 1, 64)), jnp.ones((1, 1, 256, 64))
-
-    def flops(rows):
-        def attend_rows(q_BtNK, positions_t, end):
-            return attend(q_BtNK, k[:, :, :end], k[:, :, :end], causal_rows(positions_t, end, 1), SCALE)
-
-        compiled = jax.jit(lambda q: in_blocks(attend_rows, q, rows=rows, shards=1)).lower(q).compile()
-        return compiled.cost_analysis()["flops"]
-
-    assert flops(32) == pytest.approx(9 / 16 * flops(256), rel=0.02)
