@@ -6,7 +6,6 @@ if __name__ == "__main__":
     end_at_once()
 
 import dataclasses
-import itertools
 import statistics
 import tempfile
 import time
@@ -44,6 +43,8 @@ from experiments.ppo.ppo import (
     ppo_update,
     with_targets,
 )
+from tools.suite.grpo_steps import OurSteps, StepLoad, repeated, tiny, trl_steps
+from tools.suite.peers import why_none
 
 GIB = 1 << 30
 
@@ -71,7 +72,7 @@ def step(
         prompts: questions a step.
         group_size: samples a question.
         tokens: new tokens a sample.
-        prompt_tokens: tokens that questions are repeated to; None leaves them as they are, of a few.
+        prompt_tokens: tokens that questions are repeated to, at least; None leaves them as they are, of a few.
         rounds: timed pairs; one pair before them is not counted.
         share_prompts: as of the train command.
         kl: weight of the KL term; 0 spares both the reference model.
@@ -86,7 +87,7 @@ def step(
         texts = ["12+34=?", "5+6+7+8=?"] if model is None else ["A train leaves the", "Four friends share"]
         texts = [texts[place % 2] for place in range(prompts)]
         if prompt_tokens is not None:
-            texts = [_repeated(text, prompt_tokens, Tokenizer.from_folder(folder)) for text in texts]
+            texts = [repeated(f"{text} ", prompt_tokens, Tokenizer.from_folder(folder)) for text in texts]
         load = StepLoad(texts, group_size, tokens, kl)
         ours = OurSteps(folder, load, share_prompts=share_prompts)
         with trl_steps(folder, load) as theirs:
@@ -95,15 +96,6 @@ def step(
     _print_pair("step", pairs, ("deepseek_jax", "TRL"))
     sampling, update = (statistics.median(part) for part in zip(*ours.parts[1:], strict=True))
     print(f"of ours {sampling:.3f} s are sampling and reward, {update:.3f} s the update")
-
-
-def _repeated(text: str, tokens: int, tokenizer: Tokenizer) -> str:
-    """Its words again and again, until there are so many tokens."""
-    words = itertools.cycle(text.split())
-    repeated = next(words)
-    while len(tokenizer.encode(repeated, add_bos=False)) < tokens:
-        repeated += " " + next(words)
-    return repeated
 
 
 def prompts(

@@ -76,7 +76,9 @@ def streams(
         _storm(server, asked, expected, level)
 
 
-def overhead(model: Path | None = None, /, *, requests: int = 96, tokens: int = 64, slots: int = 32, rounds: int = 5):
+def overhead(
+    model: Path | None = None, /, *, requests: int = 96, tokens: int = 64, slots: int = 32, rounds: int = 5
+) -> None:
     """What a server takes beside the bare engine, with as many requests in flight as there are slots in both.
 
     As one ends the next is sent, or added. Prompts are tokens beforehand for the engine alone; for the server that is

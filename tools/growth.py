@@ -79,14 +79,15 @@ def measured(*, rounds: int = 3, longest: int = 16_384) -> None:
         rounds: counted ones, all values of an axis in turn; one before them is not counted.
         longest: tokens of context at most.
     """
+    _check_longest(longest, 4096)
     small = Setting(context=256, experts=16, batch=4, layers=2)
     alone = small._replace(batch=1)
     sweeps = [
         Sweep("prefill", "context", doubled(1024, longest), alone),
         Sweep("train", "context", doubled(1024, longest // 2), alone),
         Sweep("decode", "context", doubled(1024, longest), alone),
-        Sweep("prefill", "experts", doubled(8, 256), small),
-        Sweep("train", "experts", doubled(8, 256), small),
+        Sweep("prefill", "experts", doubled(16, 256), small),
+        Sweep("train", "experts", doubled(16, 256), small),
         Sweep("prefill", "batch", doubled(1, 32), small),
         Sweep("decode", "batch", doubled(1, 32), small),
         Sweep("prefill", "layers", doubled(1, 16), small),
@@ -98,7 +99,7 @@ def measured(*, rounds: int = 3, longest: int = 16_384) -> None:
         for call in calls:
             call()
         bar = track(range(rounds), f"{sweep.step}: {sweep.axis}", transient=True, console=Console(stderr=True))
-        found = [[_seconds(call) for call in calls] for _ in bar]
+        found = [[call() for call in calls] for _ in bar]
         _print_sweep(sweep, [statistics.median(of) for of in zip(*found, strict=True)])
 
 
@@ -109,6 +110,7 @@ def compiled(*, topology: str = "v5p:2x2x1", longest: int = 65_536) -> None:
         topology: as for compile_pod.py.
         longest: tokens of context at most.
     """
+    _check_longest(longest, 8192)
     jax.config.update("jax_platforms", "cpu")
     of_chip, devices = device_topology(topology)
     base = Setting(context=4096, experts=8, batch=len(devices), layers=2)
@@ -116,7 +118,7 @@ def compiled(*, topology: str = "v5p:2x2x1", longest: int = 65_536) -> None:
         Sweep("prefill", "context", doubled(1024, longest), base),
         Sweep("train", "context", doubled(1024, longest // 4), base),
         Sweep("decode", "context", doubled(1024, longest), base._replace(batch=8 * len(devices))),
-        Sweep("prefill", "experts", doubled(8, 256), base),
+        Sweep("prefill", "experts", doubled(16, 256), base),
         Sweep("decode", "batch", doubled(len(devices), 64 * len(devices)), base),
         Sweep("prefill", "layers", doubled(2, 16), base),
     ]
@@ -187,6 +189,12 @@ def first_where(holds: Callable[[int], bool], most: int = 1 << 24) -> int | None
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)
     return high
+
+
+def _check_longest(longest: int, least: int) -> None:
+    """So that every axis has two values, between which there is an exponent."""
+    if longest < least:
+        raise ValueError(f"longest: got {longest}, wanted at least {least}")
 
 
 def _attends_more(flops: Flops) -> bool:
@@ -267,15 +275,13 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def _print_head(unit: str) -> None:
-    print(
-        f"| step | axis | {unit or 'figures'} at each value | exponent | between the last two |\n|---|---|---|---|---|"
-    )
+    print(f"| step | axis | {unit} at each value | exponent | between the last two |\n|---|---|---|---|---|")
 
 
 def _print_sweep(sweep: Sweep, costs: Sequence[float], what: str = "") -> None:
-    fitted, last = exponents(sweep.values, costs)
+    of = [f"{found:.2f}" for found in exponents(sweep.values, costs)] if len(costs) > 1 else ["-", "-"]
     shown = ", ".join(f"{value}: {cost:.3g}" for value, cost in zip(sweep.values, costs, strict=True))
-    print(f"| {sweep.step}{what} | {sweep.axis} | {shown} | {fitted:.2f} | {last:.2f} |", flush=True)
+    print(f"| {sweep.step}{what} | {sweep.axis} | {shown} | {' | '.join(of)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -44,11 +44,11 @@ def serving_layout(
         ValueError: sizes that do not divide the devices or the model, or sizes above 1 without a mesh.
     """
     found = dataclasses.replace(trained, scan_layers=trained.scan_layers and not unrolled)
+    devices = 1 if trained.mesh is None else trained.mesh.size
+    sizes = serving_sizes(config, devices, data=data, expert=expert, tensor=tensor)
     if trained.mesh is None:
-        if (data or 1) * (expert or 1) * (tensor or 1) > 1:
-            raise ValueError(f"mesh: {_named(data, expert, tensor)} do not divide the one device in use")
         return found
-    found = found.serving(**serving_sizes(config, trained.mesh.size, data=data, expert=expert, tensor=tensor))
+    found = found.serving(**sizes)
     found.check(config)
     return found
 

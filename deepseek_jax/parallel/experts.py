@@ -342,5 +342,5 @@ def _room(capacity_factor: float, balanced: float, worst: int) -> int:
     In whole eights; of many rows in whole tiles of the grouped products, a power of two that adds no more than 1/32.
     """
     wanted = math.ceil(capacity_factor * balanced)
-    whole = min(512, max(8, 1 << max(0, wanted // 32).bit_length() - 1)) if wanted >= 32 else 8
+    whole = min(512, max(8, 1 << (wanted // 32).bit_length() >> 1))
     return min(whole * math.ceil(wanted / whole), worst)

@@ -12,7 +12,7 @@ from deepseek_jax.model.mtp import ahead
 
 
 def token_rewards(
-    scores_B: Float[Array, "B"], kl_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"], *, kl_coef: float
+    scores_B: Float[Array, " B"], kl_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"], *, kl_coef: float
 ) -> Float[Array, "B T"]:
     """What each token earned: minus kl_coef times its KL, and at a row's last counted token the sample's score.
 

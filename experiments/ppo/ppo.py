@@ -83,7 +83,7 @@ class Targets(NamedTuple):
 
 @partial(jax.jit, static_argnames="config")
 def ppo_targets(
-    rewards_B: Float[Array, "B"],
+    rewards_B: Float[Array, " B"],
     old_logprobs_BT: Float[Array, "B T"],
     ref_logprobs_BT: Float[Array, "B T"],
     values_BT: Float[Array, "B T"],

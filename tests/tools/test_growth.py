@@ -39,6 +39,17 @@ def test_a_table_of_crossings(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 7
 
 
+def test_a_table_has_the_seconds_that_points_give(monkeypatch, capsys):
+    cost = lambda at: at.context * at.experts**0.5 * at.batch**2 * at.layers
+    monkeypatch.setattr(growth, "_call", lambda step, at: lambda: cost(at))
+    growth.measured(rounds=1, longest=4096)
+    rows = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()[2:]]
+    wanted = {"context": "1.00", "experts": "0.50", "batch": "2.00", "layers": "1.00"}
+    assert len(rows) == 9 and all(row[4:6] == [wanted[row[2]]] * 2 for row in rows)
+    with pytest.raises(ValueError, match="longest: got 2048, wanted at least 4096"):
+        growth.measured(longest=2048)
+
+
 @pytest.mark.parametrize("step", ["prefill", "decode", "train"])
 def test_a_point_is_measured(step):
     assert growth._call(step, Setting(context=16, experts=4, batch=2, layers=1))() > 0

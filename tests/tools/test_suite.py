@@ -7,7 +7,7 @@ import pytest
 from tools import benchmark
 from tools.suite import kernel_cases
 from tools.suite.case import Case, Row, Work, beyond_the_first, measured
-from tools.suite.model_cases import repeated
+from tools.suite.grpo_steps import repeated
 from tools.suite.table import as_json, machine, markdown, plot, spread
 
 
@@ -93,7 +93,7 @@ def test_a_plot_of_rows_with_and_without_a_peer(tmp_path):
     assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
 
 
-def test_decode_leaves_the_first_token_out(monkeypatch):
+def test_decode_leaves_the_first_token_out():
     asked = []
     once = beyond_the_first(asked.append, 5)
     assert once() > 0 and asked == [1, 5]

@@ -367,7 +367,7 @@ def test_without_a_mesh_weights_are_the_very_same_arrays():
     assert serving_layout(CONFIGS["gqa"], LOCAL) == LOCAL
     moved = Transfer(CONFIGS["gqa"], LOCAL, LOCAL, jnp.dtype(jnp.float32))(weights)
     assert all(one is other for one, other in zip(jax.tree.leaves(moved), jax.tree.leaves(weights), strict=True))
-    with pytest.raises(ValueError, match="tensor 2 do not divide the one device"):
+    with pytest.raises(ValueError, match="tensor 2 do not divide the 1 devices"):
         serving_layout(CONFIGS["gqa"], LOCAL, tensor=2)
 
 

@@ -39,6 +39,14 @@ class StepLoad(NamedTuple):
     kl: float = 0.0
 
 
+def repeated(text: str, tokens: int, tokenizer: Tokenizer) -> str:
+    """A text again and again, until there are at least so many tokens."""
+    whole = text
+    while len(tokenizer.encode(whole, add_bos=False)) < tokens:
+        whole += text
+    return whole
+
+
 class _Ended(Exception):
     """Nobody asks for another step."""
 

@@ -1,6 +1,5 @@
 """Cases of a whole model: decode, prefill, train, grpo, engine, convert."""
 
-import itertools
 import shutil
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from deepseek_jax.train.step import StepConfig, init_state, make_train_step
 from tools.benchmark_convert import TOOLS, sized_config, timed, write_checkpoint
 from tools.benchmark_engine import Load, our_engine
 from tools.suite.case import Case, Timed, Work, beyond_the_first, clocked
-from tools.suite.grpo_steps import OurSteps, StepLoad, trl_steps
+from tools.suite.grpo_steps import OurSteps, StepLoad, repeated, trl_steps
 from tools.suite.peers import why_none
 from tools.suite.subject import Subject
 
@@ -149,15 +148,6 @@ def grpo(of: Subject, sizes: Sizes) -> Iterator[Case]:
             continue
         with trl_steps(of.folder, load, of.dtype) as theirs:
             yield case(peers={"TRL": theirs})
-
-
-def repeated(text: str, tokens: int, tokenizer: Tokenizer) -> str:
-    """Its characters again and again, until there are at least so many tokens."""
-    whole = ""
-    for letter in itertools.cycle(text):
-        if letter == text[0] and whole and len(tokenizer.encode(whole, add_bos=False)) >= tokens:
-            return whole
-        whole += letter
 
 
 def engine(of: Subject, sizes: Sizes) -> Iterator[Case]:

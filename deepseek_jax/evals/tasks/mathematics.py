@@ -22,7 +22,6 @@ _LIGHTEVAL = (
     '"ANSWER: $ANSWER" (without quotes) where $ANSWER is the final answer. Think step by step before answering.\n\n{}'
 )
 _STOPS = ("Question:", "</s>", "<|im_end|>")
-_QUESTION_NAMES = (("question",), ("problem",))
 _ANSWER_NAMES = ("answer", "expected_answer", "golden", "final_answer")
 
 

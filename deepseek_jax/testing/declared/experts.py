@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.ops.experts import Tiles, expert_mlp, ragged_matmul, tiled_matmul
-from deepseek_jax.parallel.rows import swiglu_groups, take_rows
+from deepseek_jax.parallel.rows import sum_rows, swiglu_groups, take_rows
 from deepseek_jax.testing import Draw, Kernel, choices, group_sizes, order, split
 
 _TILES = {"W": (8, 20), "E": (1, 4), "K": (8,), "N": (16,), "rows": (1, 4, 32)}
@@ -179,7 +179,7 @@ def _taken_inputs(draw: Draw) -> dict[str, np.ndarray]:
 TAKE_ROWS = Kernel(
     name="take_rows",
     run=take_rows,
-    twin=lambda x, index, back: jnp.where((index < len(x))[:, None], x[jnp.minimum(index, len(x) - 1)], 0),
+    twin=lambda x, index, back: jnp.where((index < len(x))[:, None], x[jnp.minimum(index, len(x) - 1)], jnp.nan),
     inputs=_taken_inputs,
     sizes={"n": (1, 7), "a": (1, 3), "m": (1, 20), "D": (4,)},
     ragged={"empty": choices(0, 1, 2)},
@@ -187,4 +187,26 @@ TAKE_ROWS = Kernel(
     gradients=("x",),
     gradient_tolerance={"float32": 2.0**-22, "bfloat16": 2.0**-8},
     compiled=({"n": 1024, "a": 8, "m": 8192, "D": 1024},),
+)
+
+
+def _summed_inputs(draw: Draw) -> dict[str, np.ndarray]:
+    """The same places, read the other way; a row that is in none may be anything."""
+    of = _taken_inputs(draw)
+    x = draw.numbers(len(of["index"]), draw.sizes["D"])
+    return {"x": draw.dead(x, (of["index"] == len(of["x"]))[:, None]), "back": of["back"], "index": of["index"]}
+
+
+SUM_ROWS = Kernel(
+    name="sum_rows",
+    run=sum_rows,
+    twin=lambda x, back, index: jnp.where((back < len(x))[..., None], x[jnp.minimum(back, len(x) - 1)], 0).sum(axis=1),
+    inputs=_summed_inputs,
+    sizes=TAKE_ROWS.sizes,
+    ragged=TAKE_ROWS.ragged,
+    tolerance={"float32": 2.0**-22, "bfloat16": 2.0**-22},
+    gradients=("x",),
+    gradient_tolerance={"float32": 0.0, "bfloat16": 2.0**-8},
+    dead_gradients="undefined",
+    compiled=TAKE_ROWS.compiled,
 )
