@@ -163,7 +163,8 @@ def _enter(config: Config, of_model: Mapping[str, Any], benchmarks: Mapping[str,
     for name, told in benchmarks.items():
         then = before["benchmarks"].get(name, told)
         if held.of(name) and then != told:
-            what = "data" if then.get("digest") != told["digest"] else "settings of grading"
+            known = isinstance(then, dict) and then.get("digest") == told["digest"]
+            what = "settings of grading" if known else "data"
             raise ValueError(
                 f"{path}: the samples of {name} there are of other {what}; give the same, or another --output"
             )

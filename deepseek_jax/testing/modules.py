@@ -11,7 +11,7 @@ OURS = ("attention", "causal", "experts", "logprobs", "paged", "products", "samp
 
 
 def declared() -> list[Kernel]:
-    """Those of this project: every function of it that computes what another one does, in another way."""
+    """Those of this project: functions of it that compute what another one does, in another way."""
     modules = [import_module(f"deepseek_jax.testing.declared.{name}") for name in OURS]
     return list({id(kernel): kernel for module in modules for kernel in _kernels_in(module)}.values())
 
