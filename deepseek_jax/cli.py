@@ -6,7 +6,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from functools import partial, wraps
@@ -97,11 +98,26 @@ def _call(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
     with _refusals_in_one_line():
         if isinstance(main, dict):
             parts = {name: _later(part) for name, part in main.items()}
+            if sys.argv[1:2] and sys.argv[1] in main:
+                _refuse_repeated(main[sys.argv[1]], sys.argv[2:])
             begin = tyro.extras.subcommand_cli_from_dict(parts, config=_SHOWN, registry=_REGISTRY)
         else:
             function, arguments = prepared(main, sys.argv[1:])
+            _refuse_repeated(function, arguments)
             begin = tyro.cli(_later(function), args=arguments, config=_SHOWN, registry=_REGISTRY)
     begin()
+
+
+def _refuse_repeated(function: Callable[..., Any], arguments: Sequence[str]) -> None:
+    """An option of several values that stands there twice: the last would count, and the first be dropped unsaid."""
+    counts = Counter(word.partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--"))
+    if max(counts.values(), default=0) < 2:
+        return
+    parser = tyro.extras.get_parser(function, config=_SHOWN, registry=_REGISTRY)
+    several = {name for action in parser._actions if action.nargs in ("*", "+") for name in action.option_strings}
+    for name in (name for name, count in counts.items() if count > 1 and name in several):
+        print(f"{name}: got it {counts[name]} times, wanted it once with all its values: {name} A B", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def _later(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:

@@ -79,6 +79,31 @@ def test_arguments_that_cannot_be_are_one_line_at_any_width(words, said, encodin
     assert capsys.readouterr() == ("", f"error: {said}; --help explains the options\n")
 
 
+@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize("words", ["--of a --of b", "--of a --of=b c", "--of a --many 1 --of b"])
+def test_values_are_not_dropped_where_their_option_stands_twice(words, several, capsys, monkeypatch):
+    def main(*, of: tuple[str, ...] = (), many: list[int] | None = None) -> None:
+        raise AssertionError("it began")
+
+    monkeypatch.setattr("sys.argv", ["tool", *(["part"] if several else []), *words.split()])
+    with pytest.raises(SystemExit) as end:
+        run({"part": main, "other": main} if several else main)
+    assert end.value.code == 2
+    assert capsys.readouterr() == ("", "error: --of: got it 2 times, wanted it once with all its values: --of A B\n")
+
+
+@pytest.mark.parametrize("words", ["--steps 4 --steps 5 --of a b", "--steps 5"])
+def test_one_value_is_that_of_the_last(words, monkeypatch):
+    found = []
+
+    def main(*, steps: int = 5, of: tuple[str, ...] = ()) -> None:
+        found.append(steps)
+
+    monkeypatch.setattr("sys.argv", ["tool", *words.split()])
+    run(main)
+    assert found == [5]
+
+
 def test_what_the_system_refuses_begins_with_the_name(capsys, monkeypatch, tmp_path):
     def main() -> None:
         (tmp_path / "file").mkdir()
