@@ -13,13 +13,14 @@ from dataclasses import replace
 from functools import partial, wraps
 from itertools import groupby
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo, UnsupportedTypeAnnotationError
 
 from deepseek_jax import distributed, interrupt
 from deepseek_jax.commands.options import HELPS, prepared
+from deepseek_jax.commands.settings_file import options_of
 
 
 def run(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
@@ -110,14 +111,16 @@ def _call(main: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
 
 def _refuse_repeated(function: Callable[..., Any], arguments: Sequence[str]) -> None:
     """An option of several values that stands there twice: the last would count, and the first be dropped unsaid."""
-    counts = Counter(word.partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--"))
-    if max(counts.values(), default=0) < 2:
-        return
-    parser = tyro.extras.get_parser(function, config=_SHOWN, registry=_REGISTRY)
-    several = {name for action in parser._actions if action.nargs in ("*", "+") for name in action.option_strings}
-    for name in (name for name, count in counts.items() if count > 1 and name in several):
-        print(f"{name}: got it {counts[name]} times, wanted it once with all its values: {name} A B", file=sys.stderr)
-        raise SystemExit(2)
+    words = (word.partition("=")[0].removeprefix("--").replace("-", "_") for word in arguments if word[:2] == "--")
+    for name, count in Counter(words).items():
+        if count > 1 and name in (options := options_of(function)) and _of_several(options[name].wanted):
+            shown = f"--{name.replace('_', '-')}"
+            print(f"{shown}: got it {count} times, wanted it once with all its values: {shown} A B", file=sys.stderr)
+            raise SystemExit(2)
+
+
+def _of_several(kind: Any) -> bool:
+    return any(get_origin(of) in (tuple, list, Sequence) for of in (kind, *get_args(kind)))
 
 
 def _later(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -26,19 +26,20 @@ class Option(NamedTuple):
     others: tuple[str, ...] = ()
 
 
-def options_of(settings: type, group: tuple[str, ...] = ()) -> dict[str, Option]:
-    """Every option of a tree of dataclasses. A dataclass in a field is a group; the field's name, or the one that
-    `tyro.conf.arg` gives it, is the group's."""
+def options_of(settings: type | Callable[..., Any], group: tuple[str, ...] = ()) -> dict[str, Option]:
+    """Every option of a tree of dataclasses, or of a function's parameters. A dataclass in a field is a group; the
+    field's name, or the one that `tyro.conf.arg` gives it, is the group's."""
     found: dict[str, Option] = {}
     hints = get_type_hints(settings, include_extras=True)
-    for field in dataclasses.fields(settings):
-        inner, notes = bare(hints[field.name])
+    names = [f.name for f in dataclasses.fields(settings)] if dataclasses.is_dataclass(settings) else hints
+    for field in (name for name in names if name != "return"):
+        inner, notes = bare(hints[field])
         if dataclasses.is_dataclass(inner):
-            name = next((note.name for note in notes if getattr(note, "name", None)), field.name)
+            name = next((note.name for note in notes if getattr(note, "name", None)), field)
             below = options_of(inner, (*group, name))
         else:
             others = [other for note in notes for other in getattr(note, "aliases", None) or ()]
-            below = {field.name: Option(group, inner, tuple(other.strip("-").replace("-", "_") for other in others))}
+            below = {field: Option(group, inner, tuple(other.strip("-").replace("-", "_") for other in others))}
         assert not found.keys() & below.keys(), f"{settings.__name__}: two options of one name"
         found |= below
     return found
