@@ -77,11 +77,11 @@ LAPTOP: dict[str, Options] = {
     "base": _SMALL_SFT | {"epochs": 5.0, "lr": 3e-3, "batch_size": 48},
     "cold_start": _SMALL_SFT | {"epochs": 7.0, "lr": 1e-3},
     "rl_1": _SMALL_RL | {"steps": 60},
-    "rejection": {"samples": 4, "temperature": 1.0, "top_p": 1.0, "max_tokens": 64, "batch": 64, "limit": 1_200}
+    "rejection": {"samples": 4, "temperature": 1.0, "top_p": 1.0, "max_tokens": 64, "batch": 64, "limit": 2_400}
     | {"form": "tags", "thought_language": "row", "keep": 3},
     "mixture": {"general_share": 0.25},
-    "sft": _SMALL_SFT | {"epochs": 12.0, "batch_size": 48},
-    "rl_2": _SMALL_RL | {"steps": 40, "temperature": 0.7, "late_step": 10, "late_weight": 0.25},
+    "sft": _SMALL_SFT | {"epochs": 6.0, "batch_size": 48},
+    "rl_2": _SMALL_RL | {"steps": 80, "temperature": 0.7, "late_step": 10, "late_weight": 0.25},
     "distill": {"epochs": 1.0, "batch_size": 64, "lr": 3e-4, "warmup": 5, "bias_gamma": 1e-3, "max_new_tokens": 64}
     | {"eval_rows": 32, "eval_every": 10_000, "save_every": 50},
     "evaluation": {"samples": 1, "temperature": 0.0, "top_p": 1.0, "max_tokens": 64, "batch": 64},
