@@ -1,5 +1,6 @@
 """How an engine runs: how many requests at a time, on how much memory, in what steps."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -142,15 +143,34 @@ def row_buckets(most: int, sizes: tuple[int, ...] | None = None) -> list[int]:
 def span_buckets(
     chunk: int, tokens: int, rows: int, least: int = 16, sizes: tuple[int, ...] | None = None
 ) -> list[tuple[int, int]]:
-    """Shapes (rows, tokens of a row) that `extend` is compiled for: powers of four within the budget of a step.
+    """Shapes (rows, tokens of a row) that `extend` is compiled for: powers of four within the budget of a step, and
+    half of the longest, whose padding would cost most.
 
     >>> span_buckets(256, 1024, 32)
-    [(1, 16), (4, 16), (16, 16), (32, 16), (1, 64), (4, 64), (16, 64), (1, 256), (4, 256)]
+    [(1, 16), (4, 16), (16, 16), (32, 16), (1, 64), (4, 64), (16, 64), (1, 128), (4, 128), (8, 128), (1, 256), (4, 256)]
     """
+    longest = -(-chunk // least) * least
     widths = [least]
-    while widths[-1] < chunk:
-        widths.append(min(widths[-1] * 4, -(-chunk // least) * least))
+    while widths[-1] < longest:
+        widths.append(min(widths[-1] * 4, longest))
+    half = -(-longest // (2 * least)) * least
+    widths = sorted({*widths, half})
     by_four = tuple(4**exponent for exponent in range(16))
     of_width = lambda width: sizes if sizes is not None and width == least else by_four  # long rows are never padded
     most = lambda width: max(1, min(rows, tokens // width))
     return [(size, width) for width in widths for size in row_buckets(most(width), of_width(width))]
+
+
+def rows_at_once(sizes: Sequence[int], rows: int, width: int) -> int:
+    """How many of so many rows a call takes: all, unless padding to the next size costs more than another call, which
+    for rows of 64 tokens or more it does where a third is empty.
+
+    >>> [rows_at_once((1, 4, 16), rows, 256) for rows in (1, 2, 3, 4, 5, 12, 20)]
+    [1, 1, 4, 4, 4, 16, 16]
+    >>> rows_at_once((1, 4, 16), 5, 16)
+    16
+    """
+    enough = next((size for size in sizes if size >= rows), sizes[-1])
+    if width < 64 or 3 * enough <= 4 * rows:
+        return enough
+    return max((size for size in sizes if size <= rows), default=enough)

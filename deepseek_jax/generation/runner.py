@@ -12,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.generation.completion import Record
-from deepseek_jax.generation.engine_config import EngineConfig, row_buckets, span_buckets
+from deepseek_jax.generation.engine_config import EngineConfig, row_buckets, rows_at_once, span_buckets
 from deepseek_jax.generation.live import Live
 from deepseek_jax.generation.programs import Admission, Decoded, Extended, Programs, Spans
 from deepseek_jax.generation.requests import Admitted, Plan, Row, Span
@@ -167,7 +167,7 @@ class Runner:
                 for shard in range(self.shards)
             ]
             while any(left):
-                size = next((n for n in sizes if n >= max(map(len, left))), sizes[-1])
+                size = rows_at_once(sizes, max(map(len, left)), width)
                 yield width, [row for of in left for row in _filled(of[:size], size)]
                 left = [of[size:] for of in left]
 
