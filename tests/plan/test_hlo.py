@@ -619,6 +619,6 @@ def test_a_large_text_takes_seconds():
     ]
     entry = ["ENTRY %main (p: f32[8,8]) -> f32[8,8] {", "  %x.0 = f32[8,8]{1,0} parameter(0)", *chain]
     text = "\n".join(["HloModule large", *bodies, *entry, "  ROOT %end = f32[8,8]{1,0} copy(%x.0)", "}"])
-    start = time.monotonic()
+    start = time.process_time()
     assert cost_analysis(text, {}).flops == (count - 1) * 2 * 8**3
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20

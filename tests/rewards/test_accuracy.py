@@ -153,11 +153,11 @@ def test_equality_is_symmetric_and_total(a, b):
     ids=lambda text: text[:12],
 )
 def test_huge_inputs_are_fast(huge):
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert answers_equal(huge, "1") is (huge.strip() == "1")
     answers_equal(huge, huge)
     extract_answer(huge)
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
 
 
 def test_accuracy_reward_values():

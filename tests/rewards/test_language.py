@@ -90,9 +90,9 @@ def test_the_same_text_has_the_same_score():
     ids=lambda text: repr(text[:9]),
 )  # fmt: skip
 def test_hostile_thoughts_are_fast(hostile):
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert 0.0 <= share(hostile) <= 1.0
-    assert time.perf_counter() - begin < 10
+    assert time.process_time() - begin < 10
 
 
 def test_an_unknown_language_is_named():

@@ -343,7 +343,7 @@ def test_the_limit_of_time_is_processor_time_and_is_said():
     begin = time.perf_counter()
     with pytest.raises(ValueError, match="more than 5 s of processor time"):
         show(HOSTILE["nested loops"])
-    assert 4 < time.perf_counter() - begin < 60
+    assert time.perf_counter() - begin > 4
 
 
 def test_the_limit_of_memory_is_said():
