@@ -77,7 +77,9 @@ def split_columns(
         return split_product(x, weight, heads, widths)
     by_head = columns(whole(weight, x.dtype), lambda w: w.reshape(w.shape[0], heads, -1))
     parts = [slice(end - width, end) for width, end in zip(widths, itertools.accumulate(widths), strict=True)]
-    return [einsum("btd,dnk->btnk", x, columns(by_head, lambda w, part=part: w[..., part])) for part in parts]
+    # by head, as attention reads queries: a TPU lays a product out as it is written
+    of_part = lambda part: einsum("btd,dnk->bntk", x, columns(by_head, lambda w: w[..., part])).swapaxes(1, 2)
+    return list(map(of_part, parts))
 
 
 def einsum(spec: str, x: Float[Array, "..."], weight: Matrix) -> Float[Array, "..."]:
