@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek_jax.checkpoint.model_folder import named_config
+from deepseek_jax.commands.compile_stage import StageName, StageStep, stage_step
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.packing import Quantization
 from deepseek_jax.model.transfer import serving_layout
@@ -27,9 +28,10 @@ def main(
     *,
     preset: str,
     topology: str,
-    step: Step,
+    step: Step | None = None,
+    stage: StageName | None = None,
     batch: int | None = None,
-    context: int = 4096,
+    context: int | None = None,
     mesh: str | None = None,
     serve_mesh: str | None = None,
     dtype: str = "bf16",
@@ -50,9 +52,12 @@ def main(
         topology: TPU and shape of the slice, such as v5p:4x4x4 or v7x:4x4x4, or a GPU (a100, h100, h200, b200) and
             hosts x GPUs of each, such as h200:2x8 or h100:8.
         step: prefill, decode, train (fine-tuning with the MTP loss, where there are modules), grpo (the update) or
-            sync (trained weights laid out for sampling, as GRPO does it once a step).
-        batch: sequences in all; by default eight a device to decode, else one for each part of the mesh that cuts them.
-        context: tokens of a sequence, and slots of the cache to decode.
+            sync (trained weights laid out for sampling, as GRPO does it once a step). With a stage, one of its steps.
+        stage: of R1's recipe, whose own batch, length and settings in the paper's preset are compiled: its update, or
+            its decoding where it only samples. The mesh and the parts of an update are chosen here all the same.
+        batch: sequences in all; by default the stage's, else eight a device to decode, else one for each part of the
+            mesh that cuts them.
+        context: tokens of a sequence, and slots of the cache to decode; by default the stage's most, else 4096.
         mesh: sizes of axes, such as expert=64,fsdp=8; by default one that suits the model and the step.
         serve_mesh: likewise expert and tensor of the mesh that a sync is for; by default as `train` chooses them.
         dtype: bf16 or f32, what is computed in; to serve, that of the weights too. An update's weights are float32.
@@ -69,6 +74,10 @@ def main(
     jax.config.update("jax_platforms", "cpu")  # nothing here runs on an accelerator, even where there is one
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, wanted one of {', '.join(DTYPES)}")
+    if step is None and stage is None:
+        raise ValueError("step: got none, wanted one: --step STEP, or --stage STAGE of R1's recipe")
+    of_stage = None if stage is None else stage_step(stage, step)
+    step = step or of_stage.step
     of_model = _config(preset, step)
     of_chip, devices = device_topology(topology)
     sizes = compiled.default_mesh(of_model, step, len(devices)) if mesh is None else _parsed(mesh)
@@ -76,8 +85,11 @@ def main(
     layout = _layout(step, make_mesh(devices, **sizes), options)
     serving = _serving(of_model, layout, step, serve_mesh)
     if batch is None:
-        batch = 8 * len(devices) if step == "decode" else layout.parts("batch") * micro_batches
+        batch = _batch(of_stage, step, layout, micro_batches)
+    if context is None:
+        context = 4096 if of_stage is None else of_stage.context
     asked = {"batch": batch, "context": context, "dtype": dtype, "moments": moments, "micro_batches": micro_batches}
+    asked["run"] = None if of_stage is None else of_stage.run
     asked["quantization"] = quantization
     asked["cache_dtype"] = dtype if kv_cache_dtype == "auto" else kv_cache_dtype
     task = Task(config=of_model, layout=layout, step=step, serving=serving, **asked)
@@ -93,6 +105,14 @@ def _layout(step: Step, mesh: jax.sharding.Mesh, options: Mapping[str, Any]) -> 
     if step in compiled.TRAINED:
         return Layout(mesh=mesh, workload="train", lanes=lanes, **options)
     return Layout(mesh=mesh, workload="serve", lanes=lanes, **{**options, "remat": "nothing"})
+
+
+def _batch(of_stage: StageStep | None, step: Step, layout: Layout, micro_batches: int) -> int:
+    """Where none is asked for; slots to decode come in whole shards, as the engine has them."""
+    if step == "decode":
+        shards = layout.parts("cache_batch")
+        return 8 * layout.mesh.size if of_stage is None else -(-of_stage.batch // shards) * shards
+    return layout.parts("batch") * micro_batches if of_stage is None else of_stage.batch
 
 
 def _serving(config: ModelConfig, layout: Layout, step: Step, serve_mesh: str | None) -> Layout | None:
@@ -137,7 +157,7 @@ def _as_json(found: Compiled, sizes: dict[str, int], task: Task) -> dict[str, ob
     if task.quantization != "none":
         asked["quantization"] = task.quantization
     if task.step in ("train", "grpo"):
-        asked["moments"] = task.moments
+        asked |= {"moments": task.moments, "micro_batches": task.micro_batches}
     if task.serving is not None:
         asked["serve_mesh"] = dict(task.serving.mesh.shape)
     return dataclasses.asdict(found) | {"headroom": found.headroom} | asked

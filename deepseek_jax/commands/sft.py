@@ -33,10 +33,10 @@ from deepseek_jax.sharding import Layout
 from deepseek_jax.text.tokenizer import Tokenizer
 from deepseek_jax.train.runs import RunSettings, check_folder, held_folder, room_needed, write_json
 from deepseek_jax.train.sft import SFTTrainer, run_sft
+from deepseek_jax.train.sft_config import MOST_PER_ROW
 from deepseek_jax.train.step import Objective, TrainState
 
 _LONGEST = 32_768  # tokens of a row in R1's stages of supervised fine-tuning
-_MOST_PER_ROW = 64
 _TOY_CONVERSATIONS = 1_500
 _SHOWN = 8  # rows in the report
 
@@ -192,7 +192,7 @@ def _trainer(
     else:
         model = load_trained(config, layout)
     objective, given = (None, ()) if run.objective is None else run.objective(model)
-    per_row = min(_MOST_PER_ROW, max(1, width // max(1, int(lengths.min()) - 1)))
+    per_row = min(MOST_PER_ROW, max(1, width // max(1, int(lengths.min()) - 1)))
     trainer = partial(SFTTrainer, config.sft, model, steps=steps, width=width, per_row=per_row)
     return trainer(seed=config.seed, donate=True, objective=objective, given=given)
 

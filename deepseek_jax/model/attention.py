@@ -7,7 +7,7 @@ from flax import nnx
 from deepseek_jax.config import GQAConfig, MLAConfig, ModelConfig
 from deepseek_jax.model.layers import Maker, Step
 from deepseek_jax.ops import attention, indexer
-from deepseek_jax.ops.low_rank import columns, product, whole
+from deepseek_jax.ops.low_rank import columns, product, split_columns, split_product, whole
 from deepseek_jax.ops.norm import layer_norm, rms_norm
 from deepseek_jax.ops.pool import KVCache, LatentCache
 from deepseek_jax.ops.rope import rotate_half, rotate_interleaved
@@ -103,7 +103,8 @@ class LatentAttention(nnx.Module):
     def _expanded(self, latent, new, index, step, pool, layer_idx):
         """With every head's keys and values spelled out: of the new tokens, and before them of those in the pool."""
         lay = self.layout.constrain
-        q = lay(jnp.concatenate(self._queries(latent, step), axis=-1), "batch", "sequence", "tensor", None)
+        parts = self._queries(latent, step, split_columns)
+        q = lay(jnp.concatenate(parts, axis=-1), "batch", "sequence", "tensor", None)
         # every chip of a `context` group needs all keys: 576 numbers a token, before they are spelled out by head
         new = jax.tree.map(lambda part: lay(part, "batch", None, None), new)
         if pool is not None:
@@ -133,7 +134,7 @@ class LatentAttention(nnx.Module):
         by_sequence = lambda part: lay(part, "cache_batch", *(None,) * (part.ndim - 1))
         by_head = lambda part: lay(part, "batch", None, "tensor", None)
         pool = write(pool, jax.tree.map(by_sequence, new), step.view, layer_idx, self.layout)
-        nope, rope = map(by_head, self._queries(latent, step))
+        nope, rope = map(by_head, self._queries(latent, step, split_product))
         w_k, w_v = self._key_value_weights(latent.dtype)
         q = [by_sequence(part) for part in (by_head(attention.absorb(nope, w_k)), rope)]
         place = {"layer_idx": layer_idx, "scale": self.scale, "layout": self.layout}
@@ -153,10 +154,10 @@ class LatentAttention(nnx.Module):
             return x
         return rms_norm(product(x, self.q_a[...]), self.q_norm[...], LATENT_EPS)
 
-    def _queries(self, latent, step):
-        q = product(latent, (self.q if self.config.q_lora_rank is None else self.q_b)[...])
-        q = q.reshape(*latent.shape[:2], self.heads, -1)
-        nope, rope = jnp.split(q, [self.config.qk_nope_head_dim], axis=-1)
+    def _queries(self, latent, step, split):
+        a = self.config
+        weight = (self.q if a.q_lora_rank is None else self.q_b)[...]
+        nope, rope = split(latent, weight, self.heads, (a.qk_nope_head_dim, a.qk_rope_head_dim))
         return nope, rotate_interleaved(rope, step.cos_BTr, step.sin_BTr)
 
     def _latents(self, x, step) -> LatentCache:

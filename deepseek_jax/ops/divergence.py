@@ -58,7 +58,7 @@ def token_divergences(
         teachers: of each its states at the same positions, and its head. No gradient reaches them.
         tokens: int32, what follows each position.
         divergence: which.
-        chunk: positions at a time; None takes as many as keep the logits at once within 128 MiB.
+        chunk: positions at a time; None takes those of `positions_at_once`.
 
     Returns:
         float32 [B, T]: divergences in nats, temperature squared times; log-probs of the tokens at temperature 1,
@@ -72,7 +72,7 @@ def token_divergences(
         return divergence_of_logits(logits, theirs, divergence), *scores_of_logits(logits, targets)
 
     given = tokens, tuple(states for states, _ in teachers)
-    at_once = positions_at_once(hidden.shape[0] * head.shape[1] * (1 + len(teachers)))
+    at_once = positions_at_once(hidden.shape[0] * (1 + len(teachers)), head.shape)
     return in_chunks(of_chunk, hidden, given, chunk or at_once)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from deepseek_jax.ops.sampling import penalise_repeats
 
-_LOGITS_AT_ONCE = 2**25
+_LOGITS_AT_ONCE = 2**25, 2**27  # of a small head and of a large one, in whose gradient every chunk is added up
 _OUTSIDE = -1e30  # instead of -inf, whose product with a probability of 0 is NaN
 
 
@@ -67,7 +67,7 @@ def token_logprobs(
             outside gets about -1e30. Source: DeepSeek-V3.2, arXiv 2512.02556 section 3.1, "Keep Sampling Mask".
         penalised: bits of the tokens that the sampler's repetition penalty was on at each draw.
         penalty: that penalty, laid on them before the temperature (`ops.sampling.penalise_repeats`).
-        chunk: positions at a time; None takes as many as keep the logits at once within 128 MiB.
+        chunk: positions at a time; None takes those of `positions_at_once`.
 
     Returns:
         Log-probs, entropies and the likeliest tokens' log-probs, float32 [B, T], in nats. A target is the likeliest
@@ -80,7 +80,7 @@ def token_logprobs(
         return scores_of_logits(logits, targets)
 
     given = tokens, (support, penalised)
-    return in_chunks(of_chunk, hidden, given, chunk or positions_at_once(hidden.shape[0] * head.shape[1]))
+    return in_chunks(of_chunk, hidden, given, chunk or positions_at_once(hidden.shape[0], head.shape))
 
 
 def as_sampled(
@@ -108,9 +108,17 @@ def as_sampled(
     return logits if support is None else within(logits, has_bits(support, first, logits.shape[-1]))
 
 
-def positions_at_once(logits_a_position: int) -> int:
-    """How many positions keep the logits at once within 128 MiB of float32."""
-    return max(1, _LOGITS_AT_ONCE // logits_a_position)
+def positions_at_once(rows: int, head: tuple[int, int]) -> int:
+    """How many positions keep the logits at once within 128 MiB of float32, of a large head within a quarter of its
+    numbers and 512 MiB: it is read for every chunk.
+
+    Args:
+        rows: sequences, and for each of them a teacher's too.
+        head: shape [D, V] of the output projection.
+    """
+    D, V = head
+    least, most = _LOGITS_AT_ONCE
+    return max(1, min(max(least, D * V // 4), most) // (rows * V))
 
 
 def in_chunks(
@@ -125,10 +133,10 @@ def in_chunks(
         of_chunk: (states, a chunk of `given`) to its results.
         hidden: states.
         given: a tree of arrays [B, T, ...].
-        chunk: positions at a time.
+        chunk: positions at a time at most.
     """
     B, T, _ = hidden.shape
-    size = min(T, chunk)
+    size = -(-T // -(-T // chunk))  # as many each, so that little is padded
     padded = -(-T // size) * size
 
     def chunks(x):

@@ -3,7 +3,8 @@
 Formed in bfloat16, W + s A B loses what of s A B lies below W's last bit, and W's gradient would be as large as W.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,6 +59,27 @@ def product(x: Float[Array, "*B D"], weight: Matrix) -> Float[Array, "*B F"]:
         return x @ weight
     leading = "abcdefgh"[: x.ndim - 1]
     return einsum(f"{leading}i,io->{leading}o", x, weight)
+
+
+def split_product(
+    x: Float[Array, "B T D"], weight: Matrix, heads: int, widths: Sequence[int]
+) -> list[Float[Array, "B T N K"]]:
+    """`product` by head, taken apart along heads into parts of these widths: for few tokens."""
+    ends = list(itertools.accumulate(widths))
+    return jnp.split(product(x, weight).reshape(*x.shape[:2], heads, -1), ends[:-1], axis=-1)
+
+
+def split_columns(
+    x: Float[Array, "B T D"], weight: Matrix, heads: int, widths: Sequence[int]
+) -> list[Float[Array, "B T N K"]]:
+    """The same of more tokens than the matrix has rows, where it is less work to take the matrix apart."""
+    if isinstance(weight, Transposed) or x.shape[0] * x.shape[1] <= weight.shape[0]:
+        return split_product(x, weight, heads, widths)
+    by_head = columns(whole(weight, x.dtype), lambda w: w.reshape(w.shape[0], heads, -1))
+    parts = [slice(end - width, end) for width, end in zip(widths, itertools.accumulate(widths), strict=True)]
+    # by head, as attention reads queries: a TPU lays a product out as it is written
+    of_part = lambda part: einsum("btd,dnk->bntk", x, columns(by_head, lambda w: w[..., part])).swapaxes(1, 2)
+    return list(map(of_part, parts))
 
 
 def einsum(spec: str, x: Float[Array, "..."], weight: Matrix) -> Float[Array, "..."]:

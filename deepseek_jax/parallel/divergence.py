@@ -50,7 +50,7 @@ def sharded_divergences(
                 logits, tokens_bt - first
             )
 
-        at_once = positions_at_once(hidden.shape[0] * head.shape[1] * (1 + len(heads)))
+        at_once = positions_at_once(hidden.shape[0] * (1 + len(heads)), head.shape)
         return in_chunks(of_chunk, hidden, (tokens, states), at_once)
 
     states, heads = tuple(states for states, _ in teachers), tuple(head for _, head in teachers)

@@ -137,8 +137,14 @@ def _move(room, over, block, rows, route):
 
 
 def _move_ragged(room, over, rows, begins, sends, lands, arrives, receives, comes_from):
-    buffer = jax.lax.empty((room, *rows.shape[1:]), rows.dtype)
-    return jax.lax.ragged_all_to_all(rows, buffer, begins, sends, lands, receives, axis_name=over)
+    # A buffer that depends on nothing would be made once for all layers of a scan, and copied by each, which writes
+    # it; of what is worked out again nothing is taken out of the scan.
+    @jax.checkpoint
+    def send(rows, *place):
+        buffer = jax.lax.empty((room, *rows.shape[1:]), rows.dtype)
+        return jax.lax.ragged_all_to_all(rows, buffer, *place, axis_name=over)
+
+    return send(rows, begins, sends, lands, receives)
 
 
 def _move_emulated(room, over, rows, begins, sends, lands, arrives, receives, comes_from):

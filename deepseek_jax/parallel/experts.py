@@ -336,7 +336,7 @@ def _counts(experts, number):
     return jnp.sum(experts.reshape(-1, 1) == jnp.arange(number), axis=0, dtype=jnp.int32)
 
 
-def _room(capacity_factor: float, balanced: float, worst: int) -> int:
+def _room(capacity_factor: float, balanced: int | float, worst: int) -> int:
     """Rows of a round: `capacity_factor` times the even share, and never more than there can be.
 
     In whole eights; of many rows in whole tiles of the grouped products, a power of two that adds no more than 1/32.

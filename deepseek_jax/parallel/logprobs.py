@@ -48,9 +48,8 @@ def sharded_logprobs(
             logits = as_sampled(logits, *words, temperature=temperature, penalty=penalty, first=first)
             return scores_of_cut_logits(logits, tokens_bt - first)
 
-        return in_chunks(
-            of_chunk, hidden, (tokens, (support, penalised)), positions_at_once(hidden.shape[0] * head.shape[1])
-        )
+        given = tokens, (support, penalised)
+        return in_chunks(of_chunk, hidden, given, positions_at_once(hidden.shape[0], head.shape))
 
     return jax.shard_map(
         local,

@@ -38,6 +38,7 @@ from deepseek_jax.plan.topology import GPU_OPTIONS
 from deepseek_jax.plan.weights import DType
 from deepseek_jax.sharding import Layout
 from deepseek_jax.train.grpo_config import GRPOConfig
+from deepseek_jax.train.sft_config import SFTConfig
 
 Step = Literal["prefill", "decode", "train", "grpo", "sync"]
 TRAINED: tuple[Step, ...] = ("train", "grpo", "sync")  # that begin where weights lie to be trained
@@ -63,6 +64,8 @@ class Task:
         cache_dtype: of the cache, to serve; fp8 and int8 are codes.
         moments: what the optimizer's are kept in.
         micro_batches: parts of an update, one after another.
+        run: the settings of the run whose update this is, a stage's say, but for the three above; None takes the
+            program's defaults.
     """
 
     config: ModelConfig
@@ -76,6 +79,7 @@ class Task:
     cache_dtype: Literal["bf16", "f32", "fp8", "int8"] = "bf16"
     moments: Moments = "float32"
     micro_batches: int = 1
+    run: SFTConfig | GRPOConfig | None = None
 
     @property
     def stored(self) -> DType:
@@ -83,14 +87,15 @@ class Task:
         return self.dtype if self.quantization == "none" else self.quantization
 
     @property
-    def settings(self) -> GRPOConfig:
+    def settings(self) -> SFTConfig | GRPOConfig:
         """Of the run whose update this is: what they leave out has the program's own defaults."""
-        return GRPOConfig(
-            prompts_per_step=self.micro_batches,  # which then divide a rollout
-            micro_batches=self.micro_batches,
-            dtype=DTYPES[self.dtype].__name__,
-            moments=self.moments,
-        )
+        dtype = DTYPES[self.dtype].__name__
+        asked = {"micro_batches": self.micro_batches, "dtype": dtype, "moments": self.moments}
+        if self.run is not None:
+            return dataclasses.replace(self.run, **asked)
+        if self.step == "train":
+            return SFTConfig(batch_size=self.batch, **asked)
+        return GRPOConfig(prompts_per_step=self.micro_batches, **asked)  # which then divide a rollout
 
     @property
     def state(self) -> StateDTypes:

@@ -24,7 +24,7 @@ CAPACITY_FACTOR = LOCAL.capacity_factor  # room for experts' rows beyond an even
 _SCORES = 2**27  # of a tile at most, `parallel.causal_attention`
 _KEYS_SCORED = 1024  # at once, `ops.indexer`
 _TILES = 8  # of scores along a sequence, `parallel.causal_attention`
-_LOGITS = 2**25  # at once, `ops.logprobs.positions_at_once`
+_LOGITS = 2**25, 2**27  # at once, `ops.logprobs.positions_at_once`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +231,7 @@ def _held_by_passes(config: ModelConfig, sizes: Sizes, tokens: int, length: int,
         pieces=layer_activations(config, tokens, length, sizes, "train", number=number),
         layer=layer,
         tables=tables,
-        logits=3 * 4 * min(_LOGITS, tokens * config.vocab_size / sizes.tensor),
+        logits=3 * 4 * _logits(config, sizes, tokens),
     )
 
 
@@ -375,6 +375,12 @@ def transfer_memory(
     )
 
 
+def _logits(config: ModelConfig, sizes: Sizes, tokens: int) -> float:
+    """Numbers of them at once, of so many tokens."""
+    columns, (least, most) = config.vocab_size / sizes.tensor, _LOGITS
+    return min(tokens * columns, max(least, config.hidden_size * columns / 4), most)
+
+
 def scoring_memory(config: ModelConfig, state: StateDTypes, sizes: Sizes, batch: int, length: int) -> Memory:
     """Bytes a device of the reference's log-probs of a batch: one forward pass, of which nothing is saved.
 
@@ -384,7 +390,7 @@ def scoring_memory(config: ModelConfig, state: StateDTypes, sizes: Sizes, batch:
     tokens = math.ceil(batch * length / sizes.over(("data", "fsdp", "expert", "context")))
     pieces = layer_activations(config, tokens, length, sizes, "train", number=number)
     layer, head = gathered_to_train(config, sizes, number)
-    logits = 2 * 4 * min(_LOGITS, tokens * config.vocab_size / sizes.tensor)
+    logits = 2 * 4 * _logits(config, sizes, tokens)
     return Memory(
         weights=0,
         reference=weights_a_device(config, state.compute, "train", sizes),

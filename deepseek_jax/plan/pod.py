@@ -21,6 +21,7 @@ from deepseek_jax.rl.objective import grpo_objective
 from deepseek_jax.sharding import Layout
 from deepseek_jax.train.grpo_config import GRPOConfig
 from deepseek_jax.train.optimizer import make_optimizer
+from deepseek_jax.train.sft_config import MOST_PER_ROW, SFTConfig
 from deepseek_jax.train.sft_loss import SFTBatch, make_sft_objective
 from deepseek_jax.train.step import MaskedBatch, Objective, TrainState, init_state, make_train_step
 
@@ -92,14 +93,17 @@ def _engine(
     return programs, weights, programs.abstract_state(batch * blocks, _BLOCK)
 
 
-def trace_train(config: ModelConfig, layout: Layout, batch: int, context: int, settings: GRPOConfig) -> Program:
-    """Supervised fine-tuning of `batch` sequences of `context` tokens, with the MTP loss where there are modules.
+def trace_train(config: ModelConfig, layout: Layout, batch: int, context: int, settings: SFTConfig) -> Program:
+    """Supervised fine-tuning on `batch` rows of `context` tokens, with the MTP loss where there are modules.
 
-    Step and optimizer are those of `settings`, as they are in a run's cold start.
+    Packed rows are of as many examples as `sft` lays in one at most.
     """
-    objective = make_sft_objective(mtp_weight=0.1 if config.num_nextn_predict_layers else 0.0)
+    weight = settings.mtp_weight_of(config)
+    objective = make_sft_objective(mtp_weight=weight, mean=settings.mean)
     like = SFTBatch(*_of_tokens(batch, context, np.int32, np.int32, bool))
-    untrained = ("indexer",) if config.num_nextn_predict_layers else ("indexer", "mtp")
+    if settings.pack:
+        like = like._replace(segments_BT=like.tokens_BT, lengths_BK=np.zeros((batch, MOST_PER_ROW), np.int32))
+    untrained = ("indexer",) if weight else ("indexer", "mtp")
     return _trace_update(config, layout, objective, like, settings, untrained)
 
 
@@ -123,7 +127,7 @@ def _trace_update(
     layout: Layout,
     objective: Objective,
     like: MaskedBatch,
-    settings: GRPOConfig,
+    settings: SFTConfig | GRPOConfig,
     untrained: tuple[str, ...],
 ) -> Program:
     graphdef, weights = abstract_weights(config, jnp.float32, layout)

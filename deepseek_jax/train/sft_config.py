@@ -15,6 +15,8 @@ from deepseek_jax.train.step import StepConfig
 from deepseek_jax.train.update_settings import lora_of, step_config_of
 
 _MEANS = {"tokens": mean_of_tokens, "examples": mean_of_examples}
+MOST_PER_ROW = 64
+"""Rows that `sft` lays side by side in one at most."""
 _MTP_WEIGHT = 0.1  # DeepSeek-V3's at the end of pre-training
 
 

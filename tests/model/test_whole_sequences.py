@@ -72,6 +72,7 @@ def test_loss_and_gradients_are_those_of_all_pairs(kind, packed, remat, monkeypa
 def test_loss_and_gradients_are_those_of_the_kernel_for_tpus(kind, packed, monkeypatch):
     found = loss_and_gradients(kind, packed=packed)  # of all pairs, which are few
     real = splash.kernel
+    monkeypatch.setattr(splash, "_SIDES", (splash.LANES,))  # or one tile would do
     monkeypatch.setattr(splash, "kernel", lambda *of, **options: real(*of, **options, interpret=True))
     monkeypatch.setattr(forms, "_platform", lambda layout: "tpu")
     require_equal(loss_and_gradients(kind, packed=packed, layout=Layout(remat="all_but_attention")), found)

@@ -203,7 +203,7 @@ def test_devices_that_share_a_sequence_have_half_of_all_tiles_each(parts):
 # --- the TPU's kernel ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length, widths, heads", [(200, (24, 16), (4, 2)), (128, (192, 128), (2, 2))])
+@pytest.mark.parametrize("length, widths, heads", [(300, (24, 16), (4, 2)), (128, (192, 128), (2, 2))])
 def test_the_kernel_equals_one_query_at_a_time(length, widths, heads):
     """Unequal widths, grouped heads, packed rows, and a length that is no whole tile."""
     case = inputs(length, B=1, N=heads[0], G=heads[1], K=widths[0], H=widths[1])
@@ -228,4 +228,35 @@ def test_the_queries_gradient_is_left_in_eight_parts_at_most(length, parts, side
     of = splash.tiling(length, parts)
     blocks = splash.blocks(of)
     assert of.side == side and blocks.use_fused_bwd_kernel == (fused is not None)
-    assert blocks.block_kv_dkv == (fused or side)
+    assert blocks.block_kv_dkv == (fused or 2048)
+
+
+@pytest.mark.parametrize("length, parts, side", [(4100, 1, 512), (2100, 1, 256), (640, 1, 128), (33024, 8, 256)])
+def test_tiles_are_large_where_they_pad_an_eighth_more_than_small_ones_at_most(length, parts, side):
+    """A length that is no multiple of 512, as of prompts and completions, has no tiles of 128 for that."""
+    of, least = splash.tiling(length, parts), Tiling(length, parts, 128)
+    assert of.side == side
+    assert of.padded <= 9 / 8 * least.padded and of.keys <= 9 / 8 * least.keys
+
+
+@pytest.mark.parametrize(
+    "length, parts, queries", [(4096, 1, 512), (8192, 1, 1024), (32768, 1, 2048), (32768, 8, 2048)]
+)
+def test_long_sequences_read_keys_for_more_queries_at_a_time(length, parts, queries):
+    """Where tiles behind the mask are a sixteenth of those that count at most."""
+    of = splash.tiling(length, parts)
+    assert splash.blocks(of).block_q == queries and of.padded % queries == of.keys % queries == 0
+    met = lambda side: of.keys // side * (of.keys // side + 1) // 2 * side**2
+    assert met(queries) <= 17 / 16 * met(of.side)
+
+
+@pytest.mark.parametrize("parts", [8, 1])  # the queries' gradient by the same kernel as the keys', or by its own
+def test_blocks_of_several_tiles_compute_the_same(parts, monkeypatch):
+    monkeypatch.setattr(splash, "_long", lambda of: 2 * of.side)
+    monkeypatch.setattr(splash, "_PARTS", parts)
+    monkeypatch.setattr(splash, "_MOST_KEYS", 128)
+    monkeypatch.setattr(splash, "tiling", lambda length, parts: Tiling(length, parts, 128))
+    monkeypatch.setattr(splash, "kernel", splash.kernel.__wrapped__)  # what is kept has other blocks
+    assert splash.blocks(Tiling(512, 1, 128)).use_fused_bwd_kernel == (parts == 8)
+    case = inputs(512, B=1, N=2, G=2)
+    assert max(worst(by_kernel(*case), exact(*case))) < 1e-5

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
-from deepseek_jax.ops.logprobs import logprobs_of_logits, token_logprobs
+from deepseek_jax.ops.logprobs import in_chunks, logprobs_of_logits, positions_at_once, token_logprobs
 
 B, T, D, V = 3, 11, 8, 17
 
@@ -119,3 +119,26 @@ def largest_array(chunk):
 def test_the_logits_of_a_whole_batch_never_exist(chunk):
     assert largest_array(chunk) == 2 * chunk * 1000
     assert largest_array(64) == 2 * 64 * 1000  # the measure does see them where they do exist
+
+
+@pytest.mark.parametrize(
+    ("rows", "head", "positions"),
+    [
+        (1, (576, 49_152), 2**25 // 49_152),  # SmolLM2: 128 MiB of logits
+        (4, (576, 49_152), 2**25 // 49_152 // 4),
+        (1, (2048, 102_400), 512),  # V2-Lite: a quarter of the head
+        (1, (7168, 129_280), 2**27 // 129_280),  # R1: 512 MiB
+        (1, (7168, 2**28), 1),
+    ],
+)
+def test_a_large_head_is_read_for_more_positions_at_a_time(rows, head, positions):
+    assert positions_at_once(rows, head) == positions
+
+
+@pytest.mark.parametrize("positions, chunk, size", [(4096, 1038, 1024), (11, 4, 4), (11, 20, 11), (9, 8, 5)])
+def test_chunks_are_as_many_positions_each(positions, chunk, size):
+    """So that a last one, filled up, is no work for nothing."""
+    seen = []
+    of_chunk = lambda part, given: (seen.append(part.shape[1]) or part[..., 0],)
+    [found] = in_chunks(of_chunk, jnp.arange(positions, dtype=jnp.float32)[None, :, None], (), chunk)
+    assert set(seen) == {size} and found.tolist() == [list(range(positions))]

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from deepseek_jax.ops.experts import grouped_matmul, ragged_matmul, tiled_matmul
-from deepseek_jax.ops.low_rank import LowRank, apart, columns, einsum, product, together
+from deepseek_jax.ops.low_rank import (
+    LowRank,
+    apart,
+    columns,
+    einsum,
+    product,
+    split_columns,
+    split_product,
+    together,
+)
+from deepseek_jax.ops.transposed import Transposed
 
 SCALE = 0.7
 # spec, shapes of x, w, a and b
@@ -64,6 +74,24 @@ def test_rows_of_any_number_of_axes_and_plain_matrices():
         wanted = np.asarray(rows, np.float64) @ (np.asarray(w, np.float64) + SCALE * (np.asarray(a) @ np.asarray(b)))
         np.testing.assert_allclose(product(rows, low_rank(w, a, b)), wanted, rtol=0, atol=2e-5)
         np.testing.assert_array_equal(product(rows, w), rows @ w)
+
+
+@pytest.mark.parametrize("tokens", [6, 7])  # as many as the matrix has rows, and more
+@pytest.mark.parametrize("kind", ["plain", "low rank", "transposed"])
+def test_columns_taken_apart_give_the_products_parts(kind, tokens):
+    """In value and gradient, by head: 2 heads of 3 and 5 columns."""
+    x, w, a, b = drawn([(1, tokens, 6), (6, 16), (6, 3), (3, 16)])
+    matrix = {"plain": w, "low rank": low_rank(w, a, b), "transposed": Transposed(w.T)}[kind]
+    x64, w64, a64, b64 = in_float64(x, w, a, b)
+    summed = w64 + SCALE * a64 @ b64 if kind == "low rank" else w64
+    wanted = (x64 @ summed).reshape(1, tokens, 2, 8)
+    d = drawn([wanted.shape])[0]
+    for split in (split_product, split_columns):
+        parts, back = jax.vjp(lambda x, split=split: split(x, matrix, 2, (3, 5)), x)
+        np.testing.assert_allclose(parts[0], wanted[..., :3], rtol=0, atol=2e-5)
+        np.testing.assert_allclose(parts[1], wanted[..., 3:], rtol=0, atol=2e-5)
+        [d_x] = back([d[..., :3], d[..., 3:]])
+        np.testing.assert_allclose(d_x, in_float64(d)[0].reshape(1, tokens, 16) @ summed.T, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("use", USES)

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -381,6 +382,27 @@ def test_experts_that_the_axes_do_not_divide_are_refused(over, says):
     }
     with pytest.raises(ValueError, match=f"^{says}$"):
         routed_experts(*arrays, mesh=mesh, **options)
+
+
+def test_what_rows_arrive_in_is_made_by_every_layer_of_a_scan():
+    """Of the gradient of two layers, traced: one buffer for all of them a TPU would copy for each to write into."""
+    (x, weights, experts, *matrices), _ = inputs()
+    mesh = AbstractMesh((1, 1, 2, 1, 1), AXES)
+    place = {"rows": ("expert",), "columns": (), "gathered": (), "transport": "ragged_all_to_all"}
+    layer = lambda x, of: (routed_experts(x, *of, mesh=mesh, capacity_factor=1.0, **place), None)
+    loss = lambda x, stacks: jnp.sum(jax.lax.scan(layer, x, stacks)[0])
+    stacks = [jnp.stack([part, part]) for part in (weights, experts, *matrices)]
+    traced = jax.make_jaxpr(jax.grad(loss))(x, stacks).jaxpr
+
+    def buffers(jaxpr, in_scan=False):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "empty":
+                yield in_scan
+            for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+                yield from buffers(inner, in_scan or eqn.primitive.name == "scan")
+
+    found = list(buffers(traced))
+    assert found and all(found)
 
 
 def test_taken_rows_have_the_gradient_of_an_index():

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -22,8 +23,11 @@ from deepseek_jax.plan.model_bytes import train_state_bytes
 from deepseek_jax.rewards.combine import combine
 from deepseek_jax.sharding import Layout, make_mesh
 from deepseek_jax.text.tokenizer import Tokenizer
+from deepseek_jax.text.turns import MaskedTokens
 from deepseek_jax.train.grpo import GRPOTrainer
 from deepseek_jax.train.grpo_config import GRPOConfig
+from deepseek_jax.train.sft import SFTTrainer
+from deepseek_jax.train.sft_config import MOST_PER_ROW, SFTConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -81,6 +85,20 @@ def test_the_update_that_is_compiled_is_the_one_that_runs(dtype, moments):
     of.update = lambda state, batch: seen.append(update.trace(state, batch)) or (state, {})
     of.step(of.first_state(), lambda: [Prompt("1+1", [3, 4, 3], {})] * 2, 0)
     [ran], traced = seen, compiled.trace(mine).traced
+    shapes = lambda traced: jax.tree.map(lambda info: (info.shape, info.dtype), traced.args_info)
+    assert shapes(traced) == shapes(ran)
+    assert str(traced.jaxpr) == str(ran.jaxpr)
+
+
+def test_the_fine_tuning_that_is_compiled_is_the_one_that_runs():
+    """Of packed rows, by a stage's own settings: to the letter, as above."""
+    run = SFTConfig(batch_size=8, pack=True, lr=1e-3, loss_mean="examples")
+    mine = task("train", run=run)
+    graphdef, _ = abstract_weights(CONFIG, layout=layout())
+    weights = jax.jit(lambda: split(Decoder(CONFIG, rngs=nnx.Rngs(0), layout=layout()))[1])()
+    of = SFTTrainer(mine.settings, Model(CONFIG, graphdef, weights), steps=1, width=WIDTH, per_row=MOST_PER_ROW)
+    rows = [MaskedTokens(np.arange(WIDTH + 1, dtype=np.int32) % 24, np.ones(WIDTH + 1, bool))] * 8
+    ran, traced = of.update.trace(of.first_state(), of.batch(rows)), compiled.trace(mine).traced
     shapes = lambda traced: jax.tree.map(lambda info: (info.shape, info.dtype), traced.args_info)
     assert shapes(traced) == shapes(ran)
     assert str(traced.jaxpr) == str(ran.jaxpr)

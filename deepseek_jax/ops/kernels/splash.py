@@ -17,18 +17,21 @@ from deepseek_jax.ops.flash_attention import ATTENTION, Tiling
 
 LANES = 128  # of a tile's side the least
 _SIDES = (512, 256, 128)
+_PADDED = 8  # an eighth at most: four tiles of half the side take longer than one
 # The gradient of the queries is a sum over blocks of keys, whose parts the kernel leaves in memory. Above so many
 # parts a second kernel computes it instead, which multiplies queries and keys once more.
 _PARTS = 8
-_MOST_KEYS = 2048  # of a block, in the gradient: what the chip's own memory holds
+_MOST_KEYS = 2048  # or queries of a block: what the chip's own memory holds
 
 
 def tiling(length: int, parts: int) -> Tiling:
-    """Of the largest tiles that do not pad more than the smallest would."""
+    """Of the largest tiles that pad little more than the smallest would."""
+    least = Tiling(length, parts, LANES)
+    little = lambda padded, at_least: padded <= at_least + at_least // _PADDED
     return next(
         of
         for of in (Tiling(length, parts, side) for side in _SIDES)
-        if (of.padded, of.keys) == (of._replace(side=LANES).padded, of._replace(side=LANES).keys)
+        if little(of.padded, least.padded) and little(of.keys, least.keys)
     )
 
 
@@ -61,15 +64,29 @@ def kernel(
 
 
 def blocks(of: Tiling) -> splash.BlockSizes:
-    """Sizes of blocks, forward as the tiles are, and for the gradients wide enough to leave few parts."""
-    side = of.side
+    """Sizes of blocks: tiles, but runs of them where something is read anew for every block.
+
+    Keys and values are read for every block of queries, and for their gradients queries for every block of keys.
+    Gradients that one kernel computes want blocks of keys wide enough to leave few parts.
+    """
+    side, long = of.side, _long(of)
     wide = side
     while wide < _MOST_KEYS and of.keys // wide > _PARTS and of.keys % (2 * wide) == 0:
         wide *= 2
-    sizes = {"block_q": side, "block_kv": side, "block_q_dkv": side, "block_kv_dkv_compute": side}
+    sizes = {"block_q": long, "block_kv": side, "block_q_dkv": side, "block_kv_dkv_compute": side}
     if of.keys // wide <= _PARTS:
         return splash.BlockSizes(**sizes, block_kv_dkv=wide, use_fused_bwd_kernel=True)
-    return splash.BlockSizes(**sizes, block_kv_dkv=side, block_q_dq=side, block_kv_dq=side)
+    return splash.BlockSizes(**sizes, block_kv_dkv=long, block_q_dq=long, block_kv_dq=side)
+
+
+def _long(of: Tiling) -> int:
+    """Queries of a block: as many as compute a sixteenth more pairs than single tiles would, at most."""
+    long = of.side
+    while long < _MOST_KEYS and of.padded % (2 * long) == of.keys % (2 * long) == 0:
+        if 16 * (2 * long - of.side) > of.length + of.side:
+            break
+        long *= 2
+    return long
 
 
 def splash_attention(

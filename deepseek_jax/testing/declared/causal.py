@@ -139,7 +139,7 @@ def _kernel(name: str, *, sums: bool, **others: Any) -> Kernel:
         bound=lambda tolerance, q, k, v, segments: found(_bound_of_kernel(tolerance, q, k, v)),
         sizes={
             "B": (1, 2),
-            "T": (1, 128, 200),
+            "T": (1, 128, 300),
             "N": (2,),
             "G": (2, 1),
             "K": (24,),
