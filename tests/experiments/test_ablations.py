@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from deepseek_jax.commands.r1_again import RL, again, done
+from deepseek_jax.commands.r1_again import RL, again, beside, done
 from experiments.ablations import (
     advantage_std,
     imitation,
@@ -12,6 +12,7 @@ from experiments.ablations import (
     language_reward,
     shuffled_rewards,
 )
+from tests.evals.test_comparison import folder
 
 CHANGED = [
     (shuffled_rewards, {"shuffled": {"control": "shuffled"}}),
@@ -58,6 +59,16 @@ def test_what_the_user_gave_is_taken_from_where_it_lies(marked_run, tmp_path):
         str(tmp_path / "my" / "rows.jsonl"),
         "rows.jsonl",
     ]
+
+
+def test_what_is_beside_rl_1_is_paired_by_question(marked_run):
+    """Of five questions RL-1 solves two that imitation does not, and misses one that it solves."""
+    folder(marked_run / RL / "evaluation", [[1.0], [1.0], [0.0], [1.0], [0.0]])
+    folder(marked_run / "cold_start" / "evaluation", [[0.0], [0.0], [1.0], [1.0], [0.0]])
+    found = beside(marked_run / RL, marked_run / "cold_start")
+    assert (found["control"], found[RL], found["it"], found["mean"]) == ("cold_start", 0.6, 0.4, 0.2)
+    assert found["stderr"] == pytest.approx(2.8**0.5 / 5, abs=1e-4)  # of 1, 1, -1, 0, 0, as `clustered` has it
+    assert (found["seconds"], found["its seconds"]) == (30, 8)
 
 
 def test_a_run_without_rl_and_one_with_options_of_another_version_are_refused(marked_run):
