@@ -6,7 +6,7 @@ R1's central comparison (arXiv 2501.12948, section 4.1), on what a run of `r1` l
 attention and a third of the weights is made from nothing and reads the base's equations. From there it goes two ways:
 `distilled` is fine-tuned on the mixture that the run's RL model wrote; `reinforced` imitates the same demonstrations
 of easy puzzles as the run's own cold start (without them no answer has the form that rewards want), and then is
-reinforced as RL-1 was. Both end on the same held-out questions. Seconds of either are printed, by the median of its
+reinforced as RL-1 was. Both end on the same held-out questions. Seconds of all are printed, by the median of their
 updates; the teacher's own training counts for neither.
 Cost: five minutes on two CPU cores. Expected: the distilled student is ahead in less time, as in the paper.
 Found: FOUND
@@ -38,6 +38,8 @@ from deepseek_jax.train.runs import held_folder
 from deepseek_jax.train.stages import Done, Stage, run_stages
 
 STUDENTS = "students"
+EPOCHS = 24.0
+"""Of the distilled student over the mixture, which take no longer than the other's imitation and reinforcement."""
 
 
 def main(config: Config) -> None:
@@ -59,7 +61,7 @@ def stages(run: Path) -> list[Stage]:
     return [
         Stage("start", lambda folder, model, data: start(folder, seed), {"seed": seed}),
         again(run, "base", "base")._replace(model="start"),
-        again(run, "sft", "distilled", epochs=6.0)._replace(model="base"),
+        again(run, "sft", "distilled", epochs=EPOCHS)._replace(model="base"),
         again(run, "cold_start", "cold_start")._replace(model="base"),
         again(run, RL, "reinforced", steps=80)._replace(model="cold_start"),
     ]

@@ -27,7 +27,7 @@ def test_each_learns_as_the_run_did_but_for_how_long(marked_run):
     own = lambda name: json.loads((marked_run / name / "stage.json").read_text())["settings"]
     found = {of.name: of.settings for of in stages(marked_run) if of.name in like}
     differs = {name: {k: v for k, v in of.items() if v != own(like[name])[k]} for name, of in found.items()}
-    assert differs == {"base": {}, "cold_start": {}, "distilled": {"epochs": 6.0}, "reinforced": {"steps": 80}}
+    assert differs == {"base": {}, "cold_start": {}, "distilled": {"epochs": 24.0}, "reinforced": {"steps": 80}}
 
 
 def test_the_student_is_dense_and_smaller_than_its_teacher(tmp_path):

@@ -61,7 +61,7 @@ def test_a_run_that_goes_on_ends_as_an_unbroken_one_with_its_critic(tmp_path):
     for name, leaf in whole.items():
         np.testing.assert_array_equal(broken[name], leaf, err_msg=name)
     first, *_, last = read_metrics(tmp_path / "whole")
-    assert first["value/mean"] == 0 != last["value/mean"] and last["critic/loss"] > 0
+    assert first["critic/value/mean"] == 0 != last["critic/value/mean"] and last["critic/loss"] > 0
 
 
 def _flat(state):
