@@ -1,6 +1,6 @@
 """The recipe over seeds: what every stage comes to, and how far its first reinforcement is ahead of what it is held to.
 
-    python experiments/r1.py --seed 0 --output runs/r1_0            # and other seeds, and their r1_controls.py
+    python experiments/r1.py --seed 0 --output runs/r1_0            # and other seeds, and their ablations
     python experiments/r1_seeds.py runs/r1_0 runs/r1_1 runs/r1_2
 
 A seed is one observation: it draws the questions, the weights and the samples anew, and two runs of one setting differ

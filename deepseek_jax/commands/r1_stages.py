@@ -1,7 +1,7 @@
 """The stages of the recipe: each makes its command's settings, and runs that command on what earlier stages gave."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,9 +134,17 @@ class Maker(NamedTuple):
         return Stage(name, does, _plain(base) | self._scores, model, {"learn": learn, "held_out": self.held_out})
 
     def rl(
-        self, name: str, *, model: str | Path, ask: Given, late: Given | None = None, scorer: str | None = None
+        self,
+        name: str,
+        *,
+        model: str | Path,
+        ask: Given,
+        late: Given | None = None,
+        scorer: str | None = None,
+        command: Callable[[train_settings.Config], None] = train.main,
     ) -> Stage:
-        """GRPO by rules and, for general talk that joins late, by a scorer, FILE.py:function; then the accuracy."""
+        """GRPO by rules and, for general talk that joins late, by a scorer, FILE.py:function; then the accuracy. A
+        command of another algorithm may stand in for GRPO's."""
         graded = {"accuracy": "task", "tasks": (self.benchmark,), "format": task_named(self.benchmark).form}
         options = {"seed": self.seed, **graded, **self.options[name], "reward": () if scorer is None else (scorer,)}
         if late is None:
@@ -149,7 +157,7 @@ class Maker(NamedTuple):
             given = {option: (str(data[of]),) for of, option in names.items()}
             fitting = train_settings.defaults({"model": str(model), "chat": options.get("chat", True)})
             if not _finished(folder):
-                train.main(with_values(fitting, options | given | {"output": folder, "model": model}))
+                command(with_values(fitting, options | given | {"output": folder, "model": model}))
             return self._scored(folder, data["held_out"])
 
         files = {"ask": ask, "held_out": self.held_out, "late": late}

@@ -44,6 +44,11 @@ from deepseek_jax.train.sft_loss import completion_tokens
 @command(Config, common=COMMON, deciding=DECIDING, defaults=defaults)
 def main(config: Config) -> None:
     """Train by reinforcement learning with rule-based rewards; docs and examples are in the README."""
+    train_with(GRPOTrainer, config)
+
+
+def train_with(trainer: type[GRPOTrainer], config: Config) -> None:
+    """The whole run, by GRPO or by an algorithm that differs in what it learns from a rollout."""
     start = time.perf_counter()
     if config.base.model is not None:
         config = with_values(config, {"model": model_folder(config.base.model)})
@@ -54,10 +59,10 @@ def main(config: Config) -> None:
             check_tasks(config, graders)
             given = {"max_new_tokens": config.grpo.max_new_tokens, "by_task": task_reward(graders)}
             with rewards(config.rewards, **given) as graded:
-                stages(config, prepare(config, graded), base, start)
+                stages(trainer, config, prepare(config, graded), base, start)
 
 
-def stages(config: Config, setup: Setup, base: str | None, start: float) -> None:
+def stages(trainer: type[GRPOTrainer], config: Config, setup: Setup, base: str | None, start: float) -> None:
     """Cold start, GRPO, and the accuracies before and after it."""
     run_id = distributed.on_main(lambda: enter(config.output, run_settings(config, base), repeatable(config)))
     if distributed.is_main():
@@ -67,7 +72,7 @@ def stages(config: Config, setup: Setup, base: str | None, start: float) -> None
     weights = cold_start(config, setup, log) if setup.cold_start else setup.model.weights
     before = evaluate_once(config, setup, weights, "before")
     print(f"accuracy before GRPO: {before['accuracy']:.1%} +- {before['stderr']:.1%}")
-    weights = reinforce(config, setup, weights, log, run_id)
+    weights = reinforce(trainer, config, setup, weights, log, run_id)
     after = evaluate(config, setup, setup.to_sampler(weights))
     print(f"accuracy after GRPO: {after.mean:.1%} +- {after.stderr:.1%}")
     log.close()
@@ -111,11 +116,13 @@ def cold_start(config: Config, setup: Setup, log: MetricLog) -> nnx.State:
     return run_sft(trainer, data, folder=config.output, log=log, name="cold_start").weights
 
 
-def reinforce(config: Config, setup: Setup, weights: nnx.State, log: MetricLog, run_id: str) -> nnx.State:
+def reinforce(
+    trainer: type[GRPOTrainer], config: Config, setup: Setup, weights: nnx.State, log: MetricLog, run_id: str
+) -> nnx.State:
     """GRPO: sample a group for each question, reward, compare, update. An adapter is saved as PEFT has it."""
     shuffled = partial(shuffle_rewards, seed=config.seed)
     held_out = lambda weights: evaluate(config, setup, weights, most=128).mean
-    trainer = GRPOTrainer(
+    of = trainer(
         config.grpo,
         setup.model._replace(weights=weights),
         setup.tokenizer,
@@ -127,12 +134,12 @@ def reinforce(config: Config, setup: Setup, weights: nnx.State, log: MetricLog, 
         alter_rewards=shuffled if config.control == "shuffled" else None,
         take_metrics=setup.rewards.take_metrics,
     )
-    state = run_grpo(trainer, setup.prompts, folder=config.output, log=log, evaluate=held_out)
-    if trainer.lora is not None:
+    state = run_grpo(of, setup.prompts, folder=config.output, log=log, evaluate=held_out)
+    if of.lora is not None:
         base = None if config.base.model is None else str(config.base.model)
-        save = lambda target: save_adapter(state.train.weights, trainer.lora, setup.model.config, target, base=base)
+        save = lambda target: save_adapter(state.train.weights, of.lora, setup.model.config, target, base=base)
         write_owned(config.output / "adapter", run=run_id, steps=config.grpo.steps, write=save)
-    return trainer.trained(state)
+    return of.trained(state)
 
 
 def shuffle_rewards(rewards_PG: np.ndarray, step: int, *, seed: int) -> np.ndarray:

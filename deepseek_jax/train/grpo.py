@@ -189,7 +189,7 @@ class GRPOTrainer:
             rounds=self.config.sampling_rounds,
         )
         rolled = time.perf_counter()
-        train, control, found = self.learn(state, used, number)
+        state, found = self.learn(state, used, number)
         tokens = (
             total_tokens(state.tokens)
             + sum(len(p.tokens) for p in everything.prompts_of_samples())
@@ -197,8 +197,8 @@ class GRPOTrainer:
         )
         reference = state.reference
         if reference is not None and (number + 1) % self.config.reference_every == 0:
-            reference = self._updated_reference(reference, train.weights)
-        state = GRPOState(train, reference, _counted(tokens), control)
+            reference = self._updated_reference(reference, state.train.weights)
+        state = state._replace(reference=reference, tokens=_counted(tokens))
         values = rollout_metrics(everything) | ops_metrics.values(found) | self.take_metrics()
         values |= {
             "learning_rate": float(self.rate((number + 1) * (self._updates // self.config.steps) - 1)),
@@ -208,12 +208,11 @@ class GRPOTrainer:
             "update_time": time.perf_counter() - rolled,
         }
         if self.config.loss.has_entropy_bonus:
+            control = state.entropy
             values["entropy_coef"] = self.config.loss.entropy_coef if control is None else float(control[0])
         return StepResult(state, used, values)
 
-    def learn(
-        self, state: GRPOState, rollout: Rollout, number: int
-    ) -> tuple[TrainState, jax.Array | None, ops_metrics.Metrics]:
+    def learn(self, state: GRPOState, rollout: Rollout, number: int) -> tuple[GRPOState, ops_metrics.Metrics]:
         """The updates of one rollout: `num_iterations` passes of `updates_per_rollout` batches.
 
         Args:
@@ -222,8 +221,8 @@ class GRPOTrainer:
             number: of the step, from 0.
 
         Returns:
-            The training state, the entropy's control (None where its weight stays), and the metrics, unreduced. Metrics
-            that compare sampler and trainer are those of the first update, for later ones meet weights that have moved.
+            The state with what was trained and the entropy's control, and the metrics, unreduced. Metrics that compare
+            sampler and trainer are those of the first update, for later ones meet weights that have moved.
         """
         policy = self._computed(state.train) if self.config.loss.corrects_sampler else None
         parts = [self._scored(batch, state.reference, policy) for batch in self.batches(rollout, number)]
@@ -237,7 +236,7 @@ class GRPOTrainer:
                 metrics = _of_one_update(metrics)
                 first = first or {name: metrics[name] for name in metrics if name.startswith(_OF_SAMPLING)}
                 total = metrics if total is None else ops_metrics.merge(total, metrics)
-        return train, control, total | first
+        return state._replace(train=train, entropy=control), total | first
 
     def _with_entropy(self, batch: Batch, train: TrainState, control: jax.Array | None) -> Batch:
         """With what the loss needs of the whole batch, which a micro-batch of it could not know."""

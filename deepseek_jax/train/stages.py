@@ -68,9 +68,9 @@ def run_stages(folder: Path, stages: Sequence[Stage]) -> dict[str, Done]:
 
 
 def marks(folder: Path) -> list[dict[str, Any]]:
-    """stage.json of every stage that was begun, in the order in which they were."""
+    """stage.json of every stage that was begun, in the order in which they were; by name where that is the same."""
     held = [read_json(path) | {"folder": path.parent.name} for path in folder.glob(f"*/{MARK}")]
-    return sorted(held, key=lambda mark: mark["number"])
+    return sorted(held, key=lambda mark: (mark["number"], mark["folder"]))
 
 
 def _run(folder: Path, stage: Stage, before: Mapping[str, Done]) -> Done:

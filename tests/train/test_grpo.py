@@ -180,13 +180,13 @@ def test_the_sampler_is_the_trainer():
 def test_kept_routing_changes_nothing_on_policy_and_something_off_policy():
     kept, free = (trainer(keep_routing=k, record_routes=True, lr=0.1, warmup=0) for k in (True, False))
     first, rollout = kept.first_state(), one_step(kept).rollout
-    on_policy = [of.learn(of.first_state(), rollout, 0)[0] for of in (kept, free)]
+    on_policy = [of.learn(of.first_state(), rollout, 0)[0].train for of in (kept, free)]
     assert_close(on_policy[0].weights, on_policy[1].weights, 1e-6)
     # Now the weights are far from the sampler's: the router would choose other experts, and is not asked.
     moved = lambda: first._replace(train=jax.tree.map(np.array, on_policy[0]))
     further = [of.learn(moved(), rollout, 1) for of in (kept, free)]
-    assert further[0][2]["sampling/experts_differ"].value() > 0
-    kept_weights, free_weights = (flat(train.weights) for train, *_ in further)
+    assert further[0][1]["sampling/experts_differ"].value() > 0
+    kept_weights, free_weights = (flat(state.train.weights) for state, _ in further)
     assert any((leaf != free_weights[name]).any() for name, leaf in kept_weights.items())
 
 
@@ -208,7 +208,7 @@ def test_the_correction_for_the_sampler_is_one_where_sampler_and_trainer_are_the
     # A sampler that said 0.3 nats more than the trainer: the weight is trainer over sampler, not the inverse.
     drawn = learned.rollout
     off = drawn._replace(completions=[c._replace(logprobs=c.logprobs + 0.3) for c in drawn.completions])
-    *_, metrics = of.learn(of.first_state(), off, 0)
+    _, metrics = of.learn(of.first_state(), off, 0)
     assert metrics["sampling/importance_sampling_ratio/mean"].value() == pytest.approx(np.exp(-0.3), abs=1e-4)
     assert metrics["sampling/sampling_logp_difference/mean"].value() == pytest.approx(0.3, abs=1e-4)
 
