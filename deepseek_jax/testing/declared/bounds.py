@@ -1,10 +1,50 @@
-"""What rounding may leave of experts and of attention, and of their gradients: each element's own bound."""
+"""What rounding may leave of products, experts and attention, and of their gradients: each element's own bound."""
 
 from typing import Any
 
 import numpy as np
 
 from deepseek_jax.testing.rounding import Near, exact, product, silu, silu_slope, softmax
+
+
+def grouped(unit: float, rows: Any, of: Any, matrices: Near, d_out: Any) -> dict[str, Near]:
+    """Rows times the matrices of their groups: "out", and the gradients of "rows" and "matrices".
+
+    Args:
+        unit: of the dtype.
+        rows: [W, K].
+        of: 1.0 for the group of each row, [W, E]; a row without one counts in no matrix's gradient.
+        matrices: [E, K, N].
+        d_out: [W, N].
+    """
+    x, d, by_row = exact(rows), exact(d_out), matrices[of.argmax(axis=1)]
+    return {
+        "out": product("wk,wkn->wn", x, by_row).rounded(unit),
+        "rows": product("wn,wkn->wk", d, by_row).rounded(unit),
+        "matrices": product("we,wk,wn->ekn", exact(of), x, d).rounded(unit),
+    }
+
+
+def low_rank(unit: float, rows: Any, of: Any, w: Any, a: Any, b: Any, scale: float, d_out: Any) -> dict[str, Near]:
+    """The same of matrices w + scale a b: "out", and the gradients of "rows", "w", "a" and "b".
+
+    Args: as of `grouped`; w [E, K, N], a [E, K, rank] and b [E, rank, N].
+    """
+    at = of.argmax(axis=1)
+    x, d = exact(rows), exact(d_out)
+    of_w, of_a, of_b = (exact(matrix[at]) for matrix in (w, a, b))
+    low = product("wk,wkr->wr", x, of_a).rounded(unit)
+    d_second = (exact(scale) * d).rounded(unit)
+    d_low = product("wn,wrn->wr", d_second, of_b).rounded(unit)
+    back = lambda d, matrix: product("wn,wkn->wk", d, matrix).rounded(unit)
+    d_matrix = lambda into, d: product("we,wk,wn->ekn", exact(of), into, d).rounded(unit)
+    return {
+        "out": (product("wk,wkn->wn", x, of_w) + exact(scale) * product("wr,wrn->wn", low, of_b)).rounded(unit),
+        "rows": (back(d, of_w) + back(d_low, of_a)).rounded(unit),
+        "w": d_matrix(x, d),
+        "a": d_matrix(x, d_low),
+        "b": d_matrix(low, d_second),
+    }
 
 
 def swiglu(unit: float, rows: Any, of: Any, gate: Any, up: Any, down: Any, weights: Any, d_out: Any) -> dict[str, Near]:

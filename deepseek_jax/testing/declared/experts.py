@@ -10,7 +10,7 @@ from deepseek_jax.ops.experts import Tiles, expert_mlp, ragged_matmul, tiled_mat
 from deepseek_jax.parallel.rows import sum_rows, swiglu_groups, take_rows
 from deepseek_jax.testing import Draw, Kernel, choices, group_sizes, order, split
 from deepseek_jax.testing.declared import bounds
-from deepseek_jax.testing.rounding import UNITS
+from deepseek_jax.testing.rounding import UNITS, exact
 
 _TILES = {"W": (8, 20), "E": (1, 4), "K": (8,), "N": (16,), "rows": (1, 4, 32)}
 _ON_TPU = {"W": (16, 144), "E": (1, 4), "K": (128,), "N": (128,)}
@@ -41,10 +41,29 @@ def _tiled(lhs, rhs, sizes, rows):
     return tiled_matmul(lhs, rhs, sizes, Tiles(rows, 1))
 
 
+def groups_of(sizes: Any, rows: int) -> np.ndarray:
+    """1.0 for the group of each row, [W, E]."""
+    group, filled = group_of_rows(sizes, rows)
+    return (group[:, None] == np.arange(len(sizes))) * filled[:, None].astype(np.float64)
+
+
+def _bound(unit, lhs, rhs, sizes, **_):
+    of = groups_of(sizes, len(lhs))
+    return bounds.grouped(unit, lhs, of, exact(rhs), np.zeros((len(lhs), rhs.shape[-1])))["out"].error
+
+
+def _gradient_bound(unit, d_out, lhs, rhs, sizes, **_):
+    found = bounds.grouped(unit, lhs, groups_of(sizes, len(lhs)), exact(rhs), d_out)
+    return {"lhs": found["rows"].error, "rhs": found["matrices"].error}
+
+
 _GROUPED = {
     "twin": _twin,
+    "tolerance": UNITS,
+    "bound": _bound,
     "ragged": {"sizes": group_sizes("W", "E")},
     "gradients": ("lhs", "rhs"),
+    "gradient_bound": _gradient_bound,
     "dead_gradients": "undefined",
 }
 TILED_MATMUL = Kernel(
@@ -162,10 +181,8 @@ def _swiglu_twin(rows, gate, up, down, sizes, weights=1.0):
 
 
 def _swiglu_near(unit, d_out, rows, sizes, weights=None, **of):
-    group, filled = group_of_rows(sizes, len(rows))
-    groups = (group[:, None] == np.arange(len(sizes))) * filled[:, None].astype(np.float64)
     weights = np.ones((len(rows), 1)) if weights is None else weights
-    return bounds.swiglu(unit, rows, groups, weights=weights, d_out=d_out, **of)
+    return bounds.swiglu(unit, rows, groups_of(sizes, len(rows)), weights=weights, d_out=d_out, **of)
 
 
 def _swiglu_kernel(name: str, inputs: Any, *weights: str) -> Kernel:
