@@ -1,9 +1,10 @@
 """Property tests of kernels: what one computes beside a plain twin in float64, over inputs that hypothesis draws.
 
 A `Kernel` says what to run, its twin, and what inputs it takes. `search` tries examples of it by the laws of `laws`,
-and shrinks one that breaks a law to a small `Case`, whose JSON makes it again; `targets` compiles it for TPUs and GPUs
-that need not be there. `deepseek-jax kernels` does both for the kernels of a file, or for those of this project
-(`declared`). docs/kernels.md has an example. Needs hypothesis, of the extra `test`.
+and shrinks one that breaks a law to a small `Case`, whose JSON makes it again; `rounding` works out what each element
+may be off; `targets` compiles it for TPUs and GPUs that need not be there. `deepseek-jax kernels` does this for the
+kernels of a file, or for those of this project (`declared`). docs/kernels.md has an example. Needs hypothesis, of the
+extra `test`.
 """
 
 from deepseek_jax.testing.draw import Draw

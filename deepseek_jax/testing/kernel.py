@@ -61,10 +61,13 @@ class Kernel:
         dtypes: that are tried, the simplest first.
         tolerance: by dtype, as a part of the largest magnitude in the twin's result, each array for itself.
         bound: where that says too little: (the dtype's tolerance, arguments as of the twin) to the error that is
-            allowed, which broadcasts to the result, or a tuple of these for a tuple of results.
+            allowed, which broadcasts to the result, or a tuple of these for a tuple of results. `rounding` works one
+            out, of a tolerance that is one of its `UNITS`.
         gradients: arguments that have one.
         gradient_tolerance: by dtype, as a part of the largest magnitude of an argument's gradient; None is `tolerance`.
         gradient_noise: by dtype, what is allowed beside: of terms that cancel, their rounding is left.
+        gradient_bound: where these say too little: (the dtype's tolerance, the gradient of the result, arguments as of
+            the twin) to the error that is allowed in that of each argument, by name.
         dead_gradients: whether what reaches nothing has a gradient of 0, or one that is undefined and not looked at.
         numbers: kinds that are tried, the simplest first.
         invariances: changes of the arguments under which the result is the same.
@@ -85,6 +88,7 @@ class Kernel:
     gradients: Sequence[str] = ()
     gradient_tolerance: Mapping[str, float] | None = None
     gradient_noise: Mapping[str, float] = field(default_factory=dict)
+    gradient_bound: Bound | None = None
     dead_gradients: Literal["zero", "undefined"] = "zero"
     numbers: Sequence[str] = NUMBERS
     invariances: Sequence[Invariance] = ()

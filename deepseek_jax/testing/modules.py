@@ -7,7 +7,7 @@ from types import ModuleType
 from deepseek_jax.own_code import run_file
 from deepseek_jax.testing.kernel import Kernel
 
-OURS = ("attention", "causal", "experts", "logprobs", "paged", "products", "sampling", "transports")
+OURS = ("attention", "causal", "experts", "indexer", "logprobs", "paged", "products", "sampling", "transports")
 
 
 def declared() -> list[Kernel]:

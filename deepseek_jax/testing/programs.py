@@ -124,7 +124,11 @@ def pulled(function: Callable[..., Any], names: Any) -> Callable[[Arguments, Any
 
 
 def _model() -> pltpu.InterpretParams:
-    """A TPU of two cores whose memory begins as NaN, copies arrive when waited for, parallel steps have any order."""
+    """A TPU of two cores: memory begins as NaN, copies arrive when waited for, parallel steps have any order."""
     return pltpu.InterpretParams(
-        dma_execution_mode="on_wait", uninitialized_memory="nan", random_seed=0, num_cores_or_threads=2
+        dma_execution_mode="on_wait",
+        uninitialized_memory="nan",
+        random_seed=0,
+        num_cores_or_threads=2,
+        detect_races=True,
     )

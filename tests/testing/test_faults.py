@@ -41,7 +41,7 @@ def test_a_planted_fault_is_found_in_a_small_input(fault):
     assert sum(np.sum(value) for value in case.ragged.values()) <= 6, case
 
 
-@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "race between grid steps"])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_its_case_has_the_fault_again(fault):
     """From its JSON, in a fresh process's place: nothing is kept of the search."""
     kernel, found = kernel_with(fault), found_of(fault)

@@ -12,7 +12,7 @@ from deepseek_jax.commands import kernels
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 DOC = (Path(__file__).resolve().parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
-[EXAMPLE] = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)
+EXAMPLE, _ = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)
 
 
 @pytest.fixture

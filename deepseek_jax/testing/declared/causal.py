@@ -1,20 +1,23 @@
 """Causal attention of whole sequences: a tile at a time, by jax's TPU kernel, and on meshes."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.ops.flash_attention import Tiling, flash_attention
+from deepseek_jax.ops.flash_attention import Tiling, flash_attention, packed
+from deepseek_jax.ops.indexer import Index
 from deepseek_jax.ops.kernels import splash
 from deepseek_jax.parallel.causal_attention import causal_attention
+from deepseek_jax.sharding import LOCAL
 from deepseek_jax.testing import Draw, Kernel, counts
+from deepseek_jax.testing.declared import bounds
 from deepseek_jax.testing.declared.attention import SCALE, softmax
+from deepseek_jax.testing.declared.indexer import best_keys, liking
 from deepseek_jax.testing.declared.logprobs import MESHES, layout_of
-
-_ROUNDING = 2.0**-21  # of a score, as a part of the sum of its terms' magnitudes
-_OF_SUM = 2.0**-19
+from deepseek_jax.testing.rounding import UNITS
 
 
 def _inputs(draw: Draw) -> dict[str, Any]:
@@ -30,36 +33,36 @@ def _inputs(draw: Draw) -> dict[str, Any]:
     return given
 
 
-def _seen(length: int, segments: Any, prompts: Any) -> np.ndarray:
+def _seen(length: int, segments: Any, prompts: Any, chosen: Any = None) -> Any:
+    """[B, T, T], or [1, T, T] where all sequences are alike."""
     seen = np.tril(np.ones((length, length), bool))[None]
-    if segments is None:
-        return seen
-    same = segments[:, :, None] == segments[:, None]
-    return seen & (same if prompts is None else same | (prompts[:, :, None] == segments[:, None]))
+    if segments is not None:
+        same = segments[:, :, None] == segments[:, None]
+        seen = seen & (same if prompts is None else same | (prompts[:, :, None] == segments[:, None]))
+    return seen if chosen is None else seen & chosen
 
 
-def _twin(q, k, v, segments, prompts, **_):
+def _twin(q, k, v, segments, prompts, chosen=None, **_):
     k, v = (jnp.repeat(of, q.shape[2] // of.shape[1], axis=1) for of in (k, v))
-    scores, mask = SCALE * jnp.einsum("btnk,bnsk->bnts", q, k), _seen(q.shape[1], segments, prompts)[:, None]
+    scores, mask = SCALE * jnp.einsum("btnk,bnsk->bnts", q, k), _seen(q.shape[1], segments, prompts, chosen)[:, None]
     log_sum = jax.nn.logsumexp(jnp.where(mask, scores, -1e300), axis=-1)
     return jnp.einsum("bnts,bnsh->btnh", softmax(scores, mask), v), jnp.moveaxis(log_sum, 1, 2)
 
 
-def _sizes(q, k) -> np.ndarray:
-    """[B, T, N]: the largest sum of magnitudes that makes a score of a query."""
-    return SCALE * np.max(np.einsum("btnk,bnsk->btns", abs(q), abs(k.repeat(q.shape[2] // k.shape[1], 1))), axis=-1)
+def _near(unit, q, k, v, segments, prompts=None, chosen=None, d=(0.0, 0.0), *, scaled=False, **_):
+    mask = _seen(q.shape[1], segments, prompts, chosen)
+    d_out = np.broadcast_to(d[0], (*q.shape[:3], v.shape[-1]))
+    return bounds.attention(unit, q, k, v, mask, SCALE, d_out, d[1], scaled=scaled)
 
 
-def _bound(tolerance, q, k, v, **_):
-    """Scores, of exact products, are rounded in float32."""
-    of_score = _ROUNDING * _sizes(q, k)
-    return np.max(np.abs(v)) * (tolerance + of_score[..., None]), _OF_SUM + of_score
+def _bound(unit, **of):
+    found = _near(unit, **of)
+    return found["out"].error, found["log_sum"].error
 
 
-def _bound_of_kernel(tolerance, q, k, v, **_):
-    """Queries are scaled, and rounded so, before there are scores."""
-    of_score = tolerance / 4 * _sizes(q, k)
-    return np.max(np.abs(v)) * (tolerance + of_score[..., None]), _OF_SUM + of_score
+def _gradient_bound(unit, d_out, **of):
+    d = d_out if isinstance(d_out, tuple) else (d_out, 0.0)
+    return {name: of.error for name, of in _near(unit, d=d, **of).items()}
 
 
 def _wider(x: jax.Array | None, axis: int, size: int) -> Any:
@@ -68,22 +71,38 @@ def _wider(x: jax.Array | None, axis: int, size: int) -> Any:
     return jnp.pad(x, [(0, size - x.shape[at] if at == axis else 0) for at in range(x.ndim)])
 
 
-def _by_tiles(q, k, v, segments, prompts, side):
+def _by_tiles(q, k, v, segments, prompts, side, chosen=None):
     T = q.shape[1]
     of = Tiling(T, 1, side)
     at, pairs = (jnp.asarray(table[0]) for table in (of.positions(), of.pairs()))
     given = [_wider(q, 1, of.padded), _wider(k, 2, of.keys), _wider(v, 2, of.keys)]
     ids = None if segments is None else (_wider(segments, 1, of.padded),) * 2
     ids = ids if prompts is None else (*ids, _wider(prompts, 1, of.padded))
-    return tuple(x[:, :T] for x in flash_attention(*given, ids, at, pairs, side=side, scale=SCALE))
+    bits = None if chosen is None else _bits(_wider(chosen, 2, of.keys)[:, at], side)
+    return tuple(x[:, :T] for x in flash_attention(*given, ids, at, pairs, side=side, scale=SCALE, bits=bits))
+
+
+def _bits(chosen: jax.Array, side: int) -> jax.Array:
+    """Of bool [B, T, S], in tiles."""
+    B, T, S = chosen.shape
+    return packed(jnp.moveaxis(chosen.reshape(B, T // side, side, S // side, side), 1, 0))
+
+
+def _chosen_inputs(draw: Draw) -> dict[str, Any]:
+    """As many of the keys as the example says, anywhere; one of those that a query sees at least."""
+    given, (B, T) = _inputs(draw), draw.of("B", "T")
+    ranks = np.argsort(draw.ids.random((B, T, T)), axis=-1)
+    visible = np.broadcast_to(_seen(T, given["segments"], given["prompts"]), ranks.shape)
+    first = np.argmin(np.where(visible, ranks, T), axis=-1)
+    chosen = (ranks < draw.ragged["chosen"][:, None, None]) | (np.arange(T) == first[..., None])
+    return {**given, "chosen": chosen}
 
 
 _ROWS = ("q", "k", "v")
 _ALIKE: dict[str, Any] = {
-    "tolerance": {"float32": 2.0**-19, "bfloat16": 2.0**-6},
+    "tolerance": UNITS,
     "gradients": _ROWS,
-    "gradient_tolerance": {"float32": 2.0**-16, "bfloat16": 2.0**-5},
-    "gradient_noise": {"float32": 2.0**-18, "bfloat16": 2.0**-5},  # a query that sees one key has none
+    "gradient_bound": _gradient_bound,
     "numbers": ("normal", "whole", "zeros"),
     "ragged": {"cuts": counts("T", "B", "cuts")},
 }
@@ -107,6 +126,16 @@ FLASH_ATTENTION = Kernel(
     },
     compiled=({**_LARGE, "kind": "packed", "side": 512}, {**_LARGE, "G": 2, "kind": "shared", "side": 512}),
     **_ALIKE,
+)
+FLASH_CHOSEN = Kernel(
+    name="flash_chosen",
+    run=_by_tiles,
+    twin=_twin,
+    inputs=lambda draw: {**_chosen_inputs(draw), "side": draw.sizes["side"]},
+    bound=_bound,
+    sizes=FLASH_ATTENTION.sizes,
+    compiled=({**_LARGE, "kind": "packed", "side": 512},),
+    **{**_ALIKE, "ragged": {**_ALIKE["ragged"], "chosen": counts("T", "B")}},
 )
 
 
@@ -136,7 +165,7 @@ def _kernel(name: str, *, sums: bool, **others: Any) -> Kernel:
         run=lambda q, k, v, segments, interpret: _by_kernel(q, k, v, segments, interpret, sums),
         twin=lambda q, k, v, segments: found(_twin(q, k, v, segments, None)),
         inputs=lambda draw: {name: of for name, of in _inputs(draw).items() if name != "prompts"},
-        bound=lambda tolerance, q, k, v, segments: found(_bound_of_kernel(tolerance, q, k, v)),
+        bound=lambda unit, **of: found(_bound(unit, scaled=True, **of)),
         sizes={
             "B": (1, 2),
             "T": (1, 128, 300),
@@ -149,42 +178,65 @@ def _kernel(name: str, *, sums: bool, **others: Any) -> Kernel:
         },
         compiled=({**_LARGE, "cuts": 2, "kind": "packed"},),
         platform="tpu",
-        **{**_ALIKE, **others},
+        **{**_ALIKE, "gradient_bound": partial(_gradient_bound, scaled=True), **others},
     )
 
 
-SPLASH_ATTENTION = _kernel(
-    "splash_attention", sums=False, gradient_tolerance={"float32": 2.0**-16, "bfloat16": 2.0**-4}
-)
+SPLASH_ATTENTION = _kernel("splash_attention", sums=False)
 SPLASH_SUMS = _kernel("splash_sums", sums=True, gradients=())
 
 
 # --- on meshes -----------------------------------------------------------------------------------
 
 
-def _on_mesh(q, k, v, segments, prompts, mesh, devices):
-    layout = layout_of(devices, mesh)
-    return causal_attention(q, k, v, segments, scale=SCALE, layout=layout, prompt_of_BT=prompts)[0]
+def _on_mesh(q, k, v, segments, prompts, mesh, devices, index=None, count=0, chosen=None):
+    layout = LOCAL if mesh == "alone" else layout_of(devices, mesh)
+    of = None if index is None else Index(**index, count=count)
+    return causal_attention(q, k, v, segments, scale=SCALE, layout=layout, prompt_of_BT=prompts, index=of)[0]
 
 
-CAUSAL_ATTENTION = Kernel(
-    name="causal_attention",
-    run=_on_mesh,
-    twin=lambda **of: _twin(**of)[0],
-    inputs=lambda draw: {**_inputs(draw), "mesh": draw.sizes["mesh"]},
-    bound=lambda tolerance, **of: _bound(tolerance, **of)[0],
-    sizes={
-        "B": (8,),
-        "T": (2, 10),
-        "N": (4,),
-        "G": (4,),
-        "K": (8,),
-        "H": (5,),
-        "cuts": (2,),
-        "kind": ("whole", "packed", "shared"),
-        "mesh": tuple(MESHES),
-    },
-    compiled=tuple({**_LARGE, "B": 8, "cuts": 2, "kind": kind, "mesh": "context"} for kind in ("packed", "shared")),
-    devices=8,
-    **_ALIKE,
+def _index_inputs(draw: Draw) -> dict[str, Any]:
+    """Whole numbers and powers of four, so that scores are exact; and for the twin what they choose."""
+    given, (B, T, J, Z) = _inputs(draw), draw.of("B", "T", "J", "Z")
+    whole = lambda *shape: draw.integers(-2, 3, *shape, dtype=draw.dtype)
+    index, count = {"q": whole(B, T, J, Z), "weights": whole(B, T, J), "k": whole(B, T, Z)}, draw.sizes["count"]
+    visible = np.broadcast_to(_seen(T, given["segments"], given["prompts"]), (B, T, T))
+    exact = {name: of.astype(np.float64) for name, of in index.items()}
+    return {**given, "index": index, "count": count, "chosen": best_keys(liking(**exact), visible, count)}
+
+
+def _mesh_kernel(name: str, inputs: Any, sizes: dict[str, Any], **others: Any) -> Kernel:
+    return Kernel(
+        name=name,
+        run=_on_mesh,
+        twin=lambda **of: _twin(**of)[0],
+        inputs=lambda draw: {**inputs(draw), "mesh": draw.sizes["mesh"]},
+        bound=lambda unit, **of: _bound(unit, **of)[0],
+        sizes={
+            "B": (8,),
+            "T": (2, 10),
+            "N": (4,),
+            "G": (4,),
+            "K": (8,),
+            "H": (5,),
+            "cuts": (2,),
+            "kind": ("whole", "packed", "shared"),
+            "mesh": tuple(MESHES),
+            **sizes,
+        },
+        devices=8,
+        **_ALIKE,
+        **others,
+    )
+
+
+_LARGE_MESH = {**_LARGE, "B": 8, "cuts": 2, "mesh": "context"}
+CAUSAL_ATTENTION = _mesh_kernel(
+    "causal_attention", _inputs, {}, compiled=tuple({**_LARGE_MESH, "kind": kind} for kind in ("packed", "shared"))
+)
+CAUSAL_CHOSEN = _mesh_kernel(
+    "causal_chosen",
+    _index_inputs,
+    {"J": (1, 4), "Z": (4, 16), "count": (1, 3), "mesh": ("alone", *MESHES)},
+    compiled=({**_LARGE_MESH, "T": 512, "kind": "packed", "J": 16, "Z": 128, "count": 256},),
 )

@@ -9,6 +9,8 @@ import numpy as np
 from deepseek_jax.ops.experts import Tiles, expert_mlp, ragged_matmul, tiled_matmul
 from deepseek_jax.parallel.rows import sum_rows, swiglu_groups, take_rows
 from deepseek_jax.testing import Draw, Kernel, choices, group_sizes, order, split
+from deepseek_jax.testing.declared import bounds
+from deepseek_jax.testing.rounding import UNITS, exact
 
 _TILES = {"W": (8, 20), "E": (1, 4), "K": (8,), "N": (16,), "rows": (1, 4, 32)}
 _ON_TPU = {"W": (16, 144), "E": (1, 4), "K": (128,), "N": (128,)}
@@ -39,10 +41,29 @@ def _tiled(lhs, rhs, sizes, rows):
     return tiled_matmul(lhs, rhs, sizes, Tiles(rows, 1))
 
 
+def groups_of(sizes: Any, rows: int) -> np.ndarray:
+    """1.0 for the group of each row, [W, E]."""
+    group, filled = group_of_rows(sizes, rows)
+    return (group[:, None] == np.arange(len(sizes))) * filled[:, None].astype(np.float64)
+
+
+def _bound(unit, lhs, rhs, sizes, **_):
+    of = groups_of(sizes, len(lhs))
+    return bounds.grouped(unit, lhs, of, exact(rhs), np.zeros((len(lhs), rhs.shape[-1])))["out"].error
+
+
+def _gradient_bound(unit, d_out, lhs, rhs, sizes, **_):
+    found = bounds.grouped(unit, lhs, groups_of(sizes, len(lhs)), exact(rhs), d_out)
+    return {"lhs": found["rows"].error, "rhs": found["matrices"].error}
+
+
 _GROUPED = {
     "twin": _twin,
+    "tolerance": UNITS,
+    "bound": _bound,
     "ragged": {"sizes": group_sizes("W", "E")},
     "gradients": ("lhs", "rhs"),
+    "gradient_bound": _gradient_bound,
     "dead_gradients": "undefined",
 }
 TILED_MATMUL = Kernel(
@@ -107,6 +128,18 @@ def mlp_twin(x, weights, experts, gate, up, down):
     return out
 
 
+def _mlp_bound(unit, x, **of):
+    return bounds.expert_mlp(unit, x, d_out=np.zeros_like(x), **of)["out"].error
+
+
+def _mlp_gradient_bound(unit, d_out, **of):
+    return _errors(bounds.expert_mlp(unit, d_out=d_out, **of))
+
+
+def _errors(found):
+    return {name: of.error for name, of in found.items()}
+
+
 LOADS = choices(0, 1, 2, 3)
 _ROWS = {"x": 0, "weights": 0, "experts": 0}
 EXPERT_MLP = Kernel(
@@ -116,10 +149,10 @@ EXPERT_MLP = Kernel(
     inputs=lambda draw: mlp_inputs(draw, draw.sizes["W"]),
     sizes={"W": (2, 9), "A": (1, 3), "E": (4,), "D": (8,), "M": (16,)},
     ragged={"load": LOADS},
-    # hidden numbers are rounded twice before the last product
-    tolerance={"float32": 2.0**-18, "bfloat16": 2.0**-6},
+    tolerance=UNITS,
+    bound=_mlp_bound,
     gradients=("x", "weights", "gate", "up", "down"),
-    gradient_tolerance={"float32": 2.0**-17, "bfloat16": 2.0**-5},
+    gradient_bound=_mlp_gradient_bound,
     numbers=("normal", "whole", "equal", "zeros"),
     invariances=(order(**_ROWS), split(**_ROWS)),
     compiled=({"W": 1024, "A": 8, "E": 32, "D": 1024, "M": 512},),
@@ -133,28 +166,45 @@ def _swiglu_inputs(draw: Draw) -> dict[str, object]:
     return {"rows": draw.dead(draw.numbers(W, D), past[:, None]), **_matrices(draw), "sizes": sizes}
 
 
-def _swiglu_twin(rows, gate, up, down, sizes):
+def _weighed_inputs(draw: Draw) -> dict[str, object]:
+    given = _swiglu_inputs(draw)
+    weights = draw.numbers(draw.sizes["W"], 1, scale=0.5, dtype=np.float32)
+    past = ~group_of_rows(draw.ragged["sizes"], draw.sizes["W"])[1]
+    return {**given, "weights": draw.dead(weights, past[:, None])}
+
+
+def _swiglu_twin(rows, gate, up, down, sizes, weights=1.0):
     group, filled = group_of_rows(sizes, rows.shape[0], jnp)
     into = lambda x, matrix: jnp.einsum("wd,wdm->wm", x, matrix[group])
-    out = into(jax.nn.silu(into(rows, gate)) * into(rows, up), down)
+    out = weights * into(jax.nn.silu(into(rows, gate)) * into(rows, up), down)
     return jnp.where(filled[:, None], out, jnp.nan)
 
 
-SWIGLU_GROUPS = Kernel(
-    name="swiglu_groups",
-    run=swiglu_groups,
-    twin=_swiglu_twin,
-    inputs=_swiglu_inputs,
-    sizes={"W": (2, 12), "E": (1, 3), "D": (8,), "M": (16,)},
-    ragged={"sizes": group_sizes("W", "E")},
-    tolerance=EXPERT_MLP.tolerance,
-    gradients=("rows", "gate", "up", "down"),
-    gradient_tolerance=EXPERT_MLP.gradient_tolerance,
-    gradient_noise={"bfloat16": 2.0**-9},  # silu's slope is a difference of two terms
-    dead_gradients="undefined",
-    numbers=EXPERT_MLP.numbers,
-    compiled=({"W": 1024, "E": 32, "D": 1024, "M": 512},),
-)
+def _swiglu_near(unit, d_out, rows, sizes, weights=None, **of):
+    weights = np.ones((len(rows), 1)) if weights is None else weights
+    return bounds.swiglu(unit, rows, groups_of(sizes, len(rows)), weights=weights, d_out=d_out, **of)
+
+
+def _swiglu_kernel(name: str, inputs: Any, *weights: str) -> Kernel:
+    return Kernel(
+        name=name,
+        run=swiglu_groups,
+        twin=_swiglu_twin,
+        inputs=inputs,
+        sizes={"W": (2, 12), "E": (1, 3), "D": (8,), "M": (16,)},
+        ragged={"sizes": group_sizes("W", "E")},
+        tolerance=UNITS,
+        bound=lambda unit, rows, **of: _swiglu_near(unit, np.zeros_like(rows), rows, **of)["out"].error,
+        gradients=("rows", "gate", "up", "down", *weights),
+        gradient_bound=lambda unit, d_out, **of: _errors(_swiglu_near(unit, d_out, **of)),
+        dead_gradients="undefined",
+        numbers=EXPERT_MLP.numbers,
+        compiled=({"W": 1024, "E": 32, "D": 1024, "M": 512},),
+    )
+
+
+SWIGLU_GROUPS = _swiglu_kernel("swiglu_groups", _swiglu_inputs)
+SWIGLU_WEIGHED = _swiglu_kernel("swiglu_weighed", _weighed_inputs, "weights")
 
 
 # --- rows by index -------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Attention over paged caches, of numbers and of codes, and the indexer's choice of keys."""
+"""Attention over paged caches, of numbers and of codes."""
 
 from functools import partial
 from typing import Any
@@ -8,7 +8,6 @@ import numpy as np
 
 from deepseek_jax.ops import paged_attention as plain
 from deepseek_jax.ops.codes import SCALE
-from deepseek_jax.ops.indexer import choose_paged
 from deepseek_jax.ops.kernels import paged_decode
 from deepseek_jax.ops.pool import CacheView, KVCache, LatentCache
 from deepseek_jax.parallel.attention import over_pool, read_blocks
@@ -24,7 +23,7 @@ _LARGEST = 448.0  # of float8_e4m3fn
 # --- inputs --------------------------------------------------------------------------------------
 
 
-def _tables(draw: Draw) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def tables(draw: Draw) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tables of blocks, who sees how much, and which entries of the pool nobody sees; block 0 is nobody's."""
     B, M, s = draw.of("B", "M", "s")
     seen = draw.ragged["seen"]
@@ -55,7 +54,7 @@ def _of_rows(draw: Draw, table: np.ndarray, seen: np.ndarray) -> dict[str, objec
 
 def _latents(draw: Draw) -> dict[str, object]:
     B, T, N, C, R, wide, s = draw.of("B", "T", "N", "C", "R", "wide", "s")
-    table, seen, free = _tables(draw)
+    table, seen, free = tables(draw)
     coded = "codes" in draw.sizes
     c = _codes(draw, *free.shape, C) if coded else draw.numbers(*free.shape, C)
     r = np.zeros((*free.shape, wide), SCALE if coded else draw.dtype)
@@ -69,7 +68,7 @@ def _latents(draw: Draw) -> dict[str, object]:
 
 def _heads(draw: Draw) -> dict[str, object]:
     B, T, N, G, K, s = draw.of("B", "T", "N", "G", "K", "s")
-    table, seen, free = _tables(draw)
+    table, seen, free = tables(draw)
     shape = (free.shape[0], G, s, K)
     coded = "codes" in draw.sizes
     k, v = (_codes(draw, *shape) if coded else draw.numbers(*shape) for _ in range(2))
@@ -270,34 +269,4 @@ CHOSEN_PAGED = Kernel(
     tolerance=LATENT_PAGED.tolerance,
     invariances=tuple(law(q=0, chosen_BTU=0, table_BM=0, seen_BT=0) for law in (order, split)),
     compiled=({**LATENT_PAGED.compiled[0], "M": 128, "U": 1024, "keys": 0},),
-)
-
-
-def _choice_inputs(draw: Draw) -> dict[str, object]:
-    B, T, J, Z = draw.of("B", "T", "J", "Z")
-    table, seen, free = _tables(draw)
-    pool = draw.dead(draw.numbers(*free.shape, Z), free[..., None])
-    index = {"q": draw.numbers(B, T, J, Z), "weights": draw.numbers(B, T, J), "pool": pool}
-    return {**index, "table_BM": table, "seen_BT": seen, "count": draw.sizes["count"]}
-
-
-def _choice_twin(q, weights, pool, table_BM, seen_BT, count):
-    (*_, J, Z), k = q.shape, pool[table_BM].reshape(len(table_BM), -1, pool.shape[-1])
-    liked = np.maximum(np.einsum("btjz,bsz->btjs", q, k), 0) * Z**-0.5
-    scores = np.einsum("btj,btjs->bts", weights * J**-0.5, liked)
-    visible = np.arange(k.shape[1]) < seen_BT[..., None]
-    return np.argsort(np.where(visible, -scores, np.inf), axis=-1, kind="stable")[..., :count].astype(np.int32)
-
-
-CHOOSE_PAGED = Kernel(
-    name="choose_paged",
-    run=choose_paged,
-    twin=_choice_twin,
-    inputs=_choice_inputs,
-    # powers of four and whole numbers: scores are exact, and often equal
-    sizes={"B": (1, 3), "T": (1, 3), "J": (1, 4), "Z": (4, 16), "s": (4,), "M": (1, 5), "count": (1, 4)},
-    ragged=LATENT_PAGED.ragged,
-    numbers=("whole", "equal", "zeros"),
-    invariances=tuple(law(q=0, weights=0, table_BM=0, seen_BT=0) for law in (order, split)),
-    compiled=({"B": 16, "T": 1, "J": 64, "Z": 128, "s": 64, "M": 64, "count": 2048},),
 )
