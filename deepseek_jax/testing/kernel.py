@@ -74,6 +74,7 @@ class Kernel:
         compiled: sizes to compile it at for accelerators, as large as they are there in what decides tiling.
         platform: whose kernel it is; elsewhere it is interpreted.
         devices: how many it runs on.
+        races: whether it is a fault that parallel grid steps use the same memory: not where all write and nobody reads.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Kernel:
     compiled: Sequence[Sizes] = ()
     platform: Platform = "any"
     devices: int = 1
+    races: bool = True
 
     def __post_init__(self) -> None:
         wrong = [

@@ -178,6 +178,7 @@ def _kernel(name: str, *, sums: bool, **others: Any) -> Kernel:
         },
         compiled=({**_LARGE, "cuts": 2, "kind": "packed"},),
         platform="tpu",
+        races=False,  # what it keeps between its steps are results too, that all heads write and nobody reads
         **{**_ALIKE, "gradient_bound": partial(_gradient_bound, scaled=True), **others},
     )
 
