@@ -9,7 +9,7 @@ of easy puzzles as the run's own cold start (without them no answer has the form
 reinforced as RL-1 was. Both end on the same held-out questions. Seconds of all are printed, by the median of their
 updates; the teacher's own training counts for neither.
 Cost: five minutes on two CPU cores. Expected: the distilled student is ahead in less time, as in the paper.
-Found: FOUND
+Found: that: 49.8 % in 224 s where the other has 38.3 % in 542 s (seed 3, LOG.md); after 6 epochs it was still behind.
 """
 
 import dataclasses

@@ -4,7 +4,7 @@
 
 The cold start from the base on, for as many more updates as RL-1 took seconds, by the median of either's updates.
 Cost: that of a cold start and an RL-1. Expected: far less is gained than by RL-1.
-Found: FOUND
+Found: that: 19.3, 22.8 and 20.0 % where RL-1 has 57.3, 47.0 and 36.8 % (seeds 3, 4 and 5, LOG.md).
 """
 
 import sys

@@ -5,7 +5,7 @@
 RL-1 again from the run's own cold start, without that reward. In 30 % of the demonstrations the thought is in the other
 language than the question. The share in the right one is in the report of either (`parts/language`).
 Cost: one RL-1. Expected: more thoughts in the other language, at about the same accuracy.
-Found: FOUND
+Found: not run yet with the settings of now.
 """
 
 import sys
