@@ -26,7 +26,9 @@ def case(log, **changed):
         return once
 
     given = dict(suite="s", name="n", unit="tokens", amount=10, work=Work(8.0, 4.0))
-    given |= dict(ours=taking("ours", iter([99, 1, 2, 3])), peers={"theirs": taking("peer", iter([99, 4, 6, 12]))})
+    given |= dict(
+        ours=taking("ours", iter([99, 1, 2, 3])), peer=taking("peer", iter([99, 4, 6, 12])), peer_name="theirs"
+    )
     return Case(**given | changed)
 
 
@@ -50,7 +52,7 @@ def test_all_take_turns_and_the_first_round_does_not_count():
 
 def test_a_case_without_a_peer_says_why():
     log = []
-    found = measured(case(log, peers={}, alone="torch not installed"), ceilings(log), 2)
+    found = measured(case(log, peer=None, alone="torch not installed"), ceilings(log), 2)
     assert found.ratios == [] and found.peer == []
     assert "| - | torch not installed |" in markdown([found], machine())
 

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +30,7 @@ class Case:
         unit: of what there are `amount` in the work of one call, "tokens" say.
         work: None where no closed form says what is needed.
         ours: this project's way.
-        peers: others' ways to the same end, by name; the first is the one compared with.
+        peer, peer_name: another's way to the same end, and what it is called.
         alone: why there is no peer.
         dtype: what products are computed in, which picks the ceiling.
     """
@@ -41,7 +41,8 @@ class Case:
     amount: float
     work: Work | None
     ours: Timed
-    peers: Mapping[str, Timed] = field(default_factory=dict)
+    peer: Timed | None = None
+    peer_name: str = ""
     alone: str = ""
     dtype: str = "float32"
 
@@ -107,8 +108,7 @@ def measured(case: Case, ceilings: Mapping[str, Callable[[str], float]], rounds:
         ceilings: `flops_rate` and `bandwidth`, each measured anew every round for the case's dtype.
         rounds: at least 1.
     """
-    peer_name, peer = next(iter(case.peers.items()), ("", None))
-    contestants = [case.ours, *([peer] if peer else [])]
+    contestants = [case.ours, *([case.peer] if case.peer else [])]
     for contestant in contestants:
         contestant()
     found: list[list[float]] = [[] for _ in contestants]
@@ -121,8 +121,8 @@ def measured(case: Case, ceilings: Mapping[str, Callable[[str], float]], rounds:
             at = (place + number) % len(contestants)
             found[at].append(contestants[at]())
     flops, nbytes = case.work or (0.0, 0.0)
-    theirs = found[1] if peer else []
-    told = (case.suite, case.name, case.unit, case.amount, found[0], peer_name, theirs, case.alone)
+    theirs = found[1] if case.peer else []
+    told = (case.suite, case.name, case.unit, case.amount, found[0], case.peer_name, theirs, case.alone)
     return Row(*told, flops, nbytes, **limits)
 
 

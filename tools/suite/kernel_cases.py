@@ -78,7 +78,9 @@ def _attention(dtype: str, make: Callable, B: int, T: int, N: int, G: int, K: in
         work=Work(3 * 4 * K * pairs, 4 * itemsize * (q.size + k.size)),
         ours=clocked(lambda: gradients(q, k, v)),
         dtype=dtype,
-        **({"alone": lacking} if lacking else {"peers": {"torch": clocked(torch_attention(q, k, v, dtype))}}),
+        peer=None if lacking else clocked(torch_attention(q, k, v, dtype)),
+        peer_name="torch",
+        alone=lacking,
     )
 
 
@@ -102,7 +104,8 @@ def _experts(dtype: str, make: Callable, E: int, W: int, D: int, M: int, A: int)
         amount=W,
         work=Work(6 * W * A * D * M, (gate.nbytes + up.nbytes + down.nbytes) + 2 * x.nbytes),
         ours=clocked(lambda: grouped(x, weights, chosen, gate, up, down)),
-        peers={"one expert of all rows": clocked(lambda: dense(rows, gate[0], up[0], down[0]))},
+        peer=clocked(lambda: dense(rows, gate[0], up[0], down[0])),
+        peer_name="one expert of all rows",
         dtype=dtype,
     )
 
@@ -119,7 +122,8 @@ def _codes(dtype: str, make: Callable, scheme: str, B: int, D: int, F: int) -> C
         amount=B,
         work=Work(2 * B * D * F, packed.nbytes),
         ours=clocked(lambda: with_codes(x, packed)),
-        peers={f"in {dtype}": clocked(lambda: with_whole(x, whole))},
+        peer=clocked(lambda: with_whole(x, whole)),
+        peer_name=f"in {dtype}",
         dtype=dtype,
     )
 
@@ -138,6 +142,7 @@ def _logprobs(dtype: str, make: Callable, W: int, D: int, V: int) -> Case:
         amount=W,
         work=Work(6 * W * D * V, 3 * head.nbytes),
         ours=clocked(lambda: ours(x, head)),
-        peers={"all logits at once": clocked(lambda: peer(x, head))},
+        peer=clocked(lambda: peer(x, head)),
+        peer_name="all logits at once",
         dtype=dtype,
     )

@@ -147,7 +147,7 @@ def grpo(of: Subject, sizes: Sizes) -> Iterator[Case]:
             yield case(alone=lacking)
             continue
         with trl_steps(of.folder, load, of.dtype) as theirs:
-            yield case(peers={"TRL": theirs})
+            yield case(peer=theirs, peer_name="TRL")
 
 
 def engine(of: Subject, sizes: Sizes) -> Iterator[Case]:
@@ -192,7 +192,8 @@ def convert(of: Subject, sizes: Sizes) -> Iterator[Case]:
             amount=size / 1e6,
             work=None,
             ours=run(sys.executable, TOOLS / "convert_hf.py"),
-            peers={"cp -r": run("cp", "-r", "--reflink=never")},
+            peer=run("cp", "-r", "--reflink=never"),
+            peer_name="cp -r",
         )
 
 
@@ -211,4 +212,4 @@ def _drawer(of: Subject, ids: np.ndarray) -> Callable[[int], None]:
 
 def _beside(lacking: str, name: str, peer: Callable[[], Timed]) -> dict[str, Any]:
     """A case's peer, or why it has none."""
-    return {"alone": lacking} if lacking else {"peers": {name: peer()}}
+    return {"alone": lacking} if lacking else {"peer": peer(), "peer_name": name}
