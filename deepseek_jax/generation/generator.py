@@ -180,13 +180,16 @@ class Generator:
         settings: EngineConfig,
         **given: Any,
     ) -> Engine:
-        """One for these requests: as many slots and as long tables as they can use, up to the next power of two."""
+        """One for these requests: as many slots, as long tables and chunks as they can use, up to the next power of two.
+        """
         context = settings.max_model_len or self.config.max_position_embeddings
-        longest = min(max(map(len, prompts)) + sampling.max_new_tokens, context)
+        longest_prompt = max(map(len, prompts))
+        longest = min(longest_prompt + sampling.max_new_tokens, context)
         slots = min(settings.max_num_seqs, bucket(count, least=1))
         settings = dataclasses.replace(
             settings,
             max_num_seqs=slots,
+            chunk=min(settings.chunk, bucket(longest_prompt)),  # rows are padded to it
             batch_sizes=settings.batch_sizes or sizes_that_pay(weights, slots),
             max_model_len=min(bucket(longest), context),
         )

@@ -205,15 +205,17 @@ class Decoder(nnx.Module):
     @jax.named_scope("logits")
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V] from states after the final norm."""
-        head = Transposed(self.embed[...]) if self.config.tie_word_embeddings else self.head[...]
+        head = self.head_matrix()
         if isinstance(head, Transposed):
             return times_transposed(x_BTD, head, jnp.float32)
         return project(x_BTD, head)
 
+    def head_matrix(self) -> jax.Array | Transposed:
+        """[D, V] as it lies in memory."""
+        return Transposed(self.embed[...]) if self.config.tie_word_embeddings else self.head[...]
+
     def head_DV(self) -> jax.Array:
-        if self.config.tie_word_embeddings:
-            return self.embed[...].T
-        head = self.head[...]
+        head = self.head_matrix()
         return head.w.T if isinstance(head, Transposed) else head
 
     @jax.named_scope("embed")

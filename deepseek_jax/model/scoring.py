@@ -174,12 +174,12 @@ def logprobs_of(
     **sampler_settings: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`ops.logprobs.token_logprobs` of a decoder's states, on its mesh if it has one."""
-    given = x_BTD, model.head_DV(), targets_BT
+    support, penalised = bits_BTW
     if model.layout.mesh is None:
-        return token_logprobs(*given, support=bits_BTW[0], penalised=bits_BTW[1], **sampler_settings)
-    return sharded_logprobs(
-        *given, model.layout, support_BTW=bits_BTW[0], penalised_BTW=bits_BTW[1], **sampler_settings
-    )
+        of_bits = {"support": support, "penalised": penalised}
+        return token_logprobs(x_BTD, model.head_matrix(), targets_BT, **of_bits, **sampler_settings)
+    of_bits = {"support_BTW": support, "penalised_BTW": penalised}
+    return sharded_logprobs(x_BTD, model.head_DV(), targets_BT, model.layout, **of_bits, **sampler_settings)
 
 
 def real_tokens(

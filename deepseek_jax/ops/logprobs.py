@@ -12,20 +12,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from deepseek_jax.ops.sampling import penalise_repeats
+from deepseek_jax.ops.transposed import Transposed
 
 _LOGITS_AT_ONCE = 2**25
 _OUTSIDE = -1e30  # instead of -inf, whose product with a probability of 0 is NaN
 
 
 @jax.custom_vjp
-def project(hidden: Float[Array, "*B D"], head: Float[Array, "D V"]) -> Float[Array, "*B V"]:
+def project(hidden: Float[Array, "*B D"], head: Float[Array, "D V"] | Transposed) -> Float[Array, "*B V"]:
     """Logits hidden @ head in float32, whatever their dtype.
 
     The products are added up in float32 and stay so. Rounded to bfloat16 first, a logit of 20 would be off by up to
     0.06, and so would the log-probs of sampler and trainer. The gradient is of products in the operands' own dtype, as
     everywhere else.
     """
-    return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+    return _multiply(hidden, head, jnp.float32)
+
+
+def _multiply(hidden, head, dtype=None):
+    if isinstance(head, Transposed):
+        return jnp.einsum("...d,vd->...v", hidden, head.w, preferred_element_type=dtype)
+    return jnp.matmul(hidden, head, preferred_element_type=dtype)
 
 
 def _project_forward(hidden, head):
@@ -33,8 +40,11 @@ def _project_forward(hidden, head):
 
 
 def _project_backward(saved, d_logits):
-    product, transposed = jax.vjp(jnp.matmul, *saved)
-    return transposed(d_logits.astype(product.dtype))
+    hidden, head = saved
+    rows = lambda x: x.reshape(-1, x.shape[-1])  # over several axes XLA would copy the logits' gradient, transposed
+    product, back = jax.vjp(_multiply, rows(hidden), head)
+    d_hidden, d_head = back(rows(d_logits).astype(product.dtype))
+    return d_hidden.reshape(hidden.shape), d_head
 
 
 project.defvjp(_project_forward, _project_backward)
@@ -42,7 +52,7 @@ project.defvjp(_project_forward, _project_backward)
 
 def token_logprobs(
     hidden: Float[Array, "B T D"],
-    head: Float[Array, "D V"],
+    head: Float[Array, "D V"] | Transposed,
     tokens: Int[Array, "B T"],
     *,
     temperature: float = 1.0,
@@ -55,8 +65,8 @@ def token_logprobs(
 
     p = softmax(hidden @ head / temperature), within a support if given.
 
-    The T positions are taken `chunk` at a time and recomputed for the gradient, so at most B x chunk x V
-    logits exist at once.
+    The T positions are taken `chunk` at a time and, where that is not all of them, recomputed for the gradient, so at
+    most B x chunk x V logits exist at once.
 
     Args:
         hidden: state that predicts `tokens` at the same index, after the final norm.
@@ -119,7 +129,9 @@ def in_chunks(
     given: Any,
     chunk: int,
 ) -> tuple[Float[Array, "B T"], ...]:
-    """`of_chunk` over the positions, `chunk` at a time and recomputed for the gradient.
+    """`of_chunk` over the positions, `chunk` at a time at most; several chunks are recomputed for the gradient.
+
+    What one chunk keeps is there when the gradient begins with it, recomputed or not.
 
     Args:
         of_chunk: (states, a chunk of `given`) to its results.
@@ -128,19 +140,18 @@ def in_chunks(
         chunk: positions at a time.
     """
     B, T, _ = hidden.shape
-    size = min(T, chunk)
-    padded = -(-T // size) * size
+    count = -(-T // chunk)
+    if count == 1:
+        return of_chunk(hidden, given)
+    size = -(-T // count)
 
     def chunks(x):
-        x = jnp.pad(x, ((0, 0), (0, padded - T)) + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(B, -1, size, *x.shape[2:]).swapaxes(0, 1)
+        x = jnp.pad(x, ((0, 0), (0, count * size - T)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(B, count, size, *x.shape[2:]).swapaxes(0, 1)
 
-    of_chunk, parts = jax.checkpoint(of_chunk), jax.tree.map(chunks, (hidden, given))
-    if padded == size:  # a map of one step would still cost a loop
-        found = of_chunk(*jax.tree.map(lambda x: x[0], parts))
-        return tuple(x[:, :T] for x in found)
-    found = jax.lax.map(lambda args: of_chunk(*args), parts)
-    return tuple(x.swapaxes(0, 1).reshape(B, padded)[:, :T] for x in found)
+    of_chunk = jax.checkpoint(of_chunk)
+    found = jax.lax.map(lambda args: of_chunk(*args), jax.tree.map(chunks, (hidden, given)))
+    return tuple(x.swapaxes(0, 1).reshape(B, count * size)[:, :T] for x in found)
 
 
 def logprobs_of_logits(
@@ -150,17 +161,37 @@ def logprobs_of_logits(
     return scores_of_logits(logits, tokens)[:2]
 
 
+@jax.custom_vjp
 def scores_of_logits(
     logits: Float[Array, "*B V"], tokens: Int[Array, "*B"]
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"], Float[Array, "*B"]]:
-    """The same, and the log-prob of the likeliest token, which has no gradient."""
+    """The same, and the log-prob of the likeliest token, which has no gradient.
+
+    The gradient is written out: one pass over the logits, where JAX's own scatters and makes several.
+    """
+    return _scores_forward(logits, tokens)[0]
+
+
+def _scores_forward(logits, tokens):
     # Everything is taken from the best logit: beside a large one, what a sure token lacks of 1 would be rounded away.
-    best = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    best = jnp.max(logits, axis=-1, keepdims=True)
     total = jnp.log(jnp.sum(jnp.exp(logits - best), axis=-1, keepdims=True))
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1) - best - total
     every = logits - best - total
-    likeliest = jax.lax.stop_gradient(-total[..., 0])  # its own would lack what the best logit adds
-    return chosen[..., 0], -jnp.sum(jnp.exp(every) * every, axis=-1), likeliest
+    entropy = -jnp.sum(jnp.exp(every) * every, axis=-1)
+    return (chosen[..., 0], entropy, -total[..., 0]), (logits, tokens, best, total, entropy)
+
+
+def _scores_backward(saved, given):
+    """d log p(token) = onehot - p, d entropy = -p (log p + entropy)."""
+    (logits, tokens, best, total, entropy), (d_chosen, d_entropy, _) = saved, (x[..., None] for x in given)
+    every = logits - best - total
+    is_token = jnp.arange(logits.shape[-1]) == tokens[..., None]
+    less = d_chosen + d_entropy * (every + entropy[..., None])
+    return jnp.where(is_token, d_chosen, 0) - jnp.exp(every) * less, None
+
+
+scores_of_logits.defvjp(_scores_forward, _scores_backward)
 
 
 def within(logits: Float[Array, "*B V"], support: Bool[Array, "*B V"]) -> Float[Array, "*B V"]:

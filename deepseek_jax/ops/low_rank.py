@@ -55,9 +55,29 @@ def product(x: Float[Array, "*B D"], weight: Matrix) -> Float[Array, "*B F"]:
         return times_transposed(x, weight)
     weight = whole(weight, x.dtype)
     if not isinstance(weight, LowRank):
-        return x @ weight
+        return _times(x, weight)
     leading = "abcdefgh"[: x.ndim - 1]
     return einsum(f"{leading}i,io->{leading}o", x, weight)
+
+
+@jax.custom_vjp
+def _times(x: Float[Array, "*B D"], weight: Float[Array, "D F"]) -> Float[Array, "*B F"]:
+    return x @ weight
+
+
+def _times_backward(saved, d_out):
+    """On a CPU over one axis of rows: of a sum over several, XLA makes a transposed copy of all that is summed."""
+    x, weight = saved
+    apart = lambda x, d_out: jax.vjp(jnp.matmul, x, weight)[1](d_out)
+
+    def flat(x, d_out):
+        d_x, d_weight = apart(x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1]))
+        return d_x.reshape(x.shape), d_weight
+
+    return jax.lax.platform_dependent(x, d_out, cpu=flat, default=apart)
+
+
+_times.defvjp(lambda x, weight: (x @ weight, (x, weight)), _times_backward)
 
 
 def einsum(spec: str, x: Float[Array, "..."], weight: Matrix) -> Float[Array, "..."]:

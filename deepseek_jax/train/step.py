@@ -229,7 +229,8 @@ def _count(flag: jax.Array) -> jax.Array:
 
 
 def _all_finite(weights: nnx.State) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(weights)]))
+    largest = [jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(weights)]  # NaN where any is
+    return jnp.all(jnp.isfinite(jnp.stack([of.astype(jnp.float32) for of in largest])))
 
 
 def batch_totals(batch: MaskedBatch) -> BatchTotals:
