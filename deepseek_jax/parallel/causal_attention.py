@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.ops.attention import attend, causal_rows, same_segment
+from deepseek_jax.ops.attention import attend_causal, causal_rows, same_segment
 from deepseek_jax.ops.flash_attention import ATTENTION, Tiling, flash_attention, packed, sees
 from deepseek_jax.ops.indexer import Index, choose_whole
 from deepseek_jax.sharding import Layout
@@ -60,7 +60,7 @@ def causal_attention(
     if few and _platform(layout) != "tpu":
         mask = causal_rows(jnp.arange(T), T, q_BTNK.shape[0])
         mask = mask if segments_BT is None else same_segment(mask, segments_BT, segments_BT, prompt_of_BT)
-        return checkpoint_name(attend(q_BTNK, k_BGSK, v_BGSH, mask, scale), ATTENTION), None
+        return checkpoint_name(attend_causal(q_BTNK, k_BGSK, v_BGSH, mask, scale), ATTENTION), None
     plainly = prompt_of_BT is not None or index is not None
     tiling, attend_tiles, tables, cuts = _form(q_BTNK, k_BGSK, layout, scale, sums, plainly=plainly)
     segments = None if segments_BT is None else (segments_BT, segments_BT, prompt_of_BT)

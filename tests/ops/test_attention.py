@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.ops import attention
 from deepseek_jax.ops.attention import (
     attend,
     attend_absorbed,
+    attend_causal,
     attend_expanded,
     causal_mask,
 )
@@ -44,6 +46,23 @@ def test_grouped_attention_equals_a_loop(G):
     mask = np.asarray(masks())
     got = attend(*single(q, k, v), jnp.asarray(mask), SCALE)
     np.testing.assert_allclose(got, looped(q, k, v, mask), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("T", "dtype", "tolerance"), [(1, "float32", 1e-5), (11, "float32", 1e-5), (8, "bfloat16", 3e-2)])
+def test_runs_of_queries_attend_as_all_at_once_in_value_and_gradient(monkeypatch, T, dtype, tolerance):
+    """Runs of four, the last one of three; two texts in the second row."""
+    monkeypatch.setattr(attention, "_RUN", 4)
+    given = single(rng.normal(size=(B, T, N, K)), rng.normal(size=(B, 2, T, K)), rng.normal(size=(B, 2, T, H)))
+    narrow = [x.astype(dtype) for x in given]
+    exact = [x.astype(jnp.float32) for x in narrow]
+    later = np.arange(T) >= 5
+    mask = jnp.asarray(np.tril(np.ones((T, T), bool)) & np.stack([np.ones((T, T), bool), later[:, None] == later]))
+    seed = jnp.asarray(rng.normal(size=(B, T, N, H)), jnp.float32)
+    run = lambda f, of: jax.value_and_grad(lambda *a: jnp.sum(seed * f(*a, mask, SCALE)), argnums=(0, 1, 2))(*of)
+    for got, wanted in zip(*map(jax.tree.leaves, (run(attend_causal, narrow), run(attend, exact))), strict=True):
+        size = float(jnp.max(jnp.abs(wanted)))
+        np.testing.assert_allclose(got.astype(jnp.float32), wanted, rtol=tolerance, atol=tolerance * size)
+    assert attend_causal(*narrow, mask, SCALE).dtype == dtype
 
 
 def latent_inputs():
