@@ -1,5 +1,6 @@
 """Log-probs by chunks against NumPy, and against the whole at once."""
 
+import re
 from functools import partial
 
 import jax
@@ -119,3 +120,18 @@ def largest_array(chunk):
 def test_the_logits_of_a_whole_batch_never_exist(chunk):
     assert largest_array(chunk) == 2 * chunk * 1000
     assert largest_array(64) == 2 * 64 * 1000  # the measure does see them where they do exist
+
+
+def compiled(chunk):
+    """Value and gradient for 11 positions of 50 words."""
+    hidden, head, tokens = jnp.zeros((1, 11, 4)), jnp.zeros((4, 50)), jnp.zeros((1, 11), jnp.int32)
+    loss = lambda hidden, head: sum(jnp.sum(x) for x in token_logprobs(hidden, head, tokens, chunk=chunk))
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(hidden, head).compile().as_text()
+
+
+def test_what_fits_at_once_is_not_computed_twice_and_chunks_are_of_equal_length():
+    products = lambda text: len(re.findall(r" dot\(", text))
+    assert products(compiled(11)) == products(compiled(128)) == 3
+    in_two = compiled(8)
+    assert products(in_two) == 4
+    assert re.search(r"\[(1,)?6,50\]", in_two) and not re.search(r"\[(1,)?8,50\]", in_two)

@@ -1,5 +1,6 @@
 """Products with matrices of low rank beside a frozen one: values and gradients against NumPy in float64."""
 
+import re
 from functools import partial
 
 import jax
@@ -55,6 +56,25 @@ def test_a_product_is_that_with_the_sum(use):
     }
     for (name, value), found in zip(wanted.items(), back(d), strict=True):
         np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("rows", [(5,), (2, 5), (2, 3, 5)])
+def test_gradients_of_a_plain_product(rows, dtype, tolerance):
+    x, w, d = drawn(((*rows, 12), (12, 8), (*rows, 8)), jnp.dtype(dtype))
+    got, back = jax.vjp(product, x, w)
+    x64, w64, d64 = in_float64(x, w, d)
+    wanted = x64 @ w64, d64 @ w64.T, x64.reshape(-1, 12).T @ d64.reshape(-1, 8)
+    for found, value in zip((got, *back(d)), wanted, strict=True):
+        assert found.dtype == dtype
+        np.testing.assert_allclose(*in_float64(found), value, rtol=tolerance, atol=tolerance * abs(value).max())
+
+
+def test_a_weights_gradient_makes_no_transposed_copy_on_a_cpu():
+    of = lambda x, w: jnp.sum(jnp.sin(product(x, w)))
+    shapes = jax.ShapeDtypeStruct((4, 64, 96), jnp.float32), jax.ShapeDtypeStruct((96, 160), jnp.float32)
+    compiled = jax.jit(jax.grad(of, argnums=1)).lower(*shapes).compile().as_text()
+    assert not re.findall(r" (?:copy|transpose)\(", compiled)
 
 
 def test_rows_of_any_number_of_axes_and_plain_matrices():
