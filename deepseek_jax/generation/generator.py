@@ -180,8 +180,7 @@ class Generator:
         settings: EngineConfig,
         **given: Any,
     ) -> Engine:
-        """One for these requests: as many slots, as long tables and chunks as they can use, up to the next power of two.
-        """
+        """One for these requests: slots, tables and chunks as large as they can use, up to the next power of two."""
         context = settings.max_model_len or self.config.max_position_embeddings
         longest_prompt = max(map(len, prompts))
         longest = min(longest_prompt + sampling.max_new_tokens, context)

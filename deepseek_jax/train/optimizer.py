@@ -85,7 +85,7 @@ def make_optimizer(
 
 
 def _clipped(most: float) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm` by one factor of all: XLA joins it with what follows, where a quotient stays apart."""
+    """`optax.clip_by_global_norm` by one factor: XLA joins products with what follows, and keeps quotients apart."""
 
     def update(gradient, state, params=None):
         scale = jnp.minimum(1.0, most / optax.tree.norm(gradient))

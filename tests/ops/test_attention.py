@@ -48,7 +48,9 @@ def test_grouped_attention_equals_a_loop(G):
     np.testing.assert_allclose(got, looped(q, k, v, mask), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("T", "dtype", "tolerance"), [(1, "float32", 1e-5), (11, "float32", 1e-5), (8, "bfloat16", 3e-2)])
+@pytest.mark.parametrize(
+    ("T", "dtype", "tolerance"), [(1, "float32", 1e-5), (11, "float32", 1e-5), (8, "bfloat16", 3e-2)]
+)
 def test_runs_of_queries_attend_as_all_at_once_in_value_and_gradient(monkeypatch, T, dtype, tolerance):
     """Runs of four, the last one of three; two texts in the second row."""
     monkeypatch.setattr(attention, "_RUN", 4)

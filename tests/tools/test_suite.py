@@ -26,7 +26,9 @@ def case(log, **changed):
         return once
 
     given = dict(suite="s", name="n", unit="tokens", amount=10, work=Work(8.0, 4.0))
-    given |= dict(ours=taking("ours", iter([99, 1, 2, 3])), peer=taking("peer", iter([99, 4, 6, 12])), peer_name="theirs")
+    given |= dict(
+        ours=taking("ours", iter([99, 1, 2, 3])), peer=taking("peer", iter([99, 4, 6, 12])), peer_name="theirs"
+    )
     return Case(**given | changed)
 
 
