@@ -51,7 +51,7 @@ def ablation(stages: Callable[[Path], Sequence[Stage]], text: str) -> Callable[[
         keep_compiled()
         found = stages(config.run)
         output = config.output or config.run / CONTROLS
-        output.mkdir(exist_ok=True)
+        output.mkdir(exist_ok=True, parents=True)
         with held_folder(output):
             run_stages(output, found)
             write_run_report(output)
@@ -83,10 +83,15 @@ def again(
         changed: options by the names of the stage's command.
 
     Raises:
-        ValueError: the run has not done that stage, or it has an option that there is no longer.
+        ValueError: the run has not done that stage, it is of another kind or takes what only a scorer judges, or it has
+            an option that there is no longer.
     """
     mark = done(run, of)
     model, data = mark["from"]["model"], mark["from"]["data"]
+    if "late" in data or not ("learn" in data or "tasks" in mark["settings"]):
+        raise ValueError(
+            f"{run / of / MARK}: got a stage of other data, wanted fine-tuning or RL by rules alone, as {RL}"
+        )
     start, files = model and given(run, model), {key: given(run, where) for key, where in data.items()}
     (benchmark,) = done(run, RL)["settings"]["tasks"]
     scores = {key.removeprefix(_SCORED): of for key, of in mark["settings"].items() if key.startswith(_SCORED)}

@@ -198,7 +198,7 @@ class Config:
     control: Literal["none", "shuffled"] = "none"
     base: Annotated[ModelOptions, tyro.conf.arg(name="model")] = ModelOptions()
     questions: Annotated[DataOptions, tyro.conf.arg(name="data")] = DataOptions()
-    rewards: Annotated[RewardConfig, tyro.conf.UseAppendAction] = RewardConfig()
+    rewards: RewardConfig = RewardConfig()
     grpo: Annotated[GRPOConfig, tyro.conf.arg(name="algorithm")] = field(default_factory=GRPOConfig)
     mesh: SamplingMeshOptions = SamplingMeshOptions()
     toy: ToyOptions = ToyOptions()

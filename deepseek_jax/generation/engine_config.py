@@ -156,14 +156,14 @@ def span_buckets(
     half = -(-longest // (2 * least)) * least
     widths = sorted({*widths, half})
     by_four = tuple(4**exponent for exponent in range(16))
-    of_width = lambda width: sizes if sizes is not None and width == least else by_four  # long rows are never padded
+    of_width = lambda width: sizes if sizes is not None and width == least else by_four
     most = lambda width: max(1, min(rows, tokens // width))
     return [(size, width) for width in widths for size in row_buckets(most(width), of_width(width))]
 
 
 def rows_at_once(sizes: Sequence[int], rows: int, width: int) -> int:
     """How many of so many rows a call takes: all, unless padding to the next size costs more than another call, which
-    for rows of 64 tokens or more it does where a third is empty.
+    for rows of 64 tokens or more it does where more than a quarter is empty.
 
     >>> [rows_at_once((1, 4, 16), rows, 256) for rows in (1, 2, 3, 4, 5, 12, 20)]
     [1, 1, 4, 4, 4, 16, 16]

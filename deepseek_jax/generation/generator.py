@@ -184,11 +184,13 @@ class Generator:
         context = settings.max_model_len or self.config.max_position_embeddings
         longest_prompt = max(map(len, prompts))
         longest = min(longest_prompt + sampling.max_new_tokens, context)
+        # rows are padded to a chunk; of a preempted request what it drew is computed again, too
+        read = longest if settings.admission == "preempt" else longest_prompt
         slots = min(settings.max_num_seqs, bucket(count, least=1))
         settings = dataclasses.replace(
             settings,
             max_num_seqs=slots,
-            chunk=min(settings.chunk, bucket(longest_prompt)),  # rows are padded to it
+            chunk=min(settings.chunk, bucket(read)),
             batch_sizes=settings.batch_sizes or sizes_that_pay(weights, slots),
             max_model_len=min(bucket(longest), context),
         )

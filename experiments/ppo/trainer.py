@@ -18,6 +18,11 @@ from experiments.ppo.ppo import PPOConfig, critic_objective, frozen_values, ppo_
 
 PPO = PPOConfig(kl_coef=0.0, ppo_epochs=1)
 """The KL stays in the loss, and a rollout has one update, as in the runs that it stands beside."""
+_ALONE = {
+    **{"pack": False, "share_prompts": False, "lora_rank": 0},  # the critic reads rows of one sample
+    **{"updates_per_rollout": 1, "num_iterations": 1},
+    **{"use_adaptive_entropy": False, "top_entropy_quantile": 1.0},  # the loss's
+}
 CRITIC_LR = 10.0
 """Of the critic's rate as a multiple of the policy's, as verl has it: values begin at 0."""
 
@@ -36,13 +41,14 @@ class PPOTrainer(GRPOTrainer):
     """GRPO's trainer but for the advantages, which a critic gives that starts from the policy's trunk.
 
     Raises:
-        ValueError: samples share rows, or a step has several updates: the critic reads rows of one sample, once.
+        ValueError: samples share rows, a step has several updates, or the loss wants what is not computed here.
     """
 
     def __init__(self, config, model, *of, **options):
-        for name, wanted in (("pack", False), ("share_prompts", False), ("updates_per_rollout", 1), ("lora_rank", 0)):
-            if getattr(config, name) != wanted:
-                raise ValueError(f"{name}: got {getattr(config, name)} with PPO, wanted {wanted}")
+        for name, wanted in _ALONE.items():
+            found = getattr(config if hasattr(config, name) else config.loss, name)
+            if found != wanted:
+                raise ValueError(f"{name}: got {found} with PPO, wanted {wanted}")
         super().__init__(config, model, *of, **options)
         self.critic_graphdef, self.critic_weights = critic_from(model.config, model.weights, self.layout)
         rates = replace(config.adamw, learning_rate=CRITIC_LR * config.lr)

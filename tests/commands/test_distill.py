@@ -223,7 +223,8 @@ def test_a_teacher_that_cannot_be_reached_is_one_line_and_leaves_nothing(folders
 
 
 def test_sampling_that_is_broken_off_goes_on_and_other_settings_are_refused(folders, data, call, tmp_path, monkeypatch):
-    given = ("--teacher", folders["mla"], "--student", folders["qwen2"], "--data", data, *ASKED, *TINY)
+    others = ("--student", folders["qwen2"], "--data", data, *ASKED, *TINY)
+    given = ("--teacher", folders["mla"], *others)
     append, drawn = Samples.append, []
 
     def dying(held, records):
@@ -238,12 +239,12 @@ def test_sampling_that_is_broken_off_goes_on_and_other_settings_are_refused(fold
     assert not (tmp_path / "broken" / "rows.jsonl").exists()
     counted = []
     monkeypatch.setattr(Samples, "append", lambda held, records: (counted.append(1), append(held, records)))
-    for changed_setting, says in (
-        (("--sample-temperature", 0.5), "the samples there have sample_temperature 1.0, not 0.5"),
-        (("--seed", 1), "the samples there have seed 0, not 1"),
-        (("--teacher", folders["llama"]), "the samples there have teacher "),
+    for changed, says in (
+        ((*given, "--sample-temperature", 0.5), "the samples there have sample_temperature 1.0, not 0.5"),
+        ((*given, "--seed", 1), "the samples there have seed 0, not 1"),
+        ((*others, "--teacher", folders["llama"]), "the samples there have teacher "),
     ):
-        status, _, err = call(*given, *changed_setting, "--output", tmp_path / "broken")
+        status, _, err = call(*changed, "--output", tmp_path / "broken")
         assert status == 1 and says in err and not counted
     status, _, err = call(*given, "--output", tmp_path / "broken")
     assert status == 0 and len(counted) == 32 - 5, err

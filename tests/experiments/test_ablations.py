@@ -39,6 +39,12 @@ def test_a_stage_again_without_a_change_has_the_settings_of_its_mark(marked_run)
         assert json.loads(json.dumps(again(marked_run, name, "it").settings)) == mark["settings"]
 
 
+def test_a_stage_that_learns_from_more_than_rules_is_not_made_again_without_it(marked_run):
+    for name in ("rl_2", "rejection", "mixture"):
+        with pytest.raises(ValueError, match=f"{name}/stage.json: got a stage of other data, wanted fine-tuning or RL"):
+            again(marked_run, name, "it")
+
+
 def test_imitation_takes_as_long_as_cold_start_and_rl_1(marked_run):
     assert imitation.updates_of_equal_seconds(marked_run) == 4 + 15
     (found,) = imitation.stages(marked_run)

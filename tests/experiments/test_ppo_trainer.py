@@ -7,6 +7,7 @@ from flax import nnx
 from deepseek_jax.data.prompts import batches
 from deepseek_jax.report.metrics import MetricLog, read_metrics
 from deepseek_jax.rewards.combine import combine
+from deepseek_jax.rl.loss_config import GRPOLossConfig
 from deepseek_jax.train.grpo_config import GRPOConfig
 from deepseek_jax.train.grpo_stage import run_grpo
 from experiments.ablations import ppo
@@ -70,9 +71,19 @@ def _flat(state):
             yield (part, *path), leaf.get_raw_value()
 
 
-@pytest.mark.parametrize("changes", [{"pack": True}, {"share_prompts": True}, {"updates_per_rollout": 2}], ids=str)
-def test_rows_of_several_samples_are_refused(changes):
-    with pytest.raises(ValueError, match=f"{next(iter(changes))}: got .* with PPO, wanted"):
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("pack", {"pack": True}),
+        ("share_prompts", {"share_prompts": True}),
+        ("updates_per_rollout", {"updates_per_rollout": 2}),
+        ("num_iterations", {"num_iterations": 2}),
+        ("use_adaptive_entropy", {"loss": GRPOLossConfig(use_adaptive_entropy=True)}),
+        ("top_entropy_quantile", {"loss": GRPOLossConfig(top_entropy_quantile=0.5)}),
+    ],
+)
+def test_what_the_critic_does_not_learn_from_is_refused(name, changes):
+    with pytest.raises(ValueError, match=f"{name}: got .* with PPO, wanted"):
         trainer(**changes)
 
 
