@@ -7,7 +7,7 @@ with `--gsm8k` as many of that file's questions as `--asked-of-gsm8k` beside the
 of easier sums, of two numbers; held-out sums of three. Its tokenizer has no token for <think>, which is then several;
 its template opens no thought, and its end of a turn is its end of text.
 
-Not run to its end at its size yet (LOG.md). Cost, by estimate: half an hour of two CPU cores for 135 million parameters,
+Not run to its end at its size (LOG.md). Cost, by estimate: half an hour of two CPU cores for 135 million parameters,
 6 GB of memory or more, and 10 GB of disk.
 Expected: the form is learnt from the demonstrations, sums of three numbers by reinforcement; of GSM8K nothing.
 """
