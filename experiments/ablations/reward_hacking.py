@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # from any folder, without an install too
 
 from deepseek_jax.cli import run
-from deepseek_jax.commands.r1_again import RL, Config, ablation, again
+from deepseek_jax.commands.r1_again import CONTROLS, RL, Config, ablation, again
 from deepseek_jax.report.metrics import read_metrics
 from deepseek_jax.train.stages import Stage
 
@@ -55,8 +55,9 @@ if __name__ == "__main__":
 
     def command(config: Config) -> None:
         hacked(config)
-        for folder in (config.run / RL, (config.output or config.run / "controls") / WEAK):
+        for folder in (config.run / RL, (config.output or config.run / CONTROLS) / WEAK):
             for row in told(read_metrics(folder)[:STEPS]):
                 print(json.dumps({"of": folder.name, **row}))
 
+    command.__doc__ = hacked.__doc__
     run(command)
