@@ -81,16 +81,17 @@ def _attend_forward(q, k, v, mask, scale):
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1)[..., None]
     out = _product("bgnts,bgsh->bgnth", weights.astype(v.dtype), v) / total
-    return jnp.moveaxis(out, 3, 1).reshape(B, T, N, -1).astype(v.dtype), (grouped, k, v, weights, total, out)
+    return jnp.moveaxis(out, 3, 1).reshape(B, T, N, -1).astype(v.dtype), (grouped, k, v, weights, total)
 
 
 def _attend_backward(scale, saved, d_out):
-    q, k, v, weights, total, out = saved
+    """The mean is that of the rounded products themselves, so that what cancels does, and needs no forward output."""
+    q, k, v, weights, total = saved
     B, T, G, N, K = q.shape
-    d_out = jnp.moveaxis(d_out.reshape(B, T, G, N, -1), 1, 3).astype(jnp.float32) / total
-    inner = jnp.sum(out * d_out, axis=-1, keepdims=True)
-    of_v = d_out.astype(v.dtype)
-    d_scores = (weights * (_product("bgnth,bgsh->bgnts", of_v, v) - inner) * scale).astype(q.dtype)
+    of_v = (jnp.moveaxis(d_out.reshape(B, T, G, N, -1), 1, 3).astype(jnp.float32) / total).astype(v.dtype)
+    d_weights = _product("bgnth,bgsh->bgnts", of_v, v)
+    mean = jnp.sum(weights * d_weights, axis=-1, keepdims=True) / total
+    d_scores = (weights * (d_weights - mean) * scale).astype(q.dtype)
     d_q = jnp.moveaxis(_product("bgnts,bgsk->bgntk", d_scores, k), 3, 1).reshape(B, T, -1, K).astype(q.dtype)
     d_k = _product("bgnts,btgnk->bgsk", d_scores, q).astype(k.dtype)
     return d_q, d_k, _product("bgnts,bgnth->bgsh", weights.astype(v.dtype), of_v).astype(v.dtype), None
