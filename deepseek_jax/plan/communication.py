@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import MLAConfig, ModelConfig
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.plan.meshes import Sizes, layout_of, weight_groups
 from deepseek_jax.plan.weights import moe_layers
@@ -63,6 +63,15 @@ def summed_activations(config: ModelConfig, sizes: Sizes, tokens: float, *, modu
     """The two sums over `tensor` in each layer (and module) of a forward pass."""
     layers = config.num_hidden_layers + (config.num_nextn_predict_layers if modules else 0)
     return Sent(("tensor",), 2 * 2 * 2 * tokens * config.hidden_size * _of_others(sizes, ("tensor",)) * layers)
+
+
+def exchanged_heads(config: ModelConfig, sizes: Sizes, tokens: float, *, modules: bool = False, width: int = 2) -> Sent:
+    """Queries and what they attended to, between devices that share a sequence, in each layer (and module) once."""
+    a, layers = config.attention, config.num_hidden_layers + (config.num_nextn_predict_layers if modules else 0)
+    latent = isinstance(a, MLAConfig)
+    numbers = a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim if latent else 2 * a.head_dim
+    rows = tokens * config.num_attention_heads / sizes.tensor * layers
+    return Sent(("context",), _of_others(sizes, ("context",)) * rows * numbers * width, exchange=True)
 
 
 def _of_others(sizes: Sizes, axes: tuple[str, ...]) -> float:

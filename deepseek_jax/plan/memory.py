@@ -89,7 +89,8 @@ def layer_activations(
         number: bytes of an activation.
 
     Returns:
-        attention: queries, keys, values and output of all heads of this device; keys of the whole sequence.
+        attention: queries, keys, values and output; devices that share a sequence divide its heads, or, where that
+            cannot be, each has the keys and values of all.
         scores: a tile's, float32, with the softmax beside them; and what V3.2's indexer works on where it chooses.
         experts: the rows that this device's experts compute, with SLACK: input, gate, up, their product, output.
         dense: the same of the dense or the shared feed-forward.
@@ -98,11 +99,13 @@ def layer_activations(
     a, D, N = config.attention, config.hidden_size, config.num_attention_heads / sizes.tensor
     if isinstance(a, MLAConfig):
         key, value = a.qk_nope_head_dim + a.qk_rope_head_dim, a.v_head_dim
-        keys = tokens * sizes.context * N * (key + value)
+        keys, heads = N * (key + value), config.num_attention_heads
     else:
         key = value = a.head_dim
-        keys = tokens * sizes.context * a.num_key_value_heads / sizes.tensor * 2 * key
-    scores = min(_SCORES, tokens * sizes.context * length * N / _TILES**2)
+        keys, heads = a.num_key_value_heads / sizes.tensor * 2 * key, a.num_key_value_heads
+    divided = heads % (sizes.tensor * sizes.context) == 0 and not _index_heads(config, length)
+    tokens_of_head = tokens * (1 if divided else sizes.context)
+    scores = min(_SCORES, tokens_of_head * length * N / _TILES**2)
     routed = 0.0
     inner = config.intermediate_size if moe_layers(config) < config.num_hidden_layers else 0
     if config.moe is not None:
@@ -115,7 +118,7 @@ def layer_activations(
         inner = max(inner, moe.n_shared_experts * moe.moe_intermediate_size)
     twice = 1 if workload == "serve" else 2
     return {
-        "attention": math.ceil(twice * number * (tokens * N * (key + value) + keys)),
+        "attention": math.ceil(twice * number * (tokens * N * (key + value) + tokens_of_head * keys)),
         "scores": math.ceil(twice * 2 * 4 * scores + _choice(config, tokens * sizes.context / length, length, N)),
         "experts": math.ceil(twice * number * routed),
         "dense": math.ceil(twice * number * tokens * 3 * inner / sizes.tensor),
