@@ -6,7 +6,14 @@ from typing import NamedTuple
 
 from deepseek_jax.config import MLAConfig, ModelConfig
 from deepseek_jax.plan.chips import Chip
-from deepseek_jax.plan.communication import Sent, dispatched, exchanged_heads, gathered, summed_activations, summed_gradients
+from deepseek_jax.plan.communication import (
+    Sent,
+    dispatched,
+    exchanged_heads,
+    gathered,
+    summed_activations,
+    summed_gradients,
+)
 from deepseek_jax.plan.memory import train_memory
 from deepseek_jax.plan.meshes import Sizes, weight_groups, weights_a_device
 from deepseek_jax.plan.model_bytes import StateDTypes, decode_bytes, experts_touched, number_bytes
@@ -121,7 +128,8 @@ def update_seconds(
     """Of one update with full remat: four forward passes' work, and `scored` more passes of a frozen model.
 
     Collectives: weights gathered forward and backward and their gradient scattered, rows to experts and back in three
-    passes, heads exchanged over `context`, sums over `tensor`, and the gradient's sum over the axes that hold copies of a weight.
+    passes, heads exchanged over `context`, sums over `tensor`, and the gradient's sum over the axes that hold copies of
+    a weight.
     """
     devices, number = math.prod(sizes), number_bytes(state.compute)
     tokens = batch * length / sizes.over(("data", "fsdp", "expert", "context"))

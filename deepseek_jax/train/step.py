@@ -196,7 +196,9 @@ def _stepped(
             total = loss + config.balance_alpha * scored.balance / totals.samples
             return total, (metrics | _routing_metrics(scored, part), scored.load_LE)
 
-        return jax.grad(loss, has_aux=True)(params)
+        gradient, found = jax.grad(loss, has_aux=True)(params)
+        # said here too: a sum over parts of a batch would be kept whole, that of the embedding and the head above all
+        return layout.stored(gradient), found
 
     gradient, (metrics, load_LE) = _accumulate(part_gradient, batch, config.micro_batches)
     metrics["loss"] = Mean(metrics["loss"].total, jnp.float32(1))
