@@ -197,8 +197,11 @@ def _stepped(
             return total, (metrics | _routing_metrics(scored, part), scored.load_LE)
 
         gradient, found = jax.grad(loss, has_aux=True)(params)
-        # said here too: a sum over parts of a batch would be kept whole, that of the embedding and the head above all
-        return layout.stored(gradient), found
+        gradient = layout.stored(gradient)
+        if config.micro_batches > 1:
+            # else a TPU's compiler adds gradients up over chips once, after the last part, and sums of whole ones till then
+            gradient = jax.lax.optimization_barrier(gradient)
+        return gradient, found
 
     gradient, (metrics, load_LE) = _accumulate(part_gradient, batch, config.micro_batches)
     metrics["loss"] = Mean(metrics["loss"].total, jnp.float32(1))
