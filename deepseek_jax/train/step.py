@@ -199,7 +199,7 @@ def _stepped(
         gradient, found = jax.grad(loss, has_aux=True)(params)
         gradient = layout.stored(gradient)
         if config.micro_batches > 1:
-            # else a TPU's compiler adds gradients up over chips once, after the last part, and sums of whole ones till then
+            # else a TPU's compiler adds up whole gradients, and sums over chips once, after the last part
             gradient = jax.lax.optimization_barrier(gradient)
         return gradient, found
 
