@@ -101,6 +101,15 @@ def test_a_v7x_is_two_devices(step):
     assert found["bounds"]["compute"] == pytest.approx(found["flops"] / (2307e12 / 2))
 
 
+def test_r1s_own_reinforcement_fits_512_chips():
+    """512 samples of 32,768 tokens an update, by the paper's preset; moments in float32."""
+    cut = {"mesh": "expert=32,fsdp=2,context=8", "micro_batches": 8}
+    found = figures(preset="r1-671b", topology="v5p:8x8x8", stage="rl_1", **cut)
+    assert found["fits"] and found["headroom"] >= 0.05
+    assert found["flops"] <= 1.55 * found["analytic_flops"]
+    assert found["collective_bytes"] <= 3.5 * found["analytic_collective_bytes"]
+
+
 def sums_of_parts_are_cut() -> None:
     """No loop carries a gradient of the whole vocabulary from one part of a batch to the next."""
     from jax.experimental import topologies
