@@ -34,10 +34,10 @@ _SFT = {"batch_size": 8, "lr": 1e-4, "warmup": 2, "max_length": 160, "eval_rows"
 _RL = {"prompts_per_step": 4, "group_size": 8, "max_new_tokens": 48, "lr": 2e-5, "warmup": 1, "eval_questions": 8}
 _RL |= {"save_every": 1_000, "weight_language": 0.0}
 NUMBERS: dict[str, dict[str, Any]] = {
-    "cold_start": _SFT | {"epochs": 2.0},
-    "rl_1": _RL | {"steps": 8},
-    "rejection": {"limit": 24, "samples": 4, "max_tokens": 48, "form": "boxed", "thought_language": "any"},
-    "sft": _SFT | {"epochs": 3.0},
+    "cold_start": _SFT | {"epochs": 4.0},
+    "rl_1": _RL | {"steps": 30},
+    "rejection": {"limit": 80, "samples": 8, "max_tokens": 48, "form": "boxed", "thought_language": "any"},
+    "sft": _SFT | {"epochs": 3.0, "eval_rows": 2},
     "rl_2": _RL | {"steps": 4},
     "evaluation": {"max_tokens": 48},
 }
@@ -67,7 +67,7 @@ class Config:
     asked_of_gsm8k: int = 40
     train: int = 160
     held_out: int = 40
-    demonstrations: int = 64
+    demonstrations: int = 192
     largest: int = 20
     seed: int = 0
     set: tuple[str, ...] = ()
