@@ -1,6 +1,6 @@
 """Causal attention of whole sequences on a mesh: each device its own sequences and heads, and its share of a sequence.
 
-Where devices share a sequence they exchange its queries for its heads, if there are as many: keys and values of a head
+Where devices share a sequence they exchange its queries for its heads, if they divide these: keys and values of a head
 are on one device alone, which spells them out and has their gradient by itself. Where heads are too few, or keys are
 chosen, each device gets an early and a late run of the queries, of all heads, so that all see as many keys.
 
@@ -46,7 +46,7 @@ def causal_attention(
 
     Args:
         q_BTNK: queries, from position 0; B is cut by "batch", T by "sequence", N by "tensor".
-        k_BGSK: keys of the same tokens, head-major, and not laid out yet.
+        k_BGSK: keys of the same tokens, head-major; laid out here.
         v_BGSH: values, likewise.
         segments_BT: int32, the numbers of packed samples; None where every row is one.
         scale: of the scores.

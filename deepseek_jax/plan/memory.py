@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from deepseek_jax.config import MLAConfig, ModelConfig
 from deepseek_jax.model.transfer import sampled_config
 from deepseek_jax.plan.chips import Kind
-from deepseek_jax.plan.meshes import Sizes, Workload, trained_a_device, weights_a_device
+from deepseek_jax.plan.meshes import Sizes, Workload, divides_heads, trained_a_device, weights_a_device
 from deepseek_jax.plan.model_bytes import StateDTypes, cache_bytes_per_token, number_bytes
 from deepseek_jax.plan.model_flops import kept_keys
 from deepseek_jax.plan.weights import DType, moe_layers, weights
@@ -99,12 +99,11 @@ def layer_activations(
     a, D, N = config.attention, config.hidden_size, config.num_attention_heads / sizes.tensor
     if isinstance(a, MLAConfig):
         key, value = a.qk_nope_head_dim + a.qk_rope_head_dim, a.v_head_dim
-        keys, heads = N * (key + value), config.num_attention_heads
+        of_keys = N * (key + value)
     else:
         key = value = a.head_dim
-        keys, heads = a.num_key_value_heads / sizes.tensor * 2 * key, a.num_key_value_heads
-    divided = heads % (sizes.tensor * sizes.context) == 0 and not _index_heads(config, length)
-    tokens_of_head = tokens * (1 if divided else sizes.context)
+        of_keys = a.num_key_value_heads / sizes.tensor * 2 * key
+    tokens_of_head = tokens * (1 if divides_heads(config, sizes, length) else sizes.context)
     scores = min(_SCORES, tokens_of_head * length * N / _TILES**2)
     routed = 0.0
     inner = config.intermediate_size if moe_layers(config) < config.num_hidden_layers else 0
@@ -118,7 +117,7 @@ def layer_activations(
         inner = max(inner, moe.n_shared_experts * moe.moe_intermediate_size)
     twice = 1 if workload == "serve" else 2
     return {
-        "attention": math.ceil(twice * number * (tokens * N * (key + value) + tokens_of_head * keys)),
+        "attention": math.ceil(twice * number * (tokens * N * (key + value) + tokens_of_head * of_keys)),
         "scores": math.ceil(twice * 2 * 4 * scores + _choice(config, tokens * sizes.context / length, length, N)),
         "experts": math.ceil(twice * number * routed),
         "dense": math.ceil(twice * number * tokens * 3 * inner / sizes.tensor),

@@ -9,8 +9,8 @@ from deepseek_jax.plan.chips import Chip
 from deepseek_jax.plan.communication import (
     Sent,
     dispatched,
-    exchanged_heads,
     gathered,
+    shared_sequences,
     summed_activations,
     summed_gradients,
 )
@@ -128,8 +128,8 @@ def update_seconds(
     """Of one update with full remat: four forward passes' work, and `scored` more passes of a frozen model.
 
     Collectives: weights gathered forward and backward and their gradient scattered, rows to experts and back in three
-    passes, heads exchanged over `context`, sums over `tensor`, and the gradient's sum over the axes that hold copies of
-    a weight.
+    passes, what devices send one another that share sequences, sums over `tensor`, and the gradient's sum over the axes
+    that hold copies of a weight.
     """
     devices, number = math.prod(sizes), number_bytes(state.compute)
     tokens = batch * length / sizes.over(("data", "fsdp", "expert", "context"))
@@ -139,7 +139,7 @@ def update_seconds(
     sent = [of.times(passes) for of in gathered(config, sizes, **of_weights)]
     sent += summed_gradients(config, sizes, **of_weights)
     sent.append(dispatched(config, "train", sizes, tokens, modules=mtp).times(2 * passes))
-    sent.append(exchanged_heads(config, sizes, tokens, modules=mtp).times(passes))
+    sent += shared_sequences(config, sizes, tokens, length, passes, modules=mtp)
     sent.append(summed_activations(config, sizes, tokens, modules=mtp).times(passes))
     # gathered weights are written and read in each pass; the optimizer reads and writes what lies here
     groups = weight_groups(config, state.compute, "train", modules=mtp)

@@ -117,7 +117,7 @@ def devices_that_divide_heads_equal_all_pairs_at_once():
 
 
 def no_device_has_keys_of_all_heads():
-    """Latents travel, and what is added up over devices is their gradient: never keys and values of all heads."""
+    """Latents travel, and what is added up or gathered is of them: never keys and values of all heads."""
     layout, config = on_mesh(context=4, data=2), preset("tiny")
     graphdef, like = abstract_weights(config, jnp.float32, layout)
     B, T, a = 2, 512, config.attention
@@ -125,8 +125,9 @@ def no_device_has_keys_of_all_heads():
     loss = lambda weights, ids: jnp.sum(nnx.merge(graphdef, weights)(ids).x_BTD ** 2)
     text = jax.jit(jax.grad(loss)).lower(like, ids).compile().as_text()
     of_all = config.num_attention_heads * T * (a.qk_nope_head_dim + a.qk_rope_head_dim)
-    sums = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\][^=]* all-reduce\(", text)]
-    assert sums and max(sums) < of_all
+    sent = re.findall(r" = (.*?) (?:all-reduce|all-gather|reduce-scatter)\(", text)
+    sizes = [math.prod(map(int, dims.split(","))) for of in sent for dims in re.findall(r"f32\[([\d,]+)\]", of)]
+    assert sizes and max(sizes) < of_all
 
 
 def devices_choose_keys_as_one_does():
@@ -232,14 +233,20 @@ def pairs_met(length: int, keys: int) -> int:
 def updates_cost_the_tiles_that_meet(topology: str) -> None:
     """R1's widths, on devices with sequences of their own and that share one; long ones, and Qwen's grouped heads."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    for T, K, H, N, G, context in ((4096, 192, 128, 4, 4, 1), (4096, 192, 128, 4, 4, 4), (16384, 128, 128, 4, 2, 1)):
+    cases = (
+        (4096, 192, 128, 4, 4, 1),
+        (4096, 192, 128, 4, 4, 4),
+        (4096, 128, 128, 4, 2, 4),
+        (16384, 128, 128, 4, 2, 1),
+    )
+    for T, K, H, N, G, context in cases:
         layout = Layout(mesh=make_mesh(devices, context=context, data=len(devices) // context))
         B = len(devices) // context
         shaped = lambda dims, *axes, layout=layout, dtype="bfloat16": jax.ShapeDtypeStruct(
             dims, dtype, sharding=layout.sharding(*axes)
         )
         q = shaped((B, T, N, K), "batch", "sequence", None, None)
-        k, v = (shaped((B, G, T, width), "batch", "head", None, None) for width in (K, H))
+        k, v = (shaped((B, G, T, width), "batch", None if G % context else "head", None, None) for width in (K, H))
         ids = shaped((B, T), "batch", "sequence", dtype="int32")
 
         def loss(q, k, v, ids, layout=layout):
