@@ -78,8 +78,8 @@ def shared_sequences(
 ) -> list[Sent]:
     """What devices that share sequences send one another in an update of so many passes, in each layer (and module).
 
-    In each pass queries, and what they attended to, for other heads or in other runs; and latents, or keys and values of
-    grouped heads. Where heads are not divided, the gradients of all keys and values are summed by head.
+    In each pass queries, and what they attended to, for other heads or in other runs; and latents, or keys and values
+    of grouped heads. Where heads are not divided, the gradients of all keys and values are summed by head.
     """
     a, layers = config.attention, config.num_hidden_layers + (config.num_nextn_predict_layers if modules else 0)
     rows, divided = tokens * layers * width * _of_others(sizes, ("context",)), divides_heads(config, sizes, length)
