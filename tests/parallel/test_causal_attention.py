@@ -225,9 +225,9 @@ def test_tiles_suit_what_holds_them(platform, run, length, side):
 # --- TPUs ----------------------------------------------------------------------------------------
 
 
-def pairs_met(length: int, keys: int) -> int:
-    """In tiles of 512 queries and so many keys that the mask leaves."""
-    return sum(-(-end // keys) * keys * 512 for end in range(512, length + 512, 512))
+def pairs_met(length: int, queries: int, keys: int) -> int:
+    """In tiles of so many queries and keys that the mask leaves."""
+    return sum(-(-end // keys) * keys * queries for end in range(queries, length + queries, queries))
 
 
 def updates_cost_the_tiles_that_meet(topology: str) -> None:
@@ -254,8 +254,9 @@ def updates_cost_the_tiles_that_meet(topology: str) -> None:
 
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v, ids).compile()
         found = cost_analysis(compiled.as_text(), layout.mesh.shape)
-        wide = 512 if T == 4096 else 2048
-        wanted = 2 * N / context * (pairs_met(T, 512) * (K + H) + pairs_met(T, wide) * (3 * K + 2 * H))
+        long, wide = (512, 512) if T == 4096 else (1024, 2048)
+        forward, backward = pairs_met(T, long, 512) * (K + H), pairs_met(T, 512, wide) * (3 * K + 2 * H)
+        wanted = 2 * N / context * (forward + backward)
         assert found.unknown_kernels == () and found.flops == wanted, (found.flops, wanted)
 
 
