@@ -159,7 +159,7 @@ def train_memory(
 
     Weights are cast to what is computed in before anything else; this copy, and a gradient in the same dtype, are there
     at once. Only where the optimizer uses it is a number of the gradient made float32, or where those of micro-batches
-    are added up: their sum is float32, and beside it there is no other. Activations are each layer's saved input and
+    are added up: their sum is float32, and on a mesh so is the gradient that is added to it. Activations are each layer's saved input and
     attention, and one layer at work. Workspace is one layer's weights gathered with their gradient, embedding and head
     gathered with their gradients, and a chunk of logits with softmax and gradient in float32. MTP modules lie outside
     the loop over layers: each adds its layer's weights with their gradient, and the gradient that it gives embedding
@@ -181,12 +181,12 @@ def train_memory(
     number = number_bytes(state.compute)
     ran = config.num_nextn_predict_layers if modules else 0
     tokens = math.ceil(batch / micro_batches * length / sizes.over(("data", "fsdp", "expert", "context")))
-    trained = trained_a_device(config, sizes)
+    trained, added = trained_a_device(config, sizes), 1 if math.prod(sizes) == 1 else 2
     held = _held_by_passes(config, sizes, tokens, length, number, ran)
     kept = Memory(
         weights=weights_a_device(config, state.weights, "train", sizes),
         optimizer=2 * number_bytes(state.moments) * trained,
-        gradient=(number if micro_batches == 1 else number_bytes(state.weights)) * trained,
+        gradient=(number if micro_batches == 1 else added * number_bytes(state.weights)) * trained,
         computed=0 if state.compute == state.weights else number * trained,
         activations=held.saved + _live(held.pieces | _gradient_parts(config, tokens, length, sizes, number, kind)),
         workspace=math.ceil((1 + ran) * held.layer + (1 + ran / 2) * held.tables + held.logits),
