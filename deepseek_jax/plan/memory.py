@@ -160,10 +160,10 @@ def train_memory(
     Weights are cast to what is computed in before anything else; this copy, and a gradient in the same dtype, are there
     at once. Only where the optimizer uses it is a number of the gradient made float32, or where those of micro-batches
     are added up: their sum is float32, and on a mesh so is the gradient that is added to it. Activations are each
-    layer's saved input and attention, and one layer at work. Workspace is one layer's weights gathered with their gradient, embedding and head
-    gathered with their gradients, and a chunk of logits with softmax and gradient in float32. MTP modules lie outside
-    the loop over layers: each adds its layer's weights with their gradient, and the gradient that it gives embedding
-    and head.
+    layer's saved input and attention, and one layer at work. Workspace is one layer's weights gathered with their
+    gradient, embedding and head gathered with their gradients, and a chunk of logits with softmax and gradient in
+    float32. MTP modules lie outside the loop over layers: each adds its layer's weights with their gradient, and the
+    gradient that it gives embedding and head.
 
     Differs by the compiler, see `_of_xla_gpu`; `tests/tools/test_compile_gpus.py` and
     `tests/tools/test_compile_pod.py` hold both.
