@@ -309,21 +309,6 @@ def cutting_a_batch_in_parts_moves_no_row():
     assert len(np.unique(wanted[:, 0])) == B
 
 
-def a_sum_over_parts_is_cut_as_weights_are():
-    """No loop carries the gradient of a whole vocabulary."""
-    config = dataclasses.replace(MLA, vocab_size=1024)
-    layout = Layout(mesh=make_mesh(fsdp=2, expert=2, context=2), scan_layers=True, remat="layers")
-    made = jax.jit(lambda: split(Decoder(config, rngs=nnx.Rngs(0)))[1])()
-    state = init_state(stack_layers(made, config, layout), optax.sgd(1.0), layout)
-    objective, batch = objectives("mla")["grpo"]
-    batch = jax.tree.map(lambda a: np.concatenate([a, a]), batch)
-    step = make_train_step(
-        abstract_weights(config, layout=layout)[0], objective, optax.sgd(1.0), StepConfig(micro_batches=4)
-    )
-    carried = re.findall(r" = \((.*)\) while\(", step.lower(state, batch).compile().as_text())
-    assert carried and not [of for of in carried if "f32[1024,64]" in of or "f32[64,1024]" in of]
-
-
 PUT_ON = ({"data": 2, "fsdp": 4}, {"fsdp": 2, "expert": 2, "context": 2}, {"context": 2, "tensor": 4})
 
 
@@ -492,7 +477,6 @@ def a_state_keeps_lying_as_its_weights_do():
 
 QUICK = [
     micro_batches_change_nothing_on_a_mesh,
-    a_sum_over_parts_is_cut_as_weights_are,
     a_batch_is_put_shard_by_shard,
     an_adapters_step_of_a_dense_model_is_that_of_one_device,
 ]
