@@ -48,6 +48,7 @@ _TABLE: Mapping[str, _Cut] = {
     "batch": _Cut(("data", "fsdp", "expert"), ("data", "fsdp", "expert")),
     "sequence": _Cut(("context",), ("context",)),
     "tensor": _Cut(("tensor",), ("tensor",)),
+    "head": _Cut(("tensor", "context"), ("tensor", "context")),  # where chips that share a sequence divide its heads
     # rows for experts, and those of a latent cache while it is decoded: no chip has another's
     "tokens": _Cut(("context",), ("context", "tensor")),
     "cache_batch": _Cut(("data", "fsdp", "expert"), ("data", "fsdp", "expert", "tensor")),

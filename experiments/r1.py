@@ -8,9 +8,9 @@ distill` distils on-policy instead). After every stage it is scored on held-out 
 than any demonstration. With `--model`, `--data`, `--held-out` and `--cold-start` the same stages train a checkpoint;
 `--preset paper` has R1's numbers, `--set` any other.
 
-Cost: five models of half a million parameters, one after the other: some 17 minutes of two cores, 12 before
-more was sampled. Found: 0 and 14 % after base and cold start, 37 to 57 % after RL-1, 36 to 64 %
-at the end (LOG.md, three seeds). A killed run goes on when the same command is given again; what is done is not done
+Cost: five models of half a million parameters, one after the other: 14 minutes of two cores that do nothing
+else. Found: 0 and 11 to 14 % after base and cold start, 36 to 57 % after RL-1, 36 to 64 % at the end (LOG.md, four
+seeds). A killed run goes on when the same command is given again; what is done is not done
 again. report.html and summary.json tell of all stages; `tools/report.py RUN` writes them anew.
 """
 

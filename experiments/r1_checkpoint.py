@@ -7,9 +7,10 @@ with `--gsm8k` as many of that file's questions as `--asked-of-gsm8k` beside the
 of easier sums, of two numbers; held-out sums of three. Its tokenizer has no token for <think>, which is then several;
 its template opens no thought, and its end of a turn is its end of text.
 
-Not run to its end at its size (LOG.md). Cost, by estimate: half an hour of two CPU cores for 135 million parameters,
-6 GB of memory or more, and 10 GB of disk.
+Cost: an hour of two CPU cores for 135 million parameters, 7 GB of memory, and 10 GB of disk.
 Expected: the form is learnt from the demonstrations, sums of three numbers by reinforcement; of GSM8K nothing.
+Found: the form, and nothing beyond it: 5.0 % of 40 held-out sums after the cold start, 7.5 % after every later stage,
+one sum more (LOG.md). 4 % of its samples are right, too few for 24 steps of 32 to learn from.
 """
 
 import json
@@ -35,9 +36,9 @@ _RL = {"prompts_per_step": 4, "group_size": 8, "max_new_tokens": 48, "lr": 2e-5,
 _RL |= {"save_every": 1_000, "weight_language": 0.0}
 NUMBERS: dict[str, dict[str, Any]] = {
     "cold_start": _SFT | {"epochs": 2.0},
-    "rl_1": _RL | {"steps": 8},
-    "rejection": {"limit": 24, "samples": 4, "max_tokens": 48, "form": "boxed", "thought_language": "any"},
-    "sft": _SFT | {"epochs": 3.0},
+    "rl_1": _RL | {"steps": 24},
+    "rejection": {"limit": 80, "samples": 8, "max_tokens": 48, "form": "boxed", "thought_language": "any"},
+    "sft": _SFT | {"epochs": 3.0, "eval_rows": 2},
     "rl_2": _RL | {"steps": 4},
     "evaluation": {"max_tokens": 48},
 }

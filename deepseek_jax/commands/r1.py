@@ -12,9 +12,10 @@ from deepseek_jax.checkpoint.hub import model_folder
 from deepseek_jax.commands import distill, evaluate, rejection, sft, train_settings
 from deepseek_jax.commands.options import command
 from deepseek_jax.commands.r1_presets import KINDNESS, PRESETS, PUZZLES_ONLY
-from deepseek_jax.commands.r1_stages import EVALUATION, Maker
+from deepseek_jax.commands.r1_stages import EVALUATION, Maker, read_rows
 from deepseek_jax.commands.report import write_run_report
 from deepseek_jax.commands.settings_file import converted, options_of
+from deepseek_jax.data.sources import open_source
 from deepseek_jax.evals.tasks import task_named
 from deepseek_jax.train.runs import SUMMARY, held_folder, room_needed
 from deepseek_jax.train.stages import Stage, run_stages
@@ -120,12 +121,32 @@ def main(config: Config) -> None:
         _say(f"[{EVALUATION}]", *(f"{name} = {value!r}" for name, value in options[EVALUATION].items()))
     if config.show:
         return
+    _check_files(config)
     with room_needed(config.output), held_folder(config.output):
         run_stages(config.output, found)
         report = distributed.on_main(lambda: str(write_run_report(config.output)))
     for of in distributed.on_main(lambda: read_json(config.output / SUMMARY))["stages"]:
         _say(f"{of['name']:<12}{100 * of['accuracy']:5.1f} ± {100 * of['stderr']:.1f} %   {of['seconds']:.0f} s")
     _say(f"report: {report}")
+
+
+def _check_files(config: Config) -> None:
+    """Read the user's files before anything is trained on one of them, hours before the next.
+
+    Raises:
+        ValueError: there is no such file, or a row to ask or to score by is none of the benchmark's.
+    """
+    for name in ("cold_start", "data", "held_out", "general", "general_questions"):
+        path = getattr(config, name)
+        if path is None:
+            continue
+        try:
+            if name in ("data", "held_out"):
+                task_named(config.benchmark).problems(open_source(str(path)))
+            else:
+                read_rows(path)
+        except ValueError as problem:
+            raise ValueError(f"{name}: {problem}") from None
 
 
 def stages(config: Config, options: Mapping[str, Mapping[str, Any]]) -> list[Stage]:

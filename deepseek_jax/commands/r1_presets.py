@@ -78,7 +78,7 @@ LAPTOP: dict[str, Options] = {
     "cold_start": _SMALL_SFT | {"epochs": 7.0, "lr": 1e-3},
     "rl_1": _SMALL_RL | {"steps": 60},
     "rejection": {"samples": 4, "temperature": 1.0, "top_p": 1.0, "max_tokens": 64, "batch": 64, "limit": 2_400}
-    | {"form": "tags", "thought_language": "row", "keep": 3},
+    | {"thought_language": "row", "keep": 3},
     "mixture": {"general_share": 0.25},
     "sft": _SMALL_SFT | {"epochs": 6.0, "batch_size": 48},
     "rl_2": _SMALL_RL | {"steps": 80, "temperature": 0.7, "late_step": 10, "late_weight": 0.25},

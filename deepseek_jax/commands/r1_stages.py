@@ -86,7 +86,8 @@ class Maker(NamedTuple):
                 {key: rows[n][key] for key in ("messages", "prompt", "completion") if key in rows[n]} for n in order
             ]
             file = write_rows(folder / "rows.jsonl", plain)
-            return Done(data={"rows": file}, report={"reasoning": len(thinking), "general": wanted})
+            counts = {"reasoning": len(thinking), "general": wanted, "general different": min(wanted, len(talk))}
+            return Done(data={"rows": file}, report=counts)
 
         return Stage(
             name,
@@ -97,7 +98,8 @@ class Maker(NamedTuple):
 
     def rejection(self, name: str, *, model: str | Path, ask: Given) -> Stage:
         """Samples of every question, and of these the ones worth imitating."""
-        base = with_values(rejection.Config(), {"benchmark": self.benchmark, "seed": self.seed, **self.options[name]})
+        given = {"benchmark": self.benchmark, "form": task_named(self.benchmark).form, "seed": self.seed}
+        base = with_values(rejection.Config(), given | self.options[name])
 
         def does(folder: Path, model: Path | None, data: Mapping[str, Path]) -> Done:
             rejection.main(with_values(base, {"output": folder, "model": model, "data": (str(data["ask"]),)}))

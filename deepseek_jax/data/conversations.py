@@ -3,9 +3,10 @@
 Forms, by the names of their columns in any case of letters, the first that a row has and that is not empty:
 messages (or conversation): [{"role", "content"}], with "reasoning_content", "thinking" or "reasoning" beside an answer,
 and "weight": 0 (OpenAI) or "train": false on one that is not learnt; conversations (ShareGPT): [{"from", "value"}];
-prompt and completion (TRL), texts or messages, of which the completion is learnt; problem and solution, question and
-answer (or response), instruction and output (Alpaca) or response (Dolly) with an optional input or context, input and
-output (Nemotron). Beside such a pair a column of thoughts has one of the three names.
+prompt and completion (TRL), texts or messages, of which the completion is learnt; problem (or prompt) and solution,
+question (or problem) and answer, question and response, instruction and output (Alpaca) or response (Dolly) with an
+optional input or context, input and output (Nemotron). Beside such a pair a column of thoughts has one of the three
+names.
 A text column `system` or `system_prompt` stands before a conversation that has none of its own.
 """
 
@@ -20,6 +21,8 @@ _MESSAGES = ("messages", "conversations", "conversation")
 _PAIRS = (
     ("prompt", "completion"),
     ("problem", "solution"),
+    ("problem", "answer"),
+    ("prompt", "solution"),
     ("question", "answer"),
     ("question", "response"),
     ("query", "response"),

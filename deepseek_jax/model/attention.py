@@ -105,7 +105,7 @@ class LatentAttention(nnx.Module):
         lay = self.layout.constrain
         parts = self._queries(latent, step, split_columns)
         q = lay(jnp.concatenate(parts, axis=-1), "batch", "sequence", "tensor", None)
-        # every chip of a `context` group needs all keys: 576 numbers a token, before they are spelled out by head
+        # every chip of a `context` group needs all tokens: 576 numbers of each, before keys are spelled out by head
         new = jax.tree.map(lambda part: lay(part, "batch", None, None), new)
         if pool is not None:
             pool = write(pool, new, step.view, layer_idx, self.layout)
@@ -113,11 +113,11 @@ class LatentAttention(nnx.Module):
 
         def spell(entries):
             r = entries.r[..., : self.config.qk_rope_head_dim]
-            by_head = attention.expand(entries.c, r, *self._key_value_weights(r.dtype))
-            return [lay(part, "batch", "tensor", None, None) for part in by_head]
+            return attention.expand(entries.c, r, *self._key_value_weights(r.dtype))
 
         def of_pool(first):
-            return spell(read_blocks(pool, step.view, layer_idx, first, new.c.dtype, self.layout))
+            by_head = spell(read_blocks(pool, step.view, layer_idx, first, new.c.dtype, self.layout))
+            return [lay(part, "batch", "tensor", None, None) for part in by_head]
 
         k, v = spell(new)
         chooses = pool is None and self._chooses_among(k.shape[2])
@@ -208,8 +208,8 @@ class GroupedAttention(nnx.Module):
             out = grouped_attention(q, pool, step.view, layer_idx=layer_idx, scale=self.scale, layout=self.layout)
             return self._output(out), pool
         q = lay(q, "batch", "sequence", "tensor", None)
-        new = jax.tree.map(lambda part: lay(part, "batch", "tensor", None, None), new)
         if pool is not None:
+            new = jax.tree.map(lambda part: lay(part, "batch", "tensor", None, None), new)
             pool = write(pool, new, step.view, layer_idx, self.layout)
             new = pool.as_kept(new)
         place = {"scale": self.scale, "layout": self.layout, "prompt_of_BT": step.prompt_of_BT}

@@ -1,6 +1,10 @@
 """Causal attention of whole sequences on a mesh: each device its own sequences and heads, and its share of a sequence.
 
-Where devices share a sequence, each gets an early and a late run of its queries, so that all see as many keys.
+Where devices share a sequence they exchange its queries for its heads, if they divide these: keys and values of a head
+are on one device alone, which spells them out and has their gradient by itself. Where heads are too few, or keys are
+chosen, each device gets an early and a late run of the queries, of all heads, so that all see as many keys.
+
+Source: arXiv 2309.14509 (the exchange).
 """
 
 import dataclasses
@@ -42,7 +46,7 @@ def causal_attention(
 
     Args:
         q_BTNK: queries, from position 0; B is cut by "batch", T by "sequence", N by "tensor".
-        k_BGSK: keys of the same tokens, head-major.
+        k_BGSK: keys of the same tokens, head-major; laid out here.
         v_BGSH: values, likewise.
         segments_BT: int32, the numbers of packed samples; None where every row is one.
         scale: of the scores.
@@ -55,26 +59,38 @@ def causal_attention(
     Returns:
         [B, T, N, H] in the dtype of v; and those logarithms, float32 [B, T, N], or None.
     """
-    T = q_BTNK.shape[1]
+    T, by_head = q_BTNK.shape[1], index is None and _divides(layout, k_BGSK.shape[1])
+    k_BGSK, v_BGSH = (layout.constrain(of, "batch", _heads(by_head), None, None) for of in (k_BGSK, v_BGSH))
     few = T <= _ALL_PAIRS and layout.parts("sequence") == 1 and not sums and index is None
     if few and _platform(layout) != "tpu":
         mask = causal_rows(jnp.arange(T), T, q_BTNK.shape[0])
         mask = mask if segments_BT is None else same_segment(mask, segments_BT, segments_BT, prompt_of_BT)
         return checkpoint_name(attend_causal(q_BTNK, k_BGSK, v_BGSH, mask, scale), ATTENTION), None
     plainly = prompt_of_BT is not None or index is not None
-    tiling, attend_tiles, tables, cuts = _form(q_BTNK, k_BGSK, layout, scale, sums, plainly=plainly)
+    tiling, attend_tiles, tables, cuts = _form(q_BTNK, k_BGSK, layout, scale, sums, plainly=plainly, by_head=by_head)
     segments = None if segments_BT is None else (segments_BT, segments_BT, prompt_of_BT)
-    run = _on_device(tiling, attend_tiles, layout, 1 + sums)
+    run = _on_device(tiling, attend_tiles, layout, 1 + sums, by_head=by_head)
     if layout.mesh is not None:
-        run = _on_mesh(run, layout, cuts, segments, index, sums=sums)
+        run = _on_mesh(run, layout, cuts, segments, index, sums=sums, by_head=by_head)
     out, *log_sum = run(tables, q_BTNK, k_BGSK, v_BGSH, segments, index)
     return out, log_sum[0] if sums else None
 
 
-def _on_device(tiling: Tiling, attend_tiles: Callable, layout: Layout, results: int) -> Callable:
+def _divides(layout: Layout, heads: int) -> bool:
+    """Whether devices that share a sequence can divide its key-value heads, and with them the queries'."""
+    return layout.parts("sequence") > 1 and heads % layout.parts("head") == 0
+
+
+def _heads(by_head: bool) -> str:
+    """The logical axis of the heads of a device."""
+    return "head" if by_head else "tensor"
+
+
+def _on_device(tiling: Tiling, attend_tiles: Callable, layout: Layout, results: int, *, by_head: bool) -> Callable:
     """What a device does with its part of the arguments."""
     axis = layout.cut("sequence")[0]
     dealt, padded = partial(_dealt, of=tiling, axis=axis), partial(_padded, size=tiling.keys)
+    exchange = partial(jax.lax.all_to_all, axis_name=axis, tiled=True) if by_head else lambda x, **_: x
 
     def local(tables, q, k, v, segments, index):
         if segments is not None:
@@ -85,17 +101,21 @@ def _on_device(tiling: Tiling, attend_tiles: Callable, layout: Layout, results: 
         if index is not None:
             own = {"q": dealt(index.q), "weights": dealt(index.weights), "k": padded(index.k, axis=1)}
             bits["bits"] = _chosen(dataclasses.replace(index, **own), segments, tables[0][0], tiling.side, layout)
-        found = attend_tiles(dealt(q), padded(k, axis=2), padded(v, axis=2), segments, tables, **bits)
-        return tuple(_collected(of, tiling, axis) for of in found[:results])
+        q = dealt(exchange(q, split_axis=2, concat_axis=1))
+        found = attend_tiles(q, padded(k, axis=2), padded(v, axis=2), segments, tables, **bits)
+        found = (_collected(of, tiling, axis) for of in found[:results])
+        return tuple(exchange(of, split_axis=1, concat_axis=2) for of in found)
 
     return local
 
 
-def _on_mesh(local: Callable, layout: Layout, cuts: Any, segments: Any, index: Index | None, *, sums: bool) -> Callable:
+def _on_mesh(
+    local: Callable, layout: Layout, cuts: Any, segments: Any, index: Index | None, *, sums: bool, by_head: bool
+) -> Callable:
     """Each device with its own part of the arguments."""
     spec = lambda *axes: layout.sharding(*axes).spec
-    queries, keys = spec("batch", "sequence", "tensor", None), spec("batch", "tensor", None, None)
-    of_queries, of_keys = spec("batch", "sequence"), spec("batch", None)
+    queries, keys = spec("batch", "sequence", "tensor", None), spec("batch", _heads(by_head), None, None)
+    of_queries, of_keys = spec("batch", None if by_head else "sequence"), spec("batch", None)
     numbers = segments and (of_queries, of_keys, None if segments[2] is None else of_queries)
     indexed = index and dataclasses.replace(index, q=of_queries, weights=of_queries, k=of_keys)
     results = (queries, spec("batch", "sequence", "tensor"))[: 1 + sums]
@@ -105,21 +125,22 @@ def _on_mesh(local: Callable, layout: Layout, cuts: Any, segments: Any, index: I
 
 
 def _form(
-    q: jax.Array, k: jax.Array, layout: Layout, scale: float, sums: bool, *, plainly: bool
+    q: jax.Array, k: jax.Array, layout: Layout, scale: float, sums: bool, *, plainly: bool, by_head: bool
 ) -> tuple[Tiling, Callable, Any, Any]:
     """The tiles, what attends with them on a device, and its tables with the way these are cut."""
     B, T, N, _ = q.shape
-    parts = layout.parts("sequence")
+    runs = None if by_head else "sequence"
+    parts, heads = layout.parts(runs), -(-N // layout.parts(_heads(by_head)))
     if _platform(layout) == "tpu" and not plainly:  # the kernel compares one number of a query with one of a key
         from deepseek_jax.ops.kernels import splash  # Pallas is slow to import
 
         tiling = splash.tiling(T, parts)
-        kernel = splash.kernel(tiling, N // layout.parts("tensor"), sums=sums)
-        cuts = None if layout.mesh is None else kernel.manual_sharding_spec(layout.sharding(None, "sequence"))
+        kernel = splash.kernel(tiling, heads, sums=sums)
+        cuts = None if layout.mesh is None else kernel.manual_sharding_spec(layout.sharding(None, runs))
         of_kernel = lambda q, k, v, segments, kernel: splash.splash_attention(kernel, q, k, v, segments, scale=scale)
         return tiling, of_kernel, kernel, cuts
 
-    scores = -(-B // layout.parts("batch")) * -(-N // layout.parts("tensor"))
+    scores = -(-B // layout.parts("batch")) * heads
     tiling = Tiling(T, parts, _side(-(-T // parts // (1 if parts == 1 else 2)), T, scores, _platform(layout)))
 
     def plain(q, k, v, segments, tables, bits=None):
@@ -127,7 +148,7 @@ def _form(
         return flash_attention(q, k, v, segments, at, pairs, side=tiling.side, scale=scale, bits=bits)
 
     tables = tuple(map(jnp.asarray, (tiling.positions(), tiling.pairs())))
-    cut = None if layout.mesh is None else layout.sharding("sequence").spec
+    cut = None if layout.mesh is None else layout.sharding(runs).spec
     return tiling, plain, tables, (cut, cut)
 
 

@@ -1,8 +1,9 @@
 """What devices send one another, for the meshes and layouts of `sharding`: the planner's terms, and their least.
 
 Tokens' rows to their experts and back; weights that training keeps cut, gathered where they run; their gradients,
-scattered and summed; activations summed over `tensor`; and weights that move from the layout that they are trained in
-to the one that they are sampled in. A ring sends (n - 1) / n of what n devices exchange.
+scattered and summed; activations summed over `tensor`; queries and keys of sequences that `context` cuts; and weights
+that move from the layout that they are trained in to the one that they are sampled in. A ring sends (n - 1) / n of what
+n devices exchange.
 """
 
 import dataclasses
@@ -13,9 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import MLAConfig, ModelConfig
 from deepseek_jax.model.decoder import abstract_weights
-from deepseek_jax.plan.meshes import Sizes, layout_of, weight_groups
+from deepseek_jax.plan.meshes import Sizes, divides_heads, layout_of, weight_groups
 from deepseek_jax.plan.weights import moe_layers
 from deepseek_jax.sharding import Layout, cut
 
@@ -63,6 +64,34 @@ def summed_activations(config: ModelConfig, sizes: Sizes, tokens: float, *, modu
     """The two sums over `tensor` in each layer (and module) of a forward pass."""
     layers = config.num_hidden_layers + (config.num_nextn_predict_layers if modules else 0)
     return Sent(("tensor",), 2 * 2 * 2 * tokens * config.hidden_size * _of_others(sizes, ("tensor",)) * layers)
+
+
+def shared_sequences(
+    config: ModelConfig,
+    sizes: Sizes,
+    tokens: float,
+    length: int,
+    passes: float,
+    *,
+    modules: bool = False,
+    width: int = 2,
+) -> list[Sent]:
+    """What devices that share sequences send one another in an update of so many passes, in each layer (and module).
+
+    In each pass queries, and what they attended to, for other heads or in other runs; and latents, or keys and values
+    of grouped heads. Where heads are not divided, the gradients of all keys and values are summed by head.
+    """
+    a, layers = config.attention, config.num_hidden_layers + (config.num_nextn_predict_layers if modules else 0)
+    rows, divided = tokens * layers * width * _of_others(sizes, ("context",)), divides_heads(config, sizes, length)
+    if isinstance(a, MLAConfig):
+        by_head = queries = config.num_attention_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim)
+        keys = (a.kv_lora_rank + a.qk_rope_head_dim) * sizes.context
+    else:
+        queries, by_head = config.num_attention_heads * 2 * a.head_dim, a.num_key_value_heads * 2 * a.head_dim
+        keys = by_head / sizes.tensor * (1 if divided else sizes.context)
+    summed = 0 if divided else 2 * sizes.context * by_head / sizes.tensor
+    exchanged = Sent(("context",), passes * rows * queries / sizes.tensor, exchange=divided)
+    return [exchanged, Sent(("context",), rows * (passes * keys + summed))]
 
 
 def _of_others(sizes: Sizes, axes: tuple[str, ...]) -> float:

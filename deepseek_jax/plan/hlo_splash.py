@@ -1,7 +1,7 @@
 """What jax's splash attention costs in a compiled program, whose text gives its tiles and says nothing of their cost.
 
 The mask is taken to be causal, and devices that share a sequence to see as many keys, as
-`parallel.causal_attention` deals the queries out.
+where `parallel.causal_attention` divides heads or deals queries out.
 Source: the grids and index maps of jax.experimental.pallas.ops.tpu.splash_attention.
 """
 

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from deepseek_jax.config import MLAConfig, ModelConfig
 from deepseek_jax.model.transfer import sampled_config
 from deepseek_jax.plan.chips import Kind
-from deepseek_jax.plan.meshes import Sizes, Workload, trained_a_device, weights_a_device
+from deepseek_jax.plan.meshes import Sizes, Workload, divides_heads, trained_a_device, weights_a_device
 from deepseek_jax.plan.model_bytes import StateDTypes, cache_bytes_per_token, number_bytes
 from deepseek_jax.plan.model_flops import kept_keys
 from deepseek_jax.plan.weights import DType, moe_layers, weights
@@ -89,7 +89,8 @@ def layer_activations(
         number: bytes of an activation.
 
     Returns:
-        attention: queries, keys, values and output of all heads of this device; keys of the whole sequence.
+        attention: queries, keys, values and output; devices that share a sequence divide its heads, or, where that
+            cannot be, each has the keys and values of all.
         scores: a tile's, float32, with the softmax beside them; and what V3.2's indexer works on where it chooses.
         experts: the rows that this device's experts compute, with SLACK: input, gate, up, their product, output.
         dense: the same of the dense or the shared feed-forward.
@@ -98,11 +99,12 @@ def layer_activations(
     a, D, N = config.attention, config.hidden_size, config.num_attention_heads / sizes.tensor
     if isinstance(a, MLAConfig):
         key, value = a.qk_nope_head_dim + a.qk_rope_head_dim, a.v_head_dim
-        keys = tokens * sizes.context * N * (key + value)
+        of_keys = N * (key + value)
     else:
         key = value = a.head_dim
-        keys = tokens * sizes.context * a.num_key_value_heads / sizes.tensor * 2 * key
-    scores = min(_SCORES, tokens * sizes.context * length * N / _TILES**2)
+        of_keys = a.num_key_value_heads / sizes.tensor * 2 * key
+    tokens_of_head = tokens * (1 if divides_heads(config, sizes, length) else sizes.context)
+    scores = min(_SCORES, tokens_of_head * length * N / _TILES**2)
     routed = 0.0
     inner = config.intermediate_size if moe_layers(config) < config.num_hidden_layers else 0
     if config.moe is not None:
@@ -115,7 +117,7 @@ def layer_activations(
         inner = max(inner, moe.n_shared_experts * moe.moe_intermediate_size)
     twice = 1 if workload == "serve" else 2
     return {
-        "attention": math.ceil(twice * number * (tokens * N * (key + value) + keys)),
+        "attention": math.ceil(twice * number * (tokens * N * (key + value) + tokens_of_head * of_keys)),
         "scores": math.ceil(twice * 2 * 4 * scores + _choice(config, tokens * sizes.context / length, length, N)),
         "experts": math.ceil(twice * number * routed),
         "dense": math.ceil(twice * number * tokens * 3 * inner / sizes.tensor),
@@ -157,11 +159,11 @@ def train_memory(
 
     Weights are cast to what is computed in before anything else; this copy, and a gradient in the same dtype, are there
     at once. Only where the optimizer uses it is a number of the gradient made float32, or where those of micro-batches
-    are added up: their sum is float32, and beside it there is no other. Activations are each layer's saved input and
-    attention, and one layer at work. Workspace is one layer's weights gathered with their gradient, embedding and head
-    gathered with their gradients, and a chunk of logits with softmax and gradient in float32. MTP modules lie outside
-    the loop over layers: each adds its layer's weights with their gradient, and the gradient that it gives embedding
-    and head.
+    are added up: their sum is float32, and on a mesh so is the gradient that is added to it. Activations are each
+    layer's saved input and attention, and one layer at work. Workspace is one layer's weights gathered with their
+    gradient, embedding and head gathered with their gradients, and a chunk of logits with softmax and gradient in
+    float32. MTP modules lie outside the loop over layers: each adds its layer's weights with their gradient, and the
+    gradient that it gives embedding and head.
 
     Differs by the compiler, see `_of_xla_gpu`; `tests/tools/test_compile_gpus.py` and
     `tests/tools/test_compile_pod.py` hold both.
@@ -179,12 +181,12 @@ def train_memory(
     number = number_bytes(state.compute)
     ran = config.num_nextn_predict_layers if modules else 0
     tokens = math.ceil(batch / micro_batches * length / sizes.over(("data", "fsdp", "expert", "context")))
-    trained = trained_a_device(config, sizes)
+    trained, added = trained_a_device(config, sizes), 1 if math.prod(sizes) == 1 else 2
     held = _held_by_passes(config, sizes, tokens, length, number, ran)
     kept = Memory(
         weights=weights_a_device(config, state.weights, "train", sizes),
         optimizer=2 * number_bytes(state.moments) * trained,
-        gradient=(number if micro_batches == 1 else number_bytes(state.weights)) * trained,
+        gradient=(number if micro_batches == 1 else added * number_bytes(state.weights)) * trained,
         computed=0 if state.compute == state.weights else number * trained,
         activations=held.saved + _live(held.pieces | _gradient_parts(config, tokens, length, sizes, number, kind)),
         workspace=math.ceil((1 + ran) * held.layer + (1 + ran / 2) * held.tables + held.logits),

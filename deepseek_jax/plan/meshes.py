@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import GQAConfig, ModelConfig
+from deepseek_jax.plan.model_flops import ranks
 from deepseek_jax.plan.weights import DType, stored_bytes, weights
 from deepseek_jax.sharding import cut, misfit
 
@@ -28,6 +29,13 @@ class Sizes(NamedTuple):
     def parts(self, workload: Workload, axis: str) -> int:
         """How many parts a logical axis is cut into."""
         return self.over(cut(layout_of(workload), axis))
+
+
+def divides_heads(config: ModelConfig, sizes: Sizes, length: int) -> bool:
+    """Whether devices that share sequences of such a length divide their heads, as `parallel.causal_attention` does."""
+    a = config.attention
+    heads = a.num_key_value_heads if isinstance(a, GQAConfig) else config.num_attention_heads
+    return heads % sizes.parts("train", "head") == 0 and not ranks(config, length)
 
 
 def layout_of(workload: Workload) -> Literal["train", "serve"]:

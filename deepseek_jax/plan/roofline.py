@@ -6,7 +6,14 @@ from typing import NamedTuple
 
 from deepseek_jax.config import MLAConfig, ModelConfig
 from deepseek_jax.plan.chips import Chip
-from deepseek_jax.plan.communication import Sent, dispatched, gathered, summed_activations, summed_gradients
+from deepseek_jax.plan.communication import (
+    Sent,
+    dispatched,
+    gathered,
+    shared_sequences,
+    summed_activations,
+    summed_gradients,
+)
 from deepseek_jax.plan.memory import train_memory
 from deepseek_jax.plan.meshes import Sizes, weight_groups, weights_a_device
 from deepseek_jax.plan.model_bytes import StateDTypes, decode_bytes, experts_touched, number_bytes
@@ -121,7 +128,8 @@ def update_seconds(
     """Of one update with full remat: four forward passes' work, and `scored` more passes of a frozen model.
 
     Collectives: weights gathered forward and backward and their gradient scattered, rows to experts and back in three
-    passes, sums over `tensor`, and the gradient's sum over the axes that hold copies of a weight.
+    passes, what devices send one another that share sequences, sums over `tensor`, and the gradient's sum over the axes
+    that hold copies of a weight.
     """
     devices, number = math.prod(sizes), number_bytes(state.compute)
     tokens = batch * length / sizes.over(("data", "fsdp", "expert", "context"))
@@ -131,6 +139,7 @@ def update_seconds(
     sent = [of.times(passes) for of in gathered(config, sizes, **of_weights)]
     sent += summed_gradients(config, sizes, **of_weights)
     sent.append(dispatched(config, "train", sizes, tokens, modules=mtp).times(2 * passes))
+    sent += shared_sequences(config, sizes, tokens, length, passes, modules=mtp)
     sent.append(summed_activations(config, sizes, tokens, modules=mtp).times(passes))
     # gathered weights are written and read in each pass; the optimizer reads and writes what lies here
     groups = weight_groups(config, state.compute, "train", modules=mtp)

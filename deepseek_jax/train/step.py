@@ -196,7 +196,12 @@ def _stepped(
             total = loss + config.balance_alpha * scored.balance / totals.samples
             return total, (metrics | _routing_metrics(scored, part), scored.load_LE)
 
-        return jax.grad(loss, has_aux=True)(params)
+        gradient, found = jax.grad(loss, has_aux=True)(params)
+        gradient = layout.stored(gradient)
+        if config.micro_batches > 1 and layout.mesh is not None and layout.mesh.size > 1:
+            # else a TPU's compiler adds up whole gradients, and sums over chips once, after the last part
+            gradient = jax.tree.map(jax.lax.optimization_barrier, gradient)
+        return gradient, found
 
     gradient, (metrics, load_LE) = _accumulate(part_gradient, batch, config.micro_batches)
     metrics["loss"] = Mean(metrics["loss"].total, jnp.float32(1))

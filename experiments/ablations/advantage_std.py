@@ -4,7 +4,7 @@
 
 RL-1 again from the run's own cold start, advantages as they are; those of the run are divided by the batch's deviation.
 Cost: one RL-1. Expected: choices among equals at this size.
-Found: not run yet with the settings of now.
+Found: that: without a deviation 58.8 % where RL-1 has 57.3 %, 1.5 points ± 2.2 (seed 3).
 """
 
 import sys

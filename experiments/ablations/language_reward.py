@@ -5,7 +5,8 @@
 RL-1 again from the run's own cold start, without that reward. In 30 % of the demonstrations the thought is in the other
 language than the question. The share in the right one is in the report of either (`parts/language`).
 Cost: one RL-1. Expected: more thoughts in the other language, at about the same accuracy.
-Found: not run yet with the settings of now.
+Found: as many thoughts in the right language, 96.4 %, with it and without it: greedy answers had it before (91.0 %
+after the cold start). Accuracy 53.0 % without it, 57.3 % with it, 4.3 points ± 2.4 (seed 3, LOG.md).
 """
 
 import sys

@@ -207,6 +207,44 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, 
     assert not (tmp_path / "run").exists()
 
 
+GOOD = '{"question": "1 + 1?", "answer": "#### 2"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("data", None, "data: {file}: no such file or folder"),
+        ("held_out", None, "held_out: {file}: no such file or folder"),
+        ("cold_start", "", "cold_start: {file}: the data set is empty"),
+        ("data", '{"question": "1 + 1?"}\n', "data: {file}:1: "),
+        ("held_out", GOOD + '{"question": "1 + 1?"}\n', "held_out: {file}:2: "),
+        ("general", "[\n", "general: {file}"),
+    ],
+)
+def test_given_files_are_read_before_anything_is_trained(tmp_path, monkeypatch, capsys, name, text, says):
+    files = {of: tmp_path / f"{of}.jsonl" for of in ("data", "held_out", "cold_start", "general")}
+    for of, file in files.items():
+        if of != name or text is not None:
+            file.write_text(GOOD if of != name else text)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    given = [word for of, file in files.items() for word in (f"--{of.replace('_', '-')}", str(file))]
+    asked = ["--output", str(tmp_path / "run"), "--model", str(tmp_path / "model"), "--benchmark", "gsm8k"]
+    assert main(monkeypatch, r1, *asked, *given) == 1
+    assert says.format(file=files[name]) in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["laptop", "paper"])
+def test_samples_are_kept_in_the_form_that_is_reinforced(tmp_path, name):
+    """Whatever the questions are, and the preset."""
+    (tmp_path / "config.json").write_text("{}")
+    files = {of: tmp_path / "rows.jsonl" for of in ("data", "held_out", "cold_start")}
+    config = r1.Config(model=tmp_path, preset=name, benchmark="gsm8k", **files)
+    found = {stage.name: stage for stage in r1.stages(config, r1.options_by_stage(config))}
+    assert found["rejection"].settings["form"] == found["rl_1"].settings["format"] == "boxed"
+
+
 def test_what_would_be_run_is_shown_and_nothing_is(tmp_path, monkeypatch, capsys):
     assert main(monkeypatch, r1, "--output", str(tmp_path / "run"), "--show", "--set", "rl_1.lr=0.25") == 0
     told = capsys.readouterr().out

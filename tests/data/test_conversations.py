@@ -25,6 +25,8 @@ FORMS = {
     "prompt and completion": ({"prompt": "ab", "completion": "cd"}, 1),
     "of messages": ({"prompt": [ASKED], "completion": [ANSWERED]}, 1),
     "problem and solution": ({"problem": "ab", "solution": "cd", "level": 3}, 1),
+    "problem and answer": ({"problem": "ab", "answer": "cd"}, 1),
+    "prompt and solution": ({"prompt": "ab", "solution": "cd"}, 1),
     "question and answer": ({"question": "ab", "answer": "cd"}, 1),
     "query and response": ({"query": "ab", "response": "cd"}, 1),
     "instruction and output": ({"instruction": "ab", "input": "", "output": "cd"}, 1),

@@ -3,6 +3,7 @@
 Compiled for TPUs that are not there, in a process of its own, it costs the tiles that the mask leaves.
 """
 
+import math
 import os
 import re
 import subprocess
@@ -15,8 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental import topologies
 
+from deepseek_jax.config import preset
+from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.ops.attention import attend, causal_mask, same_segment
 from deepseek_jax.ops.indexer import Index
 from deepseek_jax.ops.kernels import splash
@@ -30,7 +34,7 @@ B, N, G, K, H = 2, 4, 2, 6, 5
 SCALE = 0.37
 
 
-def inputs(T: int, packed: bool, B: int = B):
+def inputs(T: int, packed: bool, N: int = N, G: int = G):
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     ids = jnp.asarray(np.sort(rng.integers(0, 4, size=(B, T)), axis=1), jnp.int32) if packed else None
@@ -43,8 +47,8 @@ def plain(q, k, v, ids):
     return attend(q, k, v, mask if ids is None else same_segment(mask, ids, ids), SCALE)
 
 
-def equals_all_pairs_at_once(layout: Layout, T: int, packed: bool) -> None:
-    given, ids, seed = inputs(T, packed)
+def equals_all_pairs_at_once(layout: Layout, T: int, packed: bool, *heads: int) -> None:
+    given, ids, seed = inputs(T, packed, *heads)
     of_layout = lambda *of: causal_attention(*of, ids, scale=SCALE, layout=layout)[0]
     run = lambda f: jax.jit(jax.value_and_grad(lambda *of: jnp.sum(seed * f(*of)), argnums=(0, 1, 2)))(*given)
     pairs = zip(*map(jax.tree.leaves, (run(of_layout), run(lambda *of: plain(*of, ids)))), strict=True)
@@ -101,6 +105,31 @@ def devices_that_share_a_sequence_equal_all_pairs_at_once():
     equals_all_pairs_at_once(on_mesh(context=8), 8, False)
 
 
+def devices_that_divide_heads_equal_all_pairs_at_once():
+    """One head of each a device, several, and grouped ones; lengths that tiles divide or not."""
+    for sizes, T, *heads in (
+        ({"context": 2, "tensor": 2, "data": 2}, 300, 4, 4),
+        ({"context": 4, "fsdp": 2}, 24, 8, 4),
+        ({"context": 2, "data": 2, "tensor": 2}, 10, 16, 8),
+    ):
+        for packed in (False, True):
+            equals_all_pairs_at_once(on_mesh(**sizes), T, packed, *heads)
+
+
+def no_device_has_keys_of_all_heads():
+    """Latents travel, and what is added up or gathered is of them: never keys and values of all heads."""
+    layout, config = on_mesh(context=4, data=2), preset("tiny")
+    graphdef, like = abstract_weights(config, jnp.float32, layout)
+    B, T, a = 2, 512, config.attention
+    ids = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=layout.sharding("batch", "sequence"))
+    loss = lambda weights, ids: jnp.sum(nnx.merge(graphdef, weights)(ids).x_BTD ** 2)
+    text = jax.jit(jax.grad(loss)).lower(like, ids).compile().as_text()
+    of_all = config.num_attention_heads * T * (a.qk_nope_head_dim + a.qk_rope_head_dim)
+    sent = re.findall(r" = (.*?) (?:all-reduce|all-gather|reduce-scatter)\(", text)
+    sizes = [math.prod(map(int, dims.split(","))) for of in sent for dims in re.findall(r"f32\[([\d,]+)\]", of)]
+    assert sizes and max(sizes) < of_all
+
+
 def devices_choose_keys_as_one_does():
     """Those that have other heads of the same queries share the choice, of tiles that they divide or not."""
     chosen_keys_equal_a_mask_of_float64_scores(on_mesh(context=2, tensor=2, data=2), 300, True, 20)
@@ -123,11 +152,14 @@ def the_kernel_on_a_mesh_equals_all_pairs_at_once():
     kernel = lambda *of, **options: real(*of, **options, interpret=True)
     with mock.patch.object(splash, "kernel", kernel), mock.patch.object(module, "_platform", lambda layout: "tpu"):
         equals_all_pairs_at_once(on_mesh(context=2, tensor=2, data=2), 300, True)
+        equals_all_pairs_at_once(on_mesh(context=2, tensor=2, data=2), 300, True, 4, 4)
 
 
 LAWS = (
     devices_that_share_nothing_equal_all_pairs_at_once,
     devices_that_share_a_sequence_equal_all_pairs_at_once,
+    devices_that_divide_heads_equal_all_pairs_at_once,
+    no_device_has_keys_of_all_heads,
     devices_choose_keys_as_one_does,
     a_shared_sequence_costs_a_device_half_of_its_rows,
 )
@@ -193,22 +225,28 @@ def test_tiles_suit_what_holds_them(platform, run, length, side):
 # --- TPUs ----------------------------------------------------------------------------------------
 
 
-def pairs_met(length: int, keys: int) -> int:
-    """In tiles of 512 queries and so many keys that the mask leaves."""
-    return sum(-(-end // keys) * keys * 512 for end in range(512, length + 512, 512))
+def pairs_met(length: int, queries: int, keys: int) -> int:
+    """In tiles of so many queries and keys that the mask leaves."""
+    return sum(-(-end // keys) * keys * queries for end in range(queries, length + queries, queries))
 
 
 def updates_cost_the_tiles_that_meet(topology: str) -> None:
     """R1's widths, on devices with sequences of their own and that share one; long ones, and Qwen's grouped heads."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    for T, K, H, N, G, context in ((4096, 192, 128, 4, 4, 1), (4096, 192, 128, 4, 4, 4), (16384, 128, 128, 4, 2, 1)):
+    cases = (
+        (4096, 192, 128, 4, 4, 1),
+        (4096, 192, 128, 4, 4, 4),
+        (4096, 128, 128, 4, 2, 4),
+        (16384, 128, 128, 4, 2, 1),
+    )
+    for T, K, H, N, G, context in cases:
         layout = Layout(mesh=make_mesh(devices, context=context, data=len(devices) // context))
         B = len(devices) // context
         shaped = lambda dims, *axes, layout=layout, dtype="bfloat16": jax.ShapeDtypeStruct(
             dims, dtype, sharding=layout.sharding(*axes)
         )
         q = shaped((B, T, N, K), "batch", "sequence", None, None)
-        k, v = (shaped((B, G, T, width), "batch", None, None, None) for width in (K, H))
+        k, v = (shaped((B, G, T, width), "batch", None if G % context else "head", None, None) for width in (K, H))
         ids = shaped((B, T), "batch", "sequence", dtype="int32")
 
         def loss(q, k, v, ids, layout=layout):
@@ -216,8 +254,9 @@ def updates_cost_the_tiles_that_meet(topology: str) -> None:
 
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v, ids).compile()
         found = cost_analysis(compiled.as_text(), layout.mesh.shape)
-        wide = 512 if T == 4096 else 2048
-        wanted = 2 * N / context * (pairs_met(T, 512) * (K + H) + pairs_met(T, wide) * (3 * K + 2 * H))
+        long, wide = (512, 512) if T == 4096 else (1024, 2048)
+        forward, backward = pairs_met(T, long, 512) * (K + H), pairs_met(T, 512, wide) * (3 * K + 2 * H)
+        wanted = 2 * N / context * (forward + backward)
         assert found.unknown_kernels == () and found.flops == wanted, (found.flops, wanted)
 
 

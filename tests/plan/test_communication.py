@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 
 from deepseek_jax.config import preset
-from deepseek_jax.plan.communication import comm_lower_bound, dispatched, gathered, summed_gradients
+from deepseek_jax.plan.communication import comm_lower_bound, dispatched, gathered, shared_sequences, summed_gradients
 from deepseek_jax.plan.meshes import Sizes
 
 R1 = preset("r1-671b")
 TINY = preset("tiny")
+V32 = preset("v3.2-671b")
 
 
 def test_r1s_update_on_512_chips():
@@ -54,3 +55,26 @@ def test_replicas_send_their_gradients_and_nothing_else():
 
 def test_one_chip_sends_nothing():
     assert comm_lower_bound(TINY, Sizes(), "train", 4, 16) == 0
+
+
+@pytest.mark.parametrize(
+    "name, context, length, exchanged, others",
+    [
+        # MLA: 128 heads of 192 + 128 numbers exchanged, latents of 512 + 64 from seven others
+        ("r1-671b", 8, 4096, 61 * 128 * 320 * 7 / 8, 61 * 576 * 7),
+        # eight key-value heads over eight devices: their own share of keys and values of 128 numbers travels
+        ("distill-llama-8b", 8, 4096, 32 * 32 * 256 * 7 / 8, 32 * 8 * 256 * 7 / 8),
+        # two of them on four devices are not divided: all travel, and their gradients are summed
+        ("distill-qwen-1.5b", 4, 4096, 28 * 12 * 256 * 3 / 4, 28 * 2 * 256 * (3 + 2 * 3 / 3)),
+    ],
+)
+def test_devices_that_share_sequences_send(name, context, length, exchanged, others):
+    """By hand, a token of a device, in one pass of three; sums over all passes."""
+    sent = shared_sequences(preset(name), Sizes(context=context), 1, length, 3)
+    assert [of.nbytes for of in sent] == pytest.approx([3 * 2 * exchanged, 3 * 2 * others])
+
+
+def test_chosen_keys_are_not_divided():
+    """V3.2 sums gradients of keys and values of all heads where it chooses keys, and not before."""
+    many, few = (shared_sequences(V32, Sizes(context=8), 1, length, 1)[1].nbytes for length in (4096, 2048))
+    assert many - few == 2 * 61 * 2 * 7 * 128 * 320

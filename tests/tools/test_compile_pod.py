@@ -1,13 +1,19 @@
 """Steps compiled by the TPU compiler, for pods that are not there: what fits, and what it costs beside theory."""
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from deepseek_jax.config import preset
+from deepseek_jax.plan.compiled import Task, trace
+from deepseek_jax.sharding import Layout, make_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
@@ -93,6 +99,40 @@ def test_a_v7x_is_two_devices(step):
     assert found["uncounted"] == []
     assert found["seconds"] == max(found["bounds"].values())
     assert found["bounds"]["compute"] == pytest.approx(found["flops"] / (2307e12 / 2))
+
+
+def test_r1s_own_reinforcement_fits_512_chips():
+    """512 samples of 32,768 tokens an update, by the paper's preset; moments in float32."""
+    cut = {"mesh": "expert=32,fsdp=2,context=8", "micro_batches": 8}
+    found = figures(preset="r1-671b", topology="v5p:8x8x8", stage="rl_1", **cut)
+    assert found["fits"] and found["headroom"] >= 0.05
+    assert found["flops"] <= 1.55 * found["analytic_flops"]
+    assert found["collective_bytes"] <= 3.5 * found["analytic_collective_bytes"]
+
+
+def sums_of_parts_are_cut() -> None:
+    """No loop carries a gradient of the whole vocabulary from one part of a batch to the next."""
+    from jax.experimental import topologies
+
+    config = dataclasses.replace(preset("r1-671b"), quantization=None, moe=None, num_nextn_predict_layers=0)
+    small = {"num_hidden_layers": 2, "hidden_size": 1024, "vocab_size": 65536, "num_attention_heads": 8}
+    config = dataclasses.replace(config, intermediate_size=256, **small)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
+    mesh = make_mesh(devices, fsdp=2, context=2)
+    layout = Layout(mesh=mesh, lanes=128, scan_layers=True, remat="all_but_attention")
+    task = Task(config=config, layout=layout, step="grpo", batch=16, context=512, micro_batches=8)
+    text = trace(task).lower().compile().as_text()
+    carried = re.findall(r" = \((.*)\) while\(", text)
+    assert any("f32[65536,256]" in of for of in carried)
+    assert not any("f32[65536,1024]" in of or "f32[1024,65536]" in of for of in carried)
+
+
+def test_sums_of_parts_are_cut():
+    code = f"from {__name__} import sums_of_parts_are_cut as law; law()"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_does_not_fit_says_so():

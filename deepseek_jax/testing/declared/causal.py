@@ -190,8 +190,11 @@ SPLASH_SUMS = _kernel("splash_sums", sums=True, gradients=())
 # --- on meshes -----------------------------------------------------------------------------------
 
 
+_MESHES = {**MESHES, "tensor": {"fsdp": 4, "tensor": 2}}
+
+
 def _on_mesh(q, k, v, segments, prompts, mesh, devices, index=None, count=0, chosen=None):
-    layout = LOCAL if mesh == "alone" else layout_of(devices, mesh)
+    layout = LOCAL if mesh == "alone" else layout_of(devices, _MESHES[mesh])
     of = None if index is None else Index(**index, count=count)
     return causal_attention(q, k, v, segments, scale=SCALE, layout=layout, prompt_of_BT=prompts, index=of)[0]
 
@@ -217,12 +220,12 @@ def _mesh_kernel(name: str, inputs: Any, sizes: dict[str, Any], **others: Any) -
             "B": (8,),
             "T": (2, 10),
             "N": (4,),
-            "G": (4,),
+            "G": (4, 2),  # on one of the meshes heads are divided, or are too few
             "K": (8,),
             "H": (5,),
             "cuts": (2,),
             "kind": ("whole", "packed", "shared"),
-            "mesh": tuple(MESHES),
+            "mesh": tuple(_MESHES),
             **sizes,
         },
         devices=8,
@@ -238,6 +241,6 @@ CAUSAL_ATTENTION = _mesh_kernel(
 CAUSAL_CHOSEN = _mesh_kernel(
     "causal_chosen",
     _index_inputs,
-    {"J": (1, 4), "Z": (4, 16), "count": (1, 3), "mesh": ("alone", *MESHES)},
+    {"J": (1, 4), "Z": (4, 16), "count": (1, 3), "mesh": ("alone", *_MESHES)},
     compiled=({**_LARGE_MESH, "T": 512, "kind": "packed", "J": 16, "Z": 128, "count": 256},),
 )

@@ -1,6 +1,6 @@
 """Log-probs and divergences without the logits of a whole batch, by chunks of positions and on a mesh."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,9 +27,9 @@ _ALIKE: dict[str, Any] = {
 }
 
 
-def layout_of(devices: Sequence[Any], mesh: str) -> Layout:
-    """One of `MESHES` of eight devices, to train on."""
-    return Layout(mesh=make_mesh(devices, **MESHES[mesh]), workload="train", remat="nothing")
+def layout_of(devices: Sequence[Any], sizes: Mapping[str, int]) -> Layout:
+    """A mesh of such sizes, to train on."""
+    return Layout(mesh=make_mesh(devices, **sizes), workload="train", remat="nothing")
 
 
 # --- log-probs -----------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def _run(hidden, head, tokens, support, penalised, chunk):
 
 def _run_sharded(hidden, head, tokens, support, penalised, mesh, devices):
     words = {"support_BTW": support, "penalised_BTW": penalised}
-    layout = layout_of(devices, mesh)
+    layout = layout_of(devices, MESHES[mesh])
     return sharded_logprobs(hidden, head, tokens, layout, temperature=_TEMPERATURE, penalty=_PENALTY, **words)
 
 
@@ -168,7 +168,7 @@ def _run_divergences(hidden, head, teachers, tokens, direction, chunk):
 
 
 def _run_sharded_divergences(hidden, head, teachers, tokens, direction, mesh, devices):
-    return sharded_divergences(hidden, head, teachers, tokens, _of(direction), layout_of(devices, mesh))
+    return sharded_divergences(hidden, head, teachers, tokens, _of(direction), layout_of(devices, MESHES[mesh]))
 
 
 TOKEN_DIVERGENCES = Kernel(
