@@ -8,7 +8,8 @@ import numpy as np
 
 from deepseek_jax.checkpoint.files import read_json
 from deepseek_jax.commands.evaluate import SUMMARY as EVALUATED
-from deepseek_jax.commands.r1_stages import EVALUATION
+from deepseek_jax.commands.r1_stages import EVALUATION, read_rows
+from deepseek_jax.commands.rejection import REJECTED
 from deepseek_jax.distributed import printable
 from deepseek_jax.evals.samples import Samples
 from deepseek_jax.report.metrics import read_metrics
@@ -20,6 +21,7 @@ from deepseek_jax.train.stages import marks
 
 _QUANTILES = (0.1, 0.5, 0.9)
 _SHOWN = 12  # answers of the last model
+_OF_REASON = 3  # samples that were left out
 Mark = Mapping[str, Any]
 
 
@@ -59,7 +61,8 @@ def write_run_report(run: Path) -> Path:
         "finished": all("outputs" in mark for mark in held),
         "seconds": round(sum(mark["seconds"] for mark in held), 1),
     }
-    tables = [_stages(run, scored), *_parts(run, scored), *_reasons(held), _lineage(held), _settings(held)]
+    tables = [_stages(run, scored), *_parts(run, scored), *_reasons(held), *_left_out(run, held), _cost(run, held)]
+    tables += [_lineage(held), _settings(held)]
     path = write_report(
         run,
         title="R1, stage by stage",
@@ -132,6 +135,43 @@ def _reasons(held: Sequence[Mark]) -> Iterator[Table]:
                 f"{report['samples']} samples of {report['prompts']} questions, {report['prompts_kept']} with one kept."
             )
             yield Table("Rejection sampling", ("reason", "samples", "share"), rows, note=note)
+
+
+def _left_out(run: Path, held: Sequence[Mark]) -> Iterator[Table]:
+    """The first samples that rejection sampling left out for each reason."""
+    for mark in held:
+        path = run / mark["folder"] / REJECTED
+        if path.exists():
+            of_reasons: dict[str, list[Mapping[str, Any]]] = {}
+            for row in read_rows(path):
+                of_reasons.setdefault(row["reason"], []).append(row)
+            said = lambda row, place: row["messages"][place]["content"]
+            rows = [
+                [reason, said(row, -2), said(row, -1), row["answer"]]
+                for reason, found in of_reasons.items()
+                for row in found[:_OF_REASON]
+            ]
+            yield Table("Left out", ("reason", "question", "sample", "wanted"), rows, folded=True)
+
+
+def _cost(run: Path, held: Sequence[Mark]) -> Table:
+    """Seconds, tokens and memory of every stage, those of data too."""
+    columns = ("stage", "seconds", "of these scoring", "updates", "seconds of one", "tokens", "peak memory, GB")
+    rows: list[list[Any]] = []
+    for mark in held:
+        folder, found = run / mark["folder"], _evaluated(run, mark)
+        steps = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
+        times = [row["step_time"] for row in steps if "step_time" in row]
+        own = read_json(folder / SUMMARY) if times and (folder / SUMMARY).exists() else {}
+        peak = found.get("peak_memory_bytes")
+        rows.append(
+            [mark["name"], mark["seconds"], found.get("wall_seconds"), len(times) or None]
+            + [round(float(np.median(times)), 3) if times else None, own.get("tokens")]
+            + [None if peak is None else round(peak / 1e9, 1)]
+        )
+    rows.append(["all", round(sum(mark["seconds"] for mark in held), 1), *[None] * (len(columns) - 2)])
+    note = "Of an update the median. Tokens are those of the data of a fine-tuning, and all that a reinforcement saw."
+    return Table("Cost", columns, rows, note=note)
 
 
 def _lineage(held: Sequence[Mark]) -> Table:

@@ -90,7 +90,15 @@ def test_a_run_leaves_a_score_after_every_stage_and_one_report(finished):
         assert of.keys() == {"name", "accuracy", "stderr", "questions", "seconds"}
         assert 0 <= of["accuracy"] <= 1 and of["questions"] == 24 and of["seconds"] > 0
     page = (finished / "report.html").read_text(encoding="utf-8")
-    for words in ("Rejection sampling", "Lineage", "Accuracy by level and family", "rl_2: grpo", "Settings"):
+    for words in (
+        "Rejection sampling",
+        "Lineage",
+        "Accuracy by level and family",
+        "rl_2: grpo",
+        "Settings",
+        "Cost",
+        "Left out",
+    ):
         assert words in page
     assert not re.search(r'(src|href)="https?:', page)
 
