@@ -141,7 +141,7 @@ def _left_out(run: Path, held: Sequence[Mark]) -> Iterator[Table]:
     """The first samples that rejection sampling left out for each reason."""
     for mark in held:
         path = run / mark["folder"] / REJECTED
-        if path.exists():
+        if path.exists() and path.stat().st_size:  # nothing may have been left out
             of_reasons: dict[str, list[Mapping[str, Any]]] = {}
             for row in read_rows(path):
                 of_reasons.setdefault(row["reason"], []).append(row)
