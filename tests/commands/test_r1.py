@@ -63,7 +63,8 @@ def finished(tmp_path_factory):
         counts = json.loads((folder / "rejection" / rejection.COUNTS).read_text())
         assert counts["kept"] == 0 and sum(counts["rejected"].values()) == counts["samples"] == 8
         drawn = (folder / "rejection" / "samples.jsonl").read_bytes()
-        monkeypatch.setattr(rejection, "verdicts", lambda samples, *_, **__: [None] * len(samples))
+        keep = lambda samples, *_, **__: [*[None] * (len(samples) - 1), "false step"]
+        monkeypatch.setattr(rejection, "verdicts", keep)
         assert main(monkeypatch, r1, *asked) == 0
         after = times(folder)
         assert {name: after[name] for name in before if name != "rejection"} == {
