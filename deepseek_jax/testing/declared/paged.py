@@ -141,7 +141,7 @@ def _kernel(name: str, run: Any, *, coded: bool = False, heads: bool = False, **
         inputs=_heads if heads else _latents,
         sizes={"B": (1, 2, 3), "T": (1, 3), "N": (4,), "s": (4,), "M": (1, 5), "keys": (8, 512), **small},
         ragged={"seen": counts(lambda of: of["s"] * of["M"], "B", "T"), "shared": choices(0, 1)},
-        tolerance={"float32": 2.0**-19, "bfloat16": 2.0**-8},
+        tolerance={"float32": 2.0**-19, "bfloat16": 2.0**-7},  # of two roundings, each of 2**-8 at most
         invariances=(order(table_BM=0, seen_BT=0, **queries), split(table_BM=0, seen_BT=0, **queries)),
         compiled=(decode, {**decode, "T": 3}),
         **others,
