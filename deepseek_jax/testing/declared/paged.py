@@ -118,7 +118,7 @@ def _twin(parts, coded, *, table_BM, seen_BT, scale, keys_at_once=0, **arguments
 
 
 def _bound(parts, coded, tolerance, *, table_BM, seen_BT, scale, keys_at_once=0, **arguments):
-    """Every weight is rounded by a part of its term, and the result by a part of it; scores by a part of their terms."""
+    """Weights are rounded by a part of their terms, the result by a part of itself, scores by a part of their terms."""
     queries, keys, values = parts(coded, **arguments)
     out, sizes, terms = _attended(queries, keys, values, table_BM, seen_BT, scale)
     return tolerance * (np.abs(out) + terms) + _ROUNDING * sizes * np.max(np.abs(values), initial=0)
