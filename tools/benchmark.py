@@ -5,8 +5,8 @@ if __name__ == "__main__":
 
     end_at_once()
 
-from collections.abc import Callable, Iterator
-from functools import partial
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -55,23 +55,21 @@ def main(
     keep_compiled()
     rows: list[Row] = []
     on = machine()
-    with subject(model, dtype) as of:
-        for case in _cases(of, chosen, quick):
-            rows.append(measured(case, CEILINGS, rounds))
-            if output is not None:
-                _write(rows, on, output)
+    for name in chosen:  # each loads the model and its peer anew, so that none is measured beside another's memory
+        with subject(model, dtype) as of:
+            for case in _cases(of, name, quick):
+                rows.append(measured(case, CEILINGS, rounds))
+                del case  # before the next is made
+                gc.collect()  # trainers refer to themselves
+                if output is not None:
+                    _write(rows, on, output)
     print(as_json(rows, on) if json else markdown(rows, on))
 
 
-def _cases(of: Subject, chosen: list[str], quick: bool) -> Iterator[Case]:
-    sizes = model_cases.QUICK if quick else model_cases.Sizes()
-    shapes = kernel_cases.SHAPES["quick"] if quick else None
-    suites: dict[str, Callable[[Subject], Iterator[Case]]] = {
-        name: partial(getattr(model_cases, name), sizes=sizes) for name in SUITES if name != "kernels"
-    }
-    suites["kernels"] = partial(kernel_cases.kernels, shapes=shapes)
-    for name in chosen:
-        yield from suites[name](of)
+def _cases(of: Subject, name: str, quick: bool) -> Iterator[Case]:
+    if name == "kernels":
+        return kernel_cases.kernels(of, shapes=kernel_cases.SHAPES["quick"] if quick else None)
+    return getattr(model_cases, name)(of, sizes=model_cases.QUICK if quick else model_cases.Sizes())
 
 
 def _write(rows: list[Row], on: dict, folder: Path) -> None:

@@ -1,11 +1,12 @@
 """tools/benchmark.py: who is measured when, what a row says of its seconds, and what is written."""
 
 import json
+import weakref
 
 import pytest
 
 from tools import benchmark
-from tools.suite import kernel_cases
+from tools.suite import kernel_cases, model_cases
 from tools.suite.case import Case, Row, Work, beyond_the_first, measured
 from tools.suite.grpo_steps import repeated
 from tools.suite.table import as_json, machine, markdown, plot, spread
@@ -125,6 +126,38 @@ def test_the_kernels_are_measured_beside_something(tmp_path, capsys, monkeypatch
     assert len(lines) == 6 and (tmp_path / "table.md").read_text().count("| kernels") == 6
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert all(row["flops"] > 0 and row["nbytes"] > 0 for row in rows)
+
+
+class Heavy:
+    """Takes its turn, and refers to itself as trainers do."""
+
+    def __init__(self):
+        self.itself = self
+
+    def __call__(self):
+        return 1e-3
+
+
+def test_nothing_of_a_case_is_left_when_the_next_is_made(monkeypatch, capsys):
+    made, subjects = [], []
+
+    def one():
+        assert all(old() is None for old in made)
+        found = Heavy()
+        made.append(weakref.ref(found))
+        return found
+
+    def cases(of, sizes):
+        assert all(old() is None for old in subjects)
+        subjects.append(weakref.ref(of))
+        yield case([], ours=one(), peer=None, alone="no one")
+        yield case([], ours=one(), peer=None, alone="no one")
+
+    monkeypatch.setattr(benchmark, "CEILINGS", ceilings([]))
+    monkeypatch.setattr(model_cases, "decode", cases)
+    monkeypatch.setattr(model_cases, "train", cases)
+    benchmark.main(suite=("decode", "train"), rounds=1)
+    assert len(made) == 4 and len(subjects) == 2
 
 
 @pytest.mark.slow
