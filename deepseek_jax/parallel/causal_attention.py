@@ -67,8 +67,9 @@ def causal_attention(
         mask = mask if segments_BT is None else same_segment(mask, segments_BT, segments_BT, prompt_of_BT)
         return checkpoint_name(attend_causal(q_BTNK, k_BGSK, v_BGSH, mask, scale), ATTENTION), None
     plainly = prompt_of_BT is not None or index is not None
-    tiling, attend_tiles, tables, cuts = _form(q_BTNK, k_BGSK, layout, scale, sums, plainly=plainly, by_head=by_head)
     segments = None if segments_BT is None else (segments_BT, segments_BT, prompt_of_BT)
+    form = {"segmented": segments is not None, "plainly": plainly, "by_head": by_head}
+    tiling, attend_tiles, tables, cuts = _form(q_BTNK, k_BGSK, layout, scale, sums, **form)
     run = _on_device(tiling, attend_tiles, layout, 1 + sums, by_head=by_head)
     if layout.mesh is not None:
         run = _on_mesh(run, layout, cuts, segments, index, sums=sums, by_head=by_head)
@@ -125,7 +126,15 @@ def _on_mesh(
 
 
 def _form(
-    q: jax.Array, k: jax.Array, layout: Layout, scale: float, sums: bool, *, plainly: bool, by_head: bool
+    q: jax.Array,
+    k: jax.Array,
+    layout: Layout,
+    scale: float,
+    sums: bool,
+    *,
+    segmented: bool,
+    plainly: bool,
+    by_head: bool,
 ) -> tuple[Tiling, Callable, Any, Any]:
     """The tiles, what attends with them on a device, and its tables with the way these are cut."""
     B, T, N, _ = q.shape
@@ -135,7 +144,7 @@ def _form(
         from deepseek_jax.ops.kernels import splash  # Pallas is slow to import
 
         tiling = splash.tiling(T, parts)
-        kernel = splash.kernel(tiling, heads, sums=sums)
+        kernel = splash.kernel(tiling, heads, number=k.dtype.itemsize, segmented=segmented, sums=sums)
         cuts = None if layout.mesh is None else kernel.manual_sharding_spec(layout.sharding(None, runs))
         of_kernel = lambda q, k, v, segments, kernel: splash.splash_attention(kernel, q, k, v, segments, scale=scale)
         return tiling, of_kernel, kernel, cuts

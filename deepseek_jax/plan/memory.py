@@ -227,10 +227,14 @@ def _held_by_passes(config: ModelConfig, sizes: Sizes, tokens: int, length: int,
     value = a.v_head_dim if isinstance(a, MLAConfig) else a.head_dim
     attention = math.ceil(layers * tokens * config.num_attention_heads * value / sizes.tensor * number)
     layer, tables = gathered_to_train(config, sizes, number)
+    pieces = layer_activations(config, tokens, length, sizes, "train", number=number)
+    if config.moe is not None:  # further rounds are gone back through beside the first one's rows, sent and come back
+        rows = CAPACITY_FACTOR * tokens * config.moe.num_experts_per_tok
+        pieces["experts"] += math.ceil(2 * number * rows * config.hidden_size)
     return _Held(
         saved=layers * tokens * config.hidden_size * number + attention,
         attention=attention,
-        pieces=layer_activations(config, tokens, length, sizes, "train", number=number),
+        pieces=pieces,
         layer=layer,
         tables=tables,
         logits=3 * 4 * _logits(config, sizes, tokens),

@@ -226,7 +226,7 @@ def test_the_kernel_gives_the_logarithms_of_the_sums():
 )
 def test_the_queries_gradient_is_left_in_eight_parts_at_most(length, parts, side, fused):
     of = splash.tiling(length, parts)
-    blocks = splash.blocks(of)
+    blocks = splash.blocks(of, number=2, segmented=False)
     assert of.side == side and blocks.use_fused_bwd_kernel == (fused is not None)
     assert blocks.block_kv_dkv == (fused or 2048)
 
@@ -245,18 +245,29 @@ def test_tiles_are_large_where_they_pad_an_eighth_more_than_small_ones_at_most(l
 def test_long_sequences_read_keys_for_more_queries_at_a_time(length, parts, queries):
     """Where tiles behind the mask are a sixteenth of those that count at most."""
     of = splash.tiling(length, parts)
-    assert splash.blocks(of).block_q == queries and of.padded % queries == of.keys % queries == 0
+    assert splash.blocks(of, number=2, segmented=False).block_q == queries
+    assert of.padded % queries == of.keys % queries == 0
     met = lambda side: of.keys // side * (of.keys // side + 1) // 2 * side**2
     assert met(queries) <= 17 / 16 * met(of.side)
 
 
+@pytest.mark.parametrize("number, segmented, queries, keys", [(2, True, 1024, 2048), (4, False, 1024, 1024)])
+def test_segments_and_wide_numbers_leave_room_for_fewer_at_a_time(number, segmented, queries, keys):
+    """Found by the TPU's compiler, which had no room for 2,048 packed queries, nor for as many of float32."""
+    blocks = splash.blocks(splash.tiling(32768, 1), number=number, segmented=segmented)
+    assert blocks.block_q == queries
+    blocks = splash.blocks(splash.tiling(16384, 1), number=number, segmented=segmented)
+    assert max(blocks.block_kv_dkv, blocks.block_q_dq or 0) == keys
+
+
 @pytest.mark.parametrize("parts", [8, 1])  # the queries' gradient by the same kernel as the keys', or by its own
 def test_blocks_of_several_tiles_compute_the_same(parts, monkeypatch):
-    monkeypatch.setattr(splash, "_long", lambda of: 2 * of.side)
+    monkeypatch.setattr(splash, "_long", lambda of, most: 2 * of.side)
     monkeypatch.setattr(splash, "_PARTS", parts)
     monkeypatch.setattr(splash, "_MOST_KEYS", 128)
     monkeypatch.setattr(splash, "tiling", lambda length, parts: Tiling(length, parts, 128))
     monkeypatch.setattr(splash, "kernel", splash.kernel.__wrapped__)  # what is kept has other blocks
-    assert splash.blocks(Tiling(512, 1, 128)).use_fused_bwd_kernel == (parts == 8)
+    of = Tiling(512, 1, 128)
+    assert splash.blocks(of, number=4, segmented=True).use_fused_bwd_kernel == (parts == 8)
     case = inputs(512, B=1, N=2, G=2)
     assert max(worst(by_kernel(*case), exact(*case))) < 1e-5

@@ -343,11 +343,13 @@ def test_pieces_of_a_layer_by_hand():
 @pytest.mark.parametrize(
     "name, step, kind, used, sizes, batch",
     [
-        ("r1-671b", "grpo", "tpu", 86.4, Sizes(expert=64, fsdp=8), 512),
-        ("r1-671b", "train", "tpu", 91.3, Sizes(expert=64, fsdp=8), 512),
+        ("r1-671b", "grpo", "tpu", 89.1, Sizes(expert=64, fsdp=8), 512),
+        ("r1-671b", "train", "tpu", 94.5, Sizes(expert=64, fsdp=8), 512),
         ("v2-lite", "grpo", "tpu", 26.3, Sizes(expert=4, fsdp=4), 16),
         ("r1-671b", "grpo", "gpu", 143.9, Sizes(expert=16, fsdp=8), 128),
         ("r1-671b", "grpo", "gpu", 117.2, Sizes(fsdp=4, expert=4, context=4, tensor=2), 64),
+        ("r1-671b", "grpo", "gpu", 132.2, Sizes(fsdp=2, expert=8, context=8), 128),
+        ("r1-671b", "train", "gpu", 156.1, Sizes(expert=16, context=8), 128),
         ("v2-lite", "grpo", "gpu", 43.3, Sizes(expert=4, fsdp=2), 8),
         ("distill-qwen-1.5b", "train", "gpu", 28.3, Sizes(), 1),
         ("distill-qwen-1.5b", "grpo", "gpu", 28.2, Sizes(), 1),

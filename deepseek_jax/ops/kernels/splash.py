@@ -21,7 +21,7 @@ _PADDED = 8  # an eighth at most: four tiles of half the side take longer than o
 # The gradient of the queries is a sum over blocks of keys, whose parts the kernel leaves in memory. Above so many
 # parts a second kernel computes it instead, which multiplies queries and keys once more.
 _PARTS = 8
-_MOST_KEYS = 2048  # or queries of a block: what the chip's own memory holds
+_MOST_KEYS = 2048  # or queries of a block: what the chip's own memory holds of bfloat16
 
 
 def tiling(length: int, parts: int) -> Tiling:
@@ -37,13 +37,21 @@ def tiling(length: int, parts: int) -> Tiling:
 
 @lru_cache(maxsize=32)
 def kernel(
-    of: Tiling, heads: int, *, sums: bool = False, interpret: bool | pltpu.InterpretParams = False
+    of: Tiling,
+    heads: int,
+    *,
+    number: int = 4,
+    segmented: bool = True,
+    sums: bool = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> SplashAttentionKernel:
     """The kernel of some heads, for all devices that share a sequence: give each its part (`manual_sharding_spec`).
 
     Args:
         of: tiles, whose side is a multiple of 128.
         heads: of queries, on one device.
+        number: bytes of one of its arguments'.
+        segmented: whether it is to be given segments.
         sums: whether it returns the logarithms of the softmax's sums too; then it has no gradient.
         interpret: run as plain JAX, on any device; or as jax's model of a TPU.
     """
@@ -53,7 +61,7 @@ def kernel(
     with jax.ensure_compile_time_eval():  # its tables would be a trace's own, and could not be kept
         made = splash.make_splash_mha(
             splash.MultiHeadMask([mask] * heads),
-            block_sizes=blocks(of),
+            block_sizes=blocks(of, number=number, segmented=segmented),
             head_shards=1,
             q_seq_shards=of.parts,
             save_residuals=sums,
@@ -63,15 +71,17 @@ def kernel(
     return jax.tree.map(np.asarray, made)  # on no device
 
 
-def blocks(of: Tiling) -> splash.BlockSizes:
+def blocks(of: Tiling, *, number: int, segmented: bool) -> splash.BlockSizes:
     """Sizes of blocks: tiles, but runs of them where something is read anew for every block.
 
     Keys and values are read for every block of queries, and for their gradients queries for every block of keys.
-    Gradients that one kernel computes want blocks of keys wide enough to leave few parts.
+    Gradients that one kernel computes want blocks of keys wide enough to leave few parts. Wider numbers, and segments,
+    of which every query's fills a row of the chip's memory, leave room for half as many.
     """
-    side, long = of.side, _long(of)
+    most = _MOST_KEYS * 2 // number
+    side, long = of.side, _long(of, min(most, _MOST_KEYS // (1 + segmented)))
     wide = side
-    while wide < _MOST_KEYS and of.keys // wide > _PARTS and of.keys % (2 * wide) == 0:
+    while wide < most and of.keys // wide > _PARTS and of.keys % (2 * wide) == 0:
         wide *= 2
     sizes = {"block_q": long, "block_kv": side, "block_q_dkv": side, "block_kv_dkv_compute": side}
     if of.keys // wide <= _PARTS:
@@ -79,10 +89,10 @@ def blocks(of: Tiling) -> splash.BlockSizes:
     return splash.BlockSizes(**sizes, block_kv_dkv=long, block_q_dq=long, block_kv_dq=side)
 
 
-def _long(of: Tiling) -> int:
+def _long(of: Tiling, most: int) -> int:
     """Queries of a block: as many as compute a sixteenth more pairs than single tiles would, at most."""
     long = of.side
-    while long < _MOST_KEYS and of.padded % (2 * long) == of.keys % (2 * long) == 0:
+    while long < most and of.padded % (2 * long) == of.keys % (2 * long) == 0:
         if 16 * (2 * long - of.side) > of.length + of.side:
             break
         long *= 2

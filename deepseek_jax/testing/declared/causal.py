@@ -145,7 +145,8 @@ FLASH_CHOSEN = Kernel(
 def _by_kernel(q, k, v, segments, interpret, sums):
     T, N = q.shape[1:3]
     of = splash.tiling(T, 1)
-    kernel = splash.kernel(of, N, sums=sums, interpret=interpret)
+    form = {"number": k.dtype.itemsize, "segmented": segments is not None}
+    kernel = splash.kernel(of, N, sums=sums, interpret=interpret, **form)
     given = [_wider(q, 1, of.padded), _wider(k, 2, of.keys), _wider(v, 2, of.keys)]
     ids = None if segments is None else (_wider(segments, 1, of.padded),) * 2
     one = lambda *of: splash.splash_attention(kernel, *of, scale=SCALE)
