@@ -108,11 +108,14 @@ def packed_balance(
         samples: which sample of its row a token belongs to; none for those that do not count.
         moe: numbers of experts.
     """
-
-    def of_sample(mask):
-        return sequence_balance(scores, expert_load(experts, mask, moe.n_routed_experts), mask, moe)
-
-    return jnp.sum(jax.vmap(of_sample, in_axes=2)(samples), axis=0)
+    hits = jnp.sum(experts[..., None] == jnp.arange(moe.n_routed_experts), axis=2, dtype=jnp.float32)
+    share = scores / jnp.sum(scores, axis=-1, keepdims=True)
+    counts = samples.astype(jnp.float32)
+    # products with flags, and not masks of every sample, which are K times as large as all scores
+    load, shares = (jnp.einsum("btk,bte->bke", counts, of, precision=jax.lax.Precision.HIGHEST) for of in (hits, share))
+    tokens = jnp.maximum(jnp.sum(counts, axis=1), 1)[..., None]
+    frequency = load * moe.n_routed_experts / (moe.num_experts_per_tok * tokens)
+    return jnp.sum(frequency * shares / tokens, axis=(1, 2))
 
 
 def updated_bias(bias: Float[Array, "*L E"], load: Float[Array, "*L E"], gamma: float) -> Float[Array, "*L E"]:

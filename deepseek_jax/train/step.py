@@ -259,6 +259,8 @@ def _accumulate(gradient_of, batch, parts: int):
     first, rest = jax.tree.map(lambda a: a[0], stacked), jax.tree.map(lambda a: a[1:], stacked)
 
     def add(total, part):
+        # a loop of one turn is unrolled, and would be worked on beside the first part
+        total, part = jax.lax.optimization_barrier((total, part))
         gradient, (metrics, load) = gradient_of(part)
         total_gradient, (total_metrics, total_load) = total
         summed = jax.tree.map(jnp.add, (total_gradient, total_load), (gradient, load))

@@ -53,7 +53,7 @@ def test_r1_prefills_on_64_chips():
     found = figures(**R1_ON_64, step="prefill", batch=64, context=4096)
     assert found["fits"] and found["headroom"] >= 0.10
     assert found["compile_seconds"] < 300
-    assert found["flops"] <= 1.10 * found["analytic_flops"]
+    assert found["flops"] <= 1.12 * found["analytic_flops"]  # room for blocks of rows that are part empty
 
 
 @pytest.mark.parametrize("step", ["train", "grpo"])
@@ -101,10 +101,11 @@ def test_a_v7x_is_two_devices(step):
     assert found["bounds"]["compute"] == pytest.approx(found["flops"] / (2307e12 / 2))
 
 
-def test_r1s_own_reinforcement_fits_512_chips():
-    """512 samples of 32,768 tokens an update, by the paper's preset; moments in float32."""
-    cut = {"mesh": "expert=32,fsdp=2,context=8", "micro_batches": 8}
-    found = figures(preset="r1-671b", topology="v5p:8x8x8", stage="rl_1", **cut)
+@pytest.mark.parametrize("stage, parts", [("rl_1", 8), ("sft", 2)])
+def test_r1s_own_stages_fit_512_chips(stage, parts):
+    """512 samples, or 128 packed rows, of 32,768 tokens an update, by the paper's preset; moments in float32."""
+    cut = {"mesh": "expert=32,fsdp=2,context=8", "micro_batches": parts}
+    found = figures(preset="r1-671b", topology="v5p:8x8x8", stage=stage, **cut)
     assert found["fits"] and found["headroom"] >= 0.05
     assert found["flops"] <= 1.55 * found["analytic_flops"]
     assert found["collective_bytes"] <= 3.5 * found["analytic_collective_bytes"]
