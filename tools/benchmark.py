@@ -55,15 +55,23 @@ def main(
     keep_compiled()
     rows: list[Row] = []
     on = machine()
-    for name in chosen:  # each loads the model and its peer anew, so that none is measured beside another's memory
-        with subject(model, dtype) as of:
-            for case in _cases(of, name, quick):
-                rows.append(measured(case, CEILINGS, rounds))
-                del case  # before the next is made
-                gc.collect()  # trainers refer to themselves
-                if output is not None:
-                    _write(rows, on, output)
+    for name in chosen:
+        for row in _measured(name, model, dtype, rounds, quick):
+            rows.append(row)
+            if output is not None:
+                _write(rows, on, output)
     print(as_json(rows, on) if json else markdown(rows, on))
+
+
+def _measured(name: str, model: Path | None, dtype: str | None, rounds: int, quick: bool) -> Iterator[Row]:
+    """A suite's rows. It loads the model and its peer anew, so that none is measured beside another's memory."""
+    gc.collect()  # trainers refer to themselves
+    with subject(model, dtype) as of:
+        for case in _cases(of, name, quick):
+            row = measured(case, CEILINGS, rounds)
+            del case  # before the next is made
+            gc.collect()
+            yield row
 
 
 def _cases(of: Subject, name: str, quick: bool) -> Iterator[Case]:

@@ -251,11 +251,13 @@ def test_long_sequences_read_keys_for_more_queries_at_a_time(length, parts, quer
     assert met(queries) <= 17 / 16 * met(of.side)
 
 
-@pytest.mark.parametrize("number, segmented, queries, keys", [(2, True, 1024, 2048), (4, False, 1024, 1024)])
+@pytest.mark.parametrize(
+    "number, segmented, queries, keys", [(2, True, 1024, 2048), (4, False, 1024, 1024), (4, True, 1024, 1024)]
+)
 def test_segments_and_wide_numbers_leave_room_for_fewer_at_a_time(number, segmented, queries, keys):
-    """Found by the TPU's compiler, which had no room for 2,048 packed queries, nor for as many of float32."""
+    """The TPU's compiler has no room for 2,048 packed queries, nor for as many of float32, but for as many packed keys."""
     blocks = splash.blocks(splash.tiling(32768, 1), number=number, segmented=segmented)
-    assert blocks.block_q == queries
+    assert blocks.block_q == blocks.block_q_dq == blocks.block_kv_dkv == queries
     blocks = splash.blocks(splash.tiling(16384, 1), number=number, segmented=segmented)
     assert max(blocks.block_kv_dkv, blocks.block_q_dq or 0) == keys
 

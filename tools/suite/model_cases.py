@@ -4,6 +4,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,14 +86,13 @@ def prefill(of: Subject, sizes: Sizes) -> Iterator[Case]:
     for batch, length in sizes.prefill:
         ids = of.prompts(batch, length)
         flops, nbytes = prefill_flops(config, batch, length), prefill_bytes(config, batch, length, of.plan_dtype)
-        draw = _drawer(of, ids)
         yield Case(
             suite="prefill",
             name=f"{batch} x {length}",
             unit="tokens",
             amount=batch * length,
             work=Work(flops.total, nbytes.total),
-            ours=clocked(lambda draw=draw: draw(1)),
+            ours=clocked(partial(_drawer(of, ids), 1)),
             dtype=of.dtype,
             **_beside(of.no_peer, "transformers", lambda ids=ids: clocked(lambda: of.peer.generate(ids, 1))),
         )

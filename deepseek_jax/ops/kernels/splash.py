@@ -75,10 +75,10 @@ def blocks(of: Tiling, *, number: int, segmented: bool) -> splash.BlockSizes:
     """Sizes of blocks: tiles, but runs of them where something is read anew for every block.
 
     Keys and values are read for every block of queries, and for their gradients queries for every block of keys.
-    Gradients that one kernel computes want blocks of keys wide enough to leave few parts. Wider numbers, and segments,
-    of which every query's fills a row of the chip's memory, leave room for half as many.
+    Gradients that one kernel computes want blocks of keys wide enough to leave few parts. Wider numbers leave room for
+    half as many of either; segments, of which every query's fills a row of the chip's memory, for half as many queries.
     """
-    most = _MOST_KEYS * 2 // number
+    most = min(_MOST_KEYS, _MOST_KEYS * 2 // number)
     side, long = of.side, _long(of, min(most, _MOST_KEYS // (1 + segmented)))
     wide = side
     while wide < most and of.keys // wide > _PARTS and of.keys % (2 * wide) == 0:
