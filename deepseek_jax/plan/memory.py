@@ -228,9 +228,8 @@ def _held_by_passes(config: ModelConfig, sizes: Sizes, tokens: int, length: int,
     attention = math.ceil(layers * tokens * config.num_attention_heads * value / sizes.tensor * number)
     layer, tables = gathered_to_train(config, sizes, number)
     pieces = layer_activations(config, tokens, length, sizes, "train", number=number)
-    if (
-        config.moe is not None and sizes.expert > 1
-    ):  # further rounds are gone back through beside the first one's rows, sent and come back
+    if config.moe is not None and sizes.expert > 1:
+        # further rounds are gone back through beside the first one's rows, sent and come back
         rows = CAPACITY_FACTOR * tokens * config.moe.num_experts_per_tok
         pieces["experts"] += math.ceil(2 * number * rows * config.hidden_size)
     return _Held(

@@ -255,7 +255,7 @@ def test_long_sequences_read_keys_for_more_queries_at_a_time(length, parts, quer
     "number, segmented, queries, keys", [(2, True, 1024, 2048), (4, False, 1024, 1024), (4, True, 1024, 1024)]
 )
 def test_segments_and_wide_numbers_leave_room_for_fewer_at_a_time(number, segmented, queries, keys):
-    """The TPU's compiler has no room for 2,048 packed queries, nor for as many of float32, but for as many packed keys."""
+    """The TPU's compiler has no room for 2,048 packed queries, nor float32 ones, but for as many packed keys."""
     blocks = splash.blocks(splash.tiling(32768, 1), number=number, segmented=segmented)
     assert blocks.block_q == blocks.block_q_dq == blocks.block_kv_dkv == queries
     blocks = splash.blocks(splash.tiling(16384, 1), number=number, segmented=segmented)
