@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental import topologies
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from deepseek_jax.ops.experts import expert_mlp, tiled_matmul
 from deepseek_jax.parallel import exchange, rows
@@ -387,7 +387,7 @@ def test_experts_that_the_axes_do_not_divide_are_refused(over, says):
 def test_what_rows_arrive_in_is_made_by_every_layer_of_a_scan():
     """Of the gradient of two layers, traced: one buffer for all of them a TPU would copy for each to write into."""
     (x, weights, experts, *matrices), _ = inputs()
-    mesh = AbstractMesh((1, 1, 2, 1, 1), AXES)
+    mesh = AbstractMesh((1, 1, 2, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     place = {"rows": ("expert",), "columns": (), "gathered": (), "transport": "ragged_all_to_all"}
     layer = lambda x, of: (routed_experts(x, *of, mesh=mesh, capacity_factor=1.0, **place), None)
     loss = lambda x, stacks: jnp.sum(jax.lax.scan(layer, x, stacks)[0])
