@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_jax.config import MoEConfig
-from deepseek_jax.ops.routing import expert_load, scores_of, select_experts, sequence_balance, updated_bias
+from deepseek_jax.ops.routing import (
+    expert_load,
+    packed_balance,
+    scores_of,
+    select_experts,
+    sequence_balance,
+    updated_bias,
+)
 
 W, E, A, X, KEPT = 23, 12, 3, 4, 2
 
@@ -147,6 +154,22 @@ def test_balance_equals_the_formula_and_padding_does_not_count(seed, lengths):
     load = load_of(jnp.asarray(experts, jnp.int32), jnp.asarray(mask), E)
     got = balance(jnp.asarray(scores, jnp.float32), load, jnp.asarray(mask), config)
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
+
+
+def test_packed_balance_is_the_sum_over_samples_in_value_and_gradient():
+    """A prompt's tokens are of several samples, padding is of none, and a sample may have no tokens."""
+    rng = np.random.default_rng(0)
+    config, scores = moe("noaux_tc"), jnp.asarray(rng.uniform(0.01, 1, (2, 6, E)), jnp.float32)
+    experts = jnp.asarray(rng.integers(0, E, (2, 6, A)), jnp.int32)
+    samples = jnp.asarray(rng.random((2, 6, 4)) < 0.5).at[:, -1].set(False).at[..., -1].set(False)
+    of_masks = lambda scores: sum(
+        sequence_balance(scores, expert_load(experts, mask, E), mask, config) for mask in jnp.moveaxis(samples, 2, 0)
+    )
+    packed = lambda scores: packed_balance(scores, experts, samples, config)
+    assert (samples.sum(axis=2) > 1).any()
+    np.testing.assert_allclose(packed(scores), of_masks(scores), rtol=1e-5)
+    of = lambda balance: jax.grad(lambda scores: balance(scores) @ jnp.asarray([1.0, 2.0]))(scores)
+    np.testing.assert_allclose(of(packed), of(of_masks), rtol=1e-4, atol=1e-6)
 
 
 def test_balance_is_one_when_perfect_and_more_when_all_go_one_way():
