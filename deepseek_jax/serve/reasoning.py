@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 
 from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.serve.answers import Choice, whole_texts
-from deepseek_jax.serve.calls import Call, Served, first_seed, new_id
+from deepseek_jax.serve.calls import Served, first_seed, new_id
 from deepseek_jax.serve.documents import REFUSALS
 from deepseek_jax.serve.engine_thread import Wanted
 from deepseek_jax.serve.errors import ApiError, of_field
@@ -39,7 +39,8 @@ async def reasoning(body: ReasoningBody, request: Request) -> JsonReply:
     prompt, wanted = await _wanted(served, body)
     call = await served.begin(wanted, request.scope)
     try:
-        texts, choices = await _drawn(served, call, prompt)
+        choices = [Choice(served.prompts, opened=prompt.opened) for _ in wanted]
+        texts = await whole_texts(call, choices)
     finally:
         call.end()
     answers = [final_answer(text, body.domain) for _, text in texts]
@@ -83,12 +84,6 @@ async def _wanted(served: Served, body: ReasoningBody) -> tuple[Prompt, list[Wan
         raise of_field(problem, NAMES) from None
     seed = first_seed(body.seed)
     return prompt, [Wanted(prompt.tokens, sampling, seed + number) for number in range(body.samples)]
-
-
-async def _drawn(served: Served, call: Call, prompt: Prompt) -> tuple[list[tuple[str, str]], list[Choice]]:
-    """Thought and answer of each sample."""
-    choices = [Choice(served.prompts, opened=prompt.opened) for _ in range(call.box.left)]
-    return await whole_texts(call, choices), choices
 
 
 def steps(thought: str) -> list[str]:
