@@ -32,7 +32,7 @@ from deepseek_jax.generation.engine import Engine
 from deepseek_jax.generation.engine_config import EngineConfig
 from deepseek_jax.generation.generator import BATCHES, bucket, sizes_that_pay
 from deepseek_jax.generation.sampling_config import SamplingConfig
-from deepseek_jax.model.transposed import transposed_weights
+from deepseek_jax.model.arranged import arranged_weights
 from deepseek_jax.ops.low_rank import product
 from deepseek_jax.ops.paged_attention import grouped_paged
 from deepseek_jax.ops.pool import KVCache
@@ -185,7 +185,7 @@ def memory(model: Path, /, *, sequences: int = 32, context: int = 1024) -> None:
         context: tokens of each.
     """
     config, graphdef, weights = load_model(model)
-    weights = transposed_weights(weights)  # else each engine makes a copy of its own
+    weights = arranged_weights(weights)  # else each engine makes a copy of its own
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, (sequences, 32)).tolist()
     settings = dataclasses.replace(BATCHES, max_num_seqs=sequences, max_model_len=context, batch_sizes=(sequences,))
 

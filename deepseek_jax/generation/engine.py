@@ -30,8 +30,8 @@ from deepseek_jax.generation.sampling_config import SamplingConfig, refuse_unrep
 from deepseek_jax.generation.scheduler import Scheduler
 from deepseek_jax.generation.slots import params_of
 from deepseek_jax.generation.thinking import NO_TAGS, think_tags
+from deepseek_jax.model.arranged import arranged_weights
 from deepseek_jax.model.packing import Quantization, packed_weights
-from deepseek_jax.model.transposed import transposed_weights
 from deepseek_jax.sharding import module_layout
 from deepseek_jax.text.stream import TextStream
 from deepseek_jax.text.think import opens_thought
@@ -40,7 +40,6 @@ from deepseek_jax.text.tokenizer import Tokenizer
 CLOSING = "\n"
 """What a thought ends with, before `</think>`, that is out of budget."""
 _SETTINGS, _NO_RECORD = EngineConfig(), Record()
-_SEVERAL = 4  # rows from which on transposed weights are faster
 
 
 class Update(NamedTuple):
@@ -144,7 +143,7 @@ class Engine:
         if record.routes and config.moe is None:
             raise ValueError("record: got routes for a model without experts, wanted none; it chooses none")
         self.config, self.settings, self.tokenizer = config, settings, tokenizer
-        self.weights = self._arranged(weights)
+        self.weights = arranged_weights(weights)
         self.record, self.tags, self._closing = record, NO_TAGS, closing
         dtype = jax.tree.leaves(weights["embed"])[0].dtype
         self._layout = module_layout(graphdef)
@@ -253,13 +252,10 @@ class Engine:
         Raises:
             ValueError: an unknown quantization, or weights that are packed in another way.
         """
-        weights = self._arranged(packed_weights(self.config, weights, quantization, self._layout))
+        weights = arranged_weights(packed_weights(self.config, weights, quantization, self._layout))
         with self._lock:
             self.weights = weights
             self.scheduler.reset_prefix_cache()
-
-    def _arranged(self, weights: nnx.State) -> nnx.State:
-        return transposed_weights(weights) if self.settings.max_num_seqs >= _SEVERAL else weights
 
     def run(self) -> Iterator[Update]:
         """Steps until no request is left."""

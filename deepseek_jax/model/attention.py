@@ -7,7 +7,7 @@ from flax import nnx
 from deepseek_jax.config import GQAConfig, MLAConfig, ModelConfig
 from deepseek_jax.model.layers import Maker, Step
 from deepseek_jax.ops import attention, indexer
-from deepseek_jax.ops.low_rank import columns, product, split_columns, split_product, whole
+from deepseek_jax.ops.low_rank import columns, product, products, split_columns, split_product, whole
 from deepseek_jax.ops.norm import layer_norm, rms_norm
 from deepseek_jax.ops.pool import KVCache, LatentCache
 from deepseek_jax.ops.rope import rotate_half, rotate_interleaved
@@ -222,7 +222,7 @@ class GroupedAttention(nnx.Module):
     def _project(self, x, step):
         B, T, _ = x.shape
         N, G, K = self.shape
-        q, k, v = (product(x, weight[...]) for weight in (self.q, self.k, self.v))
+        q, k, v = products(x, self.q[...], self.k[...], self.v[...])
         if self.qkv_bias:
             q, k, v = q + self.q_bias, k + self.k_bias, v + self.v_bias
         q, k = q.reshape(B, T, N, K), k.reshape(B, T, G, K)

@@ -10,7 +10,7 @@ from flax import nnx
 from deepseek_jax.config import ModelConfig, MoEConfig
 from deepseek_jax.ops import routing
 from deepseek_jax.ops.experts import expert_mlp
-from deepseek_jax.ops.low_rank import product
+from deepseek_jax.ops.low_rank import product, products
 from deepseek_jax.ops.pool import CacheView
 from deepseek_jax.parallel.experts import routed_experts
 from deepseek_jax.sharding import LOCAL, Layout
@@ -82,8 +82,8 @@ class MLP(nnx.Module):
 
     @jax.named_scope("mlp")
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        hidden = jax.nn.silu(product(x_BTD, self.gate[...])) * product(x_BTD, self.up[...])
-        return product(hidden, self.down[...])
+        gate, up = products(x_BTD, self.gate[...], self.up[...])
+        return product(jax.nn.silu(gate) * up, self.down[...])
 
 
 class Experts(nnx.Module):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from deepseek_jax.ops.packed import Packed, dense
-from deepseek_jax.ops.transposed import Transposed, times_transposed
+from deepseek_jax.ops.transposed import Joined, Transposed, times_transposed
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("w", "a", "b"), meta_fields=("scale",))
@@ -59,6 +59,14 @@ def product(x: Float[Array, "*B D"], weight: Matrix) -> Float[Array, "*B F"]:
         return _times(x, weight)
     leading = "abcdefgh"[: x.ndim - 1]
     return einsum(f"{leading}i,io->{leading}o", x, weight)
+
+
+def products(x: Float[Array, "*B D"], *weights: Matrix | Joined) -> list[Float[Array, "*B F"]]:
+    """`product` of x with several matrices; in one where they are joined."""
+    first = weights[0]
+    if isinstance(first, Joined):
+        return jnp.split(product(x, first.w), list(itertools.accumulate(first.widths))[:-1], axis=-1)
+    return [product(x, weight) for weight in weights]
 
 
 @jax.custom_vjp

@@ -20,7 +20,7 @@ from deepseek_jax.generation.programs import Spans
 from deepseek_jax.generation.requests import Request
 from deepseek_jax.generation.sampling_config import SamplingConfig
 from deepseek_jax.generation.thinking import NO_TAGS
-from deepseek_jax.model import transposed
+from deepseek_jax.model import arranged
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.scoring import score
 from deepseek_jax.ops import sampling as ops
@@ -366,14 +366,14 @@ def test_no_program_copies_a_pool(kind, stacked):
 
 
 @pytest.mark.parametrize("kind", [pytest.param("mla-moe", marks=pytest.mark.slow), "gqa"])
-def test_transposed_weights_draw_the_same_tokens(kind, monkeypatch):
-    """What a large model's are on a CPU, where several rows run; one place alone is not worth the copy."""
+def test_arranged_weights_draw_the_same_tokens(kind, monkeypatch):
+    """What a large model's are on a CPU, joined too."""
     asked = some_requests(2, 8)
     wanted = alone(kind, asked)
-    monkeypatch.setattr(transposed, "_WORTH", 0)
-    is_transposed = lambda of: isinstance(of, transposed.Transposed)
-    held = lambda of: any(map(is_transposed, jax.tree.leaves(of.weights, is_leaf=is_transposed)))
+    monkeypatch.setattr(arranged, "_WORTH", 0)
+    is_kind = lambda of: isinstance(of, arranged.Transposed | arranged.Joined)
+    held = lambda of: {type(leaf) for leaf in jax.tree.leaves(of.weights, is_leaf=is_kind) if is_kind(leaf)}
     found, several = together(kind, asked, seed=1)
     same(found, wanted, asked)
     several.load(model(kind)[1])
-    assert held(several) and not held(engine(kind, max_num_seqs=1, batch_sizes=(1,)))
+    assert held(several) == {arranged.Transposed, arranged.Joined}
