@@ -54,12 +54,15 @@ class Sweep(NamedTuple):
     at: Setting
 
 
-def doubled(first: int, last: int) -> tuple[int, ...]:
-    """
+def doubled(first: int, last: int, times: int = 1) -> tuple[int, ...]:
+    """From one number to another, each the one before it doubled so many times.
+
     >>> doubled(8, 64)
     (8, 16, 32, 64)
+    >>> doubled(8, 64, 2)
+    (8, 32)
     """
-    return tuple(first << n for n in range(int(math.log2(last // first)) + 1))
+    return tuple(first << n for n in range(0, int(math.log2(last // first)) + 1, times))
 
 
 def exponents(values: Sequence[float], costs: Sequence[float]) -> tuple[float, float]:
@@ -106,21 +109,23 @@ def measured(*, rounds: int = 3, longest: int = 16_384) -> None:
 def compiled(*, topology: str = "v5p:2x2x1", longest: int = 65_536) -> None:
     """FLOPs and bytes a chip that the TPU's compiler counts, bfloat16, of R1's own widths with few layers and experts.
 
+    Values are four times those before them: most take the compiler half a minute or more.
+
     Args:
         topology: as for compile_pod.py.
         longest: tokens of context at most.
     """
-    _check_longest(longest, 8192)
+    _check_longest(longest, 16_384)
     jax.config.update("jax_platforms", "cpu")
     of_chip, devices = device_topology(topology)
     base = Setting(context=4096, experts=8, batch=len(devices), layers=2)
     sweeps = [
-        Sweep("prefill", "context", doubled(1024, longest), base),
-        Sweep("train", "context", doubled(1024, longest // 4), base),
-        Sweep("decode", "context", doubled(1024, longest), base._replace(batch=8 * len(devices))),
-        Sweep("prefill", "experts", doubled(16, 256), base),
-        Sweep("decode", "batch", doubled(len(devices), 64 * len(devices)), base),
-        Sweep("prefill", "layers", doubled(2, 16), base),
+        Sweep("prefill", "context", doubled(1024, longest, 2), base),
+        Sweep("train", "context", doubled(1024, longest // 4, 2), base),
+        Sweep("decode", "context", doubled(1024, longest, 2), base._replace(batch=8 * len(devices))),
+        Sweep("prefill", "experts", doubled(16, 256, 2), base),
+        Sweep("decode", "batch", doubled(len(devices), 64 * len(devices), 2), base),
+        Sweep("prefill", "layers", doubled(2, 16, 2), base),
     ]
     _print_head("figures")
     for sweep in sweeps:
