@@ -240,8 +240,10 @@ class Layout:
 
     def _gathered(self, leaf: Any) -> Any:
         value = leaf.get_raw_value()
+        if not isinstance(value, jax.Array):  # what is packed or arranged is served, where it lies to be used
+            return leaf
         axes = leaf.get_metadata()["axes"][-value.ndim :]
-        if "expert" in axes or not isinstance(value, jax.Array):  # what is packed is served, where it lies to be used
+        if "expert" in axes:
             return leaf
         stored = self.sharding(*axes)
         used = PartitionSpec(*("tensor" if "tensor" in self.cut(axis) else None for axis in axes))

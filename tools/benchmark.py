@@ -5,7 +5,7 @@ if __name__ == "__main__":
 
     end_at_once()
 
-import gc
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,9 +14,10 @@ from deepseek_jax.checkpoint.files import write_whole
 from deepseek_jax.cli import run
 from deepseek_jax.compilation_cache import keep_compiled
 from tools.suite import kernel_cases, model_cases
-from tools.suite.case import Case, Row, measured
+from tools.suite.apart import ProcessDied, apart
+from tools.suite.case import Row, measured
 from tools.suite.ceilings import CEILINGS
-from tools.suite.subject import Subject, subject
+from tools.suite.subject import subject
 from tools.suite.table import as_json, machine, markdown, plot
 
 Name = Literal["all", "decode", "prefill", "train", "grpo", "convert", "engine", "kernels"]
@@ -38,7 +39,8 @@ def main(
 
     A round measures the machine's ceilings, then ours and the peer's, who take turns at being first; one round before
     is not counted. Peers are transformers (decode, prefill, engine), torch's AdamW (train), TRL (grpo), `cp -r`
-    (convert), and torch or a dense product (kernels). They need the extra `oracle`; what lacks, the table says.
+    (convert), and torch or a dense product (kernels). They need the extra `oracle`; what lacks, the table says. Every
+    case of a model runs in a process of its own; one that dies is told, and the others are measured all the same.
 
     Args:
         model: Hugging Face folder; without it a tiny random DeepSeek-V3, whose times are those of starting programs.
@@ -48,36 +50,47 @@ def main(
         quick: cases so small that they show only that everything runs.
         json: print JSON, every round's seconds in it, in the place of the table.
         output: a folder for table.md, rows.json and plot.svg, written anew after every case.
+
+    Raises:
+        ChildProcessError: not all was measured.
     """
     if rounds < 1:
         raise ValueError(f"rounds: got {rounds}, wanted at least 1")
     chosen = SUITES if "all" in suite else [name for name in SUITES if name in suite]
-    keep_compiled()
+    sizes = model_cases.QUICK if quick else model_cases.Sizes()
+    (on,) = apart(_machine)  # this process leaves the accelerator to those that measure
     rows: list[Row] = []
-    on = machine()
-    for name in chosen:
-        for row in _measured(name, model, dtype, rounds, quick):
-            rows.append(row)
-            if output is not None:
-                _write(rows, on, output)
+    died = 0
+    for name, of in [(each, of) for each in chosen for of in sizes.each(each)]:
+        try:
+            for row in apart(measured_rows, name, of, model, dtype, rounds, quick):
+                rows.append(row)
+                if output is not None:
+                    _write(rows, on, output)
+        except ProcessDied as problem:
+            died += 1
+            print(f"error: {name}, of {of}: {problem}; the others are measured all the same", file=sys.stderr)
     print(as_json(rows, on) if json else markdown(rows, on))
+    if died:
+        raise ChildProcessError(f"processes of {died} cases died: what they were to measure is not in the table")
 
 
-def _measured(name: str, model: Path | None, dtype: str | None, rounds: int, quick: bool) -> Iterator[Row]:
-    """A suite's rows. It loads the model and its peer anew, so that none is measured beside another's memory."""
-    gc.collect()  # trainers refer to themselves
+def _machine() -> Iterator[dict]:
+    yield machine()
+
+
+def measured_rows(
+    name: str, sizes: model_cases.Sizes, model: Path | None, dtype: str | None, rounds: int, quick: bool
+) -> Iterator[Row]:
+    """The rows of a suite, of cases of these sizes; for a process of their own."""
+    keep_compiled()
     with subject(model, dtype) as of:
-        for case in _cases(of, name, quick):
-            row = measured(case, CEILINGS, rounds)
-            del case  # before the next is made
-            gc.collect()
-            yield row
-
-
-def _cases(of: Subject, name: str, quick: bool) -> Iterator[Case]:
-    if name == "kernels":
-        return kernel_cases.kernels(of, shapes=kernel_cases.SHAPES["quick"] if quick else None)
-    return getattr(model_cases, name)(of, sizes=model_cases.QUICK if quick else model_cases.Sizes())
+        if name == "kernels":
+            cases = kernel_cases.kernels(of, shapes=kernel_cases.SHAPES["quick"] if quick else None)
+        else:
+            cases = getattr(model_cases, name)(of, sizes=sizes)
+        for case in cases:
+            yield measured(case, CEILINGS, rounds)
 
 
 def _write(rows: list[Row], on: dict, folder: Path) -> None:

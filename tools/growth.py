@@ -55,14 +55,15 @@ class Sweep(NamedTuple):
 
 
 def doubled(first: int, last: int, times: int = 1) -> tuple[int, ...]:
-    """From one number to another, each the one before it doubled so many times.
+    """From one number to another, each the one before it doubled so many times; the last one fewer times, if need be.
 
     >>> doubled(8, 64)
     (8, 16, 32, 64)
     >>> doubled(8, 64, 2)
-    (8, 32)
+    (8, 32, 64)
     """
-    return tuple(first << n for n in range(0, int(math.log2(last // first)) + 1, times))
+    once = [first << n for n in range(int(math.log2(last // first)) + 1)]
+    return tuple(sorted({*once[::times], once[-1]}))
 
 
 def exponents(values: Sequence[float], costs: Sequence[float]) -> tuple[float, float]:

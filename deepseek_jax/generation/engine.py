@@ -143,12 +143,12 @@ class Engine:
         if record.routes and config.moe is None:
             raise ValueError("record: got routes for a model without experts, wanted none; it chooses none")
         self.config, self.settings, self.tokenizer = config, settings, tokenizer
-        self.weights = arranged_weights(weights)
+        self._take(weights)
         self.record, self.tags, self._closing = record, NO_TAGS, closing
         dtype = jax.tree.leaves(weights["embed"])[0].dtype
         self._layout = module_layout(graphdef)
         of_host = settings.of_scheduler(config, self._layout, dtype)
-        given = settings.dtype_of_cache(dtype), record, _bound(self.weights)
+        given = settings.dtype_of_cache(dtype), record, _bound(weights)
         self.runner = Runner(config, graphdef, settings, of_host, *given)
         self.scheduler = Scheduler(of_host, self.runner.smaller_bucket)
         self._closed: StepFailedError | None = None
@@ -252,10 +252,14 @@ class Engine:
         Raises:
             ValueError: an unknown quantization, or weights that are packed in another way.
         """
-        weights = arranged_weights(packed_weights(self.config, weights, quantization, self._layout))
+        weights = packed_weights(self.config, weights, quantization, self._layout)
         with self._lock:
-            self.weights = weights
+            self._take(weights)
             self.scheduler.reset_prefix_cache()
+
+    def _take(self, weights: nnx.State) -> None:
+        """`weights` are as given, for others to read; programs multiply with `_arranged`."""
+        self.weights, self._arranged = weights, arranged_weights(weights)
 
     def run(self) -> Iterator[Update]:
         """Steps until no request is left."""
@@ -275,7 +279,7 @@ class Engine:
             self._reuse_routes(plan)
             if not plan.empty:
                 try:
-                    calls = self.runner.run(self.weights, plan, self._lives, self.tags)
+                    calls = self.runner.run(self._arranged, plan, self._lives, self.tags)
                 except jax.errors.JaxRuntimeError as problem:
                     return self._failed(problem)
                 self._flights.append(_Flight(plan, calls))
@@ -348,7 +352,7 @@ class Engine:
 
     def warm_up(self) -> Iterator[tuple[int, int]]:
         """Compile every shape that can come, before any request; yields (done, of how many)."""
-        yield from self.runner.warm_up(self.weights, self.tags)
+        yield from self.runner.warm_up(self._arranged, self.tags)
 
 
 def _bound(weights: nnx.State) -> SingleDeviceSharding | None:

@@ -24,7 +24,7 @@ from deepseek_jax.model import arranged
 from deepseek_jax.model.decoder import abstract_weights
 from deepseek_jax.model.scoring import score
 from deepseek_jax.ops import sampling as ops
-from deepseek_jax.sharding import Layout
+from deepseek_jax.sharding import Layout, make_mesh
 from deepseek_jax.text.stream import TextStream
 from tests.generation.test_engine import KINDS, SMALL, Asked, alone, engine, model, same, some_requests, together
 from tests.generation.test_generator import CONTEXT, V
@@ -365,15 +365,42 @@ def test_no_program_copies_a_pool(kind, stacked):
         assert not re.findall(rf".*\b{P},\S+ copy(?:-start)?\(.*", text)
 
 
+def held(of: Engine) -> set[type]:
+    """Kinds of arranged matrices that programs are given."""
+    is_kind = lambda leaf: isinstance(leaf, arranged.Transposed | arranged.Joined)
+    return {type(leaf) for leaf in jax.tree.leaves(of._arranged, is_leaf=is_kind) if is_kind(leaf)}
+
+
+ARRANGED = {arranged.Transposed, arranged.Joined}
+
+
 @pytest.mark.parametrize("kind", [pytest.param("mla-moe", marks=pytest.mark.slow), "gqa"])
 def test_arranged_weights_draw_the_same_tokens(kind, monkeypatch):
-    """What a large model's are on a CPU, joined too."""
+    """What a large model's are on a CPU, joined too; also for one place, and on a mesh of one device."""
     asked = some_requests(2, 8)
     wanted = alone(kind, asked)
     monkeypatch.setattr(arranged, "_WORTH", 0)
-    is_kind = lambda of: isinstance(of, arranged.Transposed | arranged.Joined)
-    held = lambda of: {type(leaf) for leaf in jax.tree.leaves(of.weights, is_leaf=is_kind) if is_kind(leaf)}
     found, several = together(kind, asked, seed=1)
     same(found, wanted, asked)
     several.load(model(kind)[1])
-    assert held(several) == {arranged.Transposed, arranged.Joined}
+    assert held(several) == held(engine(kind, max_num_seqs=1, batch_sizes=(1,))) == ARRANGED
+
+    layout = Layout(mesh=make_mesh(jax.devices()[:1]), workload="serve")
+    graphdef, like = abstract_weights(KINDS[kind], layout=layout)
+    placed = jax.tree.map(lambda value, to: jax.device_put(value, to.sharding), model(kind)[1], like)
+    one = Engine(KINDS[kind], graphdef, placed, EngineConfig(**SMALL))
+    ids = [one.add(of.prompt, of.sampling, seed=of.seed) for of in asked]
+    ended = {update.id: update.live for update in one.run() if update.finished}
+    same([ended[id] for id in ids], wanted, asked)
+    assert held(one) == ARRANGED
+
+
+def test_weights_of_an_engine_are_as_they_were_given(monkeypatch):
+    """However its programs hold them: to be scored with, written, or packed and loaded."""
+    monkeypatch.setattr(arranged, "_WORTH", 0)
+    of, given = engine("gqa"), model("gqa")[1]
+    assert of.weights is given and held(of) == ARRANGED
+    of.load(of.weights, quantization="int8")
+    assert not held(of)
+    of.load(given)
+    assert of.weights is given and held(of) == ARRANGED

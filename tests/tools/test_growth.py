@@ -1,7 +1,9 @@
 """tools/growth.py: exponents, crossings, and that a point can be measured."""
 
 import math
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from deepseek_jax.config import preset
@@ -48,6 +50,30 @@ def test_a_table_has_the_seconds_that_points_give(monkeypatch, capsys):
     assert len(rows) == 9 and all(row[4:6] == [wanted[row[2]]] * 2 for row in rows)
     with pytest.raises(ValueError, match="longest: got 2048, wanted at least 4096"):
         growth.measured(longest=2048)
+
+
+def test_what_a_compiler_counts_is_asked_up_to_the_longest(monkeypatch, capsys):
+    """A point that does not fit has no figures, and leaves the others' exponent."""
+    asked = []
+
+    def compile_step(task, chip):
+        asked.append(task)
+        fits = task.context < 32_768 or task.step == "decode"
+        return SimpleNamespace(flops=task.context * task.batch if fits else None, bytes_accessed=1.0)
+
+    monkeypatch.setattr(growth, "compile_step", compile_step)
+    monkeypatch.setattr(growth, "device_topology", lambda name: (name, jax.devices()[:1]))
+    growth.compiled(topology="one", longest=32_768)
+    contexts = lambda step: [of.context for of in asked if of.step == step and of.context != 4096]
+    assert contexts("prefill") == contexts("decode") == [1024, 16_384, 32_768] and contexts("train") == [1024, 8192]
+    layers = sorted({of.config.num_hidden_layers for of in asked})
+    assert layers == [2, 8, 16] and {of.batch for of in asked} == {1, 4, 16, 64, 8}
+    rows = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()[2:]]
+    prefill = next(row for row in rows if row[1:3] == ["prefill FLOPs", "context"])
+    assert "32768" not in prefill[3] and prefill[4:6] == ["1.00", "1.00"]
+    assert next(row for row in rows if row[1:3] == ["decode FLOPs", "context"])[3].endswith("32768: 2.62e+05")
+    with pytest.raises(ValueError, match="longest: got 8192, wanted at least 16384"):
+        growth.compiled(longest=8192)
 
 
 @pytest.mark.parametrize("step", ["prefill", "decode", "train"])

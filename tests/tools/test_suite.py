@@ -1,14 +1,20 @@
 """tools/benchmark.py: who is measured when, what a row says of its seconds, and what is written."""
 
 import json
-import weakref
+import multiprocessing
+import os
+import signal
+import sys
+import time
 
 import pytest
 
 from tools import benchmark
-from tools.suite import kernel_cases, model_cases
+from tools.suite import kernel_cases
+from tools.suite.apart import ProcessDied, apart
 from tools.suite.case import Case, Row, Work, beyond_the_first, measured
 from tools.suite.grpo_steps import repeated
+from tools.suite.model_cases import QUICK, Sizes
 from tools.suite.table import as_json, machine, markdown, plot, spread
 
 
@@ -119,45 +125,77 @@ def test_a_text_is_repeated_to_a_length():
     assert repeated("ab ", 7, Letters()) == "ab ab ab "
 
 
-def test_the_kernels_are_measured_beside_something(tmp_path, capsys, monkeypatch):
+def test_the_kernels_are_measured_beside_something(monkeypatch):
     monkeypatch.setattr(kernel_cases, "why_none", lambda *packages: "torch is not for default tests")
-    benchmark.main(suite=("kernels",), rounds=1, quick=True, output=tmp_path)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| kernels")]
-    assert len(lines) == 6 and (tmp_path / "table.md").read_text().count("| kernels") == 6
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert all(row["flops"] > 0 and row["nbytes"] > 0 for row in rows)
+    rows = list(benchmark.measured_rows("kernels", QUICK, None, None, 1, quick=True))
+    assert len(rows) == 6 and all(row.flops > 0 and row.nbytes > 0 for row in rows)
 
 
-class Heavy:
-    """Takes its turn, and refers to itself as trainers do."""
+@pytest.mark.parametrize("name", benchmark.SUITES)
+def test_sizes_of_each_case_alone_are_those_of_all(name):
+    held = {"decode": "batches", "prefill": "prefill", "grpo": "grpo_prompts"}.get(name)
+    parts = Sizes().each(name)
+    if held is None:
+        assert parts == [Sizes()]
+    else:
+        assert sum((getattr(part, held) for part in parts), ()) == getattr(Sizes(), held)
+        assert all(len(getattr(part, held)) == 1 and held in str(part) for part in parts)
 
-    def __init__(self):
-        self.itself = self
 
-    def __call__(self):
-        return 1e-3
+def numbers(upto, then):
+    yield from range(upto)
+    match then:
+        case "raise":
+            raise ValueError(f"{os.getpid()}: not so")
+        case "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "leave":
+            sys.exit(3)
+        case "wait":
+            time.sleep(600)
 
 
-def test_nothing_of_a_case_is_left_when_the_next_is_made(monkeypatch, capsys):
-    made, subjects = [], []
+@pytest.mark.parametrize(
+    ("then", "said", "kind"),
+    [
+        ("raise", "not so", ValueError),
+        ("die", "killed, most likely for want of memory", ProcessDied),
+        ("leave", "ended with status 3", ProcessDied),
+    ],
+)
+def test_what_a_process_gave_before_its_end_is_kept(then, said, kind):
+    found = []
+    with pytest.raises(kind, match=said) as caught:
+        for number in apart(numbers, 3, then):
+            found.append(number)
+    assert found == [0, 1, 2] and str(os.getpid()) not in str(caught.value)
 
-    def one():
-        assert all(old() is None for old in made)
-        found = Heavy()
-        made.append(weakref.ref(found))
-        return found
 
-    def cases(of, sizes):
-        assert all(old() is None for old in subjects)
-        subjects.append(weakref.ref(of))
-        yield case([], ours=one(), peer=None, alone="no one")
-        yield case([], ours=one(), peer=None, alone="no one")
+def test_a_process_ends_with_what_reads_it():
+    reading = apart(numbers, 1, "wait")
+    assert next(reading) == 0
+    (process,) = multiprocessing.active_children()
+    reading.close()
+    assert not process.is_alive() and list(apart(numbers, 2, "")) == [0, 1]
 
-    monkeypatch.setattr(benchmark, "CEILINGS", ceilings([]))
-    monkeypatch.setattr(model_cases, "decode", cases)
-    monkeypatch.setattr(model_cases, "train", cases)
-    benchmark.main(suite=("decode", "train"), rounds=1)
-    assert len(made) == 4 and len(subjects) == 2
+
+def test_a_case_whose_process_dies_is_told_and_the_others_are_measured(monkeypatch, capsys, tmp_path):
+    def apart(function, *given):
+        if function is not benchmark.measured_rows:
+            yield from function(*given)
+            return
+        name, sizes, *_ = given
+        yield row(suite=name, name=str(sizes))
+        if sizes.batches == (8,):
+            raise ProcessDied("killed")
+
+    monkeypatch.setattr(benchmark, "apart", apart)
+    with pytest.raises(ChildProcessError, match="processes of 1 cases died"):
+        benchmark.main(suite=("decode", "train"), rounds=1, output=tmp_path)
+    told = capsys.readouterr()
+    assert "error: decode, of batches=(8,): killed" in told.err
+    assert [line.split("|")[1].strip() for line in told.out.splitlines()[-4:]] == ["decode"] * 3 + ["train"]
+    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 4
 
 
 @pytest.mark.slow

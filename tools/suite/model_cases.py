@@ -52,6 +52,16 @@ class Sizes(NamedTuple):
     grpo_prompts: tuple[int, ...] = (8, 512)
     gigabytes: float = 0.5
 
+    def __str__(self) -> str:
+        """What differs from the usual."""
+        usual = self._field_defaults
+        return ", ".join(f"{name}={of}" for name, of in self._asdict().items() if of != usual[name])
+
+    def each(self, suite: str) -> "list[Sizes]":
+        """For every case of a suite, sizes by which it has that one alone."""
+        name = {"decode": "batches", "prefill": "prefill", "grpo": "grpo_prompts"}.get(suite)
+        return [self._replace(**{name: (of,)}) for of in getattr(self, name)] if name else [self]
+
 
 QUICK = Sizes((2,), 8, 8, ((2, 16),), 2, 16, 2, (8,), 0.003)
 """To see that everything runs."""
