@@ -41,8 +41,8 @@ def causal_attention(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Attention of every token of a sequence over those up to it, of its own segment; no T x T array exists.
 
-    On TPU jax's kernel (`ops.kernels.splash`), elsewhere, and where samples share prompts or keys are chosen,
-    `ops.flash_attention`, and for short sequences all pairs.
+    On TPU jax's kernel (`ops.kernels.splash`), elsewhere, and where samples share prompts, `ops.flash_attention`, and
+    for short sequences all pairs.
 
     Args:
         q_BTNK: queries, from position 0; B is cut by "batch", T by "sequence", N by "tensor".
@@ -66,9 +66,8 @@ def causal_attention(
         mask = causal_rows(jnp.arange(T), T, q_BTNK.shape[0])
         mask = mask if segments_BT is None else same_segment(mask, segments_BT, segments_BT, prompt_of_BT)
         return checkpoint_name(attend_causal(q_BTNK, k_BGSK, v_BGSH, mask, scale), ATTENTION), None
-    plainly = prompt_of_BT is not None or index is not None
     segments = None if segments_BT is None else (segments_BT, segments_BT, prompt_of_BT)
-    form = {"segmented": segments is not None, "plainly": plainly, "by_head": by_head}
+    form = {"segments": segments, "chosen": index is not None, "by_head": by_head}
     tiling, attend_tiles, tables, cuts = _form(q_BTNK, k_BGSK, layout, scale, sums, **form)
     run = _on_device(tiling, attend_tiles, layout, 1 + sums, by_head=by_head)
     if layout.mesh is not None:
@@ -132,19 +131,26 @@ def _form(
     scale: float,
     sums: bool,
     *,
-    segmented: bool,
-    plainly: bool,
+    segments: Any,
+    chosen: bool,
     by_head: bool,
 ) -> tuple[Tiling, Callable, Any, Any]:
     """The tiles, what attends with them on a device, and its tables with the way these are cut."""
     B, T, N, _ = q.shape
     runs = None if by_head else "sequence"
     parts, heads = layout.parts(runs), -(-N // layout.parts(_heads(by_head)))
-    if _platform(layout) == "tpu" and not plainly:  # the kernel compares one number of a query with one of a key
+    cut = None if layout.mesh is None else layout.sharding(runs).spec
+    shared = segments is not None and segments[2] is not None
+    if _platform(layout) == "tpu" and (chosen or not shared):  # the kernel compares one number of a query with a key's
         from deepseek_jax.ops.kernels import splash  # Pallas is slow to import
 
         tiling = splash.tiling(T, parts)
-        kernel = splash.kernel(tiling, heads, number=k.dtype.itemsize, segmented=segmented, sums=sums)
+        if chosen:
+            of_bits = lambda q, k, v, segments, tables, bits: splash.chosen_attention(
+                q, k, v, bits, tiling, scale=scale, sums=sums
+            )
+            return tiling, of_bits, (jnp.asarray(tiling.positions()),), (cut,)
+        kernel = splash.kernel(tiling, heads, number=k.dtype.itemsize, segmented=segments is not None, sums=sums)
         cuts = None if layout.mesh is None else kernel.manual_sharding_spec(layout.sharding(None, runs))
         of_kernel = lambda q, k, v, segments, kernel: splash.splash_attention(kernel, q, k, v, segments, scale=scale)
         return tiling, of_kernel, kernel, cuts
@@ -157,7 +163,6 @@ def _form(
         return flash_attention(q, k, v, segments, at, pairs, side=tiling.side, scale=scale, bits=bits)
 
     tables = tuple(map(jnp.asarray, (tiling.positions(), tiling.pairs())))
-    cut = None if layout.mesh is None else layout.sharding(runs).spec
     return tiling, plain, tables, (cut, cut)
 
 

@@ -112,16 +112,19 @@ def _in_other_ways(
 
 
 def _on_model(programs: Programs, arguments: Arguments) -> Any:
-    """On jax's model of a TPU, which prints it where two cores use the same memory and none waits for the other."""
+    """On jax's model of a TPU, which prints or raises it where two cores use the same memory and none waits."""
     printed = io.StringIO()
+    race = Fault("model of a TPU", "a race: two steps of the grid that run in parallel use the same memory")
     try:
         with contextlib.redirect_stdout(printed):
             found = programs.run(arguments, "model")
-    except Exception:  # whatever it was, the model's state would stay for the next call
+    except Exception as problem:  # whatever it was, the model's state would stay for the next call
         pltpu.reset_tpu_interpret_mode_state()
+        if _RACE in str(problem):
+            raise race from problem
         raise
     if programs.kernel.races and _RACE in printed.getvalue():
-        raise Fault("model of a TPU", "a race: two steps of the grid that run in parallel use the same memory")
+        raise race
     return found
 
 

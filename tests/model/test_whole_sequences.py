@@ -1,6 +1,7 @@
 """A model whose sequences attend by tiles against the same with all pairs of queries and keys at once."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,11 @@ from deepseek_jax.ops.attention import attend, causal_mask, same_segment
 from deepseek_jax.ops.kernels import splash
 from deepseek_jax.parallel import causal_attention as forms
 from deepseek_jax.sharding import LOCAL, Layout
-from tests.checkpoint.folders import QWEN2, V3
+from tests.checkpoint.folders import QWEN2, V3, V32
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-CONFIGS = {"mla": V3, "gqa": QWEN2}
+CONFIGS = {"mla": V3, "gqa": QWEN2, "v3.2": V32}
 T = 150  # two tiles, of which the last is not whole
 
 
@@ -67,14 +68,21 @@ def test_loss_and_gradients_are_those_of_all_pairs(kind, packed, remat, monkeypa
     require_equal(found, loss_and_gradients(kind, packed=packed, layout=layout))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind, packed", [("mla", True), ("gqa", False)])
-def test_loss_and_gradients_are_those_of_the_kernel_for_tpus(kind, packed, monkeypatch):
-    found = loss_and_gradients(kind, packed=packed)  # of all pairs, which are few
-    real = splash.kernel
+@pytest.fixture
+def as_on_tpu(monkeypatch):
+    """jax's kernel, interpreted."""
+    for name in ("kernel", "chosen_attention"):
+        monkeypatch.setattr(splash, name, partial(getattr(splash, name), interpret=True))
     monkeypatch.setattr(splash, "_SIDES", (splash.LANES,))  # or one tile would do
-    monkeypatch.setattr(splash, "kernel", lambda *of, **options: real(*of, **options, interpret=True))
     monkeypatch.setattr(forms, "_platform", lambda layout: "tpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, packed", [("mla", True), ("gqa", False), ("v3.2", True), ("v3.2", False)])
+def test_loss_and_gradients_are_those_of_the_kernel_for_tpus(kind, packed, as_on_tpu):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forms, "_platform", lambda layout: "cpu")
+        found = loss_and_gradients(kind, packed=packed)  # of all pairs, which are few; of tiles where keys are chosen
     require_equal(loss_and_gradients(kind, packed=packed, layout=Layout(remat="all_but_attention")), found)
 
 

@@ -301,6 +301,19 @@ def test_the_kernel_of_the_gradients_reads_queries_for_every_tile(fused):
     assert found.bytes_accessed == again + once + fused * 4 * 2 * 4096 * 192 * 2
 
 
+@pytest.mark.parametrize("rows, share", [(4096, 1), (1024, 4)])
+def test_a_mask_of_chosen_keys_is_read_by_every_head(rows, share):
+    """A third table says which of its tiles comes next; of 4 numbers a pair, 36 of 64 tiles."""
+    tables = "s8[1,8,8]{2,1,0} s8[1,8,8]{2,1,0} s8[1,8,8]{2,1,0}"
+    keys, mask = "bf16[4,4096,192]{2,1,0} bf16[4,4096,128]{2,1,0}", f"s32[{64 // share},512,512]{{2,1,0}}"
+    inputs = f"{tables} bf16[4,{rows},192]{{2,1,0}} {keys} {mask}"
+    called = of_kernel(f"bf16[4,{rows},128]{{2,1,0}}", inputs, "fwd", "block_q=512 block_kv=512 block_q_dkv=256")
+    found, tiles = cost_analysis(called, MESH), 36 / share
+    assert found.flops == 2 * 4 * tiles * 512**2 * (192 + 128)
+    of_mask = 4 * tiles * 512**2 * 4
+    assert found.bytes_accessed == of_mask + 3 * 64 + 2 * 4 * rows * (192 + 128) + 2 * 4 * tiles * 512 * (192 + 128)
+
+
 def test_a_choice_that_a_fresh_prompt_lacks_costs_what_it_does_without():
     product = "dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
     side = lambda name, root: (

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -40,6 +41,7 @@ class Sizes(NamedTuple):
         group: samples of the one prompt of a GRPO step.
         grpo_prompts: tokens of that prompt, a case each.
         gigabytes: of the checkpoint that is converted.
+        parts: micro-batches of an update on a CPU, which loses much time to memory that it is given anew every step.
     """
 
     batches: tuple[int, ...] = (1, 8, 32)
@@ -51,6 +53,7 @@ class Sizes(NamedTuple):
     group: int = 8
     grpo_prompts: tuple[int, ...] = (8, 512)
     gigabytes: float = 0.5
+    parts: int = 4
 
     def __str__(self) -> str:
         """What differs from the usual."""
@@ -63,7 +66,7 @@ class Sizes(NamedTuple):
         return [self._replace(**{name: (of,)}) for of in getattr(self, name)] if name else [self]
 
 
-QUICK = Sizes((2,), 8, 8, ((2, 16),), 2, 16, 2, (8,), 0.003)
+QUICK = Sizes((2,), 8, 8, ((2, 16),), 2, 16, 2, (8,), 0.003, 2)
 """To see that everything runs."""
 
 
@@ -115,7 +118,8 @@ def train(of: Subject, sizes: Sizes) -> Iterator[Case]:
     tokens = ids.astype(np.int32)
     batch = SFTBatch(tokens[:, :-1], tokens[:, 1:], np.ones((sizes.rows, sizes.length), bool))
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-6, warmup_steps=1), 1_000_000)
-    update = make_train_step(graphdef, sft_objective, optimizer, StepConfig(dtype=of.dtype))
+    parts = sizes.parts if jax.default_backend() == "cpu" else 1
+    update = make_train_step(graphdef, sft_objective, optimizer, StepConfig(dtype=of.dtype, micro_batches=parts))
     held = [init_state(convert_dtype(weights, jnp.float32), optimizer)]
 
     def step():
@@ -125,7 +129,7 @@ def train(of: Subject, sizes: Sizes) -> Iterator[Case]:
     kept = StateDTypes(compute=of.plan_dtype)
     yield Case(
         suite="train",
-        name=f"{sizes.rows} x {sizes.length}",
+        name=f"{sizes.rows} x {sizes.length}" + f", {parts} micro-batches" * (parts > 1),
         unit="tokens",
         amount=sizes.rows * sizes.length,
         work=Work(

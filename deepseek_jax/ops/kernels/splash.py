@@ -5,6 +5,7 @@ Differs from `ops.flash_attention`: queries are scaled before the product, in th
 """
 
 from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
 
-from deepseek_jax.ops.flash_attention import ATTENTION, Tiling
+from deepseek_jax.ops.flash_attention import ATTENTION, Tiling, unpacked
 
 LANES = 128  # of a tile's side the least
 _SIDES = (512, 256, 128)
@@ -120,8 +121,57 @@ def splash_attention(
     Returns:
         [B, T, N, H] in the dtype of q; and the logarithms of the sums, float32 [B, T, N], where the kernel gives them.
     """
-    q = (q.astype(jnp.float32) * scale).astype(q.dtype).swapaxes(1, 2)
     ids = None if segments is None else splash.SegmentIds(*segments)
-    found = jax.vmap(kernel)(q, k, v, ids)
-    out, log_sum = (found[0], found[1][0]) if kernel.kwargs["save_residuals"] else (found, None)
+    return _results(jax.vmap(kernel)(_scaled(q, scale), k, v, ids), sums=kernel.kwargs["save_residuals"])
+
+
+def chosen_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bits: jax.Array,
+    of: Tiling,
+    *,
+    scale: float,
+    sums: bool = False,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Attention of queries over the keys whose bits are set, one at least of each query.
+
+    The kernel reads a byte a pair, for every head, of the blocks that are neither hidden nor seen whole: one sequence's
+    at a time are there.
+
+    Args:
+        q: queries [B, T, N, K], in the order of the tiling.
+        k, v: keys [B, G, S, K] and values [B, G, S, H], head-major.
+        bits: uint8 [I, B, t, J, bytes], of each tile of queries and each of keys (`ops.flash_attention.packed`).
+        of: tiles, whose side is a multiple of 128.
+        scale, sums, interpret: as of `splash_attention` and `kernel`.
+
+    Returns:
+        As `splash_attention`.
+    """
+    form = {"block_sizes": blocks(of, number=k.dtype.itemsize, segmented=True), "head_shards": 1, "q_seq_shards": 1}
+    form |= {"save_residuals": sums, "residual_checkpoint_name": ATTENTION, "interpret": interpret}
+
+    def of_sequence(given):
+        *arrays, bits = given
+        mask = unpacked(bits, of.side).reshape(1, arrays[0].shape[1], of.keys)
+        made = splash.make_splash_mha(mask, **form)
+        infos = (made.fwd_mask_info, made.dq_mask_info, made.dkv_mask_info)
+        # of its tables the flag has become an array too, which a trace cannot ask
+        infos = (info and info._replace(is_dynamic_mask=True) for info in infos)
+        return SplashAttentionKernel(*infos, **made.kwargs)(*arrays)
+
+    found = jax.lax.map(of_sequence, (_scaled(q, scale), k, v, jnp.moveaxis(bits, 1, 0)))
+    return _results(found, sums=sums)
+
+
+def _scaled(q: jax.Array, scale: float) -> jax.Array:
+    """[B, T, N, K] as the kernel takes them, head-major."""
+    return (q.astype(jnp.float32) * scale).astype(q.dtype).swapaxes(1, 2)
+
+
+def _results(found: Any, *, sums: bool) -> tuple[jax.Array, jax.Array | None]:
+    out, log_sum = (found[0], found[1][0]) if sums else (found, None)
     return out.swapaxes(1, 2), None if log_sum is None else log_sum.swapaxes(1, 2)

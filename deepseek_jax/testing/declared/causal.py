@@ -188,6 +188,40 @@ SPLASH_ATTENTION = _kernel("splash_attention", sums=False)
 SPLASH_SUMS = _kernel("splash_sums", sums=True, gradients=())
 
 
+def _by_bits(q, k, v, segments, prompts, chosen, interpret, sums=False):
+    T, of = q.shape[1], splash.tiling(q.shape[1], 1)
+    seen = jnp.broadcast_to(_seen(T, segments, prompts, chosen), (len(q), T, T))
+    bits = _bits(_wider(seen, 2, of.keys)[:, of.positions()[0]], of.side)
+    given = [_wider(q, 1, of.padded), _wider(k, 2, of.keys), _wider(v, 2, of.keys)]
+    out, log_sum = splash.chosen_attention(*given, bits, of, scale=SCALE, sums=sums, interpret=interpret)
+    return (out[:, :T], log_sum[:, :T]) if sums else out[:, :T]
+
+
+def _bits_kernel(name: str, *, sums: bool, **others: Any) -> Kernel:
+    found = (lambda both: both) if sums else (lambda both: both[0])
+    return Kernel(
+        name=name,
+        run=partial(_by_bits, sums=sums),
+        twin=lambda **of: found(_twin(**of)),
+        inputs=_chosen_inputs,
+        bound=lambda unit, **of: found(_bound(unit, scaled=True, **of)),
+        sizes={**SPLASH_ATTENTION.sizes, "kind": ("whole", "packed", "shared")},
+        compiled=({**_LARGE, "cuts": 2, "kind": "shared"},),
+        platform="tpu",
+        races=False,
+        **{
+            **_ALIKE,
+            "gradient_bound": partial(_gradient_bound, scaled=True),
+            "ragged": FLASH_CHOSEN.ragged,
+            **others,
+        },
+    )
+
+
+SPLASH_CHOSEN = _bits_kernel("splash_chosen", sums=False)
+SPLASH_CHOSEN_SUMS = _bits_kernel("splash_chosen_sums", sums=True, gradients=())
+
+
 # --- on meshes -----------------------------------------------------------------------------------
 
 
