@@ -39,10 +39,10 @@ def causal_attention(
     index: Index | None = None,
     sums: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Attention of every token of a sequence over those up to it, of its own segment; no T x T array exists.
+    """Attention of every token of a sequence over those up to it, of its own segment; no T x T scores exist.
 
-    On TPU jax's kernel (`ops.kernels.splash`), elsewhere, and where samples share prompts, `ops.flash_attention`, and
-    for short sequences all pairs.
+    On TPU jax's kernel (`ops.kernels.splash`); elsewhere, where samples share prompts, and where keys are chosen of too
+    many, `ops.flash_attention`; and for short sequences all pairs.
 
     Args:
         q_BTNK: queries, from position 0; B is cut by "batch", T by "sequence", N by "tensor".
@@ -145,15 +145,15 @@ def _form(
         from deepseek_jax.ops.kernels import splash  # Pallas is slow to import
 
         tiling = splash.tiling(T, parts)
-        if chosen:
-            of_bits = lambda q, k, v, segments, tables, bits: splash.chosen_attention(
-                q, k, v, bits, tiling, scale=scale, sums=sums
-            )
+        if not chosen:
+            kernel = splash.kernel(tiling, heads, number=k.dtype.itemsize, segmented=segments is not None, sums=sums)
+            cuts = None if layout.mesh is None else kernel.manual_sharding_spec(layout.sharding(None, runs))
+            of_tables = lambda q, k, v, ids, kernel: splash.splash_attention(kernel, q, k, v, ids, scale=scale)
+            return tiling, of_tables, kernel, cuts
+        if splash.mask_fits(tiling):
+            form = {"of": tiling, "scale": scale, "sums": sums}
+            of_bits = lambda q, k, v, ids, tables, bits: splash.chosen_attention(q, k, v, bits, **form)
             return tiling, of_bits, (jnp.asarray(tiling.positions()),), (cut,)
-        kernel = splash.kernel(tiling, heads, number=k.dtype.itemsize, segmented=segments is not None, sums=sums)
-        cuts = None if layout.mesh is None else kernel.manual_sharding_spec(layout.sharding(None, runs))
-        of_kernel = lambda q, k, v, segments, kernel: splash.splash_attention(kernel, q, k, v, segments, scale=scale)
-        return tiling, of_kernel, kernel, cuts
 
     scores = -(-B // layout.parts("batch")) * heads
     tiling = Tiling(T, parts, _side(-(-T // parts // (1 if parts == 1 else 2)), T, scores, _platform(layout)))

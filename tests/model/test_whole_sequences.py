@@ -86,6 +86,14 @@ def test_loss_and_gradients_are_those_of_the_kernel_for_tpus(kind, packed, as_on
     require_equal(loss_and_gradients(kind, packed=packed, layout=Layout(remat="all_but_attention")), found)
 
 
+def test_on_a_tpu_too_many_chosen_keys_are_attended_to_by_tiles(as_on_tpu, monkeypatch):
+    monkeypatch.setattr(splash, "mask_fits", lambda of: False)
+    monkeypatch.setattr(splash, "chosen_attention", None)
+    found = loss_and_gradients("v3.2", packed=True)
+    monkeypatch.setattr(forms, "_platform", lambda layout: "cpu")
+    require_equal(found, loss_and_gradients("v3.2", packed=True))
+
+
 def test_what_is_kept_of_a_layer_has_no_scores(monkeypatch):
     """With `all_but_attention` the backward pass gets result and logarithms, and computes no softmax forward again."""
 

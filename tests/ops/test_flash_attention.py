@@ -262,6 +262,16 @@ def test_segments_and_wide_numbers_leave_room_for_fewer_at_a_time(number, segmen
     assert max(blocks.block_kv_dkv, blocks.block_q_dq or 0) == keys
 
 
+@pytest.mark.parametrize("number", [2, 4])
+def test_a_mask_of_chosen_keys_leaves_room_for_fewer_at_a_time(number):
+    """The TPU's compiler has no room for one of 2,048 keys; where it is large altogether, tiles have bits."""
+    for length in (8192, 16384):
+        blocks = splash.blocks(splash.tiling(length, 1), number=number, segmented=False, chosen=True)
+        assert max(blocks.block_q, blocks.block_kv_dkv, blocks.block_q_dq or 0) <= 1024
+    fits = lambda length, parts: splash.mask_fits(splash.tiling(length, parts))
+    assert fits(8192, 1) and fits(32768, 8) and not fits(16384, 1) and not fits(32768, 4)
+
+
 @pytest.mark.parametrize("parts", [8, 1])  # the queries' gradient by the same kernel as the keys', or by its own
 def test_blocks_of_several_tiles_compute_the_same(parts, monkeypatch):
     monkeypatch.setattr(splash, "_long", lambda of, most: 2 * of.side)

@@ -22,6 +22,7 @@ _PADDED = 8  # an eighth at most: four tiles of half the side take longer than o
 # The gradient of the queries is a sum over blocks of keys, whose parts the kernel leaves in memory. Above so many
 # parts a second kernel computes it instead, which multiplies queries and keys once more.
 _PARTS = 8
+_MOST_PAIRS = 2**27  # of a device, whose mask the kernel is given whole: with gradients three of 0.5 GB
 _MOST_KEYS = 2048  # or queries of a block: what the chip's own memory holds of bfloat16
 
 
@@ -72,14 +73,15 @@ def kernel(
     return jax.tree.map(np.asarray, made)  # on no device
 
 
-def blocks(of: Tiling, *, number: int, segmented: bool) -> splash.BlockSizes:
+def blocks(of: Tiling, *, number: int, segmented: bool, chosen: bool = False) -> splash.BlockSizes:
     """Sizes of blocks: tiles, but runs of them where something is read anew for every block.
 
     Keys and values are read for every block of queries, and for their gradients queries for every block of keys.
-    Gradients that one kernel computes want blocks of keys wide enough to leave few parts. Wider numbers leave room for
-    half as many of either; segments, of which every query's fills a row of the chip's memory, for half as many queries.
+    Gradients that one kernel computes want blocks of keys wide enough to leave few parts. Wider numbers, and a mask of
+    chosen keys, leave room for half as many of either; segments, of which every query's fills a row of the chip's
+    memory, for half as many queries.
     """
-    most = min(_MOST_KEYS, _MOST_KEYS * 2 // number)
+    most = min(_MOST_KEYS, _MOST_KEYS * 2 // max(number, 4 * chosen))
     side, long = of.side, _long(of, min(most, _MOST_KEYS // (1 + segmented)))
     wide = side
     while wide < most and of.keys // wide > _PARTS and of.keys % (2 * wide) == 0:
@@ -125,6 +127,11 @@ def splash_attention(
     return _results(jax.vmap(kernel)(_scaled(q, scale), k, v, ids), sums=kernel.kwargs["save_residuals"])
 
 
+def mask_fits(of: Tiling) -> bool:
+    """Whether `chosen_attention` is for sequences so long."""
+    return of.chunks * of.padded * of.keys <= _MOST_PAIRS
+
+
 def chosen_attention(
     q: jax.Array,
     k: jax.Array,
@@ -138,8 +145,8 @@ def chosen_attention(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Attention of queries over the keys whose bits are set, one at least of each query.
 
-    The kernel reads a byte a pair, for every head, of the blocks that are neither hidden nor seen whole: one sequence's
-    at a time are there.
+    The kernel reads 4 bytes a pair, for every head, of the blocks that are neither hidden nor seen whole. They
+    exist of one sequence at a time, once for each pass; see `mask_fits`.
 
     Args:
         q: queries [B, T, N, K], in the order of the tiling.
@@ -151,8 +158,9 @@ def chosen_attention(
     Returns:
         As `splash_attention`.
     """
-    form = {"block_sizes": blocks(of, number=k.dtype.itemsize, segmented=True), "head_shards": 1, "q_seq_shards": 1}
-    form |= {"save_residuals": sums, "residual_checkpoint_name": ATTENTION, "interpret": interpret}
+    sizes = blocks(of, number=k.dtype.itemsize, segmented=False, chosen=True)
+    form = {"block_sizes": sizes, "head_shards": 1, "q_seq_shards": 1, "save_residuals": sums}
+    form |= {"residual_checkpoint_name": ATTENTION, "interpret": interpret}
 
     def of_sequence(given):
         *arrays, bits = given
