@@ -69,7 +69,8 @@ def main(
                     _write(rows, on, output)
         except ProcessDied as problem:
             died += 1
-            print(f"error: {name}, of {of}: {problem}; the others are measured all the same", file=sys.stderr)
+            which = f"{name}, {of}".removesuffix(", ")
+            print(f"error: {which}: {problem}; the others are measured all the same", file=sys.stderr)
     print(as_json(rows, on) if json else markdown(rows, on))
     if died:
         raise ChildProcessError(f"processes of {died} cases died: what they were to measure is not in the table")

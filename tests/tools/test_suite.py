@@ -193,7 +193,7 @@ def test_a_case_whose_process_dies_is_told_and_the_others_are_measured(monkeypat
     with pytest.raises(ChildProcessError, match="processes of 1 cases died"):
         benchmark.main(suite=("decode", "train"), rounds=1, output=tmp_path)
     told = capsys.readouterr()
-    assert "error: decode, of batches=(8,): killed" in told.err
+    assert "error: decode, batches=(8,): killed" in told.err
     assert [line.split("|")[1].strip() for line in told.out.splitlines()[-4:]] == ["decode"] * 3 + ["train"]
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 4
 
